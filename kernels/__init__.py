@@ -1,0 +1,19 @@
+"""Custom ops: each file holds one op's formula, implementation, fake and reference. Importing registers them."""
+
+from .attention import attention
+from .cached_attention import cached_attention, cached_attention_reference
+from .expert_linear import expert_linear, int4_expert_linear
+from .flush import flush
+from .int4_linear import int4_linear
+from .prefill_attention import prefill_attention
+
+__all__ = [
+    "attention",
+    "cached_attention",
+    "cached_attention_reference",
+    "expert_linear",
+    "flush",
+    "int4_expert_linear",
+    "int4_linear",
+    "prefill_attention",
+]

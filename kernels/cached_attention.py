@@ -1,0 +1,233 @@
+"""``quantspec::cached_attention``: a few new tokens attend to the hierarchical cache (draft steps and verification).
+
+    out[b, t, h] = sum_j p_j v_j,   p = softmax_j(softcap(scale * q[b, h, t] . k_j)),   j <= length[b] + t
+
+where tokens ``j < quantized_len[b]`` come from the planes and the rest, the new tokens included, from the recent
+buffer. With the lower planes it is the target's INT8 read (verification), without them the draft's INT4 read.
+
+Scales are folded so that only codes are converted (c is u - 8 for the draft, 16u + l - 128 for the target, with s
+and z adjusted to match, so that both sums stay small):
+
+    q . (s*c + z)        = (q*s) . c + q . z               one scaled q per key group
+    sum_t p_t (s_t c_t + z_t) = (p*s) . c + sum_t p_t z_t  one scaled p per value group
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import compute_dtype, masked_attention, softmax_with_sinks
+from .hierarchical import decode_keys, decode_values
+
+
+def dense_key_value(
+    quantized_len: int,
+    length: int,
+    dtype: torch.dtype,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor | None,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The first ``length`` cached tokens of one sequence (no batch axis) as dense ``(K, length, D)`` tensors."""
+    groups = slice(quantized_len // (2 * k_upper.shape[-2]))
+    tail = slice(length - quantized_len)
+    lower = (None, None) if k_lower is None or v_lower is None else (k_lower[:, groups], v_lower[:, groups])
+    keys = decode_keys(k_upper[:, groups], lower[0], k_scale[:, groups], k_zero[:, groups], dtype).flatten(1, 2)
+    values = decode_values(v_upper[:, groups], lower[1], v_scale[:, groups], v_zero[:, groups], dtype).flatten(1, 2)
+    return torch.cat((keys, k_recent[:, tail].to(dtype)), 1), torch.cat((values, v_recent[:, tail].to(dtype)), 1)
+
+
+def append_recent(
+    key: Tensor, value: Tensor, k_recent: Tensor, v_recent: Tensor, quantized_len: Tensor, length: Tensor
+) -> None:
+    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward of each sequence, in place."""
+    slots = (length - quantized_len)[:, None] + torch.arange(key.shape[2], device=key.device)
+    for new, recent in ((key, k_recent), (value, v_recent)):
+        index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        recent.scatter_(2, index, new.to(recent.dtype))
+
+
+def cached_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor | None,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Decode the planes to dense keys and values and attend; the oracle of every implementation of this op."""
+    append_recent(key, value, k_recent, v_recent, quantized_len, length)
+    dtype = compute_dtype(query.dtype)
+    outputs = []
+    for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+        planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero, k_recent, v_recent)
+        row = [None if part is None else part[b] for part in planes]
+        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
+        rows = query[b : b + 1].to(dtype)
+        outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def _group_codes(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u - 8 of the draft or 16u + l - 128 of the target, as floats."""
+    half = upper.shape[-2]
+    out = upper.new_empty(*upper.shape[:-2], 2 * half, upper.shape[-1], dtype=dtype)
+    if lower is None:
+        out[..., :half, :] = upper & 15
+        out[..., half:, :] = upper >> 4
+        return out.sub_(8)
+    out[..., :half, :] = ((upper & 15) << 4) | (lower & 15)
+    out[..., half:, :] = (upper & 240) | (lower >> 4)
+    # The byte is 16u + (l + 8), so 8 of the 136 undo the lower plane's offset.
+    return out.sub_(136)
+
+
+def _folded_scale(scale: Tensor, zero: Tensor, has_lower: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero that go with the centred codes of :func:`_group_codes`."""
+    s, z = scale.to(dtype), zero.to(dtype)
+    return (s / 16, z + 8 * s) if has_lower else (s, z + 8 * s)
+
+
+def _attend_sequence(
+    query: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    k_recent: Tensor,
+    v_recent: Tensor,
+    start: int,
+    first_key: int,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence, scaled queries ``(K, R, T, D)`` (R query heads per KV head); returns ``(K, R, T, Dv)``.
+
+    ``planes`` hold the groups from position ``first_key`` on, whole; the recent buffer follows them directly.
+    """
+    k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero = planes
+    kv_heads, repeat, tokens, head_dim = query.shape
+    groups, group_size = k_upper.shape[1], 2 * k_upper.shape[2]
+    quantized, rows = groups * group_size, repeat * tokens
+    q = query.reshape(kv_heads, 1, rows, head_dim)
+
+    scores = q.new_empty(kv_heads, rows, quantized + k_recent.shape[1])
+    if groups:
+        s, z = _folded_scale(k_scale, k_zero, k_lower is not None, q.dtype)
+        codes = _group_codes(k_upper, k_lower, q.dtype)
+        grouped = (q * s.unsqueeze(-2)) @ codes.transpose(-1, -2) + q @ z.unsqueeze(-1)
+        scores[..., :quantized] = grouped.transpose(1, 2).flatten(2)
+    scores[..., quantized:] = q.squeeze(1) @ k_recent.to(q.dtype).transpose(-1, -2)
+
+    scores = scores.view(kv_heads * repeat, tokens, -1)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if tokens > 1 or window > 0:
+        positions = first_key + torch.arange(scores.shape[-1], device=q.device)
+        row_positions = start + torch.arange(tokens, device=q.device)[:, None]
+        hidden = positions > row_positions
+        if window > 0:
+            hidden |= positions <= row_positions - window
+        scores = scores.masked_fill(hidden, float("-inf"))
+    probs = softmax_with_sinks(scores, sinks).view(kv_heads, rows, -1)
+
+    out = probs[..., quantized:] @ v_recent.to(q.dtype)
+    if groups:
+        s, z = (x.flatten(1, 2) for x in _folded_scale(v_scale, v_zero, v_lower is not None, q.dtype))
+        codes = _group_codes(v_upper, v_lower, q.dtype).flatten(1, 2).unflatten(-1, (s.shape[-1], -1))
+        for part in range(s.shape[-1]):
+            weighted = probs[..., :quantized] * s[:, None, :, part]
+            offset = probs[..., :quantized] @ z[:, :, part, None]
+            channels = slice(part * codes.shape[-1], (part + 1) * codes.shape[-1])
+            out[..., channels] += weighted @ codes[:, :, part] + offset
+    return out.view(kv_heads, repeat, tokens, -1)
+
+
+@torch.library.custom_op("quantspec::cached_attention", mutates_args=("k_recent", "v_recent"))
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor | None,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Append T new tokens to the recent buffer and attend from them to everything cached.
+
+    Args:
+        query: ``(B, H, T, D)`` after RoPE; token t of sequence b sits at position ``length[b] + t``.
+        key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer.
+        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``; slot r holds position ``quantized_len + r``. Mutated.
+        k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
+        k_scale, k_zero: ``(B, K, N, D)`` float16.
+        v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes.
+        v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16.
+        quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached before this call.
+        scale, window, softcap, sinks: as in ``quantspec::attention``.
+
+    Returns:
+        ``(B, T, H, Dv)`` in the query's dtype.
+    """
+    append_recent(key, value, k_recent, v_recent, quantized_len, length)
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, group_size = key.shape[1], 2 * k_upper.shape[3]
+    scaled = (query.to(compute_dtype(query.dtype)) * scale).view(batch, kv_heads, -1, tokens, head_dim)
+    out = query.new_empty(batch, tokens, heads, value.shape[3])
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+        # Groups that lie wholly before every query's window are not read.
+        oldest = max(0, start - window + 1) if window > 0 else 0
+        groups = slice(min(oldest, quantized) // group_size, quantized // group_size)
+        row = tuple(None if part is None else part[b, :, groups] for part in planes)
+        recent = slice(start + tokens - quantized)
+        attended = _attend_sequence(
+            scaled[b],
+            row,  # type: ignore[arg-type]
+            k_recent[b, :, recent],
+            v_recent[b, :, recent],
+            start,
+            groups.start * group_size,
+            window,
+            softcap,
+            sinks,
+        )
+        out[b] = attended.flatten(0, 1).transpose(0, 1)
+    return out
+
+
+@cached_attention.register_fake
+def _(query, key, value, *cache_and_options):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])

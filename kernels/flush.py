@@ -1,0 +1,63 @@
+"""``quantspec::flush``: quantize the oldest full group of the recent buffer of every sequence that holds 2G or more.
+
+Decided per sequence from ``length - quantized_len``, so one call serves a ragged batch. The caller moves
+``quantized_len`` once all layers are flushed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .hierarchical import encode_keys, encode_values
+from .prefill_attention import write_groups
+
+
+@torch.library.custom_op(
+    "quantspec::flush",
+    mutates_args=(
+        "k_recent",
+        "v_recent",
+        "k_upper",
+        "k_lower",
+        "k_scale",
+        "k_zero",
+        "v_upper",
+        "v_lower",
+        "v_scale",
+        "v_zero",
+    ),
+)
+def flush(
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+) -> None:
+    """Move one group of one layer from the recent buffer into the planes where it is due; shapes as in
+    ``quantspec::cached_attention``.
+
+    ``length`` counts verified tokens only, so nothing unverified is ever quantized.
+    """
+    group_size = 2 * k_upper.shape[3]
+    for b, (quantized, tokens) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+        if tokens - quantized < 2 * group_size:
+            continue
+        group = quantized // group_size
+        write_groups(k_recent[b, :, :group_size], group, encode_keys, k_upper[b], k_lower[b], k_scale[b], k_zero[b])
+        write_groups(v_recent[b, :, :group_size], group, encode_values, v_upper[b], v_lower[b], v_scale[b], v_zero[b])
+        for recent in (k_recent, v_recent):
+            recent[b, :, :-group_size] = recent[b, :, group_size:].clone()
+
+
+@flush.register_fake
+def _(*cache):
+    return None

@@ -1,0 +1,107 @@
+"""The hierarchical 4+4-bit code of the KV cache, in plain torch (QuantSpec, arXiv 2502.10424, section 4.2).
+
+Per quantization group, with s and z stored in fp16::
+
+    s = (max - min) / 15        z = min                         (s = 1 where max == min)
+    u = clamp(round((x - z) / s), 0, 15)                        upper plane
+    l = clamp(round((x - (s*u + z)) * 16 / s), -8, 7)           lower plane, stored as l + 8
+    draft  reads  x4 = s*u + z           |x - x4| <= s/2
+    target reads  x8 = s*(u + l/16) + z  |x - x8| <= s/32, <= s/16 where l clips at 7   (+ fp16 rounding of s, z)
+
+Two codes share a byte. In a group of G tokens, row r of a plane (0 <= r < G/2) holds token r in the low
+nibble and token r + G/2 in the high one, so unpacking yields two contiguous half-tiles. ``upper * 16 + lower``
+is the target's one 8-bit code: ``x8 = (s/16) * (16u + l) + z``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Channels of one token that share a value scale; wider heads are split evenly.
+MAX_VALUE_CHANNELS = 128
+LOWER_OFFSET = 8
+
+
+def num_value_groups(head_dim: int) -> int:
+    """Quantization groups per token of a value head: the fewest equal parts of at most 128 channels."""
+    parts = -(-head_dim // MAX_VALUE_CHANNELS)
+    while head_dim % parts:
+        parts += 1
+    return parts
+
+
+def pack_tokens(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes ``(..., G, D)`` uint8 into bytes ``(..., G/2, D)``; see the module docstring for the layout."""
+    low, high = codes.chunk(2, dim=-2)
+    return low | (high << 4)
+
+
+def unpack_tokens(plane: Tensor) -> Tensor:
+    """Inverse of :func:`pack_tokens`: bytes ``(..., G/2, D)`` to codes ``(..., G, D)``, both uint8."""
+    return torch.cat((plane & 15, plane >> 4), dim=-2)
+
+
+def _scale_and_zero(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
+    scale = ((high - low) / 15).to(torch.float16)
+    # A range that vanishes in fp16 has a single code, so any positive scale decodes it exactly.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, low.to(torch.float16)
+
+
+def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    s, z = scale.to(x.dtype), zero.to(x.dtype)
+    upper = ((x - z) / s).round().clamp(0, 15)
+    lower = ((x - (s * upper + z)) * 16 / s).round().clamp(-8, 7)
+    return upper.to(torch.uint8), (lower + LOWER_OFFSET).to(torch.uint8)
+
+
+def encode_keys(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encode whole groups of keys, one scale per channel and group.
+
+    Args:
+        keys: ``(..., G, D)`` any float dtype; coded in float32, or float64 for float64 input.
+
+    Returns:
+        ``upper, lower``: ``(..., G/2, D)`` uint8; ``scale, zero``: ``(..., D)`` float16.
+    """
+    x = keys if keys.dtype == torch.float64 else keys.float()
+    scale, zero = _scale_and_zero(x, dim=-2)
+    upper, lower = _codes(x, scale, zero)
+    return pack_tokens(upper), pack_tokens(lower), scale.squeeze(-2), zero.squeeze(-2)
+
+
+def encode_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encode whole groups of values, one scale per token and at most 128 channels.
+
+    Args:
+        values: ``(..., G, D)`` any float dtype.
+
+    Returns:
+        ``upper, lower``: ``(..., G/2, D)`` uint8; ``scale, zero``: ``(..., G, num_value_groups(D))`` float16.
+    """
+    x = values if values.dtype == torch.float64 else values.float()
+    x = x.unflatten(-1, (num_value_groups(x.shape[-1]), -1))
+    scale, zero = _scale_and_zero(x, dim=-1)
+    upper, lower = (codes.flatten(-2) for codes in _codes(x, scale, zero))
+    return pack_tokens(upper), pack_tokens(lower), scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _code_values(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
+    codes = unpack_tokens(upper).to(dtype)
+    if lower is not None:
+        codes = codes + (unpack_tokens(lower).to(dtype) - LOWER_OFFSET) / 16
+    return codes
+
+
+def decode_keys(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode keys ``(..., G/2, D)`` to ``(..., G, D)``; without ``lower`` this is the draft's 4-bit view."""
+    codes = _code_values(upper, lower, dtype)
+    return codes * scale.to(dtype).unsqueeze(-2) + zero.to(dtype).unsqueeze(-2)
+
+
+def decode_values(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode values ``(..., G/2, D)`` to ``(..., G, D)``; without ``lower`` this is the draft's 4-bit view."""
+    codes = _code_values(upper, lower, dtype).unflatten(-1, (scale.shape[-1], -1))
+    return (codes * scale.to(dtype).unsqueeze(-1) + zero.to(dtype).unsqueeze(-1)).flatten(-2)

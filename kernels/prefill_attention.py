@@ -1,0 +1,112 @@
+"""``quantspec::prefill_attention``: attend over a prompt in full precision and store it in the hierarchical cache.
+
+The ``num_new[b]`` new tokens attend to each other and to the recent buffer at full precision, and to tokens already in
+the planes through the target's INT8 read (chunked prompts, continued conversations). Of the tokens then unquantized,
+the oldest whole groups go into the planes such that G..2G-1 stay in the recent buffer; fewer than 2G all stay there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import masked_attention
+from .cached_attention import dense_key_value
+from .hierarchical import encode_keys, encode_values
+
+
+def num_flushed_groups(unquantized: int | Tensor, group_size: int) -> int | Tensor:
+    """Groups to quantize out of ``unquantized`` recent tokens so that fewer than 2G remain and at least G stay."""
+    excess = unquantized // group_size - 1
+    return excess.clamp(min=0) if isinstance(excess, Tensor) else max(0, excess)
+
+
+def write_groups(
+    tokens: Tensor, first_group: int, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
+) -> None:
+    """Encode ``(K, n*G, D)`` tokens of one sequence into groups ``first_group``.. of its planes, in place."""
+    group_size = 2 * upper.shape[-2]
+    groups = slice(first_group, first_group + tokens.shape[1] // group_size)
+    coded = encode(tokens.unflatten(1, (-1, group_size)))
+    for part, new in zip((upper, lower, scale, zero), coded, strict=True):
+        part[:, groups] = new
+
+
+@torch.library.custom_op(
+    "quantspec::prefill_attention",
+    mutates_args=(
+        "k_recent",
+        "v_recent",
+        "k_upper",
+        "k_lower",
+        "k_scale",
+        "k_zero",
+        "v_upper",
+        "v_lower",
+        "v_scale",
+        "v_zero",
+    ),
+)
+def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    num_new: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend over right-padded new tokens and cache the valid ones; shapes as in ``quantspec::cached_attention``.
+
+    Args:
+        query, key, value: ``(B, H|K|K, T, D|D|Dv)``; rows from ``num_new[b]`` on are padding and are not cached.
+        quantized_len, length: ``(B,)`` int64, the cache's state before this call; the caller advances them after the
+            last layer (``HierarchicalCache.advance_prefill``).
+        num_new: ``(B,)`` int64, valid new tokens per sequence.
+
+    Returns:
+        ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
+    """
+    batch, heads, tokens, _ = query.shape
+    out = query.new_zeros(batch, tokens, heads, value.shape[3])
+    group_size = 2 * k_upper.shape[3]
+    state = zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True)
+    for b, (quantized, start, new) in enumerate(state):
+        k_new, v_new = key[b, :, :new], value[b, :, :new]
+        if start:
+            planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero, k_recent, v_recent)
+            keys, values = dense_key_value(quantized, start, key.dtype, *(part[b] for part in planes))
+            keys, values = torch.cat((keys, k_new), 1), torch.cat((values, v_new), 1)
+        else:
+            keys, values = k_new, v_new
+        rows = query[b : b + 1, :, :new]
+        out[b, :new] = masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks)[0]
+
+        k_tail, v_tail = keys[:, quantized:], values[:, quantized:]
+        flushed = num_flushed_groups(k_tail.shape[1], group_size) * group_size
+        group = quantized // group_size
+        write_groups(k_tail[:, :flushed], group, encode_keys, k_upper[b], k_lower[b], k_scale[b], k_zero[b])
+        write_groups(v_tail[:, :flushed], group, encode_values, v_upper[b], v_lower[b], v_scale[b], v_zero[b])
+        kept = k_tail.shape[1] - flushed
+        k_recent[b, :, :kept] = k_tail[:, flushed:]
+        v_recent[b, :, :kept] = v_tail[:, flushed:]
+    return out
+
+
+@prefill_attention.register_fake
+def _(query, key, value, *cache_and_options):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])
