@@ -1,0 +1,22 @@
+"""quantspec: quantized self-speculative decoding for any Hugging Face decoder (QuantSpec, arXiv 2502.10424)."""
+
+from .cache import CacheFullError
+from .config import QuantSpecConfig
+from .errors import SelfCheckError, UnsupportedModelError
+from .generate import GenerateOutput
+from .model import QuantSpecModel, convert
+from .stats import GenerationStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheFullError",
+    "GenerateOutput",
+    "GenerationStats",
+    "QuantSpecConfig",
+    "QuantSpecModel",
+    "SelfCheckError",
+    "UnsupportedModelError",
+    "__version__",
+    "convert",
+]

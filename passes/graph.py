@@ -1,0 +1,106 @@
+"""Small helpers that every pass uses: reading and adding tensors of a GraphModule, adding calls with metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+aten = torch.ops.aten
+
+# Metadata of the node a rewrite replaces that still holds for its replacement.
+_ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+def find_calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+    """Call nodes of these targets in graph order; safe to iterate while rewriting."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in targets:
+            yield node
+
+
+def get_tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor a ``get_attr`` node reads."""
+    value: Any = gm
+    for atom in str(node.target).split("."):
+        value = getattr(value, atom)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"'{node.target}' is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode the graph's metadata was made with, or None where it carries none."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted name of the module that made a node, without the capture wrapper; '' if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else "" for entry in stack.values()]
+    return paths[-1].removeprefix("model.") if paths else ""
+
+
+def add_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Register ``tensor`` as a buffer and return a ``get_attr`` node for it at the current insertion point."""
+    name = name.replace(".", "_")
+    gm.register_buffer(name, tensor)
+    node = gm.graph.get_attr(name)
+    mode = fake_mode_of(gm.graph)
+    if mode is not None:
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node) -> fx.Node:
+    """Insert a call at the current insertion point, with the value metadata that its arguments imply."""
+    node = graph.call_function(target, args)
+    node.meta.update({key: origin.meta[key] for key in _ORIGIN_KEYS if key in origin.meta})
+    values = fx.node.map_arg(args, lambda argument: argument.meta.get("val"))
+    mode = fake_mode_of(graph)
+    if mode is not None and all("val" in argument.meta for argument in node.all_input_nodes):
+        with mode:
+            node.meta["val"] = target(*values)
+    return node
+
+
+def add_placeholder(graph: fx.Graph, name: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> fx.Node:
+    """Append a placeholder after the existing ones, with value metadata of this (possibly symbolic) shape."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]):
+        node = graph.placeholder(name)
+    mode = fake_mode_of(graph)
+    if mode is not None:
+        with mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+    return node
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """Drop what a rewrite left unused, check the graph and regenerate its code."""
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in gm.named_buffers(recurse=False)]:
+        if name not in read:
+            delattr(gm, name)
+    gm.recompile()
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own graph and the same tensors; holds only the tensors its graph reads."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copied)
+    if isinstance(output, tuple | list) and len(output) == 1:
+        output = output[0]
+    graph.output(output)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)

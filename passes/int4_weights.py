@@ -1,0 +1,179 @@
+"""Give the draft INT4 weights, quantized by torchao."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from quantspec.kernels.int4_linear import pack_int4
+
+from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
+from .logit_rows import LINEAR_TARGETS, logits_linear
+
+GROUP_SIZES = (32, 64, 128, 256)
+_ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
+# How far from its linear a router's top-k may stand.
+_ROUTER_DEPTH = 8
+
+
+class WeightQuantizer(str, Enum):
+    """How torchao chooses scales and zeros: min/max of the group, or HQQ's half-quadratic fit."""
+
+    TINYGEMM = "tinygemm"
+    HQQ = "hqq"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What became of one linear (or one stack of experts) in the draft.
+
+    ``group_size`` is None where the weight stays in full precision, and ``note`` says why; it also tells of a group
+    size adapted to the input width.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    group_size: int | None
+    note: str = ""
+
+
+def adapted_group_size(in_features: int, group_size: int) -> int | None:
+    """The largest supported group size up to ``group_size`` that divides ``in_features``, or None."""
+    return max((g for g in GROUP_SIZES if g <= group_size and in_features % g == 0), default=None)
+
+
+def quantize_int4(weight: Tensor, group_size: int, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
+    """Quantize ``(N, K)`` with torchao; returns plain-layout ``qdata (N, K/2)`` and ``scale_and_zero (K/g, N, 2)``.
+
+    Scales are float16 for float16 weights, bfloat16 otherwise (the precision the INT4 kernels multiply in).
+    """
+    # torchao announces its optional extensions on import, so it is loaded only where a weight is quantized.
+    from torchao.quantization import quant_primitives as primitives
+
+    block = (1, group_size)
+    w = weight.detach().float()
+    dtype = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+    if quantizer is WeightQuantizer.HQQ:
+        codes, scale, zero, _ = primitives._choose_qparams_and_quantize_affine_hqq(
+            w, nbits=4, group_size=group_size, compute_dtype=dtype, device=w.device
+        )
+    else:
+        scale, zero = primitives._choose_qparams_affine_tinygemm(
+            w, primitives.MappingType.ASYMMETRIC, block, torch.int32, 0, 15, eps=1e-6, scale_dtype=dtype, zero_point_dtype=dtype
+        )
+        codes = primitives._quantize_affine_tinygemm(w, block, scale.float(), zero.float(), torch.int32, 0, 15)
+    rows = weight.shape[0]
+    scale_and_zero = torch.stack((scale.reshape(rows, -1), zero.reshape(rows, -1)), -1)
+    return pack_int4(codes), scale_and_zero.transpose(0, 1).contiguous()
+
+
+class QuantizeWeights(PassBase):
+    """Matches linears with constant weights, writes ``quantspec::int4_linear`` (experts: ``int4_expert_linear``).
+
+    Patterns: ``aten.linear(x, W, b)``, ``aten.addmm(b, x, W)`` (GPT-2's ``Conv1D``, weight transposed) and
+    ``quantspec::expert_linear``. Left in full precision, with the reason in :attr:`report`: routers of experts, input
+    widths that no supported group size divides, and the language-model head if ``quantize_lm_head`` is off.
+
+    Requires weights as ``get_attr`` nodes. Ensures that every such linear is in :attr:`report`.
+    """
+
+    def __init__(self, group_size: int, quantizer: WeightQuantizer, quantize_lm_head: bool) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.quantizer = quantizer
+        self.quantize_lm_head = quantize_lm_head
+        self.report: list[LinearReport] = []
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        head = logits_linear(graph)
+        plans = []
+        for node in find_calls(graph, *LINEAR_TARGETS, *_ADDMM_TARGETS, torch.ops.quantspec.expert_linear.default):
+            x, weight, bias, transposed = _operands(node)
+            if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
+                plans.append((node, x, weight, bias, transposed))
+        modified = False
+        for node, x, weight, bias, transposed in plans:
+            tensor = get_tensor(graph_module, weight)
+            tensor = tensor.transpose(-1, -2) if transposed else tensor
+            name = str(weight.target).removeprefix("model.").removesuffix(".weight")
+            out_features, in_features = tensor.shape[-2:]
+            size = adapted_group_size(in_features, self.group_size)
+            note = ""
+            if node is head and not self.quantize_lm_head:
+                size, note = None, "language-model head, quantize_lm_head=False"
+            elif size is None:
+                note = f"no group size of {GROUP_SIZES} up to {self.group_size} divides {in_features} inputs"
+            elif _is_router(node):
+                size, note = None, "router of experts"
+            elif size != self.group_size:
+                note = f"group size adapted from {self.group_size}"
+            self.report.append(LinearReport(name, in_features, out_features, size, note))
+            if size is None:
+                continue
+            self._rewrite(graph_module, node, x, name, tensor, bias, size)
+            modified = True
+        if modified:
+            finish(graph_module)
+        return PassResult(graph_module, modified)
+
+    def _rewrite(
+        self, gm: fx.GraphModule, node: fx.Node, x: fx.Node, name: str, tensor: Tensor, bias: fx.Node | None, size: int
+    ) -> None:
+        is_expert = tensor.dim() == 3
+        matrices = tensor if is_expert else tensor[None]
+        qdata, params = (
+            torch.stack(parts)
+            for parts in zip(*(quantize_int4(m, size, self.quantizer) for m in matrices), strict=True)
+        )
+        with gm.graph.inserting_before(node):
+            # A tied weight may serve several linears; each keeps its own codes under its own node's name.
+            prefix = f"{name}_{node.name}"
+            weights = (
+                add_buffer(gm, f"{prefix}_qdata", qdata if is_expert else qdata[0]),
+                add_buffer(gm, f"{prefix}_scale_and_zero", params if is_expert else params[0]),
+            )
+            if is_expert:
+                target = torch.ops.quantspec.int4_expert_linear.default
+                new = add_call(gm.graph, target, (x, node.args[1], *weights, bias), node)
+            else:
+                new = add_call(gm.graph, torch.ops.quantspec.int4_linear.default, (x, *weights, bias), node)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:
+    """Input, weight, bias and whether the weight is stored (K, N) instead of (N, K)."""
+    args = node.args
+    if node.target in _ADDMM_TARGETS:
+        return args[1], args[2], args[0], True  # type: ignore[return-value]
+    if node.target is torch.ops.quantspec.expert_linear.default:
+        return args[0], args[2], args[3], bool(args[4])  # type: ignore[return-value]
+    bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+    return args[0], args[1], bias, False  # type: ignore[return-value]
+
+
+def _is_router(node: fx.Node, depth: int = _ROUTER_DEPTH) -> bool:
+    """Whether a linear's output chooses experts: a top-k a few pointwise ops further on."""
+    if depth == 0:
+        return False
+    for user in node.users:
+        if user.target in (aten.topk.default, torch.topk):
+            return True
+        value = user.meta.get("val")
+        if value is not None and not isinstance(value, tuple | list) and user.target not in LINEAR_TARGETS:
+            same_width = isinstance(value, Tensor) and value.shape[-1:] == node.meta["val"].shape[-1:]
+            if same_width and not _multiplies(user) and _is_router(user, depth - 1):
+                return True
+    return False
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return node.target in (aten.matmul.default, aten.bmm.default, *_ADDMM_TARGETS) or str(node.target).startswith("quantspec")
+
+

@@ -1,0 +1,61 @@
+"""Compute logits only where they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .graph import add_call, add_placeholder, aten, finish
+
+INPUT_NAME = "logit_rows"
+LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.linear)
+
+
+def logits_linear(graph: fx.Graph) -> fx.Node | None:
+    """The language-model head: the linear that the output reaches through one-tensor elementwise ops, or None."""
+    node = graph.output_node().args[0]
+    while isinstance(node, tuple | list) and len(node) == 1:
+        node = node[0]
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target not in LINEAR_TARGETS:
+        inputs = node.all_input_nodes
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and (
+            torch.Tag.pointwise in node.target.tags or node.target is aten.to.dtype
+        )
+        if not pointwise or len(inputs) != 1:
+            return None
+        node = inputs[0]
+    return node if isinstance(node, fx.Node) and node.target in LINEAR_TARGETS else None
+
+
+class SelectLogitRows(PassBase):
+    """Matches ``linear(hidden, lm_head)`` at the end of the graph, writes ``linear(gather(hidden, logit_rows), lm_head)``.
+
+    Adds the input ``logit_rows`` (B, R) int64: the token positions of each sequence whose logits are wanted. The output
+    becomes (B, R, V), so a long prompt never holds the logits of all its tokens.
+
+    Requires a head that :func:`logits_linear` finds. Ensures row r of the output equals row ``logit_rows[b, r]`` before.
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if logits_linear(graph_module.graph) is None:
+            output = graph_module.graph.output_node().args[0]
+            raise ValueError(f"no language-model head found in front of the output {output}: logit rows cannot be selected")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        if any(node.op == "placeholder" and node.target == INPUT_NAME for node in graph.nodes):
+            return PassResult(graph_module, False)
+        head = logits_linear(graph)
+        assert head is not None
+        hidden = head.args[0]
+        assert isinstance(hidden, fx.Node)
+        value = hidden.meta["val"]
+        rows = add_placeholder(graph, INPUT_NAME, (value.shape[0], value.shape[1]), torch.int64, value.device)
+        with graph.inserting_before(head):
+            index = add_call(graph, aten.unsqueeze.default, (rows, -1), head)
+            index = add_call(graph, aten.expand.default, (index, [-1, -1, value.shape[-1]]), head)
+            gathered = add_call(graph, aten.gather.default, (hidden, 1, index), head)
+        head.update_arg(0, gathered)
+        finish(graph_module)
+        return PassResult(graph_module, True)

@@ -1,0 +1,53 @@
+"""Remove what export records but decoding does not need."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .graph import aten, finish
+
+
+class RemoveNoOps(PassBase):
+    """Matches nodes that return their input unchanged, writes that input.
+
+    Pattern: ``aten.slice(x, d, 0, maxint)``, ``aten.to(x, ...)`` to the dtype and device x has, ``aten.dropout(x, p,
+    False)``, and metadata assertions.
+
+    Requires value metadata to decide on ``aten.to``; nodes without it are kept. Ensures the same outputs, bit for bit.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        removed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target is aten._assert_tensor_metadata.default:
+                graph_module.graph.erase_node(node)
+                removed += 1
+            elif self._returns_input(node):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                removed += 1
+        if removed:
+            finish(graph_module)
+        return PassResult(graph_module, removed > 0)
+
+    @staticmethod
+    def _returns_input(node: fx.Node) -> bool:
+        if node.target is aten.slice.Tensor:
+            start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
+            return start in (0, None) and (end is None or end == sys.maxsize) and step == 1
+        if node.target is aten.dropout.default:
+            return node.args[2] is False
+        if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
+            before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+            return (
+                isinstance(before, torch.Tensor)
+                and isinstance(after, torch.Tensor)
+                and (before.dtype, before.device) == (after.dtype, after.device)
+            )
+        return False

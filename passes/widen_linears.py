@@ -1,0 +1,46 @@
+"""Prefill half-precision models on CPUs that have no half-precision matmul."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .graph import add_call, aten, find_calls, finish
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class WidenLinears(PassBase):
+    """Matches ``aten.linear`` of half-precision tensors, writes it in float32 with casts around.
+
+    ``linear(x, W, b)`` becomes ``to(linear(float(x), float(W), float(b)), dtype)``. Without native instructions a
+    bfloat16 matmul over a long prompt takes several times as long as casting the weights and multiplying in float32;
+    the wide copy of a weight lives only as long as its matmul.
+
+    Requires nothing. Ensures the same outputs up to the (better) accumulation.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph, modified = graph_module.graph, False
+        for node in find_calls(graph, aten.linear.default):
+            value = node.meta.get("val")
+            if value is None or value.dtype not in _HALF or value.device.type != "cpu":
+                continue
+            with graph.inserting_before(node):
+                wide = [
+                    None if arg is None else add_call(graph, aten.to.dtype, (arg, torch.float32), node) for arg in node.args
+                ]
+                out = add_call(graph, aten.linear.default, tuple(wide), node)
+                out = add_call(graph, aten.to.dtype, (out, value.dtype), node)
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+            modified = True
+        if modified:
+            finish(graph_module)
+        return PassResult(graph_module, modified)
+
+
+def cpu_lacks_half_matmul() -> bool:
+    """Whether this CPU emulates bfloat16 matmuls (no AVX-512 BF16, no AMX)."""
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

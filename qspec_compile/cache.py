@@ -1,0 +1,173 @@
+"""The hierarchical KV cache: what is allocated, and how its lengths move.
+
+The ops in ``quantspec.kernels`` read and write the tensors; this file owns them and keeps the invariants of a cycle:
+planes hold verified tokens only, and between cycles every sequence has fewer than 2G tokens in its recent buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from quantspec.kernels import flush
+from quantspec.kernels.hierarchical import num_value_groups
+from quantspec.kernels.prefill_attention import num_flushed_groups
+from quantspec.passes import Role, cache_parts
+
+from .capture import CapturedLayer
+
+
+class CacheFullError(ValueError):
+    """More tokens were asked for than ``max_cache_len`` allows."""
+
+
+@dataclass
+class LayerCache:
+    """One layer's part. B batch, K key/value heads, R recent slots, N groups of G tokens, D head dim.
+
+    Attributes:
+        k_recent, v_recent: ``(B, K, R, D)`` model dtype; slot r holds position ``quantized_len + r``.
+        k_upper, k_lower, v_upper, v_lower: ``(B, K, N, G/2, D)`` uint8, two 4-bit codes a byte.
+        k_scale, k_zero: ``(B, K, N, D)`` float16, per channel of a group.
+        v_scale, v_zero: ``(B, K, N, G, D/128)`` float16, per token.
+    """
+
+    k_recent: Tensor
+    v_recent: Tensor
+    k_upper: Tensor
+    k_lower: Tensor
+    k_scale: Tensor
+    k_zero: Tensor
+    v_upper: Tensor
+    v_lower: Tensor
+    v_scale: Tensor
+    v_zero: Tensor
+
+    @classmethod
+    def allocate(
+        cls, layer: CapturedLayer, batch: int, groups: int, group_size: int, recent: int, dtype: torch.dtype, device
+    ) -> LayerCache:
+        """Zeroed storage for ``groups`` groups and ``recent`` slots."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, dim in (("k", layer.key_dim), ("v", layer.value_dim)):
+            shape = (batch, layer.kv_heads)
+            params = (groups, dim) if prefix == "k" else (groups, group_size, num_value_groups(dim))
+            tensors[f"{prefix}_recent"] = torch.zeros(*shape, recent, dim, dtype=dtype, device=device)
+            for plane in ("upper", "lower"):
+                planes = torch.zeros(*shape, groups, group_size // 2, dim, dtype=torch.uint8, device=device)
+                tensors[f"{prefix}_{plane}"] = planes
+            for parameter in ("scale", "zero"):
+                tensors[f"{prefix}_{parameter}"] = torch.zeros(*shape, *params, dtype=torch.float16, device=device)
+        return cls(**tensors)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order the ops take them."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def grown(self, groups: int) -> LayerCache:
+        """A copy with room for ``groups`` groups; the recent buffers are kept as they are."""
+        grown = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if not f.name.endswith("recent"):
+                shape = list(tensor.shape)
+                shape[2] = groups
+                larger = tensor.new_zeros(shape)
+                larger[:, :, : tensor.shape[2]] = tensor
+                tensor = larger
+            grown[f.name] = tensor
+        return LayerCache(**grown)
+
+
+class HierarchicalCache:
+    """All layers' caches and the per-sequence lengths.
+
+    Attributes:
+        layers: one :class:`LayerCache` per attention call, in forward order.
+        quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
+        length: ``(B,)`` int64 on the device, tokens cached and verified.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[CapturedLayer],
+        batch_size: int,
+        group_size: int,
+        num_speculative_tokens: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.group_size = group_size
+        self.num_speculative_tokens = num_speculative_tokens
+        self.max_len = max_len
+        self.batch_size = batch_size
+        recent = 2 * group_size + num_speculative_tokens + 1
+        self.layers = [
+            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
+        ]
+        self.quantized_len = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a sequence can hold before the planes must grow."""
+        return (self.layers[0].k_upper.shape[2] + 1) * self.group_size
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for ``num_tokens`` tokens per sequence, growing in whole groups.
+
+        Raises:
+            CacheFullError: more than ``max_len``; nothing is changed.
+        """
+        if num_tokens > self.max_len:
+            raise CacheFullError(
+                f"{num_tokens} tokens are more than max_cache_len={self.max_len}; shorten the prompt or max_new_tokens, "
+                "or convert with a larger max_cache_len"
+            )
+        # The newest G tokens are never quantized.
+        groups = max(0, -(-num_tokens // self.group_size) - 1)
+        if groups > self.layers[0].k_upper.shape[2]:
+            for index, layer in enumerate(self.layers):
+                self.layers[index] = layer.grown(groups)
+
+    def inputs(self, role: Role) -> list[Tensor]:
+        """The cache tensors that a role's graph takes after its other inputs, layer by layer."""
+        return [getattr(layer, part) for layer in self.layers for part in cache_parts(role)]
+
+    def advance_prefill(self, num_new: Tensor) -> None:
+        """Count ``num_new`` (B,) tokens that every layer has stored through ``quantspec::prefill_attention``."""
+        self.length += num_new
+        self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
+
+    def accept(self, num_tokens: Tensor) -> bool:
+        """Keep ``num_tokens`` (B,) of the tokens just verified; the rest is abandoned. Flushes where it is due.
+
+        Returns:
+            Whether anything was flushed.
+        """
+        self.length += num_tokens
+        due = self.length - self.quantized_len >= 2 * self.group_size
+        if not bool(due.any()):
+            return False
+        for layer in self.layers:
+            flush(*layer.parts(), self.quantized_len, self.length)
+        self.quantized_len += due * self.group_size
+        return True
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the storage."""
+        self.length.zero_()
+        self.quantized_len.zero_()
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros) and ``recent``."""
+        totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0}
+        for layer in self.layers:
+            for f in fields(layer):
+                kind = f.name.split("_")[1]
+                totals["scales" if kind in ("scale", "zero") else kind] += getattr(layer, f.name).nbytes
+        return totals

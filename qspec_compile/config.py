@@ -1,0 +1,96 @@
+"""Every option of :func:`quantspec.convert`, its default and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from quantspec.passes import GROUP_SIZES, WeightQuantizer
+
+# Hugging Face's names for options of ours, accepted wherever ours are.
+ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}
+_MAX_SPECULATIVE_TOKENS = 15
+
+
+def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> int:
+    """Validate a number of draft tokens per cycle; 0 means decoding with the target alone."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if not 0 <= value <= _MAX_SPECULATIVE_TOKENS:
+        raise ValueError(f"{name} must be between 0 and {_MAX_SPECULATIVE_TOKENS}, not {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class QuantSpecConfig:
+    """Options of a conversion; frozen, validated on creation.
+
+    Attributes:
+        num_speculative_tokens: tokens drafted per cycle, 0..15; can be overridden per ``generate`` call.
+        kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
+        weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
+            linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
+        weight_quantizer: ``"tinygemm"`` (min/max) or ``"hqq"``, torchao's two choices of scales.
+        quantize_lm_head: whether the draft's language-model head is INT4 too.
+        max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
+            ``max_position_embeddings``.
+        self_check: compare the pair with the original model on a short random text before ``convert`` returns.
+        compile: run the pair through torch.compile; None compiles on GPUs only.
+        adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,
+            None for those left in full precision.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    num_speculative_tokens: int = 4
+    kv_group_size: int = 128
+    weight_group_size: int = 128
+    weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
+    quantize_lm_head: bool = True
+    max_cache_len: int | None = None
+    self_check: bool = True
+    compile: bool | None = None
+    adapted_group_sizes: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        check_num_speculative_tokens(self.num_speculative_tokens)
+        for name in ("kv_group_size", "weight_group_size"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
+        size = self.kv_group_size
+        if not 16 <= size <= 512 or size & (size - 1):
+            raise ValueError(f"kv_group_size must be a power of two from 16 to 512, not {size}")
+        if self.weight_group_size not in GROUP_SIZES:
+            raise ValueError(f"weight_group_size must be one of {GROUP_SIZES}, not {self.weight_group_size}")
+        try:
+            object.__setattr__(self, "weight_quantizer", WeightQuantizer(self.weight_quantizer))
+        except ValueError:
+            choices = ", ".join(repr(choice.value) for choice in WeightQuantizer)
+            raise ValueError(f"weight_quantizer must be one of {choices}, not {self.weight_quantizer!r}") from None
+        for name in ("quantize_lm_head", "self_check"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.compile not in (None, True, False):
+            raise TypeError(f"compile must be True, False or None, not {self.compile!r}")
+        if self.max_cache_len is not None:
+            if not isinstance(self.max_cache_len, int) or isinstance(self.max_cache_len, bool):
+                raise TypeError(f"max_cache_len must be an int or None, not {self.max_cache_len!r}")
+            if self.max_cache_len < 1:
+                raise ValueError(f"max_cache_len must be at least 1, not {self.max_cache_len}")
+
+    @classmethod
+    def from_options(cls, config: QuantSpecConfig | None, options: Mapping[str, Any]) -> QuantSpecConfig:
+        """``config`` (or the defaults) with keyword options on top; unknown names are refused with the known ones."""
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config must be a QuantSpecConfig, not {type(config).__name__}")
+        renamed = {ALIASES.get(name, name): value for name, value in options.items()}
+        known = [f.name for f in fields(cls) if f.name != "adapted_group_sizes"]
+        unknown = sorted(set(renamed) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(map(repr, unknown))}; the options are {', '.join(known)}")
+        if len(renamed) != len(options):
+            raise TypeError(f"option given under two names: {', '.join(sorted(options))}")
+        return replace(config or cls(), **renamed)

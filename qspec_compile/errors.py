@@ -1,0 +1,9 @@
+"""Errors a caller may want to catch."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be converted without decoding wrongly; the message names the module or node and the reason."""
+
+
+class SelfCheckError(RuntimeError):
+    """The converted pair does not reproduce the original model's logits."""

@@ -1,0 +1,346 @@
+"""The speculative loop: prefill, then cycles of draft, verify, accept, flush.
+
+Hugging Face's own ``generate`` prepares everything around it (defaults, logits processors, stopping criteria, lengths)
+and calls :func:`decode` through ``custom_generate``, so options mean what they mean there.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from quantspec.passes import Role
+
+from .cache import HierarchicalCache
+from .config import ALIASES, check_num_speculative_tokens
+from .progress import Progress
+from .sampling import accept_greedy, accept_sampled, sample
+from .scores import ScoreProcessor
+from .stats import GenerationStats
+
+if TYPE_CHECKING:
+    from .model import QuantSpecModel
+
+# What generate() makes for model.forward, and the loop has no use for.
+_IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+
+
+@dataclass
+class GenerateOutput(GenerateDecoderOnlyOutput):
+    """``GenerateDecoderOnlyOutput`` (``sequences``, ``scores``, ``logits``) with the call's ``statistics``."""
+
+    statistics: GenerationStats | None = None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of ``generate`` sorted by who takes them: the decoding loop or Hugging Face."""
+
+    decoding: dict[str, Any]
+    hugging_face: dict[str, Any]
+
+
+def prepare_arguments(
+    qs: QuantSpecModel,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    tokenizer: Any,
+    num_speculative_tokens: int | None,
+    kwargs: dict[str, Any],
+) -> Arguments:
+    """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
+    options = dict(kwargs)
+    for name in ("custom_generate", "assistant_model", "position_ids", "inputs_embeds", "past_key_values"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS[name]}")
+    for alias, name in ALIASES.items():
+        if alias in options:
+            if num_speculative_tokens is not None:
+                raise TypeError(f"{alias} and {name} are the same option; pass one of them")
+            num_speculative_tokens = options.pop(alias)
+    if num_speculative_tokens is not None:
+        check_num_speculative_tokens(num_speculative_tokens)
+    if input_ids is not None:
+        _check_input_ids(qs, input_ids)
+    if attention_mask is not None:
+        _check_attention_mask(input_ids, attention_mask)
+        options["attention_mask"] = attention_mask
+    _take_stop_strings(qs, options, tokenizer)
+    return Arguments({"num_speculative_tokens": num_speculative_tokens}, options)
+
+
+_UNSUPPORTED_ARGUMENTS = {
+    "custom_generate": "it is one itself; call model.generate(custom_generate=qs.decode) from the other side",
+    "assistant_model": "the draft is the model itself",
+    "position_ids": "positions follow from attention_mask",
+    "inputs_embeds": "pass input_ids",
+    "past_key_values": "the pair keeps its own cache",
+}
+
+
+def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor of shape (batch, tokens), not {type(input_ids).__name__}; "
+            "pass tokenizer(..., return_tensors='pt').input_ids"
+        )
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must hold integers, not {input_ids.dtype}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids is empty (shape {tuple(input_ids.shape)}); pass at least one token per prompt")
+    if input_ids.device != qs.device:
+        raise ValueError(f"input_ids are on {input_ids.device} and the model on {qs.device}; use input_ids.to('{qs.device}')")
+    low, high = (int(bound) for bound in torch.aminmax(input_ids))
+    if low < 0 or high >= qs.vocab_size:
+        raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
+
+
+def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
+    if input_ids is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
+        )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("attention_mask must hold 0 and 1 only")
+    if not bool(attention_mask.any(dim=1).all()):
+        raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
+
+
+def _take_stop_strings(qs: QuantSpecModel, options: dict[str, Any], tokenizer: Any) -> None:
+    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer when ``custom_generate`` is used."""
+    config = options.get("generation_config")
+    given = (options.pop("stop_strings", None), getattr(config, "stop_strings", None), qs.model.generation_config.stop_strings)
+    strings = next((value for value in given if value is not None), None)
+    if strings is None:
+        return
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate()")
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+    criteria.extend(options.get("stopping_criteria") or [])
+    options["stopping_criteria"] = criteria
+    options["stop_strings"] = None
+
+
+def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuse by name what this loop does not do."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
+            "quantspec does greedy search and sampling: set num_beams=1"
+        )
+    refused = {
+        "penalty_alpha": (config.penalty_alpha or 0) > 0,
+        "dola_layers": config.dola_layers is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
+        "watermarking_config": config.watermarking_config is not None,
+        "token_healing": bool(config.token_healing),
+        "output_attentions": bool(config.output_attentions),
+        "output_hidden_states": bool(config.output_hidden_states),
+    }
+    names = [name for name, asked in refused.items() if asked]
+    if names:
+        raise ValueError(f"generation option {', '.join(names)} is not supported by quantspec; leave it unset")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(f"generate() does not take past_key_values: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED_MODEL_KWARGS)
+    if unknown:
+        raise ValueError(f"model argument {', '.join(unknown)} is not supported by quantspec; only input_ids and attention_mask")
+
+
+@torch.no_grad()
+def decode(
+    qs: QuantSpecModel,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    generator: torch.Generator | None = None,
+    num_speculative_tokens: int | None = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """Decode prepared inputs; the ``custom_generate`` callable of ``model.generate`` with ``qs`` bound.
+
+    Args:
+        model: the Hugging Face model that calls; must be the converted one.
+        input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
+        logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
+        num_speculative_tokens: tokens drafted per cycle; the config's number if None.
+
+    Returns:
+        As :meth:`QuantSpecModel.generate`.
+    """
+    if model is not qs.model:
+        raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+    _refuse_unsupported(generation_config, model_kwargs)
+    _check_input_ids(qs, input_ids)
+    if num_speculative_tokens is None:
+        num_speculative_tokens = qs.config.num_speculative_tokens
+    else:
+        check_num_speculative_tokens(num_speculative_tokens)
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    prompt_lens = attention_mask.sum(1)
+    max_new_tokens = generation_config.max_length - input_ids.shape[1]
+
+    cache = qs.acquire_cache(input_ids.shape[0], num_speculative_tokens)
+    cache.reserve(int(prompt_lens.max()) + max_new_tokens)
+    qs.last_stats = stats = GenerationStats(
+        num_speculative_tokens, num_sequences=input_ids.shape[0], prompt_tokens=int(prompt_lens.sum())
+    )
+    pad = generation_config._pad_token_tensor
+    returns_dict = bool(generation_config.return_dict_in_generate)
+    progress = Progress(
+        input_ids,
+        max_new_tokens,
+        0 if pad is None else int(pad),
+        stopping_criteria,
+        streamer,
+        returns_dict and bool(generation_config.output_scores),
+        slack=num_speculative_tokens + 1,
+    )
+    loop = SpeculativeLoop(
+        qs, cache, progress, ScoreProcessor(logits_processor), bool(generation_config.do_sample), generator, stats
+    )
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    loop.prefill(input_ids, attention_mask, prompt_lens)
+    while any(progress.running):
+        loop.cycle(min(num_speculative_tokens, progress.remaining - 1))
+    if streamer is not None:
+        streamer.end()
+    if not returns_dict:
+        return progress.output()
+    return GenerateOutput(
+        sequences=progress.output(), scores=progress.scores(progress.judged), statistics=copy.deepcopy(stats)
+    )
+
+
+class SpeculativeLoop:
+    """The state of one generation between cycles: the cache, the output so far and each sequence's pending token.
+
+    The pending token is the newest one emitted; its key and value are not cached yet.
+    """
+
+    def __init__(
+        self,
+        qs: QuantSpecModel,
+        cache: HierarchicalCache,
+        progress: Progress,
+        processor: ScoreProcessor,
+        do_sample: bool,
+        generator: torch.Generator | None,
+        stats: GenerationStats,
+    ) -> None:
+        self.qs = qs
+        self.cache = cache
+        self.progress = progress
+        self.processor = processor
+        self.do_sample = do_sample
+        self.generator = generator
+        self.stats = stats
+        self.pending = cache.length.new_zeros(cache.batch_size)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor) -> None:
+        """Cache the prompts and emit the first token of each."""
+        start = self._now()
+        # A stable sort moves padding, wherever it stands, behind the prompt.
+        order = torch.argsort(attention_mask == 0, dim=1, stable=True)
+        ids = input_ids.gather(1, order)[:, : int(prompt_lens.max())]
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        state = (self.cache.quantized_len, self.cache.length, prompt_lens)
+        logits = self.qs.forward(Role.PREFILL, ids, positions, prompt_lens[:, None] - 1, *state, cache=self.cache)
+        self.cache.advance_prefill(prompt_lens)
+        self.stats.prefill_seconds = self._now() - start
+        self.stats.cache_bytes = self.cache.bytes_by_part()
+        self.stats.weight_bytes = self.qs.weight_bytes()
+        scores = self.processor(logits, self.progress.sequences, self.progress.context_lens)
+        self.pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
+        for row, token in enumerate(self.pending.tolist()):
+            self.progress.append(row, [token], scores[row])
+        self._judge()
+
+    def cycle(self, num_drafts: int) -> None:
+        """Draft ``num_drafts`` tokens, verify them, keep what the target agrees with, flush if due."""
+        start = self._now()
+        drafts, draft_probs = self._draft(num_drafts)
+        scores = self._verify(drafts)
+        if self.do_sample:
+            accepted, self.pending = accept_sampled(drafts, draft_probs, scores.softmax(-1), self.generator)
+        else:
+            accepted, self.pending = accept_greedy(drafts, scores)
+        running = torch.tensor(self.progress.running, device=accepted.device)
+        self.stats.flushes += self.cache.accept(torch.where(running, accepted + 1, 0))
+        self._emit(drafts, accepted, scores)
+        self.stats.decode_seconds += self._now() - start
+        self._judge()
+
+    def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:
+        """``num_drafts`` tokens ``(B, T)`` from the INT4 draft and, when sampling, their distributions ``(B, T, V)``."""
+        tokens, probs = [], []
+        current = self.pending
+        zero = self.pending.new_zeros(self.cache.batch_size, 1)
+        for step in range(num_drafts):
+            length = self.cache.length + step
+            inputs = (current[:, None], length[:, None], zero, self.cache.quantized_len, length)
+            logits = self.qs.forward(Role.DRAFT, *inputs, cache=self.cache)
+            context_lens = [count + step for count in self.progress.context_lens]
+            scores = self.processor(logits, self.progress.sequences, context_lens)[:, 0]
+            if self.do_sample:
+                probs.append(scores.softmax(-1))
+                current = sample(probs[-1], self.generator)
+            else:
+                current = scores.argmax(-1)
+            tokens.append(current)
+            if self.processor.needs_context:
+                self.progress.write_draft(step, current)
+        drafts = torch.stack(tokens, 1) if tokens else zero[:, :0]
+        vocab = self.qs.vocab_size
+        return drafts, torch.stack(probs, 1) if probs else drafts.new_empty(*drafts.shape, vocab, dtype=torch.float32)
+
+    def _verify(self, drafts: Tensor) -> Tensor:
+        """The target's scores ``(B, T + 1, V)`` of every drafted token and of the one after them."""
+        block = torch.cat((self.pending[:, None], drafts), 1)
+        rows = torch.arange(block.shape[1], device=block.device).expand_as(block)
+        positions = self.cache.length[:, None] + rows
+        inputs = (block, positions, rows, self.cache.quantized_len, self.cache.length)
+        logits = self.qs.forward(Role.TARGET, *inputs, cache=self.cache)
+        return self.processor(logits, self.progress.sequences, self.progress.context_lens)
+
+    def _emit(self, drafts: Tensor, accepted: Tensor, scores: Tensor) -> None:
+        """Append each running sequence's accepted tokens and the target's own next token."""
+        running = self.progress.running
+        counts, next_tokens, blocks = accepted.tolist(), self.pending.tolist(), drafts.tolist()
+        self.stats.record_cycle(drafts.shape[1], [count for count, runs in zip(counts, running, strict=True) if runs])
+        for row, count in enumerate(counts):
+            if running[row]:
+                tokens = [*blocks[row][:count], next_tokens[row]]
+                self.progress.append(row, tokens, scores[row, : count + 1])
+
+    def _judge(self) -> None:
+        """Stream and stop; what user code does there is not counted as decoding time."""
+        self.progress.judge()
+        self.stats.generated_tokens = self.progress.num_generated()
+
+    def _now(self) -> float:
+        if self.qs.device.type == "cuda":
+            torch.cuda.synchronize(self.qs.device)
+        return time.perf_counter()

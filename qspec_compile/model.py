@@ -1,0 +1,198 @@
+"""``convert``: a Hugging Face decoder becomes a target and a draft that share its weights and one cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from quantspec.passes import LinearReport, Role
+
+from .cache import HierarchicalCache
+from .capture import capture
+from .config import QuantSpecConfig
+from .generate import GenerateOutput, decode, prepare_arguments
+from .pair import build_pair, unique_tensors
+from .self_check import self_check
+from .stats import GenerationStats
+
+
+class QuantSpecModel:
+    """A converted decoder. Create it with :func:`convert`.
+
+    Attributes:
+        model: the Hugging Face model, untouched; its tensors are the target's.
+        target, draft, prefill: ``torch.fx.GraphModule`` of each role; see :class:`quantspec.pair.Pair` for their inputs.
+        config: the options in force, group sizes as adapted.
+        linears: what became of each linear in the draft.
+        last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig) -> None:
+        captured = capture(model)
+        self.model = model
+        self.layers = captured.layers
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        pair = build_pair(captured, config, vocab_size)
+        self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
+        self.linears: tuple[LinearReport, ...] = pair.linears
+        adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
+        limit = config.max_cache_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.config = replace(
+            config,
+            adapted_group_sizes=MappingProxyType(adapted),
+            max_cache_len=limit or torch.iinfo(torch.int32).max,
+        )
+        self.last_stats: GenerationStats | None = None
+        self._cache: HierarchicalCache | None = None
+        compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self._graphs = {
+            Role.TARGET: _callable(self.target, compiles),
+            Role.DRAFT: _callable(self.draft, compiles),
+            # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
+            Role.PREFILL: _callable(self.prefill, False),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and the cache live."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the embedding knows."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
+        """Run a role's graph on ``inputs`` and the cache; returns logits ``(B, R, V)``. See :class:`Pair`."""
+        return self._graphs[role](*inputs, *cache.inputs(role))
+
+    def new_cache(self, batch_size: int, num_speculative_tokens: int) -> HierarchicalCache:
+        """An empty cache for this model; :meth:`HierarchicalCache.reserve` gives it room."""
+        assert self.config.max_cache_len is not None
+        return HierarchicalCache(
+            self.layers,
+            batch_size,
+            self.config.kv_group_size,
+            num_speculative_tokens,
+            self.config.max_cache_len,
+            self.model.dtype,
+            self.device,
+        )
+
+    def acquire_cache(self, batch_size: int, num_speculative_tokens: int) -> HierarchicalCache:
+        """The cache of the previous call, emptied, if it fits; otherwise a new one in its place."""
+        cache = self._cache
+        if cache is None or (cache.batch_size, cache.num_speculative_tokens) != (batch_size, num_speculative_tokens):
+            # The old storage is released before the new one is taken.
+            self._cache = cache = None
+            self._cache = cache = self.new_cache(batch_size, num_speculative_tokens)
+        cache.reset()
+        return cache
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the target's weights, and of what the draft adds to them."""
+        shared = unique_tensors(self.target, self.prefill, self.model)
+        added = {address: t for address, t in unique_tensors(self.draft).items() if address not in shared}
+        return {
+            "target": sum(t.nbytes for t in shared.values()),
+            "draft_int4": sum(t.nbytes for t in added.values()),
+        }
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        *,
+        num_speculative_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateOutput:
+        """Generate text as ``model.generate`` would, several tokens per reading of the target.
+
+        Args:
+            input_ids: ``(B, S)`` int64 prompts, padded left or right where ``attention_mask`` is 0.
+            attention_mask: ``(B, S)`` of 0 and 1; all ones if None (and no padding token is found).
+            generation_config: replaces ``model.generation_config``; keywords override either.
+            streamer: receives the prompt, then tokens as they are accepted.
+            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone.
+            generator: randomness for sampling, on the model's device; the global one if None.
+            seed: shorthand for a fresh generator with this seed.
+            tokenizer: needed with ``stop_strings``.
+            **kwargs: any Hugging Face generation option that greedy search or sampling knows.
+
+        Returns:
+            ``(B, S + new)`` token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
+
+        Raises:
+            ValueError, TypeError: an input or option that cannot be honoured, before any work is done.
+            CacheFullError: prompt and output would exceed ``max_cache_len``.
+        """
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("pass either generator or seed, not both")
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+        arguments = prepare_arguments(self, input_ids, attention_mask, tokenizer, num_speculative_tokens, kwargs)
+        method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
+        return self.model.generate(
+            input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
+        )
+
+    @functools.cached_property
+    def decode(self) -> Callable[..., Tensor | GenerateOutput]:
+        """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
+        return functools.partial(decode, self)
+
+    def __repr__(self) -> str:
+        left = [r for r in self.linears if r.group_size is None]
+        sizes = sorted({r.group_size for r in self.linears if r.group_size is not None})
+        weights = self.weight_bytes()
+        lines = [
+            f"QuantSpecModel({type(self.model).__name__}, {str(self.model.dtype).removeprefix('torch.')}, {self.device})",
+            f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
+            f"  weights: target {weights['target'] / 2**20:.1f} MiB, draft adds {weights['draft_int4'] / 2**20:.1f} MiB",
+            f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
+            f" (asked for {self.config.weight_group_size})",
+        ]
+        lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
+        return "\n".join(lines)
+
+
+def _callable(graph_module: fx.GraphModule, compiles: bool) -> Callable[..., Tensor]:
+    # torch.compile refuses an exported GraphModule object, but takes its forward.
+    forward = graph_module.forward
+    return torch.compile(forward, dynamic=True) if compiles else forward
+
+
+def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
+    """Pair a Hugging Face decoder with an INT4 draft of itself.
+
+    Args:
+        model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable.
+        config: options as a :class:`QuantSpecConfig`.
+        **options: fields of :class:`QuantSpecConfig`, on top of ``config``.
+
+    Returns:
+        The pair, with ``generate``.
+
+    Raises:
+        TypeError, ValueError: a bad option.
+        UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
+        SelfCheckError: the pair does not reproduce the model's logits.
+    """
+    resolved = QuantSpecConfig.from_options(config, options)
+    converted = QuantSpecModel(model, resolved)
+    if resolved.self_check:
+        self_check(converted)
+    return converted

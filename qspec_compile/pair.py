@@ -1,0 +1,81 @@
+"""Pairing: from one captured decoder to the target, draft and prefill graphs that share weights and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from quantspec.passes import (
+    CheckTokenMixing,
+    FuseSharedInputLinears,
+    LinearReport,
+    LowerAttention,
+    PrepackInt4ForCpu,
+    QuantizeWeights,
+    RemoveNoOps,
+    Role,
+    SelectLogitRows,
+    TokenMixingError,
+    WidenLinears,
+    cpu_lacks_half_matmul,
+)
+from quantspec.passes.graph import clone
+
+from .capture import Capture
+from .config import QuantSpecConfig
+from .errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The lowered graphs of one model.
+
+    Every graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
+    ``length (B,)``, for prefill ``num_new (B,)``, all int64, then ``HierarchicalCache.inputs(role)``; it returns logits
+    ``(B, R, V)``. ``linears`` tells what became of each of the draft's weights.
+    """
+
+    target: fx.GraphModule
+    draft: fx.GraphModule
+    prefill: fx.GraphModule
+    linears: tuple[LinearReport, ...]
+
+
+def draft_weight_passes(config: QuantSpecConfig) -> tuple[QuantizeWeights, list]:
+    """The passes that give a graph INT4 weights, in order, and the first one by itself for its report."""
+    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head)
+    return quantize, [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
+
+
+def _run(graph_module: fx.GraphModule, passes: list) -> fx.GraphModule:
+    return PassManager(passes=passes)(graph_module).graph_module
+
+
+def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> Pair:
+    """Clone the captured graph once per role and run that role's passes.
+
+    Raises:
+        UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
+    """
+    base = clone(captured.graph_module)
+    quantize, weight_passes = draft_weight_passes(config)
+    try:
+        _run(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows()])
+    except TokenMixingError as error:
+        raise UnsupportedModelError(str(error)) from error
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
+    graphs = {role: _run(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
+    if cpu_lacks_half_matmul():
+        graphs[Role.PREFILL] = _run(graphs[Role.PREFILL], [WidenLinears()])
+    # Cloning once more drops the full-precision weights that INT4 replaced.
+    draft = clone(_run(graphs[Role.DRAFT], weight_passes))
+    return Pair(graphs[Role.TARGET], draft, graphs[Role.PREFILL], tuple(quantize.report))
+
+
+def unique_tensors(*modules: torch.nn.Module) -> dict[int, Tensor]:
+    """Parameters and buffers by address, so that shared storage counts once."""
+    return {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}

@@ -1,0 +1,108 @@
+"""What one ``generate`` call did, under the names vLLM and AIPerf use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class GenerationStats:
+    """Counts, times and bytes of one ``generate`` call; ``print`` it for a table.
+
+    Attributes:
+        num_speculative_tokens: tokens drafted per cycle, as asked for.
+        num_sequences: batch size.
+        prompt_tokens, generated_tokens: over all sequences.
+        cycles: cycles summed over sequences that were still running.
+        drafted, accepted: draft tokens proposed and accepted, over running sequences.
+        drafted_per_position, accepted_per_position: the same by place in the block.
+        acceptance_histogram: ``[n]`` is how often exactly n draft tokens of a block were accepted.
+        flushes: cycles that moved a group into the planes.
+        prefill_seconds, decode_seconds: wall-clock, prompt and everything after.
+        cache_bytes, weight_bytes: by part.
+    """
+
+    num_speculative_tokens: int
+    num_sequences: int = 1
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cycles: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_per_position: list[int] = field(default_factory=list)
+    accepted_per_position: list[int] = field(default_factory=list)
+    acceptance_histogram: list[int] = field(default_factory=list)
+    flushes: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.drafted_per_position = [0] * self.num_speculative_tokens
+        self.accepted_per_position = [0] * self.num_speculative_tokens
+        self.acceptance_histogram = [0] * (self.num_speculative_tokens + 1)
+
+    def record_cycle(self, drafted: int, accepted: list[int]) -> None:
+        """Count one cycle of ``drafted`` tokens; ``accepted`` holds one number per running sequence."""
+        for count in accepted:
+            self.cycles += 1
+            self.drafted += drafted
+            self.accepted += count
+            self.acceptance_histogram[count] += 1
+            for position in range(drafted):
+                self.drafted_per_position[position] += 1
+                self.accepted_per_position[position] += position < count
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; NaN if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Accepted over drafted tokens at each place in the block."""
+        pairs = zip(self.accepted_per_position, self.drafted_per_position, strict=True)
+        return [accepted / drafted if drafted else float("nan") for accepted, drafted in pairs]
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a cycle yields, the target's own included: 1 + accepted / cycles."""
+        return 1 + self.accepted / self.cycles if self.cycles else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first of each sequence over the time spent on them; NaN if there are none."""
+        return (self.generated_tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else float("nan")
+
+    def as_dict(self) -> dict[str, object]:
+        """Fields and rates as JSON-ready values."""
+        rates = ("draft_acceptance_rate", "acceptance_rate_per_position", "mean_acceptance_length", "tokens_per_second")
+        return {**self.__dict__, **{name: getattr(self, name) for name in rates}}
+
+    def __str__(self) -> str:
+        def mebibytes(parts: dict[str, int]) -> str:
+            total = sum(parts.values()) / 2**20
+            detail = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in parts.items())
+            return f"{total:.1f} MiB ({detail})"
+
+        rows = [
+            ("tokens", f"{self.prompt_tokens} prompt, {self.generated_tokens} generated"),
+            ("prefill", f"{self.prefill_seconds:.2f} s"),
+            ("decode", f"{self.decode_seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"),
+        ]
+        if self.drafted:
+            positions = ", ".join(f"{rate:.2f}" for rate in self.acceptance_rate_per_position)
+            rows += [
+                ("accepted", f"{self.accepted} of {self.drafted} drafted tokens in {self.cycles} cycles"),
+                ("draft_acceptance_rate", f"{self.draft_acceptance_rate:.3f} (by position {positions})"),
+                ("mean_acceptance_length", f"{self.mean_acceptance_length:.2f} tokens a cycle"),
+                ("acceptance_histogram", " ".join(map(str, self.acceptance_histogram))),
+            ]
+        rows += [
+            ("flushes", str(self.flushes)),
+            ("cache", mebibytes(self.cache_bytes)),
+            ("weights", mebibytes(self.weight_bytes)),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

@@ -1,0 +1,85 @@
+"""Tiny random decoders of many architectures, for tests and for ``docs/supported-models.md``."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+
+# Model type -> what it needs beyond _COMMON.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 16, **_WINDOWS},
+    "gemma3_text": {"head_dim": 16, **_WINDOWS},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": _GPT2,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "starcoder2": {"sliding_window": 12},
+    "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "olmo": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, **_WINDOWS},
+    "stablelm": {},
+    "nemotron": {},
+    "gpt_bigcode": _GPT2,
+    "mixtral": _MOE,
+    "qwen3_moe": {"head_dim": 16, **_MOE},
+    "gpt_oss": {"head_dim": 16, **_WINDOWS, **_MOE},
+    "deepseek_v3": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        **_MOE,
+    },
+}
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A two-layer random model of a type in :data:`ARCHITECTURES` (or any causal ``model_type``), in eval mode.
+
+    Weights are wide enough that greedy decoding does not hang on near-ties.
+    """
+    options = ARCHITECTURES.get(architecture, {})
+    if options is not _GPT2:
+        options = {**_COMMON, **options}
+    config = AutoConfig.for_model(architecture, **{**options, **overrides})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            elif name.endswith("bias") or "sinks" in name:
+                parameter.normal_(std=0.1)
+    return model.to(dtype).eval()
