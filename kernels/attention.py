@@ -32,7 +32,14 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, offset: int, scale: float, window: int, softcap: float, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offset: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention of ``(B, H, T, D)`` queries whose first sits at position ``offset`` of ``(B, K, S, D)`` keys.
 
@@ -41,8 +48,11 @@ def masked_attention(
     """
     num_tokens, num_keys = query.shape[2], key.shape[2]
     if softcap == 0 and sinks is None and window == 0 and offset == 0 and key.shape[-1] == value.shape[-1]:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).contiguous()
+        # Half precision is emulated by most CPUs, several times slower than float32.
+        dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).to(query.dtype).contiguous()
     dtype = compute_dtype(query.dtype)
     repeat = query.shape[1] // key.shape[1]
     key_t = key.to(dtype).repeat_interleave(repeat, 1).transpose(-1, -2)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from enum import Enum
 
 import torch
+from quantspec.kernels.hierarchical import num_value_groups
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-
-from quantspec.kernels.hierarchical import num_value_groups
 
 from .graph import add_call, add_placeholder, fake_mode_of, find_calls, finish
 
@@ -72,16 +71,21 @@ class LowerAttention(PassBase):
             return PassResult(graph_module, False)
         query = markers[0].args[0].meta["val"]  # type: ignore[union-attr]
         names = ["quantized_len", "length"] + (["num_new"] if self.role is Role.PREFILL else [])
-        state = [add_placeholder(graph, name, (query.shape[0],), torch.int64, query.device) for name in names]
+        counts = query.new_empty(query.shape[:1], dtype=torch.int64)
+        state = [add_placeholder(graph, name, counts) for name in names]
+        values = _CacheValues(graph, self.group_size)
         for marker in markers:
-            self._lower(graph, marker, state)
+            self._lower(graph, marker, state, values)
         finish(graph_module)
         return PassResult(graph_module, True)
 
-    def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node]) -> None:
+    def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
         query, key, value, layer, scale, window, softcap, sinks = marker.args
-        k, v = key.meta["val"], value.meta["val"]  # type: ignore[union-attr]
-        parts = self._cache_placeholders(graph, layer, k, v)  # type: ignore[arg-type]
+        dense = {"k": key.meta["val"], "v": value.meta["val"]}  # type: ignore[union-attr]
+        parts = {
+            part: add_placeholder(graph, f"cache_{layer}_{part}", values.of(part, dense[part[0]]))
+            for part in cache_parts(self.role)
+        }
         options = (scale, window, softcap, sinks)
         if self.role is Role.PREFILL:
             target = torch.ops.quantspec.prefill_attention.default
@@ -89,32 +93,38 @@ class LowerAttention(PassBase):
             target = torch.ops.quantspec.cached_attention.default
         cache = tuple(parts.get(part) for part in CACHE_PARTS)
         with graph.inserting_before(marker):
-            lowered = add_call(graph, target, (query, key, value, *cache, *state, *options), marker)
+            arguments = (query, key, value, *cache, *state, *options)
+            lowered = add_call(graph, target, arguments, marker, value=marker.meta.get("val"))
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 
-    def _cache_placeholders(
-        self, graph: fx.Graph, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> dict[str, fx.Node]:
-        mode = fake_mode_of(graph)
-        assert mode is not None
-        assert mode.shape_env is not None
+
+class _CacheValues:
+    """Value metadata of cache inputs; one fake tensor per distinct shape, since making them is slow."""
+
+    def __init__(self, graph: fx.Graph, group_size: int) -> None:
+        self.mode = fake_mode_of(graph)
+        self.group_size = group_size
+        self.made: dict[tuple, torch.Tensor] = {}
+        assert self.mode is not None
+        assert self.mode.shape_env is not None
         # The allocated sizes are the cache's affair: no graph depends on them.
-        groups, recent = (mode.shape_env.create_unbacked_symint() for _ in range(2))
-        for size in (groups, recent):
-            torch._check(size >= 0)
-        half = self.group_size // 2
-        batch, heads = key.shape[:2]
-        shapes = {}
-        for prefix, dense in (("k", key), ("v", value)):
-            dim = dense.shape[3]
-            params = (groups, dim) if prefix == "k" else (groups, self.group_size, num_value_groups(dim))
-            shapes[f"{prefix}_recent"] = ((batch, heads, recent, dim), key.dtype)
-            for plane in ("upper", "lower"):
-                shapes[f"{prefix}_{plane}"] = ((batch, heads, groups, half, dim), torch.uint8)
-            for parameter in ("scale", "zero"):
-                shapes[f"{prefix}_{parameter}"] = ((batch, heads, *params), torch.float16)
-        return {
-            part: add_placeholder(graph, f"cache_{layer}_{part}", *shapes[part], key.device)
-            for part in cache_parts(self.role)
-        }
+        self.groups, self.recent = (self.mode.shape_env.create_unbacked_symint() for _ in range(2))
+
+    def of(self, part: str, dense: torch.Tensor) -> torch.Tensor:
+        """The value of ``part`` for a layer whose keys or values are ``dense (B, K, T, D)``."""
+        batch, heads, _, dim = dense.shape
+        shape: tuple
+        if part.endswith("recent"):
+            shape, dtype = (batch, heads, self.recent, dim), dense.dtype
+        elif part.endswith(("upper", "lower")):
+            shape, dtype = (batch, heads, self.groups, self.group_size // 2, dim), torch.uint8
+        elif part.startswith("k"):
+            shape, dtype = (batch, heads, self.groups, dim), torch.float16
+        else:
+            shape, dtype = (batch, heads, self.groups, self.group_size, num_value_groups(dim)), torch.float16
+        key = (*map(str, shape), dtype)
+        if key not in self.made:
+            with self.mode:  # type: ignore[union-attr]
+                self.made[key] = torch.empty(shape, dtype=dtype, device=dense.device)
+        return self.made[key]

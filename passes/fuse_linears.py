@@ -52,6 +52,8 @@ class FuseSharedInputLinears(PassBase):
             sizes = [tensor.shape[0] for tensor in qdata]
             parts = add_call(graph, aten.split_with_sizes.default, (out, sizes, -1), first)
             for index, node in enumerate(nodes):
-                node.replace_all_uses_with(add_call(graph, operator.getitem, (parts, index), node))
+                node.replace_all_uses_with(
+                    add_call(graph, operator.getitem, (parts, index), node, value=node.meta.get("val"))
+                )
         for node in nodes:
             graph.erase_node(node)

@@ -59,10 +59,17 @@ def add_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     return node
 
 
-def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node) -> fx.Node:
-    """Insert a call at the current insertion point, with the value metadata that its arguments imply."""
+def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node, value: Any = None) -> fx.Node:
+    """Insert a call at the current insertion point, with its value metadata.
+
+    The metadata is ``value`` where the caller knows it (propagating symbolic shapes is slow), otherwise what the
+    arguments imply.
+    """
     node = graph.call_function(target, args)
     node.meta.update({key: origin.meta[key] for key in _ORIGIN_KEYS if key in origin.meta})
+    if value is not None:
+        node.meta["val"] = value
+        return node
     values = fx.node.map_arg(args, lambda argument: argument.meta.get("val"))
     mode = fake_mode_of(graph)
     if mode is not None and all("val" in argument.meta for argument in node.all_input_nodes):
@@ -71,15 +78,12 @@ def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node) -> fx.N
     return node
 
 
-def add_placeholder(graph: fx.Graph, name: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> fx.Node:
-    """Append a placeholder after the existing ones, with value metadata of this (possibly symbolic) shape."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(placeholders[-1]):
+def add_placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
+    """Append a placeholder after the existing ones, with this value metadata."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
         node = graph.placeholder(name)
-    mode = fake_mode_of(graph)
-    if mode is not None:
-        with mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+    node.meta["val"] = value
     return node
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from quantspec.kernels.int4_linear import pack_int4
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-
-from quantspec.kernels.int4_linear import pack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
@@ -64,7 +63,15 @@ def quantize_int4(weight: Tensor, group_size: int, quantizer: WeightQuantizer) -
         )
     else:
         scale, zero = primitives._choose_qparams_affine_tinygemm(
-            w, primitives.MappingType.ASYMMETRIC, block, torch.int32, 0, 15, eps=1e-6, scale_dtype=dtype, zero_point_dtype=dtype
+            w,
+            primitives.MappingType.ASYMMETRIC,
+            block,
+            torch.int32,
+            0,
+            15,
+            eps=1e-6,
+            scale_dtype=dtype,
+            zero_point_dtype=dtype,
         )
         codes = primitives._quantize_affine_tinygemm(w, block, scale.float(), zero.float(), torch.int32, 0, 15)
     rows = weight.shape[0]
@@ -140,9 +147,10 @@ class QuantizeWeights(PassBase):
             )
             if is_expert:
                 target = torch.ops.quantspec.int4_expert_linear.default
-                new = add_call(gm.graph, target, (x, node.args[1], *weights, bias), node)
+                new = add_call(gm.graph, target, (x, node.args[1], *weights, bias), node, value=node.meta.get("val"))
             else:
-                new = add_call(gm.graph, torch.ops.quantspec.int4_linear.default, (x, *weights, bias), node)
+                target = torch.ops.quantspec.int4_linear.default
+                new = add_call(gm.graph, target, (x, *weights, bias), node, value=node.meta.get("val"))
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
@@ -174,6 +182,6 @@ def _is_router(node: fx.Node, depth: int = _ROUTER_DEPTH) -> bool:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    return node.target in (aten.matmul.default, aten.bmm.default, *_ADDMM_TARGETS) or str(node.target).startswith("quantspec")
-
-
+    return node.target in (aten.matmul.default, aten.bmm.default, *_ADDMM_TARGETS) or str(node.target).startswith(
+        "quantspec"
+    )

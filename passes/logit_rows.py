@@ -40,7 +40,9 @@ class SelectLogitRows(PassBase):
     def requires(self, graph_module: fx.GraphModule) -> None:
         if logits_linear(graph_module.graph) is None:
             output = graph_module.graph.output_node().args[0]
-            raise ValueError(f"no language-model head found in front of the output {output}: logit rows cannot be selected")
+            raise ValueError(
+                f"no language-model head found in front of the output {output}: logit rows cannot be selected"
+            )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -51,7 +53,7 @@ class SelectLogitRows(PassBase):
         hidden = head.args[0]
         assert isinstance(hidden, fx.Node)
         value = hidden.meta["val"]
-        rows = add_placeholder(graph, INPUT_NAME, (value.shape[0], value.shape[1]), torch.int64, value.device)
+        rows = add_placeholder(graph, INPUT_NAME, value.new_empty(value.shape[:2], dtype=torch.int64))
         with graph.inserting_before(head):
             index = add_call(graph, aten.unsqueeze.default, (rows, -1), head)
             index = add_call(graph, aten.expand.default, (index, [-1, -1, value.shape[-1]]), head)

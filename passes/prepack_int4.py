@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from quantspec.kernels.int4_linear import unpack_int4
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-
-from quantspec.kernels.int4_linear import unpack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 
@@ -66,6 +65,6 @@ class PrepackInt4ForCpu(PassBase):
                 out = add_call(graph, aten.add.Tensor, (out, bias), node)
             if value.dim() != 2:
                 leading = [add_call(graph, aten.sym_size.int, (x, axis), node) for axis in range(value.dim() - 2)]
-                out = add_call(graph, aten.reshape.default, (out, [*leading, -1, rows]), node)
+                out = add_call(graph, aten.reshape.default, (out, [*leading, -1, rows]), node, value=node.meta["val"])
         node.replace_all_uses_with(out)
         graph.erase_node(node)

@@ -29,10 +29,11 @@ class WidenLinears(PassBase):
                 continue
             with graph.inserting_before(node):
                 wide = [
-                    None if arg is None else add_call(graph, aten.to.dtype, (arg, torch.float32), node) for arg in node.args
+                    None if arg is None else add_call(graph, aten.to.dtype, (arg, torch.float32), node)
+                    for arg in node.args
                 ]
                 out = add_call(graph, aten.linear.default, tuple(wide), node)
-                out = add_call(graph, aten.to.dtype, (out, value.dtype), node)
+                out = add_call(graph, aten.to.dtype, (out, value.dtype), node, value=value)
             node.replace_all_uses_with(out)
             graph.erase_node(node)
             modified = True

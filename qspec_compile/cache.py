@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
-
 from quantspec.kernels import flush
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.prefill_attention import num_flushed_groups
 from quantspec.passes import Role, cache_parts
+from torch import Tensor
 
 from .capture import CapturedLayer
 
@@ -106,9 +105,7 @@ class HierarchicalCache:
         self.max_len = max_len
         self.batch_size = batch_size
         recent = 2 * group_size + num_speculative_tokens + 1
-        self.layers = [
-            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
-        ]
+        self.layers = [LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers]
         self.quantized_len = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
 

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from quantspec.kernels import attention, expert_linear
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantspec.kernels import attention, expert_linear
-
 from .errors import UnsupportedModelError
 
 IMPLEMENTATION = "quantspec_capture"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Keyword arguments that models pass to the attention interface and that do not change what it computes here.
 _NEUTRAL_ATTENTION_KWARGS = frozenset(
@@ -212,9 +212,7 @@ class _Logits(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         # An explicit mask keeps transformers from reading packed sequences out of the positions.
         mask = torch.ones_like(input_ids)
-        return self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).logits
+        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
 
 
 def _check_model(model: object) -> None:
@@ -229,10 +227,6 @@ def _check_model(model: object) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{name} is already quantized; load the full-precision weights, the draft's INT4 weights are made from them"
-        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for tensor_name, tensor in tensors:
         if tensor.device.type == "meta":
@@ -240,9 +234,14 @@ def _check_model(model: object) -> None:
     devices = sorted({str(tensor.device) for _, tensor in tensors})
     if len(devices) > 1:
         raise UnsupportedModelError(f"{name} is spread over {', '.join(devices)}; move it to one device")
-    dtype = next(model.parameters()).dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UnsupportedModelError(f"{name} has {dtype} weights; use float32, float16 or bfloat16")
+    for tensor_name, tensor in tensors:
+        # A buffer may count or index; packed weights are integers too, but of 8 or 32 bits.
+        packed = tensor.dtype in (torch.int8, torch.uint8, torch.int32) and tensor.dim() > 1
+        if packed or (isinstance(tensor, nn.Parameter) and tensor.dtype not in DTYPES):
+            raise UnsupportedModelError(
+                f"weight '{tensor_name}' of {name} is {tensor.dtype}; load the model in float32, float16 or bfloat16, "
+                "not quantized: the draft's INT4 weights are made from them"
+            )
     for key, parameters in _rope_parameters(config):
         rope_type = parameters.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):

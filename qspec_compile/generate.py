@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from quantspec.passes import Role
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
-
-from quantspec.passes import Role
 
 from .cache import HierarchicalCache
 from .config import ALIASES, check_num_speculative_tokens
@@ -99,7 +98,9 @@ def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids is empty (shape {tuple(input_ids.shape)}); pass at least one token per prompt")
     if input_ids.device != qs.device:
-        raise ValueError(f"input_ids are on {input_ids.device} and the model on {qs.device}; use input_ids.to('{qs.device}')")
+        raise ValueError(
+            f"input_ids are on {input_ids.device} and the model on {qs.device}; use input_ids.to('{qs.device}')"
+        )
     low, high = (int(bound) for bound in torch.aminmax(input_ids))
     if low < 0 or high >= qs.vocab_size:
         raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
@@ -121,7 +122,11 @@ def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> N
 def _take_stop_strings(qs: QuantSpecModel, options: dict[str, Any], tokenizer: Any) -> None:
     """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer when ``custom_generate`` is used."""
     config = options.get("generation_config")
-    given = (options.pop("stop_strings", None), getattr(config, "stop_strings", None), qs.model.generation_config.stop_strings)
+    given = (
+        options.pop("stop_strings", None),
+        getattr(config, "stop_strings", None),
+        qs.model.generation_config.stop_strings,
+    )
     strings = next((value for value in given if value is not None), None)
     if strings is None:
         return
@@ -157,9 +162,13 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) 
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(f"generate() does not take past_key_values: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED_MODEL_KWARGS)
+    unknown = sorted(
+        name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED_MODEL_KWARGS
+    )
     if unknown:
-        raise ValueError(f"model argument {', '.join(unknown)} is not supported by quantspec; only input_ids and attention_mask")
+        raise ValueError(
+            f"model argument {', '.join(unknown)} is not supported by quantspec; only input_ids and attention_mask"
+        )
 
 
 @torch.no_grad()

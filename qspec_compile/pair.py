@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.fx.passes.infra.pass_manager import PassManager
-
 from quantspec.passes import (
     CheckTokenMixing,
     FuseSharedInputLinears,
@@ -23,6 +20,8 @@ from quantspec.passes import (
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_manager import PassManager
 
 from .capture import Capture
 from .config import QuantSpecConfig

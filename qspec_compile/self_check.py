@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
 from quantspec.passes import Role
+from torch import Tensor
 
 from .errors import SelfCheckError
 
@@ -74,7 +73,9 @@ def self_check(qs: QuantSpecModel) -> None:
             with torch.no_grad():
                 ours = incremental_logits(qs, ids, prompt_len, _STEPS).float()
                 mask = torch.ones_like(ids)
-                expected = qs.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, prompt_len - 1 :].float()
+                expected = (
+                    qs.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, prompt_len - 1 :].float()
+                )
             error = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
             if not error <= allowed:
                 raise SelfCheckError(

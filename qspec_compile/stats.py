@@ -73,7 +73,9 @@ class GenerationStats:
     @property
     def tokens_per_second(self) -> float:
         """Tokens after the first of each sequence over the time spent on them; NaN if there are none."""
-        return (self.generated_tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else float("nan")
+        return (
+            (self.generated_tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else float("nan")
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Fields and rates as JSON-ready values."""

@@ -17,7 +17,15 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -36,7 +44,12 @@ ARCHITECTURES: dict[str, dict] = {
     "gpt2": _GPT2,
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "starcoder2": {"sliding_window": 12},
-    "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+    },
     "olmo": {},
     "olmo2": {},
     "smollm3": {"no_rope_layers": [1, 0]},
