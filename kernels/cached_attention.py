@@ -48,7 +48,7 @@ def dense_key_value(
 def append_recent(
     key: Tensor, value: Tensor, k_recent: Tensor, v_recent: Tensor, quantized_len: Tensor, length: Tensor
 ) -> None:
-    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward of each sequence, in place."""
+    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward, in place."""
     slots = (length - quantized_len)[:, None] + torch.arange(key.shape[2], device=key.device)
     for new, recent in ((key, k_recent), (value, v_recent)):
         index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
@@ -90,7 +90,7 @@ def cached_attention_reference(
 
 
 def _group_codes(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u - 8 of the draft or 16u + l - 128 of the target, as floats."""
+    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes as floats: the draft's u - 8 or the target's 16u + l - 128."""
     half = upper.shape[-2]
     out = upper.new_empty(*upper.shape[:-2], 2 * half, upper.shape[-1], dtype=dtype)
     if lower is None:
@@ -189,7 +189,7 @@ def cached_attention(
     Args:
         query: ``(B, H, T, D)`` after RoPE; token t of sequence b sits at position ``length[b] + t``.
         key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer.
-        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``; slot r holds position ``quantized_len + r``. Mutated.
+        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``, mutated; slot r is position ``quantized_len + r``.
         k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
         k_scale, k_zero: ``(B, K, N, D)`` float16.
         v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes.

@@ -29,12 +29,12 @@ def logits_linear(graph: fx.Graph) -> fx.Node | None:
 
 
 class SelectLogitRows(PassBase):
-    """Matches ``linear(hidden, lm_head)`` at the end of the graph, writes ``linear(gather(hidden, logit_rows), lm_head)``.
+    """Matches ``linear(hidden, lm_head)`` before the output, writes ``linear(gather(hidden, logit_rows), lm_head)``.
 
     Adds the input ``logit_rows`` (B, R) int64: the token positions of each sequence whose logits are wanted. The output
     becomes (B, R, V), so a long prompt never holds the logits of all its tokens.
 
-    Requires a head that :func:`logits_linear` finds. Ensures row r of the output equals row ``logit_rows[b, r]`` before.
+    Requires a head that :func:`logits_linear` finds. Ensures output row r equals the former row ``logit_rows[b, r]``.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:

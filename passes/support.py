@@ -71,8 +71,8 @@ class CheckTokenMixing(PassBase):
             values = [run.values.get(node) for run in runs]
             if node.op == "call_function" and _differ(*values):
                 raise TokenMixingError(
-                    f"node '{node.name}' ({node.target}) of module '{module_path(node)}' mixes tokens outside attention or "
-                    "does not follow position_ids (convolution, recurrent state or attention computed by the model "
+                    f"node '{node.name}' ({node.target}) of module '{module_path(node)}' mixes tokens outside attention "
+                    "or does not follow position_ids (convolution, recurrent state or attention computed by the model "
                     "itself); its state is not in the key/value cache"
                 )
         raise TokenMixingError("the model mixes tokens outside attention; its state is not in the key/value cache")

@@ -122,8 +122,8 @@ class HierarchicalCache:
         """
         if num_tokens > self.max_len:
             raise CacheFullError(
-                f"{num_tokens} tokens are more than max_cache_len={self.max_len}; shorten the prompt or max_new_tokens, "
-                "or convert with a larger max_cache_len"
+                f"{num_tokens} tokens are more than max_cache_len={self.max_len}; shorten the prompt or "
+                "max_new_tokens, or convert with a larger max_cache_len"
             )
         # The newest G tokens are never quantized.
         groups = max(0, -(-num_tokens // self.group_size) - 1)

@@ -123,11 +123,8 @@ def _marker_attention(
     for name, argument in kwargs.items():
         if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
             raise _unsupported(module, f"the attention argument '{name}' is not supported")
-    if attention_mask is not None:
-        # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
-        window = attention_mask.window
-    else:
-        window = sliding_window or 0
+    # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
+    window = attention_mask.window if attention_mask is not None else sliding_window or 0
     layer = len(recorder.layers)
     recorder.layers.append(
         CapturedLayer(

@@ -120,7 +120,7 @@ def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> N
 
 
 def _take_stop_strings(qs: QuantSpecModel, options: dict[str, Any], tokenizer: Any) -> None:
-    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer when ``custom_generate`` is used."""
+    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer on the way to ``custom_generate``."""
     config = options.get("generation_config")
     given = (
         options.pop("stop_strings", None),
@@ -303,7 +303,7 @@ class SpeculativeLoop:
         self._judge()
 
     def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:
-        """``num_drafts`` tokens ``(B, T)`` from the INT4 draft and, when sampling, their distributions ``(B, T, V)``."""
+        """``num_drafts`` tokens ``(B, T)`` of the INT4 draft and, when sampling, their distributions ``(B, T, V)``."""
         tokens, probs = [], []
         current = self.pending
         zero = self.pending.new_zeros(self.cache.batch_size, 1)

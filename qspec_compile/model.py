@@ -28,7 +28,7 @@ class QuantSpecModel:
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
-        target, draft, prefill: ``torch.fx.GraphModule`` of each role; see :class:`quantspec.pair.Pair` for their inputs.
+        target, draft, prefill: ``torch.fx.GraphModule`` of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
         last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
@@ -157,10 +157,12 @@ class QuantSpecModel:
         left = [r for r in self.linears if r.group_size is None]
         sizes = sorted({r.group_size for r in self.linears if r.group_size is not None})
         weights = self.weight_bytes()
+        target, added = weights["target"] / 2**20, weights["draft_int4"] / 2**20
+        dtype = str(self.model.dtype).removeprefix("torch.")
         lines = [
-            f"QuantSpecModel({type(self.model).__name__}, {str(self.model.dtype).removeprefix('torch.')}, {self.device})",
+            f"QuantSpecModel({type(self.model).__name__}, {dtype}, {self.device})",
             f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
-            f"  weights: target {weights['target'] / 2**20:.1f} MiB, draft adds {weights['draft_int4'] / 2**20:.1f} MiB",
+            f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
             f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
             f" (asked for {self.config.weight_group_size})",
         ]

@@ -68,7 +68,7 @@ class Progress:
         return self.max_new_tokens - min(counts) if counts else 0
 
     def append(self, row: int, tokens: list[int], scores: Tensor) -> int:
-        """Emit ``tokens`` of one sequence, scored by the rows of ``scores (T, V)``; returns how many it had room for."""
+        """Emit ``tokens`` of one sequence, scored by ``scores (T, V)``, up to its end; returns how many."""
         emitted = 0
         for token, score in zip(tokens, scores, strict=True):
             if self._ended[row]:
