@@ -38,8 +38,7 @@ class QuantSpecModel:
         captured = capture(model)
         self.model = model
         self.layers = captured.layers
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        pair = build_pair(captured, config, vocab_size)
+        pair = build_pair(captured, config, self.vocab_size)
         self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
@@ -67,7 +66,9 @@ class QuantSpecModel:
     @property
     def vocab_size(self) -> int:
         """Token ids the embedding knows."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        return embedding.weight.shape[0]
 
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
         """Run a role's graph on ``inputs`` and the cache; returns logits ``(B, R, V)``. See :class:`Pair`."""
@@ -144,7 +145,7 @@ class QuantSpecModel:
             generator = torch.Generator(device=self.device).manual_seed(seed)
         arguments = prepare_arguments(self, input_ids, attention_mask, tokenizer, num_speculative_tokens, kwargs)
         method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
-        return self.model.generate(
+        return self.model.generate(  # type: ignore[operator]
             input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,12 @@ from quantspec.passes import (
     RemoveNoOps,
     Role,
     SelectLogitRows,
-    TokenMixingError,
     WidenLinears,
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
 from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from .capture import Capture
@@ -43,14 +44,15 @@ class Pair:
     linears: tuple[LinearReport, ...]
 
 
-def draft_weight_passes(config: QuantSpecConfig) -> tuple[QuantizeWeights, list]:
+def draft_weight_passes(config: QuantSpecConfig) -> tuple[QuantizeWeights, list[PassBase]]:
     """The passes that give a graph INT4 weights, in order, and the first one by itself for its report."""
     quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head)
     return quantize, [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
 
 
-def _run(graph_module: fx.GraphModule, passes: list) -> fx.GraphModule:
-    return PassManager(passes=passes)(graph_module).graph_module
+def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
+    """Run ``passes`` in order, each once; returns the rewritten module."""
+    return PassManager(passes=list(passes))(graph_module).graph_module
 
 
 def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> Pair:
@@ -62,16 +64,14 @@ def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> P
     base = clone(captured.graph_module)
     quantize, weight_passes = draft_weight_passes(config)
     try:
-        _run(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows()])
-    except TokenMixingError as error:
-        raise UnsupportedModelError(str(error)) from error
+        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
-    graphs = {role: _run(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
+    graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
     if cpu_lacks_half_matmul():
-        graphs[Role.PREFILL] = _run(graphs[Role.PREFILL], [WidenLinears()])
+        graphs[Role.PREFILL] = run_passes(graphs[Role.PREFILL], [WidenLinears()])
     # Cloning once more drops the full-precision weights that INT4 replaced.
-    draft = clone(_run(graphs[Role.DRAFT], weight_passes))
+    draft = clone(run_passes(graphs[Role.DRAFT], weight_passes))
     return Pair(graphs[Role.TARGET], draft, graphs[Role.PREFILL], tuple(quantize.report))
 
 
