@@ -112,7 +112,7 @@ class HierarchicalCache:
     @property
     def capacity(self) -> int:
         """Tokens a sequence can hold before the planes must grow."""
-        return (self.layers[0].k_upper.shape[2] + 1) * self.group_size
+        return (min(layer.k_upper.shape[2] for layer in self.layers) + 1) * self.group_size
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for ``num_tokens`` tokens per sequence, growing in whole groups.
@@ -127,8 +127,9 @@ class HierarchicalCache:
             )
         # The newest G tokens are never quantized.
         groups = max(0, -(-num_tokens // self.group_size) - 1)
-        if groups > self.layers[0].k_upper.shape[2]:
-            for index, layer in enumerate(self.layers):
+        # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
+        for index, layer in enumerate(self.layers):
+            if groups > layer.k_upper.shape[2]:
                 self.layers[index] = layer.grown(groups)
 
     def inputs(self, role: Role) -> list[Tensor]:

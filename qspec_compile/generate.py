@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from quantspec.passes import Role
@@ -34,7 +34,7 @@ _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_v
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
-    """``GenerateDecoderOnlyOutput`` (``sequences``, ``scores``, ``logits``) with the call's ``statistics``."""
+    """``GenerateDecoderOnlyOutput`` (``sequences``, ``scores``) with the call's ``statistics``."""
 
     statistics: GenerationStats | None = None
 
@@ -54,12 +54,16 @@ def prepare_arguments(
     tokenizer: Any,
     num_speculative_tokens: int | None,
     kwargs: dict[str, Any],
+    generation_config: GenerationConfig | None = None,
 ) -> Arguments:
     """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
     options = dict(kwargs)
-    for name in ("custom_generate", "assistant_model", "position_ids", "inputs_embeds", "past_key_values"):
-        if options.pop(name, None) is not None:
-            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS[name]}")
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
+    for name, reason in _UNSUPPORTED_ARGUMENTS.items():
+        value = options.pop(name, None)
+        if value is not None and value is not False:
+            raise ValueError(f"generate() does not take {name}: {reason}")
     for alias, name in ALIASES.items():
         if alias in options:
             if num_speculative_tokens is not None:
@@ -72,16 +76,19 @@ def prepare_arguments(
     if attention_mask is not None:
         _check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
-    _take_stop_strings(qs, options, tokenizer)
+    _take_stop_strings(qs, options, generation_config, tokenizer)
     return Arguments({"num_speculative_tokens": num_speculative_tokens}, options)
 
 
 _UNSUPPORTED_ARGUMENTS = {
+    "inputs": "the prompt is called input_ids",
     "custom_generate": "it is one itself; call model.generate(custom_generate=qs.decode) from the other side",
     "assistant_model": "the draft is the model itself",
     "position_ids": "positions follow from attention_mask",
     "inputs_embeds": "pass input_ids",
     "past_key_values": "the pair keeps its own cache",
+    "cache_implementation": "the pair keeps its own cache",
+    "token_healing": "heal the prompt before",
 }
 
 
@@ -113,18 +120,21 @@ def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> N
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
         )
+    if input_ids is not None and attention_mask.device != input_ids.device:
+        raise ValueError(f"attention_mask is on {attention_mask.device}, but input_ids on {input_ids.device}")
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold 0 and 1 only")
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
 
 
-def _take_stop_strings(qs: QuantSpecModel, options: dict[str, Any], tokenizer: Any) -> None:
-    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer on the way to ``custom_generate``."""
-    config = options.get("generation_config")
+def _take_stop_strings(
+    qs: QuantSpecModel, options: dict[str, Any], generation_config: GenerationConfig | None, tokenizer: Any
+) -> None:
+    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer before it calls :func:`decode`."""
     given = (
         options.pop("stop_strings", None),
-        getattr(config, "stop_strings", None),
+        None if generation_config is None else generation_config.stop_strings,
         qs.model.generation_config.stop_strings,
     )
     strings = next((value for value in given if value is not None), None)
@@ -140,12 +150,6 @@ def _take_stop_strings(qs: QuantSpecModel, options: dict[str, Any], tokenizer: A
 
 def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse by name what this loop does not do."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
-            "quantspec does greedy search and sampling: set num_beams=1"
-        )
     refused = {
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
         "dola_layers": config.dola_layers is not None,
@@ -155,10 +159,17 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) 
         "token_healing": bool(config.token_healing),
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
+        "output_logits": bool(config.output_logits),
     }
     names = [name for name, asked in refused.items() if asked]
     if names:
         raise ValueError(f"generation option {', '.join(names)} is not supported by quantspec; leave it unset")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
+            "quantspec does greedy search and sampling: set num_beams=1"
+        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(f"generate() does not take past_key_values: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
@@ -204,9 +215,13 @@ def decode(
         num_speculative_tokens = qs.config.num_speculative_tokens
     else:
         check_num_speculative_tokens(num_speculative_tokens)
+    # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
+    input_ids = input_ids.long()
     attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    _check_attention_mask(input_ids, attention_mask)
+    attention_mask = attention_mask.bool()
     prompt_lens = attention_mask.sum(1)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
 
@@ -239,7 +254,9 @@ def decode(
     if not returns_dict:
         return progress.output()
     return GenerateOutput(
-        sequences=progress.output(), scores=progress.scores(progress.judged), statistics=copy.deepcopy(stats)
+        sequences=cast(torch.LongTensor, progress.output()),
+        scores=cast("tuple[torch.FloatTensor] | None", progress.scores),
+        statistics=copy.deepcopy(stats),
     )
 
 
@@ -272,7 +289,7 @@ class SpeculativeLoop:
         """Cache the prompts and emit the first token of each."""
         start = self._now()
         # A stable sort moves padding, wherever it stands, behind the prompt.
-        order = torch.argsort(attention_mask == 0, dim=1, stable=True)
+        order = torch.argsort(~attention_mask, dim=1, stable=True)
         ids = input_ids.gather(1, order)[:, : int(prompt_lens.max())]
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         state = (self.cache.quantized_len, self.cache.length, prompt_lens)
@@ -281,7 +298,7 @@ class SpeculativeLoop:
         self.stats.prefill_seconds = self._now() - start
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
-        scores = self.processor(logits, self.progress.sequences, self.progress.context_lens)
+        scores = self.processor(logits, self.progress)
         self.pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
         for row, token in enumerate(self.pending.tolist()):
             self.progress.append(row, [token], scores[row])
@@ -309,10 +326,9 @@ class SpeculativeLoop:
         zero = self.pending.new_zeros(self.cache.batch_size, 1)
         for step in range(num_drafts):
             length = self.cache.length + step
-            inputs = (current[:, None], length[:, None], zero, self.cache.quantized_len, length)
+            inputs = (current[:, None], self._positions(length[:, None]), zero, self.cache.quantized_len, length)
             logits = self.qs.forward(Role.DRAFT, *inputs, cache=self.cache)
-            context_lens = [count + step for count in self.progress.context_lens]
-            scores = self.processor(logits, self.progress.sequences, context_lens)[:, 0]
+            scores = self.processor(logits, self.progress, step)[:, 0]
             if self.do_sample:
                 probs.append(scores.softmax(-1))
                 current = sample(probs[-1], self.generator)
@@ -329,10 +345,14 @@ class SpeculativeLoop:
         """The target's scores ``(B, T + 1, V)`` of every drafted token and of the one after them."""
         block = torch.cat((self.pending[:, None], drafts), 1)
         rows = torch.arange(block.shape[1], device=block.device).expand_as(block)
-        positions = self.cache.length[:, None] + rows
+        positions = self._positions(self.cache.length[:, None] + rows)
         inputs = (block, positions, rows, self.cache.quantized_len, self.cache.length)
         logits = self.qs.forward(Role.TARGET, *inputs, cache=self.cache)
-        return self.processor(logits, self.progress.sequences, self.progress.context_lens)
+        return self.processor(logits, self.progress)
+
+    def _positions(self, positions: Tensor) -> Tensor:
+        """``positions`` within the model's table: a sequence that is done keeps running beyond its end, unread."""
+        return positions.clamp(max=self.cache.max_len - 1)
 
     def _emit(self, drafts: Tensor, accepted: Tensor, scores: Tensor) -> None:
         """Append each running sequence's accepted tokens and the target's own next token."""

@@ -7,9 +7,11 @@ judged when every unfinished sequence has s new tokens, and what a sequence prod
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import EosTokenCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -17,9 +19,11 @@ class Progress:
     """The growing output of one ``generate`` call.
 
     Attributes:
-        sequences: ``(B, prompt_len + max_new_tokens + slack)`` ids; padding where nothing is emitted yet.
+        sequences: ``(B, prompt_len + max_new_tokens + slack)`` ids; padding where nothing is emitted yet, except for
+            drafted tokens that a logits processor reads.
         counts: new tokens of each sequence so far, judged or not.
         judged: steps that criteria and streamer have seen.
+        scores: one ``(B, V)`` tensor per judged step, zero for sequences that had ended; None if not collected.
     """
 
     def __init__(
@@ -41,14 +45,19 @@ class Progress:
         self.sequences[:, : self.prompt_len] = input_ids
         self.counts = [0] * batch
         self.judged = 0
+        self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
+        self._unjudged_scores: list[list[Tensor]] = [[] for _ in range(batch)]
         self._ended = [False] * batch
         self._end: list[int | None] = [None] * batch
-        self._scores: list[list[Tensor]] | None = [[] for _ in range(batch)] if collect_scores else None
+        # Drafted tokens of the current block up to an EOS among them; what follows cannot matter.
+        self._slack = slack
+        self._draft_end = [slack] * batch
         # EOS is known at once; other criteria wait for their step.
         self._eos = {
             int(token)
             for criterion in stopping_criteria
-            for token in torch.as_tensor(getattr(criterion, "eos_token_id", [])).flatten().tolist()
+            if isinstance(criterion, EosTokenCriteria)
+            for token in criterion.eos_token_id.flatten().tolist()
         }
 
     @property
@@ -76,16 +85,27 @@ class Progress:
             self.sequences[row, self.prompt_len + self.counts[row]] = token
             self.counts[row] += 1
             emitted += 1
-            if self._scores is not None:
-                self._scores[row].append(score)
-            self._ended[row] = token in self._eos or self.counts[row] == self.max_new_tokens
+            if self.scores is not None:
+                self._unjudged_scores[row].append(score)
+            if token in self._eos or self.counts[row] == self.max_new_tokens:
+                self._close(row)
         return emitted
 
     def write_draft(self, offset: int, tokens: Tensor) -> None:
         """Put the ``offset``-th drafted token of every running sequence where a logits processor will read it."""
-        for row, count in enumerate(self.counts):
+        for row, token in enumerate(tokens.tolist()):
+            if offset == 0:
+                self._draft_end[row] = self._slack
             if not self._ended[row]:
-                self.sequences[row, self.prompt_len + count + offset] = tokens[row]
+                over = offset >= self._draft_end[row]
+                place = self.prompt_len + self.counts[row] + offset
+                self.sequences[row, place] = self.pad_token_id if over else token
+                if token in self._eos and not over:
+                    self._draft_end[row] = offset + 1
+
+    def awaits(self, num_drafted: int) -> list[bool]:
+        """Sequences whose token after ``num_drafted`` drafted ones can matter: running, and no EOS drafted before."""
+        return [not ended and num_drafted < end for ended, end in zip(self._ended, self._draft_end, strict=True)]
 
     def judge(self) -> None:
         """Show every complete step to the streamer and the stopping criteria."""
@@ -94,24 +114,16 @@ class Progress:
             if any(end is None and count < step for end, count in zip(self._end, self.counts, strict=True)):
                 return
             seen = self.sequences[:, : self.prompt_len + step]
-            done = self.criteria(seen, self.scores(step))
             self.judged = step
-            for row in range(len(self._end)):
-                if self._end[row] is None and bool(done[row]):
-                    self._end[row], self._ended[row] = step, True
-                    self.counts[row] = step
-                    self.sequences[row, self.prompt_len + step :] = self.pad_token_id
+            self._judge_scores()
             if self.streamer is not None:
                 self.streamer.put(seen[:, -1].cpu())
-
-    def scores(self, steps: int) -> tuple[Tensor, ...] | None:
-        """One ``(B, V)`` tensor per step, zero for sequences that had ended; None if scores are not collected."""
-        if self._scores is None:
-            return None
-        blank = torch.zeros_like(self._scores[0][0])
-        return tuple(
-            torch.stack([row[step] if step < len(row) else blank for row in self._scores]) for step in range(steps)
-        )
+            done = self.criteria(cast(torch.LongTensor, seen), cast(torch.FloatTensor, self.scores))
+            for row in range(len(self._end)):
+                if self._end[row] is None and bool(done[row]):
+                    self._end[row] = self.counts[row] = step
+                    self._unjudged_scores[row].clear()
+                    self._close(row)
 
     def output(self) -> Tensor:
         """``(B, prompt_len + judged)`` ids."""
@@ -120,3 +132,15 @@ class Progress:
     def num_generated(self) -> int:
         """New tokens over all sequences, padding not counted."""
         return sum(min(count, self.judged) for count in self.counts)
+
+    def _close(self, row: int) -> None:
+        """End a sequence after its ``counts`` tokens."""
+        self._ended[row] = True
+        self.sequences[row, self.prompt_len + self.counts[row] :] = self.pad_token_id
+
+    def _judge_scores(self) -> None:
+        if self.scores is None:
+            return
+        step = [scores.pop(0) if scores else None for scores in self._unjudged_scores]
+        blank = torch.zeros_like(next(score for score in step if score is not None))
+        self.scores += (torch.stack([blank if score is None else score for score in step]),)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
+
+from .progress import Progress
 
 # Processors that read the scores alone, so that all positions go through them at once.
 _CONTEXT_FREE = (
@@ -33,35 +37,47 @@ class ScoreProcessor:
         self.processors = processors
         self.needs_context = any(type(processor) not in _CONTEXT_FREE for processor in processors)
 
-    def __call__(self, logits: Tensor, sequences: Tensor, context_lens: list[int]) -> Tensor:
+    def __call__(self, logits: Tensor, progress: Progress, num_drafted: int = 0) -> Tensor:
         """Process ``(B, T, V)`` logits.
 
         Args:
-            logits: row t of sequence b scores the token that follows ``sequences[b, : context_lens[b] + t]``.
-            sequences: ``(B, W)`` token ids, with drafted tokens in place.
-            context_lens: tokens before the first scored one, per sequence.
+            logits: row t scores the token that follows the first ``num_drafted + t`` drafted ones of each sequence.
+            progress: the text so far, with drafted tokens in place.
 
         Returns:
-            ``(B, T, V)`` float32 scores.
+            ``(B, T, V)`` float32 scores; as they came where no token is awaited.
         """
         scores = logits.to(torch.float32, copy=True)
         if not self.processors:
             return scores
         batch, tokens, vocab = scores.shape
         if not self.needs_context:
-            ids = sequences.new_zeros(batch * tokens, 1)
-            return self.processors(ids, scores.view(-1, vocab)).view(batch, tokens, vocab)
+            ids = progress.sequences.new_zeros(batch * tokens, 1)
+            return _apply(self.processors, ids, scores.view(-1, vocab)).view(batch, tokens, vocab)
         for t in range(tokens):
-            if len(set(context_lens)) == 1:
-                scores[:, t] = self.processors(sequences[:, : context_lens[0] + t], scores[:, t])
+            offset = num_drafted + t
+            rows = [row for row, awaited in enumerate(progress.awaits(offset)) if awaited]
+            lens = {row: progress.context_lens[row] + offset for row in rows}
+            if len(set(lens.values())) == 1:
+                scores[:, t] = _apply(self.processors, progress.sequences[:, : lens[rows[0]]], scores[:, t])
                 continue
-            # Lengths differ, so each sequence is shown in every row: a processor that looks at its row's number
-            # (prefix_allowed_tokens_fn) still sees the right text there.
-            processed = [
-                self.processors(
-                    sequences[b : b + 1, : context + t].expand(batch, -1), scores[b : b + 1, t].repeat(batch, 1)
-                )[b]
-                for b, context in enumerate(context_lens)
-            ]
-            scores[:, t] = torch.stack(processed)
+            for row in rows:
+                # Every row shows this sequence, so that a processor with something per row finds the batch it expects.
+                ids = progress.sequences[row : row + 1, : lens[row]].expand(batch, -1)
+                same = scores[row : row + 1, t].repeat(batch, 1)
+                scores[row, t] = _apply(self._for_row(row), ids, same)[row]
         return scores
+
+    def _for_row(self, row: int) -> LogitsProcessorList:
+        """The processors, with ``prefix_allowed_tokens_fn`` asked about sequence ``row`` wherever it is shown."""
+        processors = LogitsProcessorList()
+        for processor in self.processors:
+            if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
+                allowed = processor._prefix_allowed_tokens_fn
+                processor = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
+            processors.append(processor)
+        return processors
+
+
+def _apply(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
+    return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))

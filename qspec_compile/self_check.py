@@ -20,11 +20,13 @@ _EXACT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e
 _QUANTIZED_TOLERANCE = 5e-2
 
 
-def incremental_logits(qs: QuantSpecModel, ids: Tensor, prompt_len: int, steps: tuple[int, ...]) -> Tensor:
-    """The target's logits of the last prompt token and of every later one, decoded in blocks of ``steps`` tokens.
+def incremental_logits(
+    qs: QuantSpecModel, ids: Tensor, prompt_len: int, steps: tuple[int, ...], role: Role = Role.TARGET
+) -> Tensor:
+    """A role's logits of the last prompt token and of every later one, decoded in blocks of ``steps`` tokens.
 
     Args:
-        ids: ``(1, prompt_len + sum(steps))``.
+        ids: ``(1, prompt_len + sum(steps))``; the prompt is always prefilled by the target.
 
     Returns:
         ``(1, 1 + sum(steps), V)``.
@@ -43,7 +45,7 @@ def incremental_logits(qs: QuantSpecModel, ids: Tensor, prompt_len: int, steps: 
     start = prompt_len
     for count in steps:
         inputs = (ids[:, start : start + count], positions(start, count), positions(0, count))
-        logits.append(qs.forward(Role.TARGET, *inputs, cache.quantized_len, cache.length, cache=cache))
+        logits.append(qs.forward(role, *inputs, cache.quantized_len, cache.length, cache=cache))
         cache.accept(torch.tensor([count], device=ids.device))
         start += count
     return torch.cat(logits, 1)

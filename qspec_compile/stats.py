@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -78,9 +80,12 @@ class GenerationStats:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """Fields and rates as JSON-ready values."""
+        """Fields and rates as JSON-ready values; None for a rate of nothing."""
         rates = ("draft_acceptance_rate", "acceptance_rate_per_position", "mean_acceptance_length", "tokens_per_second")
-        return {**self.__dict__, **{name: getattr(self, name) for name in rates}}
+        values = {**asdict(self), **{name: getattr(self, name) for name in rates}}
+        # JSON has no NaN.
+        values["acceptance_rate_per_position"] = [_none_if_nan(rate) for rate in self.acceptance_rate_per_position]
+        return {name: _none_if_nan(value) for name, value in values.items()}
 
     def __str__(self) -> str:
         def mebibytes(parts: dict[str, int]) -> str:
@@ -108,3 +113,7 @@ class GenerationStats:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _none_if_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
