@@ -1,0 +1,100 @@
+"""Write the README's tables from the JSON under ``benchmarks/results``: ``python -m benchmarks.readme_tables``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .common import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(data: dict[str, Any], name: str) -> str:
+    env = data["environment"]
+    return f"\n\n{env['device']}, {env['threads']} threads, torch {env['torch']}, `benchmarks/results/{name}`"
+
+
+def acceptance(name: str) -> str:
+    """Acceptance per prompt length and quantizer."""
+    data = _load(name)
+    rows = [
+        [
+            str(row["prompt_tokens"]),
+            row["mode"],
+            row["weight_quantizer"],
+            f"{row['draft_acceptance_rate']:.3f}",
+            " ".join(f"{rate:.2f}" for rate in row["acceptance_rate_per_position"]),
+            f"{row['mean_acceptance_length']:.2f}",
+        ]
+        for row in data["rows"]
+        if "mode" in row
+    ]
+    header = ["prompt tokens", "mode", "INT4 weights", "acceptance rate", "by position", "tokens per cycle"]
+    return _table(header, rows) + _source(data, name)
+
+
+def parity(name: str) -> str:
+    """Agreement of target and draft with the original model."""
+    data = _load(name)
+    rows = [
+        [
+            row["role"] + ("" if row["role"] == "target" else f", {row['weight_quantizer']}"),
+            f"{row['argmax_agreement']:.4f}",
+            f"{row['perplexity']:.4f} ({100 * (row['perplexity'] / row['perplexity_reference'] - 1):+.2f}%)",
+            f"{row['mean_kl']:.5f}",
+        ]
+        for row in data["rows"]
+        if "role" in row
+    ]
+    return _table(["role", "argmax agreement", "perplexity (change)", "mean KL"], rows) + _source(data, name)
+
+
+def speed(name: str) -> str:
+    """Tokens per second and prefill against Hugging Face."""
+    data = _load(name)
+    rows = [
+        [
+            str(row["prompt_tokens"]),
+            row["mode"],
+            f"{row['tokens_per_second']:.1f} / {row['hugging_face_tokens_per_second']:.1f}",
+            f"{row['decode_speedup']:.2f}x",
+            f"{row['prefill_seconds']:.1f} s / {row['hugging_face_prefill_seconds']:.1f} s",
+        ]
+        for row in data["rows"]
+    ]
+    header = ["prompt tokens", "quantspec", "tokens/s, ours / Hugging Face", "decode", "prefill, ours / Hugging Face"]
+    return _table(header, rows) + _source(data, name)
+
+
+TABLES = {
+    "acceptance": lambda: acceptance("acceptance.json"),
+    "parity": lambda: parity("acceptance.json"),
+    "speed-cpu": lambda: speed("generate-cpu.json"),
+}
+
+
+def rendered(readme: str) -> str:
+    """``readme`` with every marked table made anew."""
+    for key, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {key} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        table = make()
+        readme, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
+        if count != 1:
+            raise ValueError(f"README.md must hold one '<!-- table: {key} -->' ... '<!-- end -->'")
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))
