@@ -70,6 +70,7 @@ class QuantSpecModel:
         assert isinstance(embedding.weight, Tensor)
         return embedding.weight.shape[0]
 
+    @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
         """Run a role's graph on ``inputs`` and the cache; returns logits ``(B, R, V)``. See :class:`Pair`."""
         return self._graphs[role](*inputs, *cache.inputs(role))

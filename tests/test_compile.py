@@ -1,0 +1,68 @@
+"""The pair under torch.compile."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch._dynamo.utils import counters
+
+import quantspec
+from quantspec.passes import Role
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The same one-layer model converted twice: eager and compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model("llama", num_hidden_layers=1)
+    options = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
+    return quantspec.convert(model, compile=False, **options), quantspec.convert(model, compile=True, **options)
+
+
+def _prompt(length: int) -> torch.Tensor:
+    return torch.randint(3, 96, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def test_compiled_generation_equals_eager_and_never_recompiles(pair) -> None:
+    """After warm-up no prompt length, output length or sampling option compiles anything again; no graph breaks."""
+    eager, compiled = pair
+
+    def outputs(qs, length: int) -> list[torch.Tensor]:
+        greedy = qs.generate(_prompt(length), max_new_tokens=30, do_sample=False, eos_token_id=None)
+        sampled = qs.generate(_prompt(length), max_new_tokens=30, do_sample=True, temperature=0.7, seed=1)
+        return [greedy, sampled]
+
+    outputs(compiled, 20)
+    compiles = counters["stats"]["unique_graphs"]
+    assert compiles > 0
+    for length in (1, 33, 70):
+        for ours, expected in zip(outputs(compiled, length), outputs(eager, length), strict=True):
+            assert torch.equal(ours, expected)
+    assert counters["stats"]["unique_graphs"] == compiles
+    assert not counters["graph_break"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
+def test_compiled_code_copies_no_cache(pair, role: Role) -> None:
+    """Inductor writes the recent buffers in place: the generated code allocates nothing of a cache tensor's size."""
+    _, qs = pair
+    cache = qs.new_cache(1, 4)
+    cache.reserve(512)
+    cache.length += 300
+    cache.quantized_len += 272
+    inputs = (torch.ones(1, 1, dtype=torch.long), cache.length[:, None], torch.zeros(1, 1, dtype=torch.long))
+    logits, code = torch._inductor.utils.run_and_get_code(
+        torch.compile(getattr(qs, role.value).forward, dynamic=False),
+        *inputs,
+        cache.quantized_len,
+        cache.length,
+        *cache.inputs(role),
+    )
+    assert logits.shape == (1, 1, 96)
+    assert "quantspec.cached_attention" in code[0]
+    assert "auto_functionalized" not in code[0]
+    slots = cache.layers[0].k_recent.shape[2]
+    allocations = [line for line in code[0].splitlines() if "empty_strided" in line and "=" in line]
+    assert allocations
+    assert not [line for line in allocations if f" {slots}," in line or "uint8" in line]
