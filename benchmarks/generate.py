@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import quantspec
 import torch
 import transformers
+
+import quantspec
 from quantspec.evals import load_smollm2, python_reference
 
 from .common import RESULTS, write_results

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-import quantspec
 import torch
 import transformers
+from transformers import TextStreamer
+
+import quantspec
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.passes import cpu_lacks_half_matmul
-from transformers import TextStreamer
 
 QUESTION = "Using the text above, explain in a few sentences what the 'finally' clause of a 'try' statement does."
 MAX_NEW_TOKENS = 96

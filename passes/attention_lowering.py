@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import Enum
 
 import torch
-from quantspec.kernels.hierarchical import num_value_groups
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from quantspec.kernels.hierarchical import num_value_groups
 
 from .graph import add_call, add_placeholder, fake_mode_of, find_calls, finish
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from quantspec.kernels.int4_linear import pack_int4
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from quantspec.kernels.int4_linear import pack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
@@ -86,7 +87,8 @@ class QuantizeWeights(PassBase):
     ``quantspec::expert_linear``. Left in full precision, with the reason in :attr:`report`: routers of experts, input
     widths that no supported group size divides, and the language-model head if ``quantize_lm_head`` is off.
 
-    Requires weights as ``get_attr`` nodes. Ensures that every such linear is in :attr:`report`.
+    Requires weights as ``get_attr`` nodes. Ensures that every such linear, and every other matrix that is no embedding,
+    is in :attr:`report`.
     """
 
     def __init__(self, group_size: int, quantizer: WeightQuantizer, quantize_lm_head: bool) -> None:
@@ -127,7 +129,21 @@ class QuantizeWeights(PassBase):
             modified = True
         if modified:
             finish(graph_module)
+        self._report_others(graph_module, {str(weight.target) for _, _, weight, _, _ in plans})
         return PassResult(graph_module, modified)
+
+    def _report_others(self, gm: fx.GraphModule, seen: set[str]) -> None:
+        """Report matrices that reach the output other than through a linear of their own (experts picked by index)."""
+        for node in gm.graph.nodes:
+            users = {user.target for user in node.users} - {aten.embedding.default}
+            if node.op != "get_attr" or not users or str(node.target) in seen:
+                continue
+            seen.add(str(node.target))
+            tensor = node.meta.get("val")
+            if isinstance(tensor, Tensor) and tensor.dim() > 1 and str(node.target) in dict(gm.named_parameters()):
+                name = str(node.target).removeprefix("model.").removesuffix(".weight")
+                note = f"not the weight of a linear: read by {', '.join(sorted(map(str, users)))}"
+                self.report.append(LinearReport(name, tensor.shape[-1], tensor.shape[-2], None, note))
 
     def _rewrite(
         self, gm: fx.GraphModule, node: fx.Node, x: fx.Node, name: str, tensor: Tensor, bias: fx.Node | None, size: int

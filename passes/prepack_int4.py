@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from quantspec.kernels.int4_linear import unpack_int4
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from quantspec.kernels.int4_linear import unpack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 

@@ -40,7 +40,7 @@ class RemoveNoOps(PassBase):
     def _returns_input(node: fx.Node) -> bool:
         if node.target is aten.slice.Tensor:
             start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
-            return start in (0, None) and (end is None or end == sys.maxsize) and step == 1
+            return bool(start in (0, None) and (end is None or end == sys.maxsize) and step == 1)
         if node.target is aten.dropout.default:
             return node.args[2] is False
         if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):

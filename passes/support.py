@@ -27,7 +27,13 @@ class _WithoutAttention(fx.Interpreter):
         self.keep = keep
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise TokenMixingError(
+                f"node '{n.name}' ({n.target}) of module '{module_path(n)}' does not run with another number of tokens "
+                f"than it was captured with: {error}"
+            ) from error
         if self.keep:
             self.values[n] = result
         return result
@@ -71,9 +77,9 @@ class CheckTokenMixing(PassBase):
             values = [run.values.get(node) for run in runs]
             if node.op == "call_function" and _differ(*values):
                 raise TokenMixingError(
-                    f"node '{node.name}' ({node.target}) of module '{module_path(node)}' mixes tokens outside attention "
-                    "or does not follow position_ids (convolution, recurrent state or attention computed by the model "
-                    "itself); its state is not in the key/value cache"
+                    f"node '{node.name}' ({node.target}) of module '{module_path(node)}' mixes tokens outside "
+                    "attention or does not follow position_ids (convolution, recurrent state or attention computed by "
+                    "the model itself); its state is not in the key/value cache"
                 )
         raise TokenMixingError("the model mixes tokens outside attention; its state is not in the key/value cache")
 

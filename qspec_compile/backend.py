@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quantspec.passes import Role
-from quantspec.passes.graph import add_buffer
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
+
+from quantspec.passes import Role
+from quantspec.passes.graph import add_buffer
 
 from .config import QuantSpecConfig
 from .pair import draft_weight_passes, run_passes

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
+
 from quantspec.kernels import flush
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.prefill_attention import num_flushed_groups
 from quantspec.passes import Role, cache_parts
-from torch import Tensor
 
 from .capture import CapturedLayer
 
@@ -90,6 +91,8 @@ class HierarchicalCache:
         length: ``(B,)`` int64 on the device, tokens cached and verified.
     """
 
+    # Tensors made in inference mode could not be written outside it, by a later call.
+    @torch.inference_mode(False)
     def __init__(
         self,
         layers: Sequence[CapturedLayer],
@@ -114,6 +117,7 @@ class HierarchicalCache:
         """Tokens a sequence can hold before the planes must grow."""
         return (min(layer.k_upper.shape[2] for layer in self.layers) + 1) * self.group_size
 
+    @torch.inference_mode(False)
     def reserve(self, num_tokens: int) -> None:
         """Make room for ``num_tokens`` tokens per sequence, growing in whole groups.
 

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from quantspec.kernels import attention, expert_linear
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantspec.kernels import attention, expert_linear
+
 from .errors import UnsupportedModelError
 
 IMPLEMENTATION = "quantspec_capture"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 # Keyword arguments that models pass to the attention interface and that do not change what it computes here.
 _NEUTRAL_ATTENTION_KWARGS = frozenset(
@@ -47,12 +53,38 @@ _NEUTRAL_ATTENTION_KWARGS = frozenset(
 )
 
 
+class _MaskReadError(Exception):
+    """A model used its attention mask as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__("it reads its attention mask itself; only transformers' attention interface may")
+
+
+class _StateError(Exception):
+    """A model keeps state that is not keys and values."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__(f"{function} mixes tokens, and its state is not in the key/value cache")
+
+
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a mask tensor would have said: causal, within ``window`` tokens (0: all)."""
+    """What a mask tensor would have said: causal, within ``window`` tokens (0: all). Using it as a tensor fails."""
 
     window: int = 0
     mask_function: Callable | None = None
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _MaskReadError
+
+    def __getitem__(self, index: object) -> object:
+        raise _MaskReadError
+
+    @classmethod
+    def __torch_function__(cls, *args: object) -> object:
+        raise _MaskReadError
 
 
 @dataclass(frozen=True)
@@ -89,13 +121,27 @@ class _Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.module_names = {module: name for name, module in model.named_modules()}
         self.layers: list[CapturedLayer] = []
-        self.masks: list[MaskSpec] = []
+        self.masks: dict[MaskSpec, nn.Module] = {}
+
+    def unsupported(self, module: nn.Module, reason: str) -> UnsupportedModelError:
+        """The error that names ``module``."""
+        name = self.module_names.get(module)
+        where = f"module '{name}' ({type(module).__name__})" if name else type(module).__name__
+        return UnsupportedModelError(f"cannot convert {where}: {reason}")
+
+    def module_of(self, error: BaseException) -> nn.Module | None:
+        """The innermost module of the model whose forward raised ``error``, or None."""
+        found = None
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self.module_names:
+                found = owner
+        return found
 
 
 def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
-    recorder = _Recorder.active
-    name = recorder.module_names.get(module, "") if recorder else ""
-    return UnsupportedModelError(f"cannot convert module '{name}' ({type(module).__name__}): {reason}")
+    assert _Recorder.active is not None
+    return _Recorder.active.unsupported(module, reason)
 
 
 def _marker_attention(
@@ -125,6 +171,8 @@ def _marker_attention(
             raise _unsupported(module, f"the attention argument '{name}' is not supported")
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
+    if attention_mask is not None:
+        recorder.masks.setdefault(attention_mask, module)
     layer = len(recorder.layers)
     recorder.layers.append(
         CapturedLayer(
@@ -143,11 +191,8 @@ def _marker_attention(
 
 
 def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> MaskSpec:
-    """The mask function of a capture: records the mask's rule instead of building the tensor."""
-    spec = MaskSpec(window=local_size or 0, mask_function=mask_function)
-    if _Recorder.active is not None:
-        _Recorder.active.masks.append(spec)
-    return spec
+    """The mask function of a capture: keeps the mask's rule instead of building the tensor."""
+    return MaskSpec(window=local_size or 0, mask_function=mask_function)
 
 
 def _marker_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -163,6 +208,25 @@ def _marker_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     out = expert_linear(hidden, ids, self.down_proj, down_bias, self.is_transposed)
     out = out * top_k_weights.reshape(-1, 1)
     return out.view(-1, top_k, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+class _RefuseConvolutions(TorchFunctionMode):
+    """Refuses convolutions over neighbouring tokens and recurrent layers as the text's forward reaches them.
+
+    What is not called (the vision tower of a multimodal model) may convolve.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if function in _RECURRENT:
+            raise _StateError(function.__name__)
+        if function in _CONVOLUTIONS:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if any(size > 1 for size in weight.shape[2:]):
+                raise _StateError(function.__name__)
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -258,10 +322,10 @@ def _rope_parameters(config: object) -> Iterator[tuple[str, dict]]:
             yield f"rope_parameters[{key}]", nested
 
 
-def _check_mask(spec: MaskSpec) -> None:
-    """Compare a recorded mask rule with causal (windowed) attention on a grid of positions."""
+def _mask_problem(spec: MaskSpec) -> str | None:
+    """What keeps a mask rule from being causal (windowed) attention, judged on a grid of positions; None if nothing."""
     if spec.mask_function is None:
-        return
+        return None
     span = 2 * spec.window + 3 if spec.window else 8
     # The rule is elementwise in its indices, so a window's edges and a few far points describe it.
     points = sorted({0, 1, 2, span // 2, span - 1} | {max(0, span - 1 - spec.window + d) for d in (-1, 0, 1)})
@@ -273,13 +337,15 @@ def _check_mask(spec: MaskSpec) -> None:
     zero = torch.zeros((), dtype=torch.long)
     try:
         matches = torch.equal(spec.mask_function(zero, zero, q, kv).expand_as(expected), expected)
-    except Exception as error:
-        raise UnsupportedModelError(f"the model's attention mask depends on more than positions ({error})") from error
+    except Exception:
+        # Such a rule holds tensors of the export.
+        return "its attention mask depends on more than the tokens' positions (chunked attention, packed sequences)"
     if not matches:
-        raise UnsupportedModelError(
-            "the model's attention mask is not causal with an optional sliding window "
-            "(chunked, prefix or bidirectional attention); such a mask cannot be cached token by token"
+        return (
+            "its attention mask is not causal with an optional sliding window (chunked, prefix or bidirectional "
+            "attention); such a mask cannot be cached token by token"
         )
+    return None
 
 
 def capture(model: PreTrainedModel) -> Capture:
@@ -297,19 +363,26 @@ def capture(model: PreTrainedModel) -> Capture:
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with _capture_interfaces(model) as recorder, torch.no_grad():
+    with _capture_interfaces(model) as recorder, _RefuseConvolutions(), torch.no_grad():
         try:
             program = torch.export.export(_Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False)
         except UnsupportedModelError:
             raise
         except Exception as error:
+            module = recorder.module_of(error)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UnsupportedModelError(f"torch.export cannot capture {type(model).__name__}: {reason}") from error
+            if not isinstance(error, _MaskReadError | _StateError):
+                reason = f"torch.export cannot capture it: {reason}"
+            if "Constraints violated" in reason:
+                reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
+            raise recorder.unsupported(model if module is None else module, reason) from error
     if not recorder.layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
             "interface, so its key/value cache cannot be replaced"
         )
-    for spec in recorder.masks:
-        _check_mask(spec)
+    for spec, module in recorder.masks.items():
+        reason = _mask_problem(spec)
+        if reason is not None:
+            raise recorder.unsupported(module, reason)
     return Capture(program.module(check_guards=False), tuple(recorder.layers))

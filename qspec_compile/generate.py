@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from quantspec.passes import Role
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
+
+from quantspec.passes import Role
 
 from .cache import HierarchicalCache
 from .config import ALIASES, check_num_speculative_tokens
@@ -154,6 +155,7 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) 
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
         "dola_layers": config.dola_layers is not None,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": config.assistant_early_exit is not None,
         "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
         "watermarking_config": config.watermarking_config is not None,
         "token_healing": bool(config.token_healing),
@@ -211,6 +213,10 @@ def decode(
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
     _refuse_unsupported(generation_config, model_kwargs)
     _check_input_ids(qs, input_ids)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
+    if generator is not None and generator.device.type != qs.device.type:
+        raise ValueError(f"generator is on {generator.device} and the model on {qs.device}")
     if num_speculative_tokens is None:
         num_speculative_tokens = qs.config.num_speculative_tokens
     else:

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from quantspec.passes import LinearReport, Role
 from torch import Tensor, fx
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+
+from quantspec.passes import LinearReport, Role
 
 from .cache import HierarchicalCache
 from .capture import capture

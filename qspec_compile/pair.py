@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassBase
+from torch.fx.passes.infra.pass_manager import PassManager
+
 from quantspec.passes import (
     CheckTokenMixing,
     FuseSharedInputLinears,
@@ -20,9 +24,6 @@ from quantspec.passes import (
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
-from torch import Tensor, fx
-from torch.fx.passes.infra.pass_base import PassBase
-from torch.fx.passes.infra.pass_manager import PassManager
 
 from .capture import Capture
 from .config import QuantSpecConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -73,10 +74,14 @@ class ScoreProcessor:
         processors = LogitsProcessorList()
         for processor in self.processors:
             if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-                allowed = processor._prefix_allowed_tokens_fn
-                processor = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
+                allowed = _about_row(processor._prefix_allowed_tokens_fn, row)
+                processor = hf.PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
             processors.append(processor)
         return processors
+
+
+def _about_row(allowed_tokens: Callable, row: int) -> Callable:
+    return lambda _shown_in, ids: allowed_tokens(row, ids)
 
 
 def _apply(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:

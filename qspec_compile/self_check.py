@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from quantspec.passes import Role
 from torch import Tensor
+
+from quantspec.passes import Role
 
 from .errors import SelfCheckError
 

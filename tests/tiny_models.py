@@ -74,6 +74,11 @@ ARCHITECTURES: dict[str, dict] = {
         "num_key_value_heads": 4,
         **_MOE,
     },
+    # Beyond the common families: two attention calls a layer, layers without RoPE, other gates and norms.
+    "diffllama": {},
+    "exaone4": {"sliding_window": 12, "sliding_window_pattern": 2},
+    "glm4": {"head_dim": 16},
+    "qwen2_moe": {"shared_expert_intermediate_size": 64, **_MOE},
 }
 
 

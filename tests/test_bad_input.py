@@ -1,0 +1,224 @@
+"""Calls that cannot be honoured: each is refused by name before any work, and the object works as before."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import GROUP
+from step_by_step import decode_step_by_step, random_prompt
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, WatermarkingConfig
+
+import quantspec
+from quantspec import CacheFullError, QuantSpecConfig, QuantSpecModel
+
+PROMPT = random_prompt(2 * GROUP + 3)
+IDS = torch.tensor([PROMPT])
+TWO = torch.tensor([PROMPT, PROMPT])
+MASK = torch.ones_like(IDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadCall:
+    """A call on the pair (and the model it came from), the error it raises and what the message says."""
+
+    name: str
+    call: Callable[[QuantSpecModel], object]
+    error: type[Exception]
+    message: str
+
+
+def generates(name: str, error: type[Exception], message: str, ids=IDS, mask=None, **options) -> BadCall:
+    """A bad ``generate`` call."""
+    return BadCall(name, lambda qs: qs.generate(ids, mask, **options), error, message)
+
+
+def converts(name: str, error: type[Exception], message: str, **options) -> BadCall:
+    """A bad ``convert`` call."""
+    return BadCall(name, lambda qs: quantspec.convert(qs.model, **options), error, message)
+
+
+def _from_hugging_face(**options) -> Callable[[QuantSpecModel], object]:
+    return lambda qs: qs.model.generate(IDS, custom_generate=qs.decode, max_new_tokens=3, **options)
+
+
+CALLS = [
+    # Conversion.
+    BadCall("convert nothing", lambda qs: quantspec.convert(None), TypeError, "PreTrainedModel.*NoneType"),
+    BadCall("convert a name", lambda qs: quantspec.convert("gpt2"), TypeError, "from_pretrained"),
+    BadCall("convert a module", lambda qs: quantspec.convert(torch.nn.Linear(2, 2)), TypeError, "not Linear"),
+    BadCall("convert a pair", lambda qs: quantspec.convert(qs), TypeError, "not QuantSpecModel"),
+    BadCall(
+        "model without head",
+        lambda qs: quantspec.convert(qs.model.model),
+        quantspec.UnsupportedModelError,
+        "no language-model head",
+    ),
+    converts(
+        "unknown option", TypeError, "unknown option 'kv_groupsize'; the options are .*kv_group_size", kv_groupsize=1
+    ),
+    converts("config of another kind", TypeError, "config must be a QuantSpecConfig, not dict", config={}),
+    converts(
+        "gamma too large", ValueError, "num_speculative_tokens must be between 0 and 15", num_speculative_tokens=16
+    ),
+    converts("gamma negative", ValueError, "num_speculative_tokens.*-1", num_speculative_tokens=-1),
+    converts("gamma a float", TypeError, "num_speculative_tokens must be an int, not 4.0", num_speculative_tokens=4.0),
+    converts("gamma a bool", TypeError, "num_speculative_tokens must be an int", num_speculative_tokens=True),
+    converts("gamma under two names", TypeError, "two names", num_speculative_tokens=1, num_assistant_tokens=1),
+    converts("group not a power of two", ValueError, "kv_group_size must be a power of two", kv_group_size=48),
+    converts("group too small", ValueError, "kv_group_size.*16 to 512, not 8", kv_group_size=8),
+    converts("group a string", TypeError, "kv_group_size must be an int", kv_group_size="16"),
+    converts("weight group", ValueError, r"weight_group_size must be one of \(32", weight_group_size=100),
+    converts("weight group None", TypeError, "weight_group_size must be an int", weight_group_size=None),
+    converts("quantizer", ValueError, "weight_quantizer must be one of 'tinygemm', 'hqq'", weight_quantizer="awq"),
+    converts("head as a number", TypeError, "quantize_lm_head must be True or False", quantize_lm_head=1),
+    converts("compile as a string", TypeError, "compile must be True, False or None", compile="max-autotune"),
+    converts("cache of no length", ValueError, "max_cache_len must be at least 1", max_cache_len=0),
+    converts("cache of half a token", TypeError, "max_cache_len must be an int", max_cache_len=1.5),
+    BadCall(
+        "config changed later",
+        lambda qs: setattr(qs.config, "kv_group_size", 32),
+        dataclasses.FrozenInstanceError,
+        "kv_group_size",
+    ),
+    BadCall("bad config object", lambda qs: QuantSpecConfig(kv_group_size=0), ValueError, "kv_group_size"),
+    # Prompts and masks.
+    generates("ids as a list", TypeError, "input_ids must be a tensor.*not list", ids=[PROMPT]),
+    generates("text", TypeError, "input_ids must be a tensor.*return_tensors", ids="hello"),
+    generates("ids of one axis", ValueError, r"shape \(batch, tokens\), not \(35,\)", ids=IDS[0]),
+    generates("ids of three axes", ValueError, r"shape \(batch, tokens\)", ids=IDS[None]),
+    generates("ids of float", TypeError, "must hold integers, not torch.float32", ids=IDS.float()),
+    generates("ids of bool", TypeError, "must hold integers, not torch.bool", ids=IDS.bool()),
+    generates("no tokens", ValueError, "input_ids is empty", ids=IDS[:, :0]),
+    generates("no rows", ValueError, "input_ids is empty", ids=IDS[:0]),
+    generates("ids elsewhere", ValueError, "are on meta and the model on cpu", ids=IDS.to("meta")),
+    generates("id too large", ValueError, r"in 0\.\.95, found 96", ids=torch.tensor([[5, 96]])),
+    generates("id negative", ValueError, r"in 0\.\.95, found -1", ids=torch.tensor([[5, -1]])),
+    generates("mask of another shape", ValueError, r"shape \(1, 34\), but input_ids \(1, 35\)", mask=MASK[:, 1:]),
+    generates("mask of another batch", ValueError, "attention_mask has shape", ids=TWO, mask=MASK),
+    generates("mask of four axes", ValueError, "attention_mask has shape", mask=MASK[None, None]),
+    generates("mask as a list", TypeError, "attention_mask must be a tensor", mask=[[1] * 35]),
+    generates("mask elsewhere", ValueError, "attention_mask is on meta", mask=MASK.to("meta")),
+    generates("additive mask", ValueError, "0 and 1 only", mask=torch.full(IDS.shape, -1e9)),
+    generates("mask that hides a row", ValueError, "hides every token", ids=TWO, mask=torch.cat((MASK, 0 * MASK))),
+    generates("prompt under two names", ValueError, "input_ids", inputs=IDS),
+    generates("embeddings", ValueError, "does not take inputs_embeds", inputs_embeds=torch.zeros(1, 35, 64)),
+    generates("positions", ValueError, "does not take position_ids", position_ids=torch.arange(35)[None]),
+    generates("a cache", ValueError, "does not take past_key_values", past_key_values=DynamicCache()),
+    # Lengths.
+    generates("over max_cache_len", CacheFullError, "1035 tokens are more than max_cache_len=512", max_new_tokens=1000),
+    generates(
+        "prompt over max_cache_len", CacheFullError, "max_cache_len=512", ids=IDS.repeat(1, 20), max_new_tokens=1
+    ),
+    generates("max_length within the prompt", ValueError, "max_length", max_length=10),
+    generates("no new tokens", ValueError, "max_new_tokens.*greater than 0", max_new_tokens=0),
+    # Options.
+    generates("beams", ValueError, "num_beams=4", num_beams=4),
+    generates("sampled beams", ValueError, "num_beams=2", num_beams=2, do_sample=True),
+    generates("contrastive", ValueError, "penalty_alpha", penalty_alpha=0.6, top_k=4),
+    generates(
+        "another assistant", ValueError, "assistant_model: the draft is the model itself", assistant_model=object()
+    ),
+    generates("guidance", ValueError, "guidance_scale", guidance_scale=1.5),
+    generates("watermark", ValueError, "watermarking_config", watermarking_config=WatermarkingConfig()),
+    generates("prompt lookup", ValueError, "prompt_lookup_num_tokens", prompt_lookup_num_tokens=3),
+    generates("dola", ValueError, "dola_layers", dola_layers="high"),
+    generates("early exit", ValueError, "assistant_early_exit", assistant_early_exit=1),
+    generates("healing", ValueError, "token_healing", token_healing=True),
+    generates("attentions", ValueError, "output_attentions", output_attentions=True, return_dict_in_generate=True),
+    generates("hidden states", ValueError, "output_hidden_states", output_hidden_states=True),
+    generates("raw logits", ValueError, "output_logits", output_logits=True, return_dict_in_generate=True),
+    generates("another cache", ValueError, "cache_implementation: the pair keeps", cache_implementation="static"),
+    generates("custom_generate", ValueError, "custom_generate=qs.decode", custom_generate=lambda: None),
+    generates("unknown generation option", ValueError, "max_tokens", max_tokens=5),
+    generates("stop strings alone", ValueError, "stop_strings need the tokenizer", stop_strings=["a"]),
+    generates("two seeds", ValueError, "either generator or seed", seed=1, generator=torch.Generator()),
+    generates("generator as a number", TypeError, "a number goes to seed", generator=3, do_sample=True),
+    generates("two gammas", TypeError, "same option", num_assistant_tokens=2, num_speculative_tokens=2),
+    generates("gamma of a call too large", ValueError, "between 0 and 15", num_speculative_tokens=40),
+    generates(
+        "gamma of a call a string", TypeError, "num_speculative_tokens must be an int", num_speculative_tokens="4"
+    ),
+    generates("several greedy outputs", ValueError, "num_return_sequences", num_return_sequences=2),
+    generates("temperature of zero", ValueError, "temperature", do_sample=True, temperature=0.0),
+    generates("negative top_p", ValueError, "top_p", do_sample=True, top_p=-0.5),
+    # From Hugging Face's side.
+    BadCall("beams, other side", _from_hugging_face(num_beams=2), ValueError, "num_beams=2"),
+    BadCall("mask, other side", _from_hugging_face(attention_mask=0 * MASK), ValueError, "hides every token"),
+    BadCall("gamma, other side", _from_hugging_face(num_speculative_tokens=-2), ValueError, "num_speculative_tokens"),
+    BadCall(
+        "another model's loop",
+        lambda qs: type(qs.model)(qs.model.config).generate(IDS, custom_generate=qs.decode, max_new_tokens=3),
+        ValueError,
+        "belongs to another model",
+    ),
+    generates("config as a dict", TypeError, "GenerationConfig, not dict", generation_config={"max_new_tokens": 3}),
+]
+
+
+@pytest.fixture(scope="module")
+def expected(qs) -> list[int]:
+    return decode_step_by_step(qs, PROMPT, 5)
+
+
+def test_the_table_is_long_enough():
+    assert len(CALLS) >= 25
+    assert len({bad.name for bad in CALLS}) == len(CALLS)
+
+
+@pytest.mark.parametrize("bad", CALLS, ids=lambda bad: bad.name)
+def test_bad_call(qs, expected, monkeypatch, bad):
+    """The error's type and message, no forward pass, and a right answer to the next good call."""
+    stats = qs.last_stats
+    forward, calls = type(qs).forward, []
+    defaults = qs.model.generation_config.to_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(qs), "forward", lambda *args, **options: calls.append(args))
+        patch.setattr(qs.model, "forward", _counting(qs.model.forward, calls))
+        with pytest.raises(bad.error, match=bad.message) as caught:
+            bad.call(qs)
+    assert type(caught.value) is bad.error
+    assert not calls, "work was done before the call was refused"
+    assert type(qs).forward is forward
+    assert qs.last_stats is stats
+    assert qs.model.generation_config.to_dict() == defaults
+    output = qs.generate(IDS, max_new_tokens=5, eos_token_id=None)
+    assert output[0, len(PROMPT) :].tolist() == expected
+
+
+def _counting(forward: Callable, calls: list) -> Callable:
+    """The model's forward, with its signature (which Hugging Face reads), that must not be called."""
+
+    @functools.wraps(forward)
+    def counted(*args, **options):
+        calls.append(args)
+        return forward(*args, **options)
+
+    return counted
+
+
+def test_odd_but_good_calls(qs, expected):
+    """What looks like the calls above and is fine: neutral values, empty lists, explicit None."""
+    neutral = {
+        "num_beams": 1,
+        "guidance_scale": 1.0,
+        "penalty_alpha": 0.0,
+        "stop_strings": None,
+        "stopping_criteria": StoppingCriteriaList(),
+        "assistant_model": None,
+        "past_key_values": None,
+        "token_healing": False,
+        "output_attentions": False,
+        "use_cache": False,
+        "streamer": None,
+        "seed": None,
+        "num_return_sequences": 1,
+        "cache_implementation": None,
+    }
+    output = qs.generate(IDS, MASK, max_new_tokens=5, eos_token_id=None, **neutral)
+    assert output[0, len(PROMPT) :].tolist() == expected
+    config = GenerationConfig(max_new_tokens=5, num_beams=1)
+    assert qs.generate(IDS, generation_config=config, eos_token_id=None)[0, len(PROMPT) :].tolist() == expected

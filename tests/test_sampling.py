@@ -1,0 +1,250 @@
+"""Sampling is lossless: emitted tokens follow the target's distribution, whatever the draft proposes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chi2, chisquare
+from tiny_models import tiny_model
+from torch import Tensor
+from transformers.generation import logits_process as hf
+
+import quantspec
+from quantspec import sampling
+from quantspec.passes import Role
+from quantspec.sampling import accept_greedy, accept_sampled, residual, sample
+
+VOCAB = 8
+ALPHA = 0.001
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def distributions(*shape: int, seed: int, spread: float = 1.5) -> Tensor:
+    """Random distributions over the last axis."""
+    return (spread * torch.randn(*shape, generator=seeded(seed))).softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def small_qs() -> quantspec.QuantSpecModel:
+    """A one-layer llama with a vocabulary of 8."""
+    model = tiny_model(
+        "llama", vocab_size=VOCAB, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=32
+    )
+    return quantspec.convert(model, kv_group_size=64, weight_group_size=32, self_check=False)
+
+
+# --- Units -----------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_acceptance():
+    """Tokens are accepted up to the first that is not the argmax; the target's own follows."""
+    scores = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]] * 5), VOCAB).float()
+    drafts = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 0, 3], [0, 2, 3], [0, 0, 0]])
+    accepted, following = accept_greedy(drafts, scores)
+    assert accepted.tolist() == [3, 2, 1, 0, 0]
+    assert following.tolist() == [4, 3, 2, 1, 1]
+
+
+def test_greedy_acceptance_of_nothing():
+    accepted, following = accept_greedy(
+        torch.empty(2, 0, dtype=torch.long), torch.eye(VOCAB)[None, :1].expand(2, 1, -1)
+    )
+    assert accepted.tolist() == following.tolist() == [0, 0]
+
+
+def test_equal_distributions_accept_everything():
+    """q = p: every token is accepted, also those of probability near 1 and near 0."""
+    p = distributions(500, 4, VOCAB, seed=0, spread=6.0)
+    drafts = sample(p[:, :3], seeded(1))
+    accepted, _ = accept_sampled(drafts, p[:, :3], p, seeded(2))
+    assert accepted.tolist() == [3] * 500
+
+
+def test_forbidden_tokens_are_never_accepted_nor_drawn():
+    """p = 0 where the draft proposes: none accepted, and the next token is one that p allows."""
+    p = torch.zeros(500, 3, VOCAB)
+    p[..., 4:] = 0.25
+    q = torch.zeros(500, 2, VOCAB)
+    q[..., :4] = 0.25
+    accepted, following = accept_sampled(sample(q, seeded(0)), q, p, seeded(1))
+    assert accepted.tolist() == [0] * 500
+    assert set(following.tolist()) == {4, 5, 6, 7}
+
+
+def test_bonus_token_comes_from_the_target():
+    """With everything accepted the token after the block is drawn from p alone."""
+    p = distributions(1, 2, VOCAB, seed=3).expand(20_000, -1, -1)
+    drafts = sample(p[:, :1], seeded(0))
+    _, following = accept_sampled(drafts, p[:, :1], p, seeded(1))
+    counts = torch.bincount(following, minlength=VOCAB)
+    assert chisquare(counts.numpy(), (20_000 * p[0, 1].double() / p[0, 1].double().sum()).numpy()).pvalue > ALPHA
+
+
+def test_residual():
+    """norm(max(0, p - q)); p where nothing is left."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    q = torch.tensor([[0.1, 0.4, 0.5], [0.5, 0.3, 0.2]])
+    torch.testing.assert_close(residual(p, q), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.3, 0.2]]))
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 2.0])
+def test_first_token_of_a_block_follows_the_target(sharpness):
+    """accept_sampled itself, one pair of distributions at a time, over 40,000 blocks."""
+    blocks = 40_000
+    p = distributions(1, 3, VOCAB, seed=5).expand(blocks, -1, -1)
+    q = distributions(1, 2, VOCAB, seed=6, spread=sharpness).expand(blocks, -1, -1)
+    drafts = sample(q, seeded(1))
+    accepted, following = accept_sampled(drafts, q, p, seeded(2))
+    first = torch.where(accepted > 0, drafts[:, 0], following)
+    expected = blocks * p[0, 0].double() / p[0, 0].double().sum()
+    assert chisquare(torch.bincount(first, minlength=VOCAB).numpy(), expected.numpy()).pvalue > ALPHA
+    # The number accepted is known too: the first with probability sum(min(p, q)).
+    rate = float((accepted > 0).double().mean())
+    assert rate == pytest.approx(float(torch.minimum(p[0, 0], q[0, 0]).sum()), abs=0.012)
+
+
+def test_acceptance_is_not_exact_matching():
+    """Two independent samples agree with probability sum(p q); speculative sampling accepts sum(min(p, q))."""
+    p = distributions(20_000, 2, VOCAB, seed=7, spread=0.3)
+    q = (p[:, :1].log() + 0.1 * torch.randn(20_000, 1, VOCAB, generator=seeded(8))).softmax(-1)
+    drafts = sample(q, seeded(1))
+    accepted, _ = accept_sampled(drafts, q, p, seeded(2))
+    matching = (drafts[:, 0] == sample(p[:, 0], seeded(3))).double().mean()
+    assert accepted.double().mean() > 0.9 > 0.3 > matching
+
+
+# --- The loop, with a table of transitions in place of the graphs ----------------------------------------------------
+
+
+class Table:
+    """A model whose next token depends on the newest one alone, so that its distribution is known exactly.
+
+    The draft is a distorted copy that puts nothing on some tokens and something on forbidden ones.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.target = 1.2 * torch.randn(VOCAB, VOCAB, generator=seeded(seed))
+        self.draft = self.target + 0.7 * torch.randn(VOCAB, VOCAB, generator=seeded(seed + 1))
+        self.draft[:, 1] = float("-inf")
+        self.target[:, 2] = float("-inf")
+
+    def forward(self, role: Role, ids: Tensor, positions: Tensor, rows: Tensor, *state: Tensor, cache) -> Tensor:
+        """Stands in for ``QuantSpecModel.forward``."""
+        table = self.draft if role is Role.DRAFT else self.target
+        return table[ids.gather(1, rows)]
+
+
+def transition_pvalue(sequences: Tensor, probs: Tensor) -> float:
+    """Chi-square of all transitions in ``(B, S)`` sequences against ``(V, V)`` probabilities, context by context."""
+    pairs = sequences[:, :-1] * VOCAB + sequences[:, 1:]
+    counts = torch.bincount(pairs.flatten(), minlength=VOCAB**2).view(VOCAB, VOCAB).double()
+    expected = counts.sum(1, keepdim=True) * probs.double()
+    assert not counts[probs == 0].any(), "a token of probability zero was emitted"
+    cells = expected > 5
+    # What is too rare for a cell of its own joins the others of its row.
+    rest, rest_expected = (torch.where(cells, 0, x).sum(1) for x in (counts, expected))
+    statistic = ((counts - expected) ** 2 / expected)[cells].sum()
+    pooled = rest_expected > 5
+    statistic = statistic + ((rest - rest_expected) ** 2 / rest_expected)[pooled].sum()
+    freedom = int(cells.sum() + pooled.sum() - (expected.sum(1) > 5).sum())
+    return float(chi2.sf(float(statistic), freedom))
+
+
+OPTIONS = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.6},
+    "hot": {"top_k": 0, "temperature": 2.5},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_k": 0, "top_p": 0.8},
+    "min_p": {"top_k": 0, "min_p": 0.15},
+    "all": {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "temperature": 1.3},
+}
+
+
+def processed(logits: Tensor, options: dict) -> Tensor:
+    """Hugging Face's own processing of ``(N, V)`` logits, by hand and in its order."""
+    warpers = [
+        hf.TemperatureLogitsWarper(options["temperature"]) if "temperature" in options else None,
+        hf.TopKLogitsWarper(options["top_k"]) if options["top_k"] else None,
+        hf.TopPLogitsWarper(options["top_p"]) if "top_p" in options else None,
+        hf.MinPLogitsWarper(options["min_p"]) if "min_p" in options else None,
+    ]
+    for warper in warpers:
+        if warper is not None:
+            logits = warper(torch.zeros(len(logits), 1, dtype=torch.long), logits)
+    return logits.softmax(-1)
+
+
+def run_table(qs, monkeypatch, options: dict, gamma: int = 3, seed: int = 0) -> tuple[Tensor, Table]:
+    """20,480 tokens of a table model through the whole loop; returns them with the last prompt token in front."""
+    table = Table()
+    monkeypatch.setattr(qs, "forward", table.forward, raising=True)
+    ids = torch.randint(3, VOCAB, (512, 4), generator=seeded(9))
+    output = qs.generate(
+        ids,
+        torch.ones_like(ids),
+        do_sample=True,
+        seed=seed,
+        max_new_tokens=40,
+        eos_token_id=None,
+        num_speculative_tokens=gamma,
+        **options,
+    )
+    return output[:, 3:], table
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_emitted_tokens_follow_the_target(small_qs, monkeypatch, name):
+    """Every transition of 20,480 emitted tokens, against the target's distribution as Hugging Face processes it."""
+    sequences, table = run_table(small_qs, monkeypatch, OPTIONS[name])
+    assert 0.1 < small_qs.last_stats.draft_acceptance_rate < 0.9
+    assert transition_pvalue(sequences, processed(table.target, OPTIONS[name])) > ALPHA
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 7])
+def test_emitted_tokens_follow_the_target_for_every_gamma(small_qs, monkeypatch, gamma):
+    sequences, table = run_table(small_qs, monkeypatch, OPTIONS["plain"], gamma)
+    assert transition_pvalue(sequences, processed(table.target, OPTIONS["plain"])) > ALPHA
+
+
+def test_the_test_notices_a_missing_residual(small_qs, monkeypatch):
+    """Drawing from p instead of the residual after a rejection is the classic mistake; the chi-square rejects it."""
+    monkeypatch.setattr(sampling, "residual", lambda target_probs, draft_probs: target_probs)
+    sequences, table = run_table(small_qs, monkeypatch, OPTIONS["plain"])
+    assert transition_pvalue(sequences, processed(table.target, OPTIONS["plain"])) < ALPHA
+
+
+# --- End to end ------------------------------------------------------------------------------------------------------
+
+
+def conditional_pvalue(sequences: Tensor, probs: Tensor) -> float:
+    """Chi-square of ``(N,)`` tokens, each drawn from its own row of ``(N, V)`` probabilities."""
+    probs = probs.double()
+    deviation = torch.bincount(sequences, minlength=VOCAB).double() - probs.sum(0)
+    covariance = torch.diag(probs.sum(0)) - probs.T @ probs
+    # Deviations sum to zero, so the covariance has rank V - 1.
+    statistic = deviation @ torch.linalg.pinv(covariance) @ deviation
+    return float(chi2.sf(float(statistic), VOCAB - 1))
+
+
+def test_real_pair_follows_hugging_faces_distribution(small_qs):
+    """20,400 tokens of a real pair, each against Hugging Face's own probabilities after the same text."""
+    batch, prompt_len, new = 340, 4, 60
+    ids = torch.randint(3, VOCAB, (batch, prompt_len), generator=seeded(3))
+    options = {"do_sample": True, "top_k": 0, "temperature": 1.4, "max_new_tokens": new, "eos_token_id": None}
+    output = small_qs.generate(ids, torch.ones_like(ids), seed=1, num_speculative_tokens=2, **options)
+    assert small_qs.last_stats.draft_acceptance_rate < 0.97
+    with torch.no_grad():
+        logits = small_qs.model(output, attention_mask=torch.ones_like(output)).logits
+    probs = (logits[:, prompt_len - 1 : -1] / 1.4).softmax(-1).flatten(0, 1)
+    tokens = output[:, prompt_len:].flatten()
+    assert len(tokens) >= 20_000
+    # By token, and by token among those that follow a text with this likeliest token.
+    assert conditional_pvalue(tokens, probs) > ALPHA
+    for likeliest in range(VOCAB):
+        rows = probs.argmax(-1) == likeliest
+        if rows.sum() > 1000:
+            assert conditional_pvalue(tokens[rows], probs[rows]) > ALPHA / VOCAB

@@ -1,0 +1,163 @@
+"""Models that ``convert`` must refuse, with what its message must say; for tests and ``docs/supported-models.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tiny_models import _GPT2, _MOE, tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel, T5Config
+
+_STATE = "is not in the key/value cache"
+_MASK = "reads its attention mask itself"
+_ROPE = "changes the keys already cached"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One model and the parts of its error message.
+
+    Attributes:
+        build: makes the model.
+        reason: text that says why.
+        names: text that names the module, node or weight; '' where the whole model is at fault.
+        architecture: for the documentation; '' for models made up for the tests.
+    """
+
+    build: Callable[[], nn.Module]
+    reason: str
+    names: str = ""
+    architecture: str = ""
+
+
+def _architecture(model_type: str, reason: str, names: str, **options) -> Refused:
+    return Refused(lambda: tiny_model(model_type, **options), reason, names, model_type)
+
+
+def _with_mixer(mixer: nn.Module) -> LlamaForCausalLM:
+    """A llama whose second MLP sees what ``mixer`` makes of its input."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.mixer = mixer
+    forward = mlp.forward
+    mlp.forward = lambda hidden: forward(mlp.mixer(hidden))
+    return model
+
+
+class TokenShift(nn.Module):
+    """Half of every token's channels come from the token before, as in RWKV."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mix ``(B, T, C)``."""
+        half = hidden.shape[-1] // 2
+        before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return torch.cat((before[..., :half], hidden[..., half:]), -1)
+
+
+class CausalConv(nn.Module):
+    """A depthwise causal convolution over tokens, as in Mamba and LFM2."""
+
+    def __init__(self, channels: int, functional: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 3, padding=2, groups=channels)
+        self.functional = functional
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(B, T, C)``; ``functional`` hides the module from whoever looks for modules."""
+        x = hidden.transpose(1, 2)
+        if self.functional:
+            mixed = torch.nn.functional.conv1d(x, self.conv.weight, padding=2, groups=x.shape[1])
+        else:
+            mixed = self.conv(x)
+        return mixed[..., : hidden.shape[1]].transpose(1, 2)
+
+
+class RunningMean(nn.Module):
+    """Every token sees the mean of those before it."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mix ``(B, T, C)``."""
+        counts = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+        return hidden.cumsum(1) / counts[:, None]
+
+
+def _rope(rope_type: str, **parameters) -> PreTrainedModel:
+    return tiny_model("llama", rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, **parameters})
+
+
+def _on_meta() -> PreTrainedModel:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.to("meta")
+    return model
+
+
+def _packed() -> PreTrainedModel:
+    model = tiny_model("llama")
+    linear = model.model.layers[0].self_attn.q_proj
+    del linear.weight
+    linear.register_buffer("weight", torch.zeros(64, 8, dtype=torch.int32))
+    return model
+
+
+def _t5() -> PreTrainedModel:
+    config = T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def _bidirectional() -> PreTrainedModel:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return model
+
+
+_LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+_HYBRID = {"num_hidden_layers": 2, "mamba_d_state": 8, "mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 16}
+
+# Name -> model. Names are also the test ids.
+UNSUPPORTED: dict[str, Refused] = {
+    # Attention outside transformers' interface.
+    "gptj": _architecture("gptj", _MASK, "transformer.h.0.attn", rotary_dim=8, **_GPT2),
+    "codegen": _architecture("codegen", _MASK, "transformer.h.0.attn", rotary_dim=8, **_GPT2),
+    "gpt_neo": _architecture(
+        "gpt_neo", _MASK, "transformer.h.0.attn", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+    "bloom": _architecture("bloom", _MASK, "transformer.h.0.self_attention", n_layer=2, n_head=4),
+    "mpt": _architecture("mpt", _MASK, "transformer", d_model=64, n_heads=4, n_layers=2),
+    "falcon": _architecture("falcon", _MASK, "transformer.h.0.self_attention"),
+    "xglm": _architecture("xglm", _MASK, "model.layers.0.self_attn", d_model=64, ffn_dim=96, num_layers=2),
+    "doge": _architecture("doge", _MASK, "model.layers.0.self_attn"),
+    # Convolutions and recurrences.
+    "lfm2": _architecture("lfm2", _STATE, "model.layers.0.conv", layer_types=["conv", "full_attention"]),
+    "mamba": _architecture("mamba", _STATE, "backbone.layers.0.mixer", state_size=8),
+    "mamba2": _architecture("mamba2", _STATE, "backbone.layers.0.mixer", num_heads=8, head_dim=16, n_groups=1),
+    "falcon_h1": _architecture("falcon_h1", _STATE, "model.layers.0.mamba", mamba_d_ssm=64, **_HYBRID),
+    "jamba": _architecture("jamba", _STATE, "model.layers.0.mamba", **_HYBRID),
+    "recurrent_gemma": _architecture("recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d"),
+    "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
+    # The rest.
+    "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
+    "llama4_text": _architecture(
+        "llama4_text",
+        "mask depends on more than the tokens' positions",
+        "self_attn",
+        attention_chunk_size=8,
+        intermediate_size_mlp=96,
+        **_MOE,
+    ),
+    "dynamic RoPE": Refused(lambda: _rope("dynamic", factor=2.0), _ROPE, "rope_type 'dynamic'"),
+    "longrope": Refused(lambda: _rope("longrope", factor=2.0, **_LONGROPE), _ROPE, "rope_type 'longrope'"),
+    "meta weight": Refused(_on_meta, "is on the meta device", "model.layers.1.mlp.up_proj.weight"),
+    "float64": Refused(lambda: tiny_model("llama", torch.float64), "is torch.float64", "model.embed_tokens.weight"),
+    "packed weight": Refused(_packed, "is torch.int32", "model.layers.0.self_attn.q_proj.weight"),
+    "no head": Refused(
+        lambda: AutoModel.from_config(tiny_model("llama").config), "has no language-model head", "LlamaModel"
+    ),
+    "not causal": Refused(_bidirectional, "attention is not causal", "model.layers.0.self_attn"),
+    "token shift": Refused(lambda: _with_mixer(TokenShift()), _STATE, "model.layers.1.mlp.mixer"),
+    "running mean": Refused(lambda: _with_mixer(RunningMean()), _STATE, "model.layers.1.mlp.mixer"),
+    "causal conv": Refused(lambda: _with_mixer(CausalConv(64, False)), _STATE, "model.layers.1.mlp.mixer.conv"),
+    "conv1d call": Refused(lambda: _with_mixer(CausalConv(64, True)), _STATE, "model.layers.1.mlp.mixer"),
+}
