@@ -1,0 +1,133 @@
+"""The Triton kernels against the float64 reference: natively on a GPU, in the interpreter elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
+from quantspec.kernels.hierarchical import encode_keys, encode_values
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Relative error of the whole output: a few roundings of the working precision (weights, decoded keys, output).
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of ``quantspec::cached_attention``; ``lengths`` are (quantized, recent) tokens of each sequence."""
+
+    heads: int = 2
+    kv_heads: int = 1
+    tokens: int = 1
+    head_dim: int = 64
+    value_dim: int = 64
+    group: int = 32
+    lengths: tuple[tuple[int, int], ...] = ((64, 33),)
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    lower: bool = False
+    dtype: torch.dtype = torch.float32
+    transposed_values: bool = True
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal on the device under test."""
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """Same tensor at the front of memory filled with NaN, so that a read or a lost write outside it shows."""
+    return torch.full_like(x, float("nan"))
+
+
+def cache_arguments(case: Case) -> dict[str, Tensor | None]:
+    """Random arguments of the op; slots and groups beyond each sequence's lengths hold NaN or arbitrary codes."""
+    batch, group = len(case.lengths), case.group
+    groups = max(quantized for quantized, _ in case.lengths) // group + 1
+    slots = 2 * group + case.tokens + 1
+    keys = random(batch, case.kv_heads, groups, group, case.head_dim) + random(batch, case.kv_heads, 1, 1, case.head_dim)
+    values = random(batch, case.kv_heads, groups, group, case.value_dim) * torch.rand(groups, group, 1, device=DEVICE)
+    k_upper, k_lower, k_scale, k_zero = encode_keys(keys)
+    v_upper, v_lower, v_scale, v_zero = encode_values(values)
+    k_recent = random(batch, case.kv_heads, slots, case.head_dim, dtype=case.dtype)
+    v_recent = random(batch, case.kv_heads, slots, case.value_dim, dtype=case.dtype)
+    for b, (quantized, recent) in enumerate(case.lengths):
+        for unused in (k_scale, k_zero, v_scale, v_zero):
+            unused[b, :, quantized // group :] = float("nan")
+        k_recent[b, :, recent:] = float("nan")
+        v_recent[b, :, recent:] = float("nan")
+    if case.transposed_values:
+        v_upper, v_lower = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (v_upper, v_lower))
+    lengths = torch.tensor(case.lengths, device=DEVICE)
+    return {
+        "query": random(batch, case.tokens, case.heads, case.head_dim, dtype=case.dtype).transpose(1, 2),
+        "key": random(batch, case.kv_heads, case.tokens, case.head_dim, dtype=case.dtype),
+        "value": random(batch, case.tokens, case.kv_heads, case.value_dim, dtype=case.dtype).transpose(1, 2),
+        "k_recent": k_recent,
+        "v_recent": v_recent,
+        "k_upper": k_upper,
+        "k_lower": k_lower if case.lower else None,
+        "k_scale": k_scale,
+        "k_zero": k_zero,
+        "v_upper": v_upper,
+        "v_lower": v_lower if case.lower else None,
+        "v_scale": v_scale,
+        "v_zero": v_zero,
+        "quantized_len": lengths[:, 0].contiguous(),
+        "length": lengths.sum(1),
+        "sinks": random(case.heads, dtype=case.dtype) if case.sinks else None,
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+ATTENTION_CASES = {
+    "draft": Case(),
+    "verify": Case(tokens=7, lower=True),
+    "no groups": Case(lengths=((0, 5),)),
+    "empty cache": Case(tokens=3, lengths=((0, 0),)),
+    "ragged": Case(tokens=3, lengths=((0, 31), (96, 64), (32, 40)), lower=True),
+    "grouped query": Case(heads=8, kv_heads=2, tokens=4, lower=True),
+    "more rows than a block": Case(heads=6, tokens=16, lower=True),
+    "odd heads": Case(heads=7, lower=True, lengths=((160, 20),)),
+    "head dim 80": Case(head_dim=80, value_dim=80, lower=True),
+    "head dim 96": Case(head_dim=96, value_dim=96),
+    "head dim 128, group 128": Case(head_dim=128, value_dim=128, group=128, lengths=((384, 130),)),
+    "two value parts": Case(head_dim=256, value_dim=256, group=16, lengths=((48, 17),)),
+    "two uneven parts": Case(head_dim=192, value_dim=144, tokens=2, lower=True),
+    "different value dim": Case(head_dim=96, value_dim=64, lower=True),
+    "small groups": Case(group=16, lengths=((80, 20), (16, 16))),
+    "window inside recent": Case(window=9, lengths=((64, 33),), tokens=3),
+    "window over groups": Case(window=70, lengths=((160, 40), (32, 33)), tokens=5, lower=True),
+    "window over small groups": Case(window=50, group=16, lengths=((112, 20),)),
+    "soft cap": Case(softcap=4.0, tokens=2),
+    "sinks": Case(heads=4, kv_heads=2, sinks=True, tokens=2, lengths=((64, 40), (0, 1))),
+    "token-major values": Case(transposed_values=False, lower=True),
+    "float16": Case(dtype=torch.float16, group=64, lengths=((192, 70),)),
+    "float16 verify": Case(dtype=torch.float16, tokens=7, heads=4, lower=True),
+    "bfloat16": Case(dtype=torch.bfloat16, lengths=((96, 40),)),
+    "bfloat16 verify": Case(dtype=torch.bfloat16, tokens=5, lower=True, sinks=True),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
+def test_cached_attention_matches_float64(case: Case) -> None:
+    arguments = cache_arguments(case)
+    options = {"scale": case.head_dim**-0.5, "window": case.window, "softcap": case.softcap}
+    widened = {
+        name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()
+    }
+    expected = cached_attention_reference(**widened, **options)
+    actual = cached_attention_triton(**arguments, **options)
+    assert actual.dtype == case.dtype
+    assert relative_error(actual, expected) < TOLERANCE[case.dtype]
+    for name in ("k_recent", "v_recent"):
+        torch.testing.assert_close(arguments[name].double(), widened[name], rtol=0, atol=0, equal_nan=True)
