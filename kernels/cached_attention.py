@@ -260,12 +260,6 @@ def _centred_codes(upper, lower, at, mask, dtype: tl.constexpr, HAS_LOWER: tl.co
 
 
 @triton.jit
-def _value_weights(scores, log_scale, top, USE_ASM: tl.constexpr):
-    """Weights ``2^(scores + log2 s - top)`` of the value codes: the scale of each token rides in the exponent."""
-    return fast_exp2(scores + (log_scale[:, None] - (top - _WEIGHT_SHIFT)[None, :]), USE_ASM)
-
-
-@triton.jit
 def _attend_planes(
     q_t,
     k_upper,
@@ -355,47 +349,55 @@ def _attend_planes(
             s_low = tl.where(inside[:, None], s_low, _HIDDEN)
             s_high = tl.where(inside[:, None], s_high, _HIDDEN)
 
-        low_at = token * PARTS
+        low_at = token[:, None] * PARTS
         high_at = low_at + HALF * PARTS
-        log_low = fast_log2(tl.load(v_scale + low_at, inside, other=1).to(tl.float32) * step, USE_ASM)
-        log_high = fast_log2(tl.load(v_scale + high_at, inside, other=1).to(tl.float32) * step, USE_ASM)
-        best = tl.maximum(tl.max(s_low + log_low[:, None], 0), tl.max(s_high + log_high[:, None], 0))
-        if PARTS == 2:
-            log_low_1 = fast_log2(tl.load(v_scale + low_at + 1, inside, other=1).to(tl.float32) * step, USE_ASM)
-            log_high_1 = fast_log2(tl.load(v_scale + high_at + 1, inside, other=1).to(tl.float32) * step, USE_ASM)
-            best = tl.maximum(best, tl.max(s_low + log_low_1[:, None], 0))
-            best = tl.maximum(best, tl.max(s_high + log_high_1[:, None], 0))
-        new_top = tl.maximum(top, best)
-        decay = fast_exp2(top - new_top, USE_ASM)[None, :]
-        top = new_top
-        w_low = _value_weights(s_low, log_low, top, USE_ASM)
-        w_high = _value_weights(s_high, log_high, top, USE_ASM)
-        if HAS_WINDOW or HALF < BLOCK:
-            w_low = tl.where(s_low > _HIDDEN, w_low, 0)
-            w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+        vs_low = tl.load(v_scale + low_at, inside[:, None], other=1).to(tl.float32)
+        vs_high = tl.load(v_scale + high_at, inside[:, None], other=1).to(tl.float32)
+        vz_low = tl.load(v_zero + low_at, inside[:, None], other=0).to(tl.float32)
+        vz_high = tl.load(v_zero + high_at, inside[:, None], other=0).to(tl.float32)
+        log_low = fast_log2(vs_low * step, USE_ASM)
+        log_high = fast_log2(vs_high * step, USE_ASM)
         # Weight over scale is the probability, so the normalizer and the zeros need no second exponential.
         r_low = fast_exp2(-log_low, USE_ASM)
         r_high = fast_exp2(-log_high, USE_ASM)
-        z_low = tl.load(v_zero + low_at, inside, other=0).to(tl.float32) * r_low + 8 / step
-        z_high = tl.load(v_zero + high_at, inside, other=0).to(tl.float32) * r_high + 8 / step
-        norm = norm * decay + w_low * r_low[:, None] + w_high * r_high[:, None]
-        offset = offset * decay + w_low * z_low[:, None] + w_high * z_high[:, None]
+        z_low = vz_low * r_low + 8 / step
+        z_high = vz_high * r_high + 8 / step
+        # The scale of a token rides in the exponent: its weight 2^(score + log2 s - top) is the factor of its codes.
+        y_low = s_low + log_low
+        y_high = s_high + log_high
+        best = tl.maximum(tl.max(y_low, 0), tl.max(y_high, 0))
+        if PARTS == 2:
+            log_low_1 = fast_log2(tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
+            log_high_1 = fast_log2(tl.load(v_scale + high_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
+            y_low_1 = s_low + log_low_1
+            y_high_1 = s_high + log_high_1
+            best = tl.maximum(best, tl.maximum(tl.max(y_low_1, 0), tl.max(y_high_1, 0)))
+        new_top = tl.maximum(top, best)
+        decay = fast_exp2(top - new_top, USE_ASM)
+        top = new_top
+        w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+        w_high = fast_exp2(y_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+        if HAS_WINDOW or HALF < BLOCK:
+            w_low = tl.where(s_low > _HIDDEN, w_low, 0)
+            w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+        norm = norm * decay[None, :] + w_low * r_low + w_high * r_high
+        offset = offset * decay[None, :] + w_low * z_low + w_high * z_high
         v_low, v_high = _centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
-        acc = tl.dot(v_low, w_low.to(dtype), acc * decay, input_precision="ieee")
+        acc = tl.dot(v_low, w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
         acc = tl.dot(v_high, w_high.to(dtype), acc, input_precision="ieee")
         if PARTS == 2:
-            w_low = _value_weights(s_low, log_low_1, top, USE_ASM)
-            w_high = _value_weights(s_high, log_high_1, top, USE_ASM)
+            w_low = fast_exp2(y_low_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+            w_high = fast_exp2(y_high_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
             if HAS_WINDOW or HALF < BLOCK:
                 w_low = tl.where(s_low > _HIDDEN, w_low, 0)
                 w_high = tl.where(s_high > _HIDDEN, w_high, 0)
-            z_low = tl.load(v_zero + low_at + 1, inside, other=0).to(tl.float32) * fast_exp2(-log_low_1, USE_ASM)
-            z_high = tl.load(v_zero + high_at + 1, inside, other=0).to(tl.float32) * fast_exp2(-log_high_1, USE_ASM)
-            offset_1 = offset_1 * decay + w_low * (z_low + 8 / step)[:, None] + w_high * (z_high + 8 / step)[:, None]
+            z_low = tl.load(v_zero + low_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(-log_low_1, USE_ASM)
+            z_high = tl.load(v_zero + high_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(-log_high_1, USE_ASM)
+            offset_1 = offset_1 * decay[None, :] + w_low * (z_low + 8 / step) + w_high * (z_high + 8 / step)
             v_low, v_high = _centred_codes(
                 v_upper + PART * stride_v_channel, v_lower + PART * stride_v_channel, v_at, v_mask, dtype, HAS_LOWER, USE_ASM
             )
-            acc_1 = tl.dot(v_low, w_low.to(dtype), acc_1 * decay, input_precision="ieee")
+            acc_1 = tl.dot(v_low, w_low.to(dtype), acc_1 * decay[None, :], input_precision="ieee")
             acc_1 = tl.dot(v_high, w_high.to(dtype), acc_1, input_precision="ieee")
     total = tl.sum(norm, 0)
     divisor = tl.where(total > 0, total, 1.0)

@@ -31,6 +31,27 @@ _NIBBLES_ASM = tl.constexpr(
     }
     """
 )
+# The same in bfloat16, whose 0x4300 counts in ones from 128.
+_NIBBLES_BFLOAT16_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, c, d, offset;
+    mov.b32 offset, 0x43084308;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shr.b32 c, a, 4;
+    shr.b32 d, b, 4;
+    lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
+    sub.bf16x2 $0, a, offset;
+    sub.bf16x2 $1, b, offset;
+    sub.bf16x2 $2, c, offset;
+    sub.bf16x2 $3, d, offset;
+    }
+    """
+)
 # Bytes 16u + (l + 8) of four low and four high tokens, then 0x6400 | byte, less 1024 + 136.
 _BYTES_ASM = tl.constexpr(
     """
@@ -62,9 +83,13 @@ def centred_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
+    elif USE_ASM and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_BFLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
     else:
-        low = (packed & 15).to(dtype) - 8
-        high = (packed >> 4).to(dtype) - 8
+        low = ((packed & 15).to(tl.float32) - 8).to(dtype)
+        high = ((packed >> 4).to(tl.float32) - 8).to(dtype)
     return low, high
 
 
@@ -76,9 +101,15 @@ def centred_bytes(upper, lower, dtype: tl.constexpr, USE_ASM: tl.constexpr):
             _BYTES_ASM, "=&r,=&r,=&r,=&r,r,r", [upper, lower], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
-        low = (((upper & 15) << 4) | (lower & 15)).to(dtype) - 136
-        high = ((upper & 240) | (lower >> 4)).to(dtype) - 136
+        low = ((((upper & 15) << 4) | (lower & 15)).to(tl.float32) - 136).to(dtype)
+        high = (((upper & 240) | (lower >> 4)).to(tl.float32) - 136).to(dtype)
     return low, high
+
+
+@triton.jit
+def split_pair(packed, dtype: tl.constexpr):
+    """The two 16-bit floats in each int32, the one at the lower address first."""
+    return packed.to(tl.int16).to(dtype, bitcast=True), (packed >> 16).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit

@@ -4,13 +4,29 @@
 
 torchao chooses scale and zero and rounds (its tinygemm convention, where zero is the value of code 8). Plain layout:
 byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1]`` in its high one.
+
+On CUDA, 1 to 16 rows are multiplied by a kernel that reads the codes once. Per group of k it forms
+
+    y[m, n] += scale[n] * (sum_j (low[n, j] - 8) x[m, 2j] + (high[n, j] - 8) x[m, 2j + 1]) + zero[n] * sum_k x[m, k]
+
+so that codes are all it converts; the even and odd x come from one 32-bit word.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from .inline_asm import centred_nibbles, exact_dot, split_pair, use_inline_asm
+
+# Above this many rows the weight is dequantized once and multiplied by cuBLAS.
+MAX_KERNEL_ROWS = 16
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -50,3 +66,143 @@ def int4_linear(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor |
 @int4_linear.register_fake
 def _(x, qdata, scale_and_zero, bias):
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    qdata,
+    scale_and_zero,
+    bias,
+    out,
+    num_rows,
+    N,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_PER_SPLIT: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    dtype: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """``BLOCK_N`` outputs of all rows over one split of the groups of K, ``BLOCK_GROUPS`` at a time.
+
+    ``x`` is (num_rows, K/2) and ``scale_and_zero`` (K/GROUP, N) as int32 pairs. The group axis is the batch axis of the
+    products, so warps may share out K. With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
+    """
+    WORDS: tl.constexpr = GROUP // 2
+    g = tl.arange(0, BLOCK_GROUPS)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, WORDS)
+    split = tl.program_id(1)
+    n_mask = n < N
+    w_at = qdata + n.to(tl.int64)[None, :, None] * (K // 2) + (g[:, None, None] * WORDS + j[None, None, :])
+    x_at = x + (g[:, None, None] * WORDS + j[None, :, None]) + m[None, None, :] * (K // 2)
+    ones = tl.full((BLOCK_GROUPS, BLOCK_N, WORDS), 1, dtype)
+    acc = tl.zeros((BLOCK_GROUPS, BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(0, GROUPS_PER_SPLIT, BLOCK_GROUPS):
+        first = split * GROUPS_PER_SPLIT + step
+        inside = first + g < K // GROUP
+        w_mask = inside[:, None, None] & n_mask[None, :, None]
+        codes = tl.load(w_at + first * WORDS, w_mask, other=0)
+        words = tl.load(x_at + first * WORDS, inside[:, None, None] & (m < num_rows)[None, None, :], other=0)
+        sz_at = scale_and_zero + (first + g)[:, None, None] * N + n[None, :, None]
+        scale, zero = split_pair(tl.load(sz_at, w_mask, other=0), dtype)
+        even, odd = split_pair(words, dtype)
+        low, high = centred_nibbles(codes, dtype, USE_ASM)
+        product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
+        total = exact_dot(ones, even, USE_ASM) + exact_dot(ones, odd, USE_ASM)
+        acc += scale.to(tl.float32) * product + zero.to(tl.float32) * total
+    y = tl.trans(tl.sum(acc, 0))
+    at = m[:, None] * N + n[None, :]
+    mask = (m < num_rows)[:, None] & n_mask[None, :]
+    if SPLITS == 1:
+        if HAS_BIAS:
+            y += tl.load(bias + n, n_mask, other=0).to(tl.float32)[None, :]
+        tl.store(out + at, y, mask)
+    else:
+        tl.store(out + split * num_rows * N + at, y, mask)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """``out = sum_s partial[s] + bias`` over ``size`` = rows * N elements."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + at, mask, other=0)
+    if HAS_BIAS:
+        total += tl.load(bias + at % N, mask, other=0).to(tl.float32)
+    tl.store(out + at, total, mask)
+
+
+class LinearConfig(NamedTuple):
+    """Launch of one weight shape: outputs and groups per program step, warps, pipeline stages, splits of K."""
+
+    block_n: int
+    block_groups: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@lru_cache
+def linear_config(out_features: int, in_features: int, group: int, rows: int) -> LinearConfig:
+    """Configuration by shape; K is split until about 800 programs share the chip."""
+    block_groups = max(1, 512 // group)
+    programs = triton.cdiv(out_features, 16)
+    steps = triton.cdiv(in_features // group, block_groups)
+    splits = max(1, min(8, steps, 512 // programs))
+    return LinearConfig(16, block_groups, 4, 3, splits)
+
+
+def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; as ``quantspec::int4_linear``."""
+    in_features, out_features = x.shape[-1], qdata.shape[0]
+    rows = x.numel() // in_features
+    if not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
+        return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
+    num_groups = scale_and_zero.shape[0]
+    group = in_features // num_groups
+    config = linear_config(out_features, in_features, group, rows)
+    steps = triton.cdiv(num_groups, config.block_groups)
+    has_bias = bias is not None
+    out = x.new_empty(*x.shape[:-1], out_features)
+    partial = out if config.splits == 1 else x.new_empty(config.splits, rows, out_features, dtype=torch.float32)
+    _linear_kernel[(triton.cdiv(out_features, config.block_n), config.splits)](
+        x.contiguous().view(torch.int32),
+        qdata,
+        scale_and_zero.to(x.dtype).view(torch.int32),
+        bias if has_bias else out,
+        partial,
+        rows,
+        out_features,
+        K=in_features,
+        GROUP=group,
+        GROUPS_PER_SPLIT=triton.cdiv(steps, config.splits) * config.block_groups,
+        BLOCK_GROUPS=config.block_groups,
+        BLOCK_N=config.block_n,
+        BLOCK_M=8 if rows <= 8 else 16,
+        SPLITS=config.splits,
+        HAS_BIAS=has_bias,
+        dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        USE_ASM=use_inline_asm(x.device),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if config.splits > 1:
+        size = rows * out_features
+        _sum_splits_kernel[(triton.cdiv(size, 256),)](
+            partial, bias if has_bias else out, out, size, out_features, SPLITS=config.splits, BLOCK=256, HAS_BIAS=has_bias
+        )
+    return out
+
+
+int4_linear.register_kernel("cuda")(int4_linear_triton)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
 from quantspec.kernels.hierarchical import encode_keys, encode_values
+from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative error of the whole output: a few roundings of the working precision (weights, decoded keys, output).
@@ -131,3 +132,22 @@ def test_cached_attention_matches_float64(case: Case) -> None:
     assert relative_error(actual, expected) < TOLERANCE[case.dtype]
     for name in ("k_recent", "v_recent"):
         torch.testing.assert_close(arguments[name].double(), widened[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "out_features", "in_features", "group", "bias"),
+    [(1, 48, 512, 128, False), (1, 40, 320, 64, True), (8, 32, 256, 32, True), (16, 19, 384, 128, False), (3, 64, 96, 32, False)],
+)
+def test_int4_linear_matches_float64(rows, out_features, in_features, group, bias, dtype) -> None:
+    x = random(rows, in_features, dtype=dtype)
+    qdata = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=DEVICE)
+    scale_and_zero = random(in_features // group, out_features, 2, dtype=dtype)
+    offset = random(out_features, dtype=dtype) if bias else None
+    expected = x.double() @ dequantize_int4(qdata, scale_and_zero, torch.float64).t()
+    if offset is not None:
+        expected = expected + offset.double()
+    actual = int4_linear_triton(x, qdata, scale_and_zero, offset)
+    assert actual.dtype == dtype
+    # Codes and products are exact, so only float32 sums and the rounding of the result differ.
+    assert relative_error(actual, expected) < torch.finfo(dtype).eps
