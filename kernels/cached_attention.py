@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import compute_dtype, masked_attention, softmax_with_sinks
 from .hierarchical import decode_keys, decode_values
@@ -260,6 +261,20 @@ def _centred_codes(upper, lower, at, mask, dtype: tl.constexpr, HAS_LOWER: tl.co
 
 
 @triton.jit
+def _load_value_scales(v_scale, v_zero, tile, num_bytes, PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Scale and zero, as stored, of the low and of the high tokens of a tile, each ``(BLOCK, 1)``."""
+    byte = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
+    low_at = (byte // HALF * (2 * HALF) + byte % HALF) * PARTS
+    high_at = low_at + HALF * PARTS
+    inside = byte < num_bytes
+    vs_low = tl.load(v_scale + low_at, inside, other=1)
+    vs_high = tl.load(v_scale + high_at, inside, other=1)
+    vz_low = tl.load(v_zero + low_at, inside, other=0)
+    vz_high = tl.load(v_zero + high_at, inside, other=0)
+    return vs_low, vs_high, vz_low, vz_high
+
+
+@triton.jit
 def _attend_planes(
     q_t,
     k_upper,
@@ -308,7 +323,11 @@ def _attend_planes(
     offset = norm
     acc_1 = acc
     offset_1 = norm
+    next_scales = _load_value_scales(v_scale, v_zero, first_tile, num_bytes, PARTS, HALF, BLOCK)
     for tile in range(first_tile, last_tile):
+        vs_low, vs_high, vz_low, vz_high = next_scales
+        # Loads this small are not pipelined by the compiler; without this each tile waits for them.
+        next_scales = _load_value_scales(v_scale, v_zero, tile + 1, num_bytes, PARTS, HALF, BLOCK)
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
             row = (tile % (HALF // BLOCK)) * BLOCK + i
@@ -349,30 +368,26 @@ def _attend_planes(
             s_low = tl.where(inside[:, None], s_low, _HIDDEN)
             s_high = tl.where(inside[:, None], s_high, _HIDDEN)
 
-        low_at = token[:, None] * PARTS
-        high_at = low_at + HALF * PARTS
-        vs_low = tl.load(v_scale + low_at, inside[:, None], other=1).to(tl.float32)
-        vs_high = tl.load(v_scale + high_at, inside[:, None], other=1).to(tl.float32)
-        vz_low = tl.load(v_zero + low_at, inside[:, None], other=0).to(tl.float32)
-        vz_high = tl.load(v_zero + high_at, inside[:, None], other=0).to(tl.float32)
-        log_low = fast_log2(vs_low * step, USE_ASM)
-        log_high = fast_log2(vs_high * step, USE_ASM)
+        log_low = fast_log2(vs_low.to(tl.float32) * step, USE_ASM)
+        log_high = fast_log2(vs_high.to(tl.float32) * step, USE_ASM)
         # Weight over scale is the probability, so the normalizer and the zeros need no second exponential.
         r_low = fast_exp2(-log_low, USE_ASM)
         r_high = fast_exp2(-log_high, USE_ASM)
-        z_low = vz_low * r_low + 8 / step
-        z_high = vz_high * r_high + 8 / step
+        z_low = vz_low.to(tl.float32) * r_low + 8 / step
+        z_high = vz_high.to(tl.float32) * r_high + 8 / step
         # The scale of a token rides in the exponent: its weight 2^(score + log2 s - top) is the factor of its codes.
         y_low = s_low + log_low
         y_high = s_high + log_high
-        best = tl.maximum(tl.max(y_low, 0), tl.max(y_high, 0))
+        best = tl.maximum(y_low, y_high)
         if PARTS == 2:
+            low_at = token[:, None] * PARTS
+            high_at = low_at + HALF * PARTS
             log_low_1 = fast_log2(tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
             log_high_1 = fast_log2(tl.load(v_scale + high_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
             y_low_1 = s_low + log_low_1
             y_high_1 = s_high + log_high_1
-            best = tl.maximum(best, tl.maximum(tl.max(y_low_1, 0), tl.max(y_high_1, 0)))
-        new_top = tl.maximum(top, best)
+            best = tl.maximum(best, tl.maximum(y_low_1, y_high_1))
+        new_top = tl.maximum(top, tl.max(best, 0))
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
         w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
@@ -554,12 +569,16 @@ def _attend_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits are the recent buffer.
 
     A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
     where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
     """
+    if OVERLAP:
+        # The merge may be set up while the last stretches are read; it waits for their results.
+        gdc_launch_dependents()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -691,8 +710,11 @@ def _merge_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One output row from the partial results of its splits; a sink joins the normalizer."""
+    if OVERLAP:
+        gdc_wait()
     row = tl.program_id(0)
     pair = tl.program_id(1)
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
@@ -721,13 +743,21 @@ def _merge_kernel(
     tl.store(out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head) * DV + c, acc / total, c < DV)
 
 
+MERGE = (32, 4)
+PDL = True
+
+
 class LaunchConfig(NamedTuple):
-    """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits."""
+    """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits.
+
+    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
+    """
 
     block: int
     warps: int
     stages: int
     splits: int
+    max_registers: int | None = None
 
 
 @lru_cache
@@ -796,6 +826,7 @@ def cached_attention_triton(
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads, value_dim)
     log2e = 1 / math.log(2)
+    overlap = query.is_cuda and PDL
     _attend_kernel[(splits, pairs, row_blocks)](
         query,
         key,
@@ -843,8 +874,10 @@ def cached_attention_triton(
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
         USE_ASM=use_inline_asm(query.device),
+        OVERLAP=overlap,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.max_registers,
     )
     _merge_kernel[(rows, pairs)](
         partial,
@@ -857,9 +890,11 @@ def cached_attention_triton(
         TOKENS=tokens,
         DV=value_dim,
         BLOCK_DV=triton.next_power_of_2(value_dim),
-        BLOCK_SPLITS=32,
+        BLOCK_SPLITS=MERGE[0],
         HAS_SINKS=sinks is not None,
-        num_warps=4,
+        OVERLAP=overlap,
+        num_warps=MERGE[1],
+        launch_pdl=overlap,
     )
     return out
 

@@ -102,17 +102,24 @@ def _linear_kernel(
     n_mask = n < N
     w_at = qdata + n.to(tl.int64)[None, :, None] * (K // 2) + (g[:, None, None] * WORDS + j[None, None, :])
     x_at = x + (g[:, None, None] * WORDS + j[None, :, None]) + m[None, None, :] * (K // 2)
+    sz_at = scale_and_zero + g[:, None, None] * N + n[None, :, None]
+    m_mask = (m < num_rows)[None, None, :]
     ones = tl.full((BLOCK_GROUPS, BLOCK_N, WORDS), 1, dtype)
     acc = tl.zeros((BLOCK_GROUPS, BLOCK_N, BLOCK_M), tl.float32)
+    first = split * GROUPS_PER_SPLIT
+    inside = (first + g < K // GROUP)[:, None, None]
+    next_words = tl.load(x_at + first * WORDS, inside & m_mask, other=0)
+    next_sz = tl.load(sz_at + first * N, inside & n_mask[None, :, None], other=0)
     for step in range(0, GROUPS_PER_SPLIT, BLOCK_GROUPS):
         first = split * GROUPS_PER_SPLIT + step
-        inside = first + g < K // GROUP
-        w_mask = inside[:, None, None] & n_mask[None, :, None]
-        codes = tl.load(w_at + first * WORDS, w_mask, other=0)
-        words = tl.load(x_at + first * WORDS, inside[:, None, None] & (m < num_rows)[None, None, :], other=0)
-        sz_at = scale_and_zero + (first + g)[:, None, None] * N + n[None, :, None]
-        scale, zero = split_pair(tl.load(sz_at, w_mask, other=0), dtype)
-        even, odd = split_pair(words, dtype)
+        inside = (first + g < K // GROUP)[:, None, None]
+        codes = tl.load(w_at + first * WORDS, inside & n_mask[None, :, None], other=0)
+        even, odd = split_pair(next_words, dtype)
+        scale, zero = split_pair(next_sz, dtype)
+        # Loads that do not feed a product directly are not pipelined by the compiler.
+        inside = (first + BLOCK_GROUPS + g < K // GROUP)[:, None, None]
+        next_words = tl.load(x_at + (first + BLOCK_GROUPS) * WORDS, inside & m_mask, other=0)
+        next_sz = tl.load(sz_at + (first + BLOCK_GROUPS) * N, inside & n_mask[None, :, None], other=0)
         low, high = centred_nibbles(codes, dtype, USE_ASM)
         product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
         total = exact_dot(ones, even, USE_ASM) + exact_dot(ones, odd, USE_ASM)
