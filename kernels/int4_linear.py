@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inline_asm import centred_nibbles, exact_dot, split_pair, use_inline_asm
+from .inline_asm import centred_nibbles, exact_dot, ones_like_bytes, split_pair, use_inline_asm
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
@@ -69,6 +69,15 @@ def _(x, qdata, scale_and_zero, bias):
 
 
 @triton.jit
+def _inside(chunk, word, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether a word of a chunk lies inside K; a mask that is constant along words keeps loads wide."""
+    if K % CHUNK == 0:
+        return chunk < K // CHUNK
+    else:
+        return chunk * (CHUNK // 2) + word < K // 2
+
+
+@triton.jit
 def _linear_kernel(
     x,
     qdata,
@@ -79,8 +88,9 @@ def _linear_kernel(
     N,
     K: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUPS_PER_SPLIT: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PER_SPLIT: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -88,51 +98,57 @@ def _linear_kernel(
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """``BLOCK_N`` outputs of all rows over one split of the groups of K, ``BLOCK_GROUPS`` at a time.
+    """``BLOCK_N`` outputs of all rows over one split of K, ``BLOCK_CHUNKS`` chunks of ``CHUNK`` at a time.
 
-    ``x`` is (num_rows, K/2) and ``scale_and_zero`` (K/GROUP, N) as int32 pairs. The group axis is the batch axis of the
-    products, so warps may share out K. With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
+    ``x`` is (num_rows, K/2) and ``scale_and_zero`` (K/GROUP, N) as int32 pairs. Chunks are the batch axis of the
+    products, so warps share out K. A chunk of several groups has one block of columns per group, zero outside it, so
+    that each group keeps its own sum. With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
     """
-    WORDS: tl.constexpr = GROUP // 2
-    g = tl.arange(0, BLOCK_GROUPS)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    WORDS: tl.constexpr = CHUNK // 2
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    chunk = tl.arange(0, BLOCK_CHUNKS)[:, None, None]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
+    column = tl.arange(0, GROUPS * BLOCK_M)[None, None, :]
+    m = column % BLOCK_M
+    # A zero of one element spares a layout conversion of the scales.
+    group = column // BLOCK_M if GROUPS > 1 else tl.zeros((1, 1, 1), tl.int32)
     j = tl.arange(0, WORDS)
     split = tl.program_id(1)
+    w_at = qdata + n.to(tl.int64) * (K // 2) + chunk * WORDS + j[None, None, :]
+    x_at = x + chunk * WORDS + j[None, :, None] + m * (K // 2)
+    sz_at = scale_and_zero + (chunk * GROUPS + group) * N + n
+    x_mask = (m < num_rows) & (j[None, :, None] // (GROUP // 2) == group)
     n_mask = n < N
-    w_at = qdata + n.to(tl.int64)[None, :, None] * (K // 2) + (g[:, None, None] * WORDS + j[None, None, :])
-    x_at = x + (g[:, None, None] * WORDS + j[None, :, None]) + m[None, None, :] * (K // 2)
-    sz_at = scale_and_zero + g[:, None, None] * N + n[None, :, None]
-    m_mask = (m < num_rows)[None, None, :]
-    ones = tl.full((BLOCK_GROUPS, BLOCK_N, WORDS), 1, dtype)
-    acc = tl.zeros((BLOCK_GROUPS, BLOCK_N, BLOCK_M), tl.float32)
-    first = split * GROUPS_PER_SPLIT
-    inside = (first + g < K // GROUP)[:, None, None]
-    next_words = tl.load(x_at + first * WORDS, inside & m_mask, other=0)
-    next_sz = tl.load(sz_at + first * N, inside & n_mask[None, :, None], other=0)
-    for step in range(0, GROUPS_PER_SPLIT, BLOCK_GROUPS):
-        first = split * GROUPS_PER_SPLIT + step
-        inside = (first + g < K // GROUP)[:, None, None]
-        codes = tl.load(w_at + first * WORDS, inside & n_mask[None, :, None], other=0)
+    acc = tl.zeros((BLOCK_CHUNKS, BLOCK_N, GROUPS * BLOCK_M), tl.float32)
+    first = split * CHUNKS_PER_SPLIT
+    # Loads that do not feed a product directly are not pipelined by the compiler, so they run ahead by hand.
+    next_words = tl.load(x_at + first * WORDS, x_mask & _inside(first + chunk, j[None, :, None], K, CHUNK), other=0)
+    next_sz = tl.load(sz_at + first * GROUPS * N, n_mask & ((first + chunk) * GROUPS + group < K // GROUP), other=0)
+    for step in range(0, CHUNKS_PER_SPLIT, BLOCK_CHUNKS):
+        first = split * CHUNKS_PER_SPLIT + step
+        w_mask = n_mask & _inside(first + chunk, j[None, None, :], K, CHUNK)
+        codes = tl.load(w_at + first * WORDS, w_mask, other=0)
         even, odd = split_pair(next_words, dtype)
         scale, zero = split_pair(next_sz, dtype)
-        # Loads that do not feed a product directly are not pipelined by the compiler.
-        inside = (first + BLOCK_GROUPS + g < K // GROUP)[:, None, None]
-        next_words = tl.load(x_at + (first + BLOCK_GROUPS) * WORDS, inside & m_mask, other=0)
-        next_sz = tl.load(sz_at + (first + BLOCK_GROUPS) * N, inside & n_mask[None, :, None], other=0)
+        second = first + BLOCK_CHUNKS
+        words_mask = x_mask & _inside(second + chunk, j[None, :, None], K, CHUNK)
+        next_words = tl.load(x_at + second * WORDS, words_mask, other=0)
+        next_sz = tl.load(sz_at + second * GROUPS * N, n_mask & ((second + chunk) * GROUPS + group < K // GROUP), other=0)
         low, high = centred_nibbles(codes, dtype, USE_ASM)
         product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
+        ones = ones_like_bytes(codes, dtype, USE_ASM)
         total = exact_dot(ones, even, USE_ASM) + exact_dot(ones, odd, USE_ASM)
         acc += scale.to(tl.float32) * product + zero.to(tl.float32) * total
-    y = tl.trans(tl.sum(acc, 0))
-    at = m[:, None] * N + n[None, :]
-    mask = (m < num_rows)[:, None] & n_mask[None, :]
+    y = tl.sum(tl.reshape(tl.sum(acc, 0), (BLOCK_N, GROUPS, BLOCK_M)), 1)
+    row = tl.arange(0, BLOCK_M)[None, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    mask = (row < num_rows) & (n < N)
     if SPLITS == 1:
         if HAS_BIAS:
-            y += tl.load(bias + n, n_mask, other=0).to(tl.float32)[None, :]
-        tl.store(out + at, y, mask)
+            y += tl.load(bias + n, n < N, other=0).to(tl.float32)
+        tl.store(out + row * N + n, y, mask)
     else:
-        tl.store(out + split * num_rows * N + at, y, mask)
+        tl.store(out + (split * num_rows + row) * N + n, y, mask)
 
 
 @triton.jit
@@ -151,23 +167,21 @@ def _sum_splits_kernel(
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one weight shape: outputs and groups per program step, warps, pipeline stages, splits of K."""
+    """Launch of one weight shape: outputs and chunks of K per program step, warps, pipeline stages, splits of K."""
 
     block_n: int
-    block_groups: int
+    block_chunks: int
     warps: int
     stages: int
     splits: int
 
 
 @lru_cache
-def linear_config(out_features: int, in_features: int, group: int, rows: int) -> LinearConfig:
-    """Configuration by shape; K is split until about 800 programs share the chip."""
-    block_groups = max(1, 512 // group)
-    programs = triton.cdiv(out_features, 16)
-    steps = triton.cdiv(in_features // group, block_groups)
-    splits = max(1, min(8, steps, 512 // programs))
-    return LinearConfig(16, block_groups, 4, 3, splits)
+def linear_config(out_features: int, num_chunks: int) -> LinearConfig:
+    """Configuration by shape, tuned on an H100; K is split where the outputs alone give too few programs."""
+    programs = triton.cdiv(out_features, 32)
+    splits = max(1, min(8, triton.cdiv(num_chunks, 8), 256 // programs))
+    return LinearConfig(32, 2, 2, 3, splits)
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
@@ -178,8 +192,10 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
         return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
     num_groups = scale_and_zero.shape[0]
     group = in_features // num_groups
-    config = linear_config(out_features, in_features, group, rows)
-    steps = triton.cdiv(num_groups, config.block_groups)
+    chunk = max(128, group)
+    num_chunks = triton.cdiv(in_features, chunk)
+    config = linear_config(out_features, num_chunks)
+    steps = triton.cdiv(num_chunks, config.block_chunks)
     has_bias = bias is not None
     out = x.new_empty(*x.shape[:-1], out_features)
     partial = out if config.splits == 1 else x.new_empty(config.splits, rows, out_features, dtype=torch.float32)
@@ -193,8 +209,9 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
         out_features,
         K=in_features,
         GROUP=group,
-        GROUPS_PER_SPLIT=triton.cdiv(steps, config.splits) * config.block_groups,
-        BLOCK_GROUPS=config.block_groups,
+        CHUNK=chunk,
+        CHUNKS_PER_SPLIT=triton.cdiv(steps, config.splits) * config.block_chunks,
+        BLOCK_CHUNKS=config.block_chunks,
         BLOCK_N=config.block_n,
         BLOCK_M=8 if rows <= 8 else 16,
         SPLITS=config.splits,
