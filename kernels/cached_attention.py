@@ -707,26 +707,26 @@ def _merge_kernel(
     REPEAT: tl.constexpr,
     TOKENS: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One output row from the partial results of its splits; a sink joins the normalizer."""
+    """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer."""
     if OVERLAP:
         gdc_wait()
     row = tl.program_id(0)
     pair = tl.program_id(1)
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
     s = tl.arange(0, BLOCK_SPLITS)
-    c = tl.arange(0, BLOCK_DV)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = pair.to(tl.int64) * num_splits * (REPEAT * TOKENS) + row
     top = tl.full((), _HIDDEN, tl.float32)
     total = tl.zeros((), tl.float32)
     if HAS_SINKS:
         top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         total = total + 1.0
-    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    acc = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, num_splits, BLOCK_SPLITS):
         at = base + (first + s) * (REPEAT * TOKENS)
         lse = tl.load(partial_lse + at, first + s < num_splits, other=float("-inf"))
@@ -741,10 +741,6 @@ def _merge_kernel(
         top = new_top
     token = (pair // KV_HEADS) * TOKENS + row % TOKENS
     tl.store(out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head) * DV + c, acc / total, c < DV)
-
-
-MERGE = (32, 4)
-PDL = True
 
 
 class LaunchConfig(NamedTuple):
@@ -826,7 +822,7 @@ def cached_attention_triton(
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads, value_dim)
     log2e = 1 / math.log(2)
-    overlap = query.is_cuda and PDL
+    overlap = query.is_cuda
     _attend_kernel[(splits, pairs, row_blocks)](
         query,
         key,
@@ -879,7 +875,7 @@ def cached_attention_triton(
         num_stages=config.stages,
         maxnreg=config.max_registers,
     )
-    _merge_kernel[(rows, pairs)](
+    _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
         partial,
         partial_lse,
         out if sinks is None else sinks,
@@ -889,11 +885,11 @@ def cached_attention_triton(
         REPEAT=heads // kv_heads,
         TOKENS=tokens,
         DV=value_dim,
-        BLOCK_DV=triton.next_power_of_2(value_dim),
-        BLOCK_SPLITS=MERGE[0],
+        BLOCK_C=32,
+        BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
         HAS_SINKS=sinks is not None,
         OVERLAP=overlap,
-        num_warps=MERGE[1],
+        num_warps=4,
         launch_pdl=overlap,
     )
     return out

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
-from quantspec.kernels.hierarchical import encode_keys, encode_values
+from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.flush import flush
+from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
 from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton
+from quantspec.kernels.prefill_attention import prefill_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative error of the whole output: a few roundings of the working precision (weights, decoded keys, output).
@@ -39,11 +42,6 @@ class Case:
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal on the device under test."""
     return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
-def poisoned(x: Tensor) -> Tensor:
-    """Same tensor at the front of memory filled with NaN, so that a read or a lost write outside it shows."""
-    return torch.full_like(x, float("nan"))
 
 
 def cache_arguments(case: Case) -> dict[str, Tensor | None]:
@@ -151,3 +149,83 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     assert actual.dtype == dtype
     # Codes and products are exact, so only float32 sums and the rounding of the result differ.
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
+
+
+def random_cache(batch: int, kv_heads: int, groups: int, slots: int, head_dim: int, value_dim: int, group: int, dtype):
+    """An empty layer cache in the order of the ops' arguments: recent buffers, then planes, scales and zeros."""
+    k_upper, k_lower, k_scale, k_zero = encode_keys(random(batch, kv_heads, groups, group, head_dim))
+    v_upper, v_lower, v_scale, v_zero = encode_values(random(batch, kv_heads, groups, group, value_dim))
+    v_upper, v_lower = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (v_upper, v_lower))
+    k_recent = random(batch, kv_heads, slots, head_dim, dtype=dtype)
+    v_recent = random(batch, kv_heads, slots, value_dim, dtype=dtype)
+    return [k_recent, v_recent, k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero]
+
+
+def assert_same_cache(actual: list[Tensor], expected: list[Tensor], quantized: list[int], recent: list[int]) -> None:
+    """Equal scales, zeros and recent tokens; codes equal but for ties, so what they decode to differs by one step at most."""
+    group = 2 * expected[2].shape[3]
+    for b, (tokens, kept) in enumerate(zip(quantized, recent, strict=True)):
+        for index in (0, 1):
+            assert torch.equal(actual[index][b, :, :kept], expected[index][b, :, :kept])
+        groups = slice(tokens // group)
+        for first, decode in ((2, decode_keys), (6, decode_values)):
+            ours = [x[b, :, groups] for x in actual[first : first + 4]]
+            theirs = [x[b, :, groups] for x in expected[first : first + 4]]
+            assert torch.equal(ours[2], theirs[2])
+            assert torch.equal(ours[3], theirs[3])
+            step = (theirs[2].unsqueeze(-2) if first == 2 else theirs[2].repeat_interleave(
+                theirs[0].shape[-1] // theirs[2].shape[-1], -1
+            )).double() / 16
+            difference = (decode(*ours, torch.float64) - decode(*theirs, torch.float64)).abs()
+            assert bool((difference <= 1.01 * step).all())
+            assert float((difference > 1e-6).double().mean()) < 1e-3 if difference.numel() else True
+
+
+@pytest.mark.parametrize(
+    ("dims", "group", "dtype", "state"),
+    [
+        ((64, 64), 32, torch.float32, [(0, 0, 150), (0, 0, 31), (0, 0, 64)]),
+        ((80, 144), 16, torch.float16, [(0, 0, 60), (32, 20, 33)]),
+        ((128, 128), 128, torch.bfloat16, [(0, 0, 300)]),
+        ((256, 256), 16, torch.bfloat16, [(16, 31, 5), (0, 3, 2)]),
+    ],
+)
+def test_prefill_encodes_as_reference(dims, group, dtype, state) -> None:
+    batch, tokens = len(state), max(new for _, _, new in state)
+    cache = random_cache(batch, 2, max(sum(s) for s in state) // group + 1, 2 * group + 8, *dims, group, dtype)
+    reference = [x.cpu().clone() for x in cache]
+    key = random(batch, tokens, 2, dims[0], dtype=dtype).transpose(1, 2)
+    value = random(batch, 2, tokens, dims[1], dtype=dtype)
+    quantized = torch.tensor([s[0] for s in state], device=DEVICE)
+    length = torch.tensor([s[0] + s[1] for s in state], device=DEVICE)
+    num_new = torch.tensor([s[2] for s in state], device=DEVICE)
+    query = random(batch, 2, tokens, dims[0], dtype=dtype)
+    encode_oldest_groups((key, value, num_new), *cache, quantized, length)
+    lengths = [x.cpu() for x in (quantized, length, num_new)]
+    prefill_attention(query.cpu(), key.cpu(), value.cpu(), *reference, *lengths, 1.0, 0, 0.0, None)
+    slots = [recent + new for _, recent, new in state]
+    flushed = [max(0, n // group - 1) * group for n in slots]
+    assert_same_cache(
+        [x.cpu() for x in cache],
+        reference,
+        [s[0] + f for s, f in zip(state, flushed, strict=True)],
+        [n - f for n, f in zip(slots, flushed, strict=True)],
+    )
+
+
+def test_flush_moves_one_due_group() -> None:
+    group, state = 32, [(32, 63), (0, 64), (64, 70), (0, 1)]
+    cache = random_cache(len(state), 2, 4, 2 * group + 8, 64, 80, group, torch.float16)
+    reference = [x.cpu().clone() for x in cache]
+    quantized = torch.tensor([s[0] for s in state], device=DEVICE)
+    length = torch.tensor([sum(s) for s in state], device=DEVICE)
+    encode_oldest_groups(None, *cache, quantized, length)
+    flush(*reference, quantized.cpu(), length.cpu())
+    moved = [group if recent >= 2 * group else 0 for _, recent in state]
+    assert moved == [0, group, group, 0]
+    assert_same_cache(
+        [x.cpu() for x in cache],
+        reference,
+        [s[0] + m for s, m in zip(state, moved, strict=True)],
+        [s[1] - m for s, m in zip(state, moved, strict=True)],
+    )

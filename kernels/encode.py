@@ -1,0 +1,292 @@
+"""Encoding of cached tokens into the planes on the device, shared by ``quantspec::prefill_attention`` and ``flush``.
+
+Of one sequence the tokens not in the planes are ``slots`` 0, 1, ...: first those in the recent buffer, then the new ones.
+The oldest whole groups move into the planes so that G..2G-1 slots remain (fewer than 2G all stay), and the rest slides
+to the front of the recent buffer. One kernel encodes, reading each token once; the next moves. Both decide from the
+lengths on the device, so their grids depend on the allocated sizes only. The codes are those of
+``quantspec.kernels.hierarchical`` but for values within a rounding of a tie between two codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Adding 1.5 * 2^23 to a small float32 rounds it to the nearest even integer and leaves that in the low bits.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _load_slots(recent, new, slot, channel, num_recent, mask, stride_new, WIDTH: tl.constexpr, HAS_NEW: tl.constexpr):
+    """Tokens at ``slot`` (a column): from the recent buffer or, past its ``num_recent`` tokens, from the new ones."""
+    x = tl.load(recent + slot * WIDTH + channel, mask & (slot < num_recent), other=0)
+    if HAS_NEW:
+        x += tl.load(new + (slot - num_recent).to(tl.int64) * stride_new + channel, mask & (slot >= num_recent), other=0)
+    return x
+
+
+@triton.jit
+def _num_flushed(num_slots, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr):
+    """Groups to encode so that fewer than 2G slots remain and at least G stay."""
+    return tl.minimum(tl.maximum(num_slots // GROUP - 1, 0), MAX_GROUPS)
+
+
+@triton.jit
+def _scale_and_zero(low, high):
+    """The stored float16 scale and zero of a range, as float32; see ``hierarchical``."""
+    scale = tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)).to(tl.float16).to(tl.float32)
+    return tl.where(scale > 0, scale, 1.0), low.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _codes(x, scale, zero):
+    """Upper code and lower code + 8 of float32 ``x``, as int32."""
+    inverse = 1.0 / scale
+    rounded = tl.minimum(tl.maximum((x - zero) * inverse, 0.0), 15.0) + _ROUND
+    upper = rounded.to(tl.int32, bitcast=True) & 15
+    residual = (x - (scale * (rounded - _ROUND) + zero)) * (16.0 * inverse)
+    lower = (tl.minimum(tl.maximum(residual, -8.0), 7.0) + (_ROUND + 8.0)).to(tl.int32, bitcast=True) & 15
+    return upper, lower
+
+
+@triton.jit
+def _store_codes(upper, lower, at, mask, x_low, x_high, scale_low, zero_low, scale_high, zero_high):
+    """Encode the tokens of the low and of the high nibbles and store their bytes at ``at`` of both planes."""
+    upper_low, lower_low = _codes(x_low, scale_low, zero_low)
+    upper_high, lower_high = _codes(x_high, scale_high, zero_high)
+    tl.store(upper + at, (upper_low | (upper_high << 4)).to(tl.uint8), mask)
+    tl.store(lower + at, (lower_low | (lower_high << 4)).to(tl.uint8), mask)
+
+
+@triton.jit
+def _encode_kernel(
+    key,
+    value,
+    k_recent,
+    v_recent,
+    k_upper,
+    k_lower,
+    k_scale,
+    k_zero,
+    v_upper,
+    v_lower,
+    v_scale,
+    v_zero,
+    quantized_len,
+    length,
+    num_new,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_krb,
+    stride_krh,
+    stride_vrb,
+    stride_vrh,
+    stride_kpb,
+    stride_kph,
+    stride_vpb,
+    stride_vph,
+    stride_v_group,
+    stride_v_row,
+    stride_v_channel,
+    stride_ksb,
+    stride_ksh,
+    stride_vsb,
+    stride_vsh,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+):
+    """Program (group, batch * KV head, keys or values) encodes one group, if it is due."""
+    sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    quantized = tl.load(quantized_len + sequence).to(tl.int32)
+    num_recent = tl.load(length + sequence).to(tl.int32) - quantized
+    num_slots = num_recent
+    if HAS_NEW:
+        num_slots += tl.load(num_new + sequence).to(tl.int32)
+    if tl.program_id(0) < _num_flushed(num_slots, 2 * HALF, MAX_GROUPS):
+        i = tl.arange(0, HALF)[:, None]
+        group = (quantized // (2 * HALF) + tl.program_id(0)).to(tl.int64)
+        slot = tl.program_id(0) * (2 * HALF) + i
+        if tl.program_id(2) == 0:
+            recent = k_recent + sequence * stride_krb + head * stride_krh
+            new = key + sequence * stride_kb + head * stride_kh
+            plane = sequence * stride_kpb + head * stride_kph + group * (HALF * D)
+            scales = sequence * stride_ksb + head * stride_ksh + group * D
+            for first in tl.static_range(0, D, BLOCK_D):
+                d = first + tl.arange(0, BLOCK_D)[None, :]
+                mask = d < D
+                low = _load_slots(recent, new, slot, d, num_recent, mask, stride_kt, D, HAS_NEW).to(tl.float32)
+                high = _load_slots(recent, new, slot + HALF, d, num_recent, mask, stride_kt, D, HAS_NEW).to(tl.float32)
+                least = tl.min(tl.minimum(low, high), 0)[None, :]
+                most = tl.max(tl.maximum(low, high), 0)[None, :]
+                s, z = _scale_and_zero(least, most)
+                tl.store(k_scale + scales + d, s, mask)
+                tl.store(k_zero + scales + d, z, mask)
+                _store_codes(k_upper + plane, k_lower + plane, i * D + d, mask, low, high, s, z, s, z)
+        else:
+            recent = v_recent + sequence * stride_vrb + head * stride_vrh
+            new = value + sequence * stride_vb + head * stride_vh
+            plane = sequence * stride_vpb + head * stride_vph + group * stride_v_group
+            scales = sequence * stride_vsb + head * stride_vsh + group * (2 * HALF * PARTS)
+            for part in tl.static_range(PARTS):
+                c = tl.arange(0, BLOCK_PART)[None, :]
+                mask = c < PART
+                channel = part * PART + c
+                WIDTH: tl.constexpr = PARTS * PART
+                low = _load_slots(recent, new, slot, channel, num_recent, mask, stride_vt, WIDTH, HAS_NEW)
+                high = _load_slots(recent, new, slot + HALF, channel, num_recent, mask, stride_vt, WIDTH, HAS_NEW)
+                low = low.to(tl.float32)
+                high = high.to(tl.float32)
+                s_low, z_low = _scale_and_zero(*_row_range(low, mask))
+                s_high, z_high = _scale_and_zero(*_row_range(high, mask))
+                tl.store(v_scale + scales + i * PARTS + part, s_low)
+                tl.store(v_zero + scales + i * PARTS + part, z_low)
+                tl.store(v_scale + scales + (i + HALF) * PARTS + part, s_high)
+                tl.store(v_zero + scales + (i + HALF) * PARTS + part, z_high)
+                at = i * stride_v_row + channel * stride_v_channel
+                _store_codes(v_upper + plane, v_lower + plane, at, mask, low, high, s_low, z_low, s_high, z_high)
+
+
+@triton.jit
+def _row_range(x, mask):
+    """Least and greatest of each row over the masked channels, as columns."""
+    least = tl.min(tl.where(mask, x, float("inf")), 1)[:, None]
+    return least, tl.max(tl.where(mask, x, float("-inf")), 1)[:, None]
+
+
+@triton.jit
+def _move_kernel(
+    new,
+    recent,
+    quantized_len,
+    length,
+    num_new,
+    stride_nb,
+    stride_nh,
+    stride_nt,
+    stride_rb,
+    stride_rh,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+):
+    """Program (batch * KV head) moves the slots that stay to the front of the recent buffer."""
+    sequence = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    num_recent = tl.load(length + sequence).to(tl.int32) - tl.load(quantized_len + sequence).to(tl.int32)
+    num_slots = num_recent
+    if HAS_NEW:
+        num_slots += tl.load(num_new + sequence).to(tl.int32)
+    recent += sequence * stride_rb + head * stride_rh
+    new += sequence * stride_nb + head * stride_nh
+    flushed = _num_flushed(num_slots, GROUP, MAX_GROUPS) * GROUP
+    channel = tl.arange(0, BLOCK_WIDTH)[None, :]
+    # Without a flush the slots already there stay where they are.
+    first = 0 if flushed > 0 else num_recent
+    # A block is read BLOCK or more slots ahead of where it is written, so no block overwrites what a later one reads.
+    for start in range(first, num_slots - flushed, BLOCK):
+        slot = start + tl.arange(0, BLOCK)[:, None]
+        mask = (channel < WIDTH) & (slot < num_slots - flushed)
+        x = _load_slots(recent, new, slot + flushed, channel, num_recent, mask, stride_nt, WIDTH, HAS_NEW)
+        tl.store(recent + slot * WIDTH + channel, x, mask)
+
+
+def encode_oldest_groups(
+    new: tuple[Tensor, Tensor, Tensor] | None,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+) -> None:
+    """Encode the groups that are due and slide the recent buffer, in place.
+
+    Args:
+        new: ``key (B, K, T, D)``, ``value (B, K, T, Dv)`` and ``num_new (B,)`` int64 of tokens to take in after those of
+            the recent buffer; None encodes at most one group of the recent buffer (a flush).
+        k_recent ... length: as in ``quantspec::cached_attention``; value planes may have any strides over (N, G/2, Dv).
+    """
+    key, value, num_new = (k_recent, v_recent, length) if new is None else new
+    batch, kv_heads, slots, head_dim = k_recent.shape
+    half, value_dim, parts = k_upper.shape[3], v_recent.shape[3], v_scale.shape[-1]
+    group, part = 2 * half, value_dim // parts
+    max_groups = 1 if new is None else max(1, (slots + key.shape[2]) // group)
+    pairs = batch * kv_heads
+    _encode_kernel[(max_groups, pairs, 2)](
+        key,
+        value,
+        k_recent,
+        v_recent,
+        k_upper,
+        k_lower,
+        k_scale,
+        k_zero,
+        v_upper,
+        v_lower,
+        v_scale,
+        v_zero,
+        quantized_len,
+        length,
+        num_new,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *k_recent.stride()[:2],
+        *v_recent.stride()[:2],
+        *k_upper.stride()[:2],
+        *v_upper.stride(),
+        *k_scale.stride()[:2],
+        *v_scale.stride()[:2],
+        KV_HEADS=kv_heads,
+        D=head_dim,
+        BLOCK_D=min(128, triton.next_power_of_2(head_dim)),
+        PART=part,
+        BLOCK_PART=triton.next_power_of_2(part),
+        PARTS=parts,
+        HALF=half,
+        MAX_GROUPS=max_groups,
+        HAS_NEW=new is not None,
+        num_warps=8,
+    )
+    for fresh, recent in ((key, k_recent), (value, v_recent)):
+        width = recent.shape[3]
+        _move_kernel[(pairs,)](
+            fresh,
+            recent,
+            quantized_len,
+            length,
+            num_new,
+            *fresh.stride()[:3],
+            *recent.stride()[:2],
+            KV_HEADS=kv_heads,
+            WIDTH=width,
+            BLOCK_WIDTH=triton.next_power_of_2(width),
+            GROUP=group,
+            BLOCK=min(64, group),
+            MAX_GROUPS=max_groups,
+            HAS_NEW=new is not None,
+            num_warps=8,
+        )
