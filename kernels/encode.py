@@ -18,6 +18,11 @@ from torch import Tensor
 _ROUND = tl.constexpr(12582912.0)
 
 
+# Bytes of a plane that one program encodes at a time, and its warps.
+BLOCK_ELEMENTS = 8192
+WARPS = 16
+
+
 @triton.jit
 def _load_slots(recent, new, slot, channel, num_recent, mask, stride_new, WIDTH: tl.constexpr, HAS_NEW: tl.constexpr):
     """Tokens at ``slot`` (a column): from the recent buffer or, past its ``num_recent`` tokens, from the new ones."""
@@ -58,6 +63,87 @@ def _store_codes(upper, lower, at, mask, x_low, x_high, scale_low, zero_low, sca
     upper_high, lower_high = _codes(x_high, scale_high, zero_high)
     tl.store(upper + at, (upper_low | (upper_high << 4)).to(tl.uint8), mask)
     tl.store(lower + at, (lower_low | (lower_high << 4)).to(tl.uint8), mask)
+
+
+@triton.jit
+def _row_range(x, mask):
+    """Least and greatest of each row over the masked channels, as columns."""
+    least = tl.min(tl.where(mask, x, float("inf")), 1)[:, None]
+    return least, tl.max(tl.where(mask, x, float("-inf")), 1)[:, None]
+
+
+@triton.jit
+def _encode_keys(
+    recent,
+    new,
+    upper,
+    lower,
+    scale,
+    zero,
+    first_slot,
+    num_recent,
+    stride_new,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+):
+    """One group of one head, ``BLOCK_D`` channels at a time; the scale is shared by the tokens of a channel."""
+    i = tl.arange(0, HALF)[:, None]
+    slot = first_slot + i
+    for first in tl.static_range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)[None, :]
+        mask = d < D
+        low = _load_slots(recent, new, slot, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
+        high = _load_slots(recent, new, slot + HALF, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
+        least = tl.min(tl.minimum(low, high), 0)[None, :]
+        s, z = _scale_and_zero(least, tl.max(tl.maximum(low, high), 0)[None, :])
+        tl.store(scale + d, s, mask)
+        tl.store(zero + d, z, mask)
+        _store_codes(upper, lower, i * D + d, mask, low, high, s, z, s, z)
+
+
+@triton.jit
+def _encode_values(
+    recent,
+    new,
+    upper,
+    lower,
+    scale,
+    zero,
+    first_slot,
+    num_recent,
+    stride_new,
+    stride_row,
+    stride_channel,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+):
+    """One group of one head, ``ROWS`` rows of bytes at a time; the scale is shared by the channels of a token's part."""
+    WIDTH: tl.constexpr = PARTS * PART
+    c = tl.arange(0, BLOCK_PART)[None, :]
+    mask = c < PART
+    for first in tl.static_range(0, HALF, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        slot = first_slot + row
+        for part in tl.static_range(PARTS):
+            channel = part * PART + c
+            low = _load_slots(recent, new, slot, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW).to(tl.float32)
+            high = _load_slots(recent, new, slot + HALF, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW)
+            high = high.to(tl.float32)
+            s_low, z_low = _scale_and_zero(*_row_range(low, mask))
+            s_high, z_high = _scale_and_zero(*_row_range(high, mask))
+            at = row * PARTS + part
+            tl.store(scale + at, s_low)
+            tl.store(zero + at, z_low)
+            tl.store(scale + at + HALF * PARTS, s_high)
+            tl.store(zero + at + HALF * PARTS, z_high)
+            at = row * stride_row + channel * stride_channel
+            _store_codes(upper, lower, at, mask, low, high, s_low, z_low, s_high, z_high)
 
 
 @triton.jit
@@ -105,6 +191,7 @@ def _encode_kernel(
     BLOCK_PART: tl.constexpr,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
+    ROWS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     HAS_NEW: tl.constexpr,
 ):
@@ -117,54 +204,48 @@ def _encode_kernel(
     if HAS_NEW:
         num_slots += tl.load(num_new + sequence).to(tl.int32)
     if tl.program_id(0) < _num_flushed(num_slots, 2 * HALF, MAX_GROUPS):
-        i = tl.arange(0, HALF)[:, None]
         group = (quantized // (2 * HALF) + tl.program_id(0)).to(tl.int64)
-        slot = tl.program_id(0) * (2 * HALF) + i
+        first_slot = tl.program_id(0) * (2 * HALF)
         if tl.program_id(2) == 0:
-            recent = k_recent + sequence * stride_krb + head * stride_krh
-            new = key + sequence * stride_kb + head * stride_kh
             plane = sequence * stride_kpb + head * stride_kph + group * (HALF * D)
             scales = sequence * stride_ksb + head * stride_ksh + group * D
-            for first in tl.static_range(0, D, BLOCK_D):
-                d = first + tl.arange(0, BLOCK_D)[None, :]
-                mask = d < D
-                low = _load_slots(recent, new, slot, d, num_recent, mask, stride_kt, D, HAS_NEW).to(tl.float32)
-                high = _load_slots(recent, new, slot + HALF, d, num_recent, mask, stride_kt, D, HAS_NEW).to(tl.float32)
-                least = tl.min(tl.minimum(low, high), 0)[None, :]
-                most = tl.max(tl.maximum(low, high), 0)[None, :]
-                s, z = _scale_and_zero(least, most)
-                tl.store(k_scale + scales + d, s, mask)
-                tl.store(k_zero + scales + d, z, mask)
-                _store_codes(k_upper + plane, k_lower + plane, i * D + d, mask, low, high, s, z, s, z)
+            _encode_keys(
+                k_recent + sequence * stride_krb + head * stride_krh,
+                key + sequence * stride_kb + head * stride_kh,
+                k_upper + plane,
+                k_lower + plane,
+                k_scale + scales,
+                k_zero + scales,
+                first_slot,
+                num_recent,
+                stride_kt,
+                D,
+                BLOCK_D,
+                HALF,
+                HAS_NEW,
+            )
         else:
-            recent = v_recent + sequence * stride_vrb + head * stride_vrh
-            new = value + sequence * stride_vb + head * stride_vh
-            plane = sequence * stride_vpb + head * stride_vph + group * stride_v_group
-            scales = sequence * stride_vsb + head * stride_vsh + group * (2 * HALF * PARTS)
-            for part in tl.static_range(PARTS):
-                c = tl.arange(0, BLOCK_PART)[None, :]
-                mask = c < PART
-                channel = part * PART + c
-                WIDTH: tl.constexpr = PARTS * PART
-                low = _load_slots(recent, new, slot, channel, num_recent, mask, stride_vt, WIDTH, HAS_NEW)
-                high = _load_slots(recent, new, slot + HALF, channel, num_recent, mask, stride_vt, WIDTH, HAS_NEW)
-                low = low.to(tl.float32)
-                high = high.to(tl.float32)
-                s_low, z_low = _scale_and_zero(*_row_range(low, mask))
-                s_high, z_high = _scale_and_zero(*_row_range(high, mask))
-                tl.store(v_scale + scales + i * PARTS + part, s_low)
-                tl.store(v_zero + scales + i * PARTS + part, z_low)
-                tl.store(v_scale + scales + (i + HALF) * PARTS + part, s_high)
-                tl.store(v_zero + scales + (i + HALF) * PARTS + part, z_high)
-                at = i * stride_v_row + channel * stride_v_channel
-                _store_codes(v_upper + plane, v_lower + plane, at, mask, low, high, s_low, z_low, s_high, z_high)
-
-
-@triton.jit
-def _row_range(x, mask):
-    """Least and greatest of each row over the masked channels, as columns."""
-    least = tl.min(tl.where(mask, x, float("inf")), 1)[:, None]
-    return least, tl.max(tl.where(mask, x, float("-inf")), 1)[:, None]
+            v_plane = sequence * stride_vpb + head * stride_vph + group * stride_v_group
+            v_scales = sequence * stride_vsb + head * stride_vsh + group * (2 * HALF * PARTS)
+            _encode_values(
+                v_recent + sequence * stride_vrb + head * stride_vrh,
+                value + sequence * stride_vb + head * stride_vh,
+                v_upper + v_plane,
+                v_lower + v_plane,
+                v_scale + v_scales,
+                v_zero + v_scales,
+                first_slot,
+                num_recent,
+                stride_vt,
+                stride_v_row,
+                stride_v_channel,
+                PART,
+                BLOCK_PART,
+                PARTS,
+                HALF,
+                ROWS,
+                HAS_NEW,
+            )
 
 
 @triton.jit
@@ -262,14 +343,15 @@ def encode_oldest_groups(
         *v_scale.stride()[:2],
         KV_HEADS=kv_heads,
         D=head_dim,
-        BLOCK_D=min(128, triton.next_power_of_2(head_dim)),
+        BLOCK_D=min(triton.next_power_of_2(head_dim), max(16, BLOCK_ELEMENTS // half)),
         PART=part,
         BLOCK_PART=triton.next_power_of_2(part),
         PARTS=parts,
         HALF=half,
+        ROWS=min(half, max(1, BLOCK_ELEMENTS // triton.next_power_of_2(part))),
         MAX_GROUPS=max_groups,
         HAS_NEW=new is not None,
-        num_warps=8,
+        num_warps=WARPS,
     )
     for fresh, recent in ((key, k_recent), (value, v_recent)):
         width = recent.shape[3]
