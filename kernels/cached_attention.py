@@ -65,7 +65,7 @@ def dense_key_value(
 def append_recent(
     key: Tensor, value: Tensor, k_recent: Tensor, v_recent: Tensor, quantized_len: Tensor, length: Tensor
 ) -> None:
-    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward of each sequence, in place."""
+    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward, in place."""
     slots = (length - quantized_len)[:, None] + torch.arange(key.shape[2], device=key.device)
     for new, recent in ((key, k_recent), (value, v_recent)):
         index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
@@ -107,7 +107,7 @@ def cached_attention_reference(
 
 
 def _group_codes(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u - 8 of the draft or 16u + l - 128 of the target, as floats."""
+    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u - 8 of the draft or 16u + l - 128 of the target."""
     half = upper.shape[-2]
     out = upper.new_empty(*upper.shape[:-2], 2 * half, upper.shape[-1], dtype=dtype)
     if lower is None:
@@ -206,7 +206,8 @@ def cached_attention(
     Args:
         query: ``(B, H, T, D)`` after RoPE; token t of sequence b sits at position ``length[b] + t``.
         key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer.
-        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``; slot r holds position ``quantized_len + r``. Mutated.
+        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``, mutated; slot r holds position
+            ``quantized_len + r``.
         k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
         k_scale, k_zero: ``(B, K, N, D)`` float16.
         v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes.
@@ -382,8 +383,12 @@ def _attend_planes(
         if PARTS == 2:
             low_at = token[:, None] * PARTS
             high_at = low_at + HALF * PARTS
-            log_low_1 = fast_log2(tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
-            log_high_1 = fast_log2(tl.load(v_scale + high_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM)
+            log_low_1 = fast_log2(
+                tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM
+            )
+            log_high_1 = fast_log2(
+                tl.load(v_scale + high_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM
+            )
             y_low_1 = s_low + log_low_1
             y_high_1 = s_high + log_high_1
             best = tl.maximum(best, tl.maximum(y_low_1, y_high_1))
@@ -406,11 +411,21 @@ def _attend_planes(
             if HAS_WINDOW or HALF < BLOCK:
                 w_low = tl.where(s_low > _HIDDEN, w_low, 0)
                 w_high = tl.where(s_high > _HIDDEN, w_high, 0)
-            z_low = tl.load(v_zero + low_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(-log_low_1, USE_ASM)
-            z_high = tl.load(v_zero + high_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(-log_high_1, USE_ASM)
+            z_low = tl.load(v_zero + low_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(
+                -log_low_1, USE_ASM
+            )
+            z_high = tl.load(v_zero + high_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(
+                -log_high_1, USE_ASM
+            )
             offset_1 = offset_1 * decay[None, :] + w_low * (z_low + 8 / step) + w_high * (z_high + 8 / step)
             v_low, v_high = _centred_codes(
-                v_upper + PART * stride_v_channel, v_lower + PART * stride_v_channel, v_at, v_mask, dtype, HAS_LOWER, USE_ASM
+                v_upper + PART * stride_v_channel,
+                v_lower + PART * stride_v_channel,
+                v_at,
+                v_mask,
+                dtype,
+                HAS_LOWER,
+                USE_ASM,
             )
             acc_1 = tl.dot(v_low, w_low.to(dtype), acc_1 * decay[None, :], input_precision="ieee")
             acc_1 = tl.dot(v_high, w_high.to(dtype), acc_1, input_precision="ieee")
@@ -471,7 +486,9 @@ def _attend_recent(
     slot = num_old + new
     mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + BLOCK))[:, None]
     k_mask = mine & (d[None, :] < D)
-    tl.store(k_recent + slot[:, None] * D + d[None, :], tl.load(key + new[:, None] * stride_key + d[None, :], k_mask), k_mask)
+    tl.store(
+        k_recent + slot[:, None] * D + d[None, :], tl.load(key + new[:, None] * stride_key + d[None, :], k_mask), k_mask
+    )
     for part in tl.static_range(PARTS):
         v_mask = mine & (c[None, :] < PART)
         channel = part * PART + c[None, :]
@@ -571,7 +588,8 @@ def _attend_kernel(
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits are the recent buffer.
+    """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits read the recent
+    buffer.
 
     A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
     where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
@@ -758,23 +776,41 @@ class LaunchConfig(NamedTuple):
 
 @lru_cache
 def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch_config(
-    device: torch.device, pairs: int, rows: int, head_dim: int, num_bytes: int, has_lower: bool
+    device: torch.device, pairs: int, rows: int, head_dim: int, num_bytes: int, recent_slots: int, has_lower: bool
 ) -> LaunchConfig:
-    """Configuration for ``pairs`` = B*K times row blocks, ``rows`` padded rows and ``num_bytes`` byte rows of planes."""
-    if rows <= 8:
-        block, warps, resident = 32, 1, 6 if has_lower else 10
-    elif rows <= 32:
-        block, warps, resident = 32, 2, 4
-    else:
-        block, warps, resident = 32, 4, 2
+    """Configuration by allocated size, tuned on an H100.
+
+    Args:
+        device: where the kernel runs.
+        pairs: batch * KV heads * blocks of rows, the grid without its splits.
+        rows: rows of a block, padded.
+        head_dim: the larger of the key and value head dims.
+        num_bytes: byte rows of one head's planes (half its tokens).
+        recent_slots: slots of the recent buffer.
+        has_lower: whether both planes are read.
+    """
+    max_registers = None
     if head_dim > 128:
-        block, warps, resident = 16, max(warps, 2), 4
-    splits = max(1, _num_multiprocessors(device) * resident // pairs)
-    return LaunchConfig(block, warps, 3, min(splits, triton.cdiv(num_bytes, block)))
+        block, warps, stages, resident = 32, 4, 2, 2
+    elif rows <= 8:
+        block, warps, stages, resident, max_registers = 32, 2, 3, 6 if has_lower else 7, 128
+    elif rows <= 32:
+        block, warps, stages, resident = 32, 2, 3, 4
+    else:
+        block, warps, stages, resident = 64, 4, 2, 2
+    tiles = triton.cdiv(num_bytes, block)
+    programs = _num_multiprocessors(device) * resident
+    # One wave of equal programs is best, unless the recent buffers take much of it: then two waves even out.
+    splits = programs // pairs - triton.cdiv(recent_slots, block)
+    if splits * pairs < 0.8 * programs:
+        splits = 2 * programs // pairs
+    # Below four tiles a program costs more than it saves, unless there would be too few of them.
+    splits = min(splits, tiles, max(64, tiles // 4))
+    return LaunchConfig(block, warps, stages, max(1, splits), max_registers)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -809,12 +845,21 @@ def cached_attention_triton(
         raise ValueError(f"value head dim {value_dim} has {parts} quantization groups, at most 2 are supported on CUDA")
     groups, half = k_upper.shape[2:4]
     rows = heads // kv_heads * tokens
-    block_rows = min(64, max(8, triton.next_power_of_2(rows)))
+    # More columns than this spill registers.
+    most_rows = 64 if max(head_dim, value_dim) <= 128 else 32
+    block_rows = min(most_rows, max(8, triton.next_power_of_2(rows)))
     pairs, row_blocks = batch * kv_heads, triton.cdiv(rows, block_rows)
+    slots = k_recent.shape[2]
     config = launch_config(
-        query.device, pairs * row_blocks, block_rows, max(head_dim, value_dim), groups * half, k_lower is not None
+        query.device,
+        pairs * row_blocks,
+        block_rows,
+        max(head_dim, value_dim),
+        groups * half,
+        slots,
+        k_lower is not None,
     )
-    recent_splits = triton.cdiv(k_recent.shape[2], config.block)
+    recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]

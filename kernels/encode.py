@@ -1,15 +1,14 @@
 """Encoding of cached tokens into the planes on the device, shared by ``quantspec::prefill_attention`` and ``flush``.
 
-Of one sequence the tokens not in the planes are ``slots`` 0, 1, ...: first those in the recent buffer, then the new ones.
+Of one sequence the tokens not in the planes are slots 0, 1, ...: first those in the recent buffer, then the new ones.
 The oldest whole groups move into the planes so that G..2G-1 slots remain (fewer than 2G all stay), and the rest slides
 to the front of the recent buffer. One kernel encodes, reading each token once; the next moves. Both decide from the
 lengths on the device, so their grids depend on the allocated sizes only. The codes are those of
-``quantspec.kernels.hierarchical`` but for values within a rounding of a tie between two codes.
+``quantspec.kernels.hierarchical`` but where a float32 rounding decides (of the scale, or between two codes).
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,16 +18,26 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 # Bytes of a plane that one program encodes at a time, and its warps.
-BLOCK_ELEMENTS = 8192
-WARPS = 16
+BLOCK_ELEMENTS = 2048
+WARPS = 8
 
 
 @triton.jit
-def _load_slots(recent, new, slot, channel, num_recent, mask, stride_new, WIDTH: tl.constexpr, HAS_NEW: tl.constexpr):
-    """Tokens at ``slot`` (a column): from the recent buffer or, past its ``num_recent`` tokens, from the new ones."""
-    x = tl.load(recent + slot * WIDTH + channel, mask & (slot < num_recent), other=0)
-    if HAS_NEW:
-        x += tl.load(new + (slot - num_recent).to(tl.int64) * stride_new + channel, mask & (slot >= num_recent), other=0)
+def _load_slots(
+    recent, new, first, i, channel, num_recent, mask, stride_new, WIDTH: tl.constexpr, HAS_NEW: tl.constexpr
+):
+    """Tokens at slots ``first + i`` (a column): of the recent buffer or, past its ``num_recent`` tokens, new ones."""
+    slot = first + i
+    if not HAS_NEW:
+        x = tl.load(recent + slot * WIDTH + channel, mask & (slot < num_recent), other=0)
+    else:
+        at = new + (slot - num_recent).to(tl.int64) * stride_new + channel
+        # Most groups of a prompt are all new: one load each.
+        if first >= num_recent:
+            x = tl.load(at, mask, other=0)
+        else:
+            x = tl.load(recent + slot * WIDTH + channel, mask & (slot < num_recent), other=0)
+            x += tl.load(at, mask & (slot >= num_recent), other=0)
     return x
 
 
@@ -41,19 +50,18 @@ def _num_flushed(num_slots, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr):
 @triton.jit
 def _scale_and_zero(low, high):
     """The stored float16 scale and zero of a range, as float32; see ``hierarchical``."""
-    scale = tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)).to(tl.float16).to(tl.float32)
+    scale = ((high - low) * (1 / 15)).to(tl.float16).to(tl.float32)
     return tl.where(scale > 0, scale, 1.0), low.to(tl.float16).to(tl.float32)
 
 
 @triton.jit
 def _codes(x, scale, zero):
-    """Upper code and lower code + 8 of float32 ``x``, as int32."""
+    """Upper code and lower code + 8 of float32 ``x`` in the low bits of int32, below bits of ``_ROUND``."""
     inverse = 1.0 / scale
-    rounded = tl.minimum(tl.maximum((x - zero) * inverse, 0.0), 15.0) + _ROUND
-    upper = rounded.to(tl.int32, bitcast=True) & 15
-    residual = (x - (scale * (rounded - _ROUND) + zero)) * (16.0 * inverse)
-    lower = (tl.minimum(tl.maximum(residual, -8.0), 7.0) + (_ROUND + 8.0)).to(tl.int32, bitcast=True) & 15
-    return upper, lower
+    t = x * inverse - zero * inverse
+    rounded = tl.minimum(tl.maximum(t, 0.0), 15.0) + _ROUND
+    residual = tl.minimum(tl.maximum(t - (rounded - _ROUND), -0.5), 0.4375)
+    return rounded.to(tl.int32, bitcast=True), (residual * 16.0 + (_ROUND + 8.0)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -61,8 +69,9 @@ def _store_codes(upper, lower, at, mask, x_low, x_high, scale_low, zero_low, sca
     """Encode the tokens of the low and of the high nibbles and store their bytes at ``at`` of both planes."""
     upper_low, lower_low = _codes(x_low, scale_low, zero_low)
     upper_high, lower_high = _codes(x_high, scale_high, zero_high)
-    tl.store(upper + at, (upper_low | (upper_high << 4)).to(tl.uint8), mask)
-    tl.store(lower + at, (lower_low | (lower_high << 4)).to(tl.uint8), mask)
+    # The bits of _ROUND lie above the byte that the conversion keeps, and its low bits are zero.
+    tl.store(upper + at, (upper_low + (upper_high << 4)).to(tl.uint8), mask)
+    tl.store(lower + at, (lower_low + (lower_high << 4)).to(tl.uint8), mask)
 
 
 @triton.jit
@@ -90,12 +99,13 @@ def _encode_keys(
 ):
     """One group of one head, ``BLOCK_D`` channels at a time; the scale is shared by the tokens of a channel."""
     i = tl.arange(0, HALF)[:, None]
-    slot = first_slot + i
     for first in tl.static_range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, :]
         mask = d < D
-        low = _load_slots(recent, new, slot, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
-        high = _load_slots(recent, new, slot + HALF, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
+        low = _load_slots(recent, new, first_slot, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
+        high = _load_slots(recent, new, first_slot + HALF, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(
+            tl.float32
+        )
         least = tl.min(tl.minimum(low, high), 0)[None, :]
         s, z = _scale_and_zero(least, tl.max(tl.maximum(low, high), 0)[None, :])
         tl.store(scale + d, s, mask)
@@ -123,17 +133,20 @@ def _encode_values(
     ROWS: tl.constexpr,
     HAS_NEW: tl.constexpr,
 ):
-    """One group of one head, ``ROWS`` rows of bytes at a time; the scale is shared by the channels of a token's part."""
+    """One group of one head, ``ROWS`` rows of bytes at a time; the channels of a token's part share the scale."""
     WIDTH: tl.constexpr = PARTS * PART
     c = tl.arange(0, BLOCK_PART)[None, :]
     mask = c < PART
     for first in tl.static_range(0, HALF, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
-        slot = first_slot + row
         for part in tl.static_range(PARTS):
             channel = part * PART + c
-            low = _load_slots(recent, new, slot, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW).to(tl.float32)
-            high = _load_slots(recent, new, slot + HALF, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW)
+            low = _load_slots(recent, new, first_slot, row, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW).to(
+                tl.float32
+            )
+            high = _load_slots(
+                recent, new, first_slot + HALF, row, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW
+            )
             high = high.to(tl.float32)
             s_low, z_low = _scale_and_zero(*_row_range(low, mask))
             s_high, z_high = _scale_and_zero(*_row_range(high, mask))
@@ -283,9 +296,10 @@ def _move_kernel(
     first = 0 if flushed > 0 else num_recent
     # A block is read BLOCK or more slots ahead of where it is written, so no block overwrites what a later one reads.
     for start in range(first, num_slots - flushed, BLOCK):
-        slot = start + tl.arange(0, BLOCK)[:, None]
+        i = tl.arange(0, BLOCK)[:, None]
+        slot = start + i
         mask = (channel < WIDTH) & (slot < num_slots - flushed)
-        x = _load_slots(recent, new, slot + flushed, channel, num_recent, mask, stride_nt, WIDTH, HAS_NEW)
+        x = _load_slots(recent, new, start + flushed, i, channel, num_recent, mask, stride_nt, WIDTH, HAS_NEW)
         tl.store(recent + slot * WIDTH + channel, x, mask)
 
 
@@ -307,8 +321,8 @@ def encode_oldest_groups(
     """Encode the groups that are due and slide the recent buffer, in place.
 
     Args:
-        new: ``key (B, K, T, D)``, ``value (B, K, T, Dv)`` and ``num_new (B,)`` int64 of tokens to take in after those of
-            the recent buffer; None encodes at most one group of the recent buffer (a flush).
+        new: ``key (B, K, T, D)``, ``value (B, K, T, Dv)`` and ``num_new (B,)`` int64 of tokens to take in after those
+            of the recent buffer; None encodes at most one group of the recent buffer (a flush).
         k_recent ... length: as in ``quantspec::cached_attention``; value planes may have any strides over (N, G/2, Dv).
     """
     key, value, num_new = (k_recent, v_recent, length) if new is None else new

@@ -98,11 +98,21 @@ def ones_like_bytes(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
     """Ones in the shape, and in registers the layout, of bytes that feed a product, so that both share one operand."""
     if USE_ASM and dtype == tl.float16:
         ones = tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;", "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4
+            "mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;",
+            "=r,=r,r",
+            [packed],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
         )
     elif USE_ASM and dtype == tl.bfloat16:
         ones = tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3f803f80; mov.b32 $1, 0x3f803f80;", "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4
+            "mov.b32 $0, 0x3f803f80; mov.b32 $1, 0x3f803f80;",
+            "=r,=r,r",
+            [packed],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
         )
     else:
         ones = tl.full(packed.shape, 1, dtype)

@@ -133,7 +133,9 @@ def _linear_kernel(
         second = first + BLOCK_CHUNKS
         words_mask = x_mask & _inside(second + chunk, j[None, :, None], K, CHUNK)
         next_words = tl.load(x_at + second * WORDS, words_mask, other=0)
-        next_sz = tl.load(sz_at + second * GROUPS * N, n_mask & ((second + chunk) * GROUPS + group < K // GROUP), other=0)
+        next_sz = tl.load(
+            sz_at + second * GROUPS * N, n_mask & ((second + chunk) * GROUPS + group < K // GROUP), other=0
+        )
         low, high = centred_nibbles(codes, dtype, USE_ASM)
         product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
         ones = ones_like_bytes(codes, dtype, USE_ASM)
@@ -152,9 +154,7 @@ def _linear_kernel(
 
 
 @triton.jit
-def _sum_splits_kernel(
-    partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def _sum_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
     """``out = sum_s partial[s] + bias`` over ``size`` = rows * N elements."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -179,13 +179,12 @@ class LinearConfig(NamedTuple):
 @lru_cache
 def linear_config(out_features: int, num_chunks: int) -> LinearConfig:
     """Configuration by shape, tuned on an H100; K is split where the outputs alone give too few programs."""
-    programs = triton.cdiv(out_features, 32)
-    splits = max(1, min(8, triton.cdiv(num_chunks, 8), 256 // programs))
-    return LinearConfig(32, 2, 2, 3, splits)
+    splits = min(8, 512 // triton.cdiv(out_features, 32), num_chunks // 8)
+    return LinearConfig(32, 4, 2, 3, max(1, splits))
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; as ``quantspec::int4_linear``."""
+    """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     if not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
@@ -224,7 +223,14 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
     if config.splits > 1:
         size = rows * out_features
         _sum_splits_kernel[(triton.cdiv(size, 256),)](
-            partial, bias if has_bias else out, out, size, out_features, SPLITS=config.splits, BLOCK=256, HAS_BIAS=has_bias
+            partial,
+            bias if has_bias else out,
+            out,
+            size,
+            out_features,
+            SPLITS=config.splits,
+            BLOCK=256,
+            HAS_BIAS=has_bias,
         )
     return out
 

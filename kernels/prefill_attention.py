@@ -44,7 +44,7 @@ def _attend_prompts(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of the new tokens; ``state`` holds (quantized, cached, new) tokens of each sequence. Padding rows are 0.
+    """Attention of the new tokens; ``state`` holds (quantized, cached, new) tokens per sequence. Padding rows are 0.
 
     ``cache`` is the planes, scales and zeros of keys, those of values, and the two recent buffers.
     """
