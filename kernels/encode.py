@@ -18,8 +18,8 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 # Bytes of a plane that one program encodes at a time, and its warps.
-BLOCK_ELEMENTS = 2048
-WARPS = 8
+BLOCK_ELEMENTS = 8192
+WARPS = 4
 
 
 @triton.jit

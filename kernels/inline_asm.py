@@ -31,24 +31,34 @@ _NIBBLES_ASM = tl.constexpr(
     }
     """
 )
-# The same in bfloat16, whose 0x4300 counts in ones from 128.
-_NIBBLES_BFLOAT16_ASM = tl.constexpr(
+# Both nibbles in ones from 64 without a subtraction, and in bfloat16, whose 0x4300 counts in ones from 128.
+_BIASED_FLOAT16_ASM = tl.constexpr(
     """
     {
-    .reg .b32 a, b, c, d, offset;
-    mov.b32 offset, 0x43084308;
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shl.b32 c, a, 4;
+    shl.b32 d, b, 4;
+    lop3.b32 $0, c, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $1, d, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $2, a, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $3, b, 0x00f000f0, 0x54005400, 0xea;
+    }
+    """
+)
+_BIASED_BFLOAT16_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, c, d;
     prmt.b32 a, $4, 0, 0x4140;
     prmt.b32 b, $4, 0, 0x4342;
     shr.b32 c, a, 4;
     shr.b32 d, b, 4;
-    lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
-    sub.bf16x2 $0, a, offset;
-    sub.bf16x2 $1, b, offset;
-    sub.bf16x2 $2, c, offset;
-    sub.bf16x2 $3, d, offset;
+    lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
     }
     """
 )
@@ -83,14 +93,36 @@ def centred_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
-    elif USE_ASM and dtype == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_BFLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
     else:
         low = ((packed & 15).to(tl.float32) - 8).to(dtype)
         high = ((packed >> 4).to(tl.float32) - 8).to(dtype)
     return low, high
+
+
+@triton.jit
+def biased_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Low and high nibbles of uint8 ``packed`` as ``dtype``, plus :func:`nibble_bias`."""
+    if USE_ASM and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _BIASED_FLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif USE_ASM:
+        low, high = tl.inline_asm_elementwise(
+            _BIASED_BFLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low = ((packed & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+        high = ((packed >> 4).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+    return low, high
+
+
+@triton.jit
+def nibble_bias(dtype: tl.constexpr):
+    """What :func:`biased_nibbles` adds to each nibble; their sums are exact in ``dtype``."""
+    if dtype == tl.float16:
+        return 64.0
+    else:
+        return 128.0
 
 
 @triton.jit

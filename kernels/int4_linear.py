@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inline_asm import centred_nibbles, exact_dot, ones_like_bytes, split_pair, use_inline_asm
+from .inline_asm import biased_nibbles, exact_dot, nibble_bias, ones_like_bytes, split_pair, use_inline_asm
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
@@ -136,11 +136,13 @@ def _linear_kernel(
         next_sz = tl.load(
             sz_at + second * GROUPS * N, n_mask & ((second + chunk) * GROUPS + group < K // GROUP), other=0
         )
-        low, high = centred_nibbles(codes, dtype, USE_ASM)
-        product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
+        low, high = biased_nibbles(codes, dtype, USE_ASM)
         ones = ones_like_bytes(codes, dtype, USE_ASM)
+        product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
         total = exact_dot(ones, even, USE_ASM) + exact_dot(ones, odd, USE_ASM)
-        acc += scale.to(tl.float32) * product + zero.to(tl.float32) * total
+        # Taking the bias out here is cheaper than from every code.
+        scale = scale.to(tl.float32)
+        acc += scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
     y = tl.sum(tl.reshape(tl.sum(acc, 0), (BLOCK_N, GROUPS, BLOCK_M)), 1)
     row = tl.arange(0, BLOCK_M)[None, :]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
