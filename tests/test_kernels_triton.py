@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
+from quantspec.kernels.inline_asm import biased_nibbles, centred_bytes, centred_nibbles, nibble_bias
 from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton
 from quantspec.kernels.prefill_attention import prefill_attention
 from torch import Tensor
@@ -242,3 +245,64 @@ def test_flush_moves_one_due_group() -> None:
         [s[0] + m for s, m in zip(state, moved, strict=True)],
         [s[1] - m for s, m in zip(state, moved, strict=True)],
     )
+
+
+def test_one_launch_serves_every_length() -> None:
+    """Lengths change in place between launches; on a GPU the launches are replays of one CUDA graph."""
+    case = Case(heads=4, kv_heads=2, tokens=2, lower=True, lengths=((96, 40), (96, 63)))
+    arguments = cache_arguments(case)
+    options = {"scale": 0.125, "window": 0, "softcap": 0.0}
+    if DEVICE.type == "cuda":
+        cached_attention_triton(**arguments, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = cached_attention_triton(**arguments, **options)
+    for quantized, recent in ((96, 40), (32, 1), (0, 0), (64, 33)):
+        arguments["quantized_len"].fill_(quantized)
+        arguments["length"].copy_(torch.tensor([quantized + recent, quantized]))
+        arguments["key"].normal_()
+        arguments["k_recent"].normal_()
+        arguments["v_recent"].normal_()
+        widened = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()}
+        expected = cached_attention_reference(**widened, **options)
+        if DEVICE.type == "cuda":
+            actual.fill_(float("nan"))
+            graph.replay()
+        else:
+            actual = cached_attention_triton(**arguments, **options)
+        assert relative_error(actual, expected) < TOLERANCE[case.dtype]
+
+
+@triton.jit
+def _unpack_kernel(upper, lower, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    i = tl.arange(0, 256)
+    packed = tl.load(upper + i)
+    low, high = centred_nibbles(packed, dtype, USE_ASM)
+    tl.store(out + i, low.to(tl.float32))
+    tl.store(out + 256 + i, high.to(tl.float32))
+    low, high = centred_bytes(packed, tl.load(lower + i), dtype, USE_ASM)
+    tl.store(out + 512 + i, low.to(tl.float32))
+    tl.store(out + 768 + i, high.to(tl.float32))
+
+
+@triton.jit
+def _unpack_biased_kernel(packed, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    i = tl.arange(0, 256)
+    low, high = biased_nibbles(tl.load(packed + i), dtype, USE_ASM)
+    tl.store(out + i, low.to(tl.float32) - nibble_bias(dtype))
+    tl.store(out + 256 + i, high.to(tl.float32) - nibble_bias(dtype))
+
+
+@pytest.mark.parametrize("use_asm", [False, True] if DEVICE.type == "cuda" else [False])
+def test_every_byte_unpacks_exactly(use_asm: bool) -> None:
+    upper = torch.arange(256, device=DEVICE, dtype=torch.uint8)
+    lower = upper[torch.randperm(256, device=DEVICE)]
+    out = torch.full((4, 256), float("nan"), device=DEVICE)
+    _unpack_kernel[(1,)](upper, lower, out, dtype=tl.float16, USE_ASM=use_asm)
+    u, low = upper.int(), lower.int()
+    expected = [(u & 15) - 8, (u >> 4) - 8, 16 * (u & 15) + (low & 15) - 136, 16 * (u >> 4) + (low >> 4) - 136]
+    assert torch.equal(out, torch.stack(expected).float())
+    for dtype in (tl.float16, tl.bfloat16):
+        out = torch.full((2, 256), float("nan"), device=DEVICE)
+        _unpack_biased_kernel[(1,)](upper, out, dtype=dtype, USE_ASM=use_asm)
+        assert torch.equal(out, torch.stack((u & 15, u >> 4)).float())
