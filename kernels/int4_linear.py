@@ -98,7 +98,7 @@ def _linear_kernel(
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """``BLOCK_N`` outputs of all rows over one split of K, ``BLOCK_CHUNKS`` chunks of ``CHUNK`` at a time.
+    """``BLOCK_N`` outputs of ``BLOCK_M`` rows over one split of K, ``BLOCK_CHUNKS`` chunks of ``CHUNK`` at a time.
 
     ``x`` is (num_rows, K/2) and ``scale_and_zero`` (K/GROUP, N) as int32 pairs. Chunks are the batch axis of the
     products, so warps share out K. A chunk of several groups has one block of columns per group, zero outside it, so
@@ -109,7 +109,7 @@ def _linear_kernel(
     chunk = tl.arange(0, BLOCK_CHUNKS)[:, None, None]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     column = tl.arange(0, GROUPS * BLOCK_M)[None, None, :]
-    m = column % BLOCK_M
+    m = tl.program_id(2) * BLOCK_M + column % BLOCK_M
     # A zero of one element spares a layout conversion of the scales.
     group = column // BLOCK_M if GROUPS > 1 else tl.zeros((1, 1, 1), tl.int32)
     j = tl.arange(0, WORDS)
@@ -144,7 +144,7 @@ def _linear_kernel(
         scale = scale.to(tl.float32)
         acc += scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
     y = tl.sum(tl.reshape(tl.sum(acc, 0), (BLOCK_N, GROUPS, BLOCK_M)), 1)
-    row = tl.arange(0, BLOCK_M)[None, :]
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     mask = (row < num_rows) & (n < N)
     if SPLITS == 1:
@@ -179,10 +179,15 @@ class LinearConfig(NamedTuple):
 
 
 @lru_cache
-def linear_config(out_features: int, num_chunks: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100; K is split where the outputs alone give too few programs."""
-    splits = min(8, 512 // triton.cdiv(out_features, 32), num_chunks // 8)
-    return LinearConfig(32, 4, 2, 3, max(1, splits))
+def linear_config(out_features: int, num_chunks: int, columns: int) -> LinearConfig:
+    """Configuration by shape, tuned on an H100.
+
+    K is split where the outputs alone give too few programs; ``columns`` (rows times groups of a chunk) bound the tile,
+    since larger ones spill registers.
+    """
+    splits = max(1, min(8, 512 // triton.cdiv(out_features, 32), num_chunks // 8))
+    block_n, block_chunks = {8: (32, 4), 16: (32, 2), 32: (16, 2)}[columns]
+    return LinearConfig(block_n, block_chunks, 2, 3, splits)
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,12 +200,14 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
     group = in_features // num_groups
     chunk = max(128, group)
     num_chunks = triton.cdiv(in_features, chunk)
-    config = linear_config(out_features, num_chunks)
+    block_m = 16 if rows > 8 and chunk <= 2 * group else 8
+    config = linear_config(out_features, num_chunks, block_m * chunk // group)
     steps = triton.cdiv(num_chunks, config.block_chunks)
     has_bias = bias is not None
     out = x.new_empty(*x.shape[:-1], out_features)
     partial = out if config.splits == 1 else x.new_empty(config.splits, rows, out_features, dtype=torch.float32)
-    _linear_kernel[(triton.cdiv(out_features, config.block_n), config.splits)](
+    grid = (triton.cdiv(out_features, config.block_n), config.splits, triton.cdiv(rows, block_m))
+    _linear_kernel[grid](
         x.contiguous().view(torch.int32),
         qdata,
         scale_and_zero.to(x.dtype).view(torch.int32),
@@ -214,7 +221,7 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
         CHUNKS_PER_SPLIT=triton.cdiv(steps, config.splits) * config.block_chunks,
         BLOCK_CHUNKS=config.block_chunks,
         BLOCK_N=config.block_n,
-        BLOCK_M=8 if rows <= 8 else 16,
+        BLOCK_M=block_m,
         SPLITS=config.splits,
         HAS_BIAS=has_bias,
         dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,

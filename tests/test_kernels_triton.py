@@ -143,6 +143,8 @@ def test_cached_attention_matches_float64(case: Case) -> None:
         (8, 32, 256, 32, True),
         (16, 19, 384, 128, False),
         (3, 64, 96, 32, False),
+        (12, 24, 256, 32, True),
+        (9, 24, 256, 64, False),
     ],
 )
 def test_int4_linear_matches_float64(rows, out_features, in_features, group, bias, dtype) -> None:
