@@ -794,7 +794,6 @@ def launch_config(
         has_lower: whether both planes are read.
     """
     max_registers = None
-    resident: float
     if head_dim > 128:
         block, warps, stages, resident = 32, 4, 2, 2
     elif rows <= 8:
@@ -802,9 +801,9 @@ def launch_config(
     elif rows <= 32:
         block, warps, stages, resident = 32, 2, 3, 4
     else:
-        block, warps, stages, resident = 64, 4, 2, 2.5
+        block, warps, stages, resident = 64, 4, 2, 2
     tiles = triton.cdiv(num_bytes, block)
-    programs = int(_num_multiprocessors(device) * resident)
+    programs = _num_multiprocessors(device) * resident
     # One wave of equal programs is best, unless the recent buffers take much of it: then two waves even out.
     splits = programs // pairs - triton.cdiv(recent_slots, block)
     if splits * pairs < 0.8 * programs:
