@@ -2,7 +2,7 @@
 
 It is the whole of a decoder's token mixing in one node: causal attention of T new tokens among themselves,
 
-    out[b, t, h] = softmax_j(softcap(scale * q[b, h, t] . k[b, h // (H/K), j])) v[b, h // (H/K), j],   t - window < j <= t
+    out[b, t, h] = softmax_j(softcap(scale * q[b, h, t] . k[b, h // (H/K), j])) v[b, h // (H/K), j], t - window < j <= t
 
 with an optional attention sink (a learned logit per head that takes probability and gives no value, as in gpt_oss).
 The attention-lowering pass replaces it by an op that reads the hierarchical cache.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values
 from .prefill_attention import write_groups
 
@@ -56,6 +57,26 @@ def flush(
         write_groups(v_recent[b, :, :group_size], group, encode_values, v_upper[b], v_lower[b], v_scale[b], v_zero[b])
         for recent in (k_recent, v_recent):
             recent[b, :, :-group_size] = recent[b, :, group_size:].clone()
+
+
+@flush.register_kernel("cuda")
+def flush_triton(
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+) -> None:
+    """Launch the kernels; as ``quantspec::flush``."""
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    encode_oldest_groups(None, k_recent, v_recent, *planes, quantized_len, length)
 
 
 @flush.register_fake

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention import masked_attention
 from .cached_attention import dense_key_value
+from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values
 
 
@@ -30,6 +31,35 @@ def write_groups(
     coded = encode(tokens.unflatten(1, (-1, group_size)))
     for part, new in zip((upper, lower, scale, zero), coded, strict=True):
         part[:, groups] = new
+
+
+def _attend_prompts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: tuple[Tensor, ...],
+    state: list[tuple[int, ...]],
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of the new tokens; ``state`` holds (quantized, cached, new) tokens per sequence. Padding rows are 0.
+
+    ``cache`` is the planes, scales and zeros of keys, those of values, and the two recent buffers.
+    """
+    batch, heads, tokens, _ = query.shape
+    if all(start == 0 and new == tokens for _, start, new in state):
+        return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
+    out = query.new_zeros(batch, tokens, heads, value.shape[3])
+    for b, (quantized, start, new) in enumerate(state):
+        keys, values = key[b, :, :new], value[b, :, :new]
+        if start:
+            cached = dense_key_value(quantized, start, key.dtype, *(part[b] for part in cache))
+            keys, values = (torch.cat(pair, 1) for pair in zip(cached, (keys, values), strict=True))
+        rows = query[b : b + 1, :, :new]
+        out[b, :new] = masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks)[0]
+    return out
 
 
 @torch.library.custom_op(
@@ -80,22 +110,14 @@ def prefill_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
     """
-    batch, heads, tokens, _ = query.shape
-    out = query.new_zeros(batch, tokens, heads, value.shape[3])
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    state = list(zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True))
+    cache = (*planes, k_recent, v_recent)
+    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks)
     group_size = 2 * k_upper.shape[3]
-    state = zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True)
     for b, (quantized, start, new) in enumerate(state):
-        k_new, v_new = key[b, :, :new], value[b, :, :new]
-        if start:
-            planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero, k_recent, v_recent)
-            keys, values = dense_key_value(quantized, start, key.dtype, *(part[b] for part in planes))
-            keys, values = torch.cat((keys, k_new), 1), torch.cat((values, v_new), 1)
-        else:
-            keys, values = k_new, v_new
-        rows = query[b : b + 1, :, :new]
-        out[b, :new] = masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks)[0]
-
-        k_tail, v_tail = keys[:, quantized:], values[:, quantized:]
+        k_tail = torch.cat((k_recent[b, :, : start - quantized], key[b, :, :new]), 1)
+        v_tail = torch.cat((v_recent[b, :, : start - quantized], value[b, :, :new]), 1)
         flushed = num_flushed_groups(k_tail.shape[1], group_size) * group_size
         group = quantized // group_size
         write_groups(k_tail[:, :flushed], group, encode_keys, k_upper[b], k_lower[b], k_scale[b], k_zero[b])
@@ -103,6 +125,40 @@ def prefill_attention(
         kept = k_tail.shape[1] - flushed
         k_recent[b, :, :kept] = k_tail[:, flushed:]
         v_recent[b, :, :kept] = v_tail[:, flushed:]
+    return out
+
+
+@prefill_attention.register_kernel("cuda")
+def prefill_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    num_new: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention by torch's kernels, encoding by Triton's; as ``quantspec::prefill_attention``."""
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    # One copy to the host for all three lengths; a prefill is long enough not to mind.
+    state = [tuple(row) for row in torch.stack((quantized_len, length, num_new), dim=1).tolist()]
+    cache = (*planes, k_recent, v_recent)
+    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length)
     return out
 
 

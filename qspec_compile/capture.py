@@ -13,6 +13,7 @@ import copy
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -195,7 +196,7 @@ def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | N
     return MaskSpec(window=local_size or 0, mask_function=mask_function)
 
 
-def _marker_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _marker_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function of a capture: transformers' own batched form with the two linears as marker ops."""
     top_k = top_k_index.shape[-1]
     ids = top_k_index.reshape(-1)
@@ -382,7 +383,7 @@ def capture(model: PreTrainedModel) -> Capture:
             "interface, so its key/value cache cannot be replaced"
         )
     for spec, module in recorder.masks.items():
-        reason = _mask_problem(spec)
-        if reason is not None:
-            raise recorder.unsupported(module, reason)
+        problem = _mask_problem(spec)
+        if problem is not None:
+            raise recorder.unsupported(module, problem)
     return Capture(program.module(check_guards=False), tuple(recorder.layers))

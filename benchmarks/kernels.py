@@ -1,0 +1,294 @@
+"""Times of the custom ops' CUDA kernels: ``python -m benchmarks.kernels --out DIR`` writes ``kernels.json`` and a plot.
+
+Every op is captured in a CUDA graph that rotates among enough sets of inputs to pass the L2 cache, and the median over
+replays is reported. Baselines in the same run: SDPA FlashAttention on float16 K/V (``enable_gqa``), and for the linear
+bfloat16 cuBLAS and torch's tinygemm. The floor is the bytes an op must move over the measured copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quantspec.kernels import cached_attention, flush, int4_linear
+from quantspec.kernels.encode import encode_oldest_groups
+
+HEAD_DIM, GROUP = 128, 128
+LAYOUTS = [(32, 32), (32, 8), (28, 4), (64, 8)]
+CONTEXTS = [4096, 16384, 32768, 65536, 131072, 262144]
+LINEAR_SHAPES = [(4096, 14336), (14336, 4096), (4096, 4096), (4096, 1024)]
+L2_BYTES = 50 * 2**20
+# Of the device's memory, for all the sets of one case.
+MEMORY_BYTES = 60 * 2**30
+
+
+def measure(calls: list[Callable[[], Any]], replays: int = 20) -> dict[str, float]:
+    """Median, 10% and 90% quantiles in microseconds per call, over replays of a graph that makes each call in turn."""
+    rounds = max(1, 8 // len(calls))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for replay in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 2:
+            times.append(start.elapsed_time(end) * 1000 / (rounds * len(calls)))
+    quantiles = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return dict(zip(("p10_us", "median_us", "p90_us"), quantiles, strict=True))
+
+
+def copy_bandwidth() -> float:
+    """GB/s read plus written by the faster of torch's two device copies of 2 GiB."""
+    source = torch.randint(0, 2**30, (2**29,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    copies = (lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target))
+    return 2 * source.nbytes / min(measure([copy])["median_us"] for copy in copies) / 1e3
+
+
+def random_planes(batch: int, kv_heads: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Random bytes as a key plane and a value plane, the latter with the tokens of a channel adjacent."""
+    shape = (batch, kv_heads, groups, GROUP // 2, HEAD_DIM)
+    keys = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    values = torch.randint(0, 256, (*shape[:3], HEAD_DIM, GROUP // 2), dtype=torch.uint8, device="cuda")
+    return keys, values.transpose(-1, -2)
+
+
+def attention_inputs(heads: int, kv_heads: int, tokens: int, batch: int, context: int) -> list[Any]:
+    """Arguments of ``quantspec::cached_attention`` with ``context`` tokens in the planes and 192 in the recent buffer.
+
+    With more than one token both planes are given: the target's verification.
+    """
+    groups = context // GROUP
+    k_upper, v_upper = random_planes(batch, kv_heads, groups)
+    k_lower, v_lower = random_planes(batch, kv_heads, groups) if tokens > 1 else (None, None)
+    scales = [torch.rand(batch, kv_heads, groups, HEAD_DIM, device="cuda").mul_(0.2).add_(0.2).half() for _ in range(2)]
+    zeros = [-8 * scale for scale in scales]
+    recent = [torch.randn(batch, kv_heads, 2 * GROUP + 8, HEAD_DIM, device="cuda").half() for _ in range(2)]
+    query = torch.randn(batch, heads, tokens, HEAD_DIM, device="cuda").half()
+    key, value = (torch.randn(batch, kv_heads, tokens, HEAD_DIM, device="cuda").half() for _ in range(2))
+    quantized = torch.full((batch,), context, device="cuda")
+    return [
+        *(query, key, value, *recent),
+        *(k_upper, k_lower, scales[0], zeros[0]),
+        *(v_upper, v_lower, scales[1].unsqueeze(-1), zeros[1].unsqueeze(-1)),
+        *(quantized, quantized + 192, HEAD_DIM**-0.5, 0, 0.0, None),
+    ]
+
+
+def num_bytes(arguments: list[Any]) -> int:
+    """Bytes of all tensors among the arguments."""
+    return sum(x.nbytes for x in arguments if isinstance(x, Tensor))
+
+
+def rotation(size: int) -> int:
+    """Sets of ``size`` bytes that together are twice the L2 cache, as far as memory goes."""
+    return max(1, min(2 + 2 * L2_BYTES // size, MEMORY_BYTES // size))
+
+
+def attention_rows() -> Iterator[dict[str, Any]]:
+    """Draft (1 token, INT4) and verify (7 tokens, INT8) attention beside FlashAttention, over layouts and contexts."""
+    for batch in (1, 8):
+        for heads, kv_heads in LAYOUTS:
+            for context in CONTEXTS:
+                for op, tokens in (("draft_attention", 1), ("verify_attention", 7)):
+                    shape = {"op": op, "heads": heads, "kv_heads": kv_heads, "tokens": tokens}
+                    shape |= {"batch": batch, "context": context, "dtype": "float16"}
+                    first = attention_inputs(heads, kv_heads, tokens, batch, context)
+                    size = num_bytes(first)
+                    sets = [first]
+                    for _ in range(rotation(size) - 1):
+                        sets.append(attention_inputs(heads, kv_heads, tokens, batch, context))
+                    yield (
+                        shape
+                        | {"implementation": "quantspec", "bytes": size}
+                        | measure([functools.partial(cached_attention, *arguments) for arguments in sets])
+                    )
+                    del first, sets
+                    dense = (batch, kv_heads, context, HEAD_DIM)
+                    size = 4 * batch * kv_heads * context * HEAD_DIM
+                    if size > MEMORY_BYTES:
+                        continue
+                    query = torch.randn(batch, heads, tokens, HEAD_DIM, device="cuda").half()
+                    pairs = [
+                        [torch.empty(dense, dtype=torch.float16, device="cuda").normal_() for _ in range(2)]
+                        for _ in range(rotation(size))
+                    ]
+                    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                        yield (
+                            shape
+                            | {"implementation": "flash_attention", "bytes": size}
+                            | measure(
+                                [
+                                    functools.partial(F.scaled_dot_product_attention, query, *kv, enable_gqa=True)
+                                    for kv in pairs
+                                ]
+                            )
+                        )
+
+
+def linear_rows() -> Iterator[dict[str, Any]]:
+    """INT4 linear beside bfloat16 cuBLAS and torch's tinygemm kernel."""
+    for in_features, out_features in LINEAR_SHAPES:
+        for rows in (1, 8, 16):
+            for group in (128, 64, 32):
+                shape = {"op": "int4_linear", "in_features": in_features, "out_features": out_features, "rows": rows}
+                shape |= {"group": group, "dtype": "bfloat16"}
+                x = torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
+                count = rotation(in_features * out_features // 2)
+                data = [
+                    torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device="cuda")
+                    for _ in range(count)
+                ]
+                scales = torch.randn(in_features // group, out_features, 2, dtype=torch.bfloat16, device="cuda")
+                scales = [scales.clone() for _ in range(count)]
+                size = data[0].nbytes + scales[0].nbytes
+                yield (
+                    shape
+                    | {"implementation": "quantspec", "bytes": size}
+                    | measure(
+                        [functools.partial(int4_linear, x, q, s, None) for q, s in zip(data, scales, strict=True)]
+                    )
+                )
+                packed = [torch.ops.aten._convert_weight_to_int4pack(q, 8) for q in data]
+                tinygemm = torch.ops.aten._weight_int4pack_mm
+                yield (
+                    shape
+                    | {"implementation": "tinygemm", "bytes": size}
+                    | measure(
+                        [functools.partial(tinygemm, x, q, group, s) for q, s in zip(packed, scales, strict=True)]
+                    )
+                )
+                if group == 128:
+                    weights = [
+                        torch.randn(out_features, in_features, dtype=torch.bfloat16, device="cuda")
+                        for _ in range(max(2, count // 4))
+                    ]
+                    yield (
+                        shape
+                        | {"implementation": "cublas_bfloat16", "bytes": weights[0].nbytes}
+                        | measure([functools.partial(F.linear, x, weight) for weight in weights])
+                    )
+
+
+def encode_rows() -> Iterator[dict[str, Any]]:
+    """Prefill encoding of a whole layer, and the flush of one group where it is due and where it is not."""
+    heads, kv_heads, context = 32, 8, 131072
+    shape = {"heads": heads, "kv_heads": kv_heads, "batch": 1, "context": context, "dtype": "bfloat16"}
+    arguments = attention_inputs(heads, kv_heads, 2, 1, context)
+    cache = [arguments[3].bfloat16(), arguments[4].bfloat16(), *arguments[5:13]]
+    key, value = (
+        torch.randn(1, context + 192, kv_heads, HEAD_DIM, device="cuda").bfloat16().transpose(1, 2) for _ in range(2)
+    )
+    none, new = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.full((1,), context + 192, device="cuda")
+    size = key.nbytes + value.nbytes + num_bytes(cache[2:])
+    yield (
+        shape
+        | {"op": "encode", "implementation": "quantspec", "bytes": size}
+        | measure([lambda: encode_oldest_groups((key, value, new), *cache, none, none)])
+    )
+    quantized = torch.full((1,), context - 2 * GROUP, device="cuda")
+    for op, recent in (("flush_due", 2 * GROUP), ("flush_not_due", GROUP)):
+        calls = [functools.partial(flush, *cache, quantized, quantized + recent)]
+        yield shape | {"op": op, "implementation": "quantspec"} | measure(calls)
+
+
+def plot(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
+    """Time against context of both attention ops per head layout, with FlashAttention and the bandwidth floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = ("draft_attention", "verify_attention")
+    figure, axes = pyplot.subplots(len(ops), len(LAYOUTS), figsize=(4 * len(LAYOUTS), 7), sharex=True, sharey="row")
+    for row_axes, op in zip(axes, ops, strict=True):
+        for axis, (heads, kv_heads) in zip(row_axes, LAYOUTS, strict=True):
+            for batch, style in ((1, "-"), (8, "--")):
+                for implementation, color in (("flash_attention", "tab:gray"), ("quantspec", "tab:blue")):
+                    points = [
+                        (row["context"], row["median_us"], row["bytes"] / bandwidth / 1e3)
+                        for row in rows
+                        if (row["op"], row["implementation"]) == (op, implementation)
+                        and (row["heads"], row["kv_heads"], row["batch"]) == (heads, kv_heads, batch)
+                    ]
+                    if not points:
+                        continue
+                    contexts, times, floors = zip(*points, strict=True)
+                    axis.plot(contexts, times, style, color=color, marker=".", label=f"{implementation}, batch {batch}")
+                    if implementation == "quantspec":
+                        axis.plot(
+                            contexts, floors, ":", color="black", linewidth=1, label="floor" if batch == 1 else None
+                        )
+            axis.set(xscale="log", yscale="log", title=f"{op}, {heads}/{kv_heads}")
+            axis.set_xticks(CONTEXTS, [f"{context // 1024}k" for context in CONTEXTS])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    for row_axes in axes:
+        row_axes[0].set_ylabel("microseconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def current_commit() -> str:
+    """Commit of the checkout this file is in."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """Measure everything and write ``kernels.json`` and ``kernels.png``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for kernels.json and kernels.png")
+    parser.add_argument("--commit", help="commit to record; by default that of this checkout")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    bandwidth = copy_bandwidth()
+    environment = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": options.commit or current_commit(),
+        "copy_gb_per_s": round(bandwidth, 1),
+    }
+    print(environment, flush=True)
+    rows = []
+    for producer in (linear_rows, encode_rows, attention_rows):
+        for row in producer():
+            if "bytes" in row:
+                row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
+            print(
+                " ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()),
+                flush=True,
+            )
+            rows.append(row | environment)
+            (options.out / "kernels.json").write_text(json.dumps(rows, indent=1))
+        torch.cuda.empty_cache()
+    plot(rows, bandwidth, options.out / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Device functions that Triton writes best with a line of PTX: nibbles to halves, and approximate exp2 and log2.
+
+A half with exponent bits 0x64 counts in ones from 1024, one with 0x54 in ones from 64 above its low four mantissa bits,
+so masking a nibble into place and subtracting a constant yields the centred code exactly, with no conversion
+instruction. The interpreter cannot run inline assembly: without ``USE_ASM`` the same values come from plain Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Four bytes (b3 b2 b1 b0) become the halves {b1, b0} and {b3, b2}: 0x6400 | low nibble and 0x5400 | high nibble << 4.
+_NIBBLES_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, low, high, from_low, from_high;
+    mov.b32 from_low, 0x64086408;
+    mov.b32 from_high, 0x54805480;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    lop3.b32 low, a, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 high, a, 0x00f000f0, 0x54005400, 0xea;
+    sub.f16x2 $0, low, from_low;
+    sub.f16x2 $2, high, from_high;
+    lop3.b32 low, b, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 high, b, 0x00f000f0, 0x54005400, 0xea;
+    sub.f16x2 $1, low, from_low;
+    sub.f16x2 $3, high, from_high;
+    }
+    """
+)
+# Both nibbles in ones from 64 without a subtraction, and in bfloat16, whose 0x4300 counts in ones from 128.
+_BIASED_FLOAT16_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shl.b32 c, a, 4;
+    shl.b32 d, b, 4;
+    lop3.b32 $0, c, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $1, d, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $2, a, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $3, b, 0x00f000f0, 0x54005400, 0xea;
+    }
+    """
+)
+_BIASED_BFLOAT16_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shr.b32 c, a, 4;
+    shr.b32 d, b, 4;
+    lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
+    }
+    """
+)
+# Bytes 16u + (l + 8) of four low and four high tokens, then 0x6400 | byte, less 1024 + 136.
+_BYTES_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 low, high, magic, offset;
+    mov.b32 magic, 0x64646464;
+    mov.b32 offset, 0x64886488;
+    shl.b32 low, $4, 4;
+    shr.b32 high, $5, 4;
+    lop3.b32 low, low, $5, 0xf0f0f0f0, 0xe4;
+    lop3.b32 high, $4, high, 0xf0f0f0f0, 0xe4;
+    prmt.b32 $0, low, magic, 0x4140;
+    prmt.b32 $1, low, magic, 0x4342;
+    prmt.b32 $2, high, magic, 0x4140;
+    prmt.b32 $3, high, magic, 0x4342;
+    sub.f16x2 $0, $0, offset;
+    sub.f16x2 $1, $1, offset;
+    sub.f16x2 $2, $2, offset;
+    sub.f16x2 $3, $3, offset;
+    }
+    """
+)
+
+
+@triton.jit
+def centred_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Low and high nibbles of uint8 ``packed``, each less 8, as two tensors of ``dtype``."""
+    if USE_ASM and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        low = ((packed & 15).to(tl.float32) - 8).to(dtype)
+        high = ((packed >> 4).to(tl.float32) - 8).to(dtype)
+    return low, high
+
+
+@triton.jit
+def biased_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Low and high nibbles of uint8 ``packed`` as ``dtype``, plus :func:`nibble_bias`."""
+    if USE_ASM and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _BIASED_FLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif USE_ASM:
+        low, high = tl.inline_asm_elementwise(
+            _BIASED_BFLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low = ((packed & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+        high = ((packed >> 4).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+    return low, high
+
+
+@triton.jit
+def nibble_bias(dtype: tl.constexpr):
+    """What :func:`biased_nibbles` adds to each nibble; their sums are exact in ``dtype``."""
+    if dtype == tl.float16:
+        return 64.0
+    else:
+        return 128.0
+
+
+@triton.jit
+def ones_like_bytes(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Ones in the shape, and in registers the layout, of bytes that feed a product, so that both share one operand."""
+    if USE_ASM and dtype == tl.float16:
+        ones = tl.inline_asm_elementwise(
+            "mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;",
+            "=r,=r,r",
+            [packed],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    elif USE_ASM and dtype == tl.bfloat16:
+        ones = tl.inline_asm_elementwise(
+            "mov.b32 $0, 0x3f803f80; mov.b32 $1, 0x3f803f80;",
+            "=r,=r,r",
+            [packed],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        ones = tl.full(packed.shape, 1, dtype)
+    return ones
+
+
+@triton.jit
+def centred_bytes(upper, lower, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Codes 16 (u - 8) + l of the low and of the high nibbles of both planes, as two tensors of ``dtype``."""
+    if USE_ASM and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _BYTES_ASM, "=&r,=&r,=&r,=&r,r,r", [upper, lower], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        low = ((((upper & 15) << 4) | (lower & 15)).to(tl.float32) - 136).to(dtype)
+        high = (((upper & 240) | (lower >> 4)).to(tl.float32) - 136).to(dtype)
+    return low, high
+
+
+@triton.jit
+def split_pair(packed, dtype: tl.constexpr):
+    """The two 16-bit floats in each int32, the one at the lower address first."""
+    return packed.to(tl.int16).to(dtype, bitcast=True), (packed >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def fast_exp2(x, USE_ASM: tl.constexpr):
+    """2^x of float32; subnormal results flush to zero, which spares the range checks of ``tl.exp2``."""
+    if USE_ASM:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def fast_log2(x, USE_ASM: tl.constexpr):
+    """log2 of positive normal float32."""
+    if USE_ASM:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def exact_dot(a, b, USE_ASM: tl.constexpr):
+    """``a @ b`` in float32 with products of the operands' own precision; the interpreter cannot multiply bfloat16."""
+    if a.dtype == tl.bfloat16 and not USE_ASM:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+def use_inline_asm(device: torch.device) -> bool:
+    """Whether kernels launched on this device are compiled, rather than interpreted on the CPU."""
+    return device.type == "cuda"

@@ -1,0 +1,311 @@
+"""The Triton kernels against the float64 reference: natively on a GPU, in the interpreter elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
+from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.flush import flush
+from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
+from quantspec.kernels.inline_asm import biased_nibbles, centred_bytes, centred_nibbles, nibble_bias
+from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton
+from quantspec.kernels.prefill_attention import prefill_attention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Relative error of the whole output: a few roundings of the working precision (weights, decoded keys, output).
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of ``quantspec::cached_attention``; ``lengths`` are (quantized, recent) tokens of each sequence."""
+
+    heads: int = 2
+    kv_heads: int = 1
+    tokens: int = 1
+    head_dim: int = 64
+    value_dim: int = 64
+    group: int = 32
+    lengths: tuple[tuple[int, int], ...] = ((64, 33),)
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    lower: bool = False
+    dtype: torch.dtype = torch.float32
+    transposed_values: bool = True
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal on the device under test."""
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def cache_arguments(case: Case) -> dict[str, Tensor | None]:
+    """Random arguments of the op; slots and groups beyond each sequence's lengths hold NaN or arbitrary codes."""
+    batch, group = len(case.lengths), case.group
+    groups = max(quantized for quantized, _ in case.lengths) // group + 1
+    slots = 2 * group + case.tokens + 1
+    keys = random(batch, case.kv_heads, groups, group, case.head_dim) + random(
+        batch, case.kv_heads, 1, 1, case.head_dim
+    )
+    values = random(batch, case.kv_heads, groups, group, case.value_dim) * torch.rand(groups, group, 1, device=DEVICE)
+    k_upper, k_lower, k_scale, k_zero = encode_keys(keys)
+    v_upper, v_lower, v_scale, v_zero = encode_values(values)
+    k_recent = random(batch, case.kv_heads, slots, case.head_dim, dtype=case.dtype)
+    v_recent = random(batch, case.kv_heads, slots, case.value_dim, dtype=case.dtype)
+    for b, (quantized, recent) in enumerate(case.lengths):
+        for unused in (k_scale, k_zero, v_scale, v_zero):
+            unused[b, :, quantized // group :] = float("nan")
+        k_recent[b, :, recent:] = float("nan")
+        v_recent[b, :, recent:] = float("nan")
+    if case.transposed_values:
+        v_upper, v_lower = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (v_upper, v_lower))
+    lengths = torch.tensor(case.lengths, device=DEVICE)
+    return {
+        "query": random(batch, case.tokens, case.heads, case.head_dim, dtype=case.dtype).transpose(1, 2),
+        "key": random(batch, case.kv_heads, case.tokens, case.head_dim, dtype=case.dtype),
+        "value": random(batch, case.tokens, case.kv_heads, case.value_dim, dtype=case.dtype).transpose(1, 2),
+        "k_recent": k_recent,
+        "v_recent": v_recent,
+        "k_upper": k_upper,
+        "k_lower": k_lower if case.lower else None,
+        "k_scale": k_scale,
+        "k_zero": k_zero,
+        "v_upper": v_upper,
+        "v_lower": v_lower if case.lower else None,
+        "v_scale": v_scale,
+        "v_zero": v_zero,
+        "quantized_len": lengths[:, 0].contiguous(),
+        "length": lengths.sum(1),
+        "sinks": random(case.heads, dtype=case.dtype) if case.sinks else None,
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+ATTENTION_CASES = {
+    "draft": Case(),
+    "verify": Case(tokens=7, lower=True),
+    "no groups": Case(lengths=((0, 5),)),
+    "empty cache": Case(tokens=3, lengths=((0, 0),)),
+    "ragged": Case(tokens=3, lengths=((0, 31), (96, 64), (32, 40)), lower=True),
+    "grouped query": Case(heads=8, kv_heads=2, tokens=4, lower=True),
+    "more rows than a block": Case(heads=6, tokens=16, lower=True),
+    "odd heads": Case(heads=7, lower=True, lengths=((160, 20),)),
+    "head dim 80": Case(head_dim=80, value_dim=80, lower=True),
+    "head dim 96": Case(head_dim=96, value_dim=96),
+    "head dim 128, group 128": Case(head_dim=128, value_dim=128, group=128, lengths=((384, 130),)),
+    "two value parts": Case(head_dim=256, value_dim=256, group=16, lengths=((48, 17),)),
+    "two uneven parts": Case(head_dim=192, value_dim=144, tokens=2, lower=True),
+    "different value dim": Case(head_dim=96, value_dim=64, lower=True),
+    "small groups": Case(group=16, lengths=((80, 20), (16, 16))),
+    "window inside recent": Case(window=9, lengths=((64, 33),), tokens=3),
+    "window over groups": Case(window=70, lengths=((160, 40), (32, 33)), tokens=5, lower=True),
+    "window over small groups": Case(window=50, group=16, lengths=((112, 20),)),
+    "soft cap": Case(softcap=4.0, tokens=2),
+    "sinks": Case(heads=4, kv_heads=2, sinks=True, tokens=2, lengths=((64, 40), (0, 1))),
+    "token-major values": Case(transposed_values=False, lower=True),
+    "float16": Case(dtype=torch.float16, group=64, lengths=((192, 70),)),
+    "float16 verify": Case(dtype=torch.float16, tokens=7, heads=4, lower=True),
+    "bfloat16": Case(dtype=torch.bfloat16, lengths=((96, 40),)),
+    "bfloat16 verify": Case(dtype=torch.bfloat16, tokens=5, lower=True, sinks=True),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
+def test_cached_attention_matches_float64(case: Case) -> None:
+    arguments = cache_arguments(case)
+    options = {"scale": case.head_dim**-0.5, "window": case.window, "softcap": case.softcap}
+    widened = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()}
+    expected = cached_attention_reference(**widened, **options)
+    actual = cached_attention_triton(**arguments, **options)
+    assert actual.dtype == case.dtype
+    assert relative_error(actual, expected) < TOLERANCE[case.dtype]
+    for name in ("k_recent", "v_recent"):
+        torch.testing.assert_close(arguments[name].double(), widened[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "out_features", "in_features", "group", "bias"),
+    [
+        (1, 48, 512, 128, False),
+        (1, 40, 320, 64, True),
+        (8, 32, 256, 32, True),
+        (16, 19, 384, 128, False),
+        (3, 64, 96, 32, False),
+        (12, 24, 256, 32, True),
+        (9, 24, 256, 64, False),
+    ],
+)
+def test_int4_linear_matches_float64(rows, out_features, in_features, group, bias, dtype) -> None:
+    x = random(rows, in_features, dtype=dtype)
+    qdata = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=DEVICE)
+    scale_and_zero = random(in_features // group, out_features, 2, dtype=dtype)
+    offset = random(out_features, dtype=dtype) if bias else None
+    expected = x.double() @ dequantize_int4(qdata, scale_and_zero, torch.float64).t()
+    if offset is not None:
+        expected = expected + offset.double()
+    actual = int4_linear_triton(x, qdata, scale_and_zero, offset)
+    assert actual.dtype == dtype
+    # Codes and products are exact, so only float32 sums and the rounding of the result differ.
+    assert relative_error(actual, expected) < torch.finfo(dtype).eps
+
+
+def random_cache(batch: int, kv_heads: int, groups: int, slots: int, head_dim: int, value_dim: int, group: int, dtype):
+    """An empty layer cache in the order of the ops' arguments: recent buffers, then planes, scales and zeros."""
+    k_upper, k_lower, k_scale, k_zero = encode_keys(random(batch, kv_heads, groups, group, head_dim))
+    v_upper, v_lower, v_scale, v_zero = encode_values(random(batch, kv_heads, groups, group, value_dim))
+    v_upper, v_lower = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (v_upper, v_lower))
+    k_recent = random(batch, kv_heads, slots, head_dim, dtype=dtype)
+    v_recent = random(batch, kv_heads, slots, value_dim, dtype=dtype)
+    return [k_recent, v_recent, k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero]
+
+
+def assert_same_cache(actual: list[Tensor], expected: list[Tensor], quantized: list[int], recent: list[int]) -> None:
+    """Equal recent tokens and zeros; scales and codes as near as float32 decides ties.
+
+    A scale may be one float16 neighbour off, and a code its neighbour: the decoded value then moves by one step of the
+    lower plane (s/16) and 15 roundings of the scale.
+    """
+    group = 2 * expected[2].shape[3]
+    for b, (tokens, kept) in enumerate(zip(quantized, recent, strict=True)):
+        for index in (0, 1):
+            assert torch.equal(actual[index][b, :, :kept], expected[index][b, :, :kept])
+        if not tokens:
+            continue
+        for first, decode in ((2, decode_keys), (6, decode_values)):
+            ours = [x[b, :, : tokens // group] for x in actual[first : first + 4]]
+            theirs = [x[b, :, : tokens // group] for x in expected[first : first + 4]]
+            torch.testing.assert_close(ours[2], theirs[2], rtol=2**-10, atol=0)
+            assert torch.equal(ours[3], theirs[3])
+            scale = theirs[2].double()
+            scale = (
+                scale.unsqueeze(-2)
+                if first == 2
+                else scale.repeat_interleave(theirs[0].shape[-1] // scale.shape[-1], -1)
+            )
+            difference = (decode(*ours, torch.float64) - decode(*theirs, torch.float64)).abs() / scale
+            assert float(difference.max()) <= 1 / 16 + 15 * 2**-10
+            assert float((difference > 2**-9).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dims", "group", "dtype", "state"),
+    [
+        ((64, 64), 32, torch.float32, [(0, 0, 150), (0, 0, 31), (0, 0, 64)]),
+        ((80, 144), 16, torch.float16, [(0, 0, 60), (32, 20, 33)]),
+        ((128, 128), 128, torch.bfloat16, [(0, 0, 300)]),
+        ((256, 256), 16, torch.bfloat16, [(16, 31, 5), (0, 3, 2)]),
+    ],
+)
+def test_prefill_encodes_as_reference(dims, group, dtype, state) -> None:
+    batch, tokens = len(state), max(new for _, _, new in state)
+    cache = random_cache(batch, 2, max(sum(s) for s in state) // group + 1, 2 * group + 8, *dims, group, dtype)
+    reference = [x.cpu().clone() for x in cache]
+    key = random(batch, tokens, 2, dims[0], dtype=dtype).transpose(1, 2)
+    value = random(batch, 2, tokens, dims[1], dtype=dtype)
+    quantized = torch.tensor([s[0] for s in state], device=DEVICE)
+    length = torch.tensor([s[0] + s[1] for s in state], device=DEVICE)
+    num_new = torch.tensor([s[2] for s in state], device=DEVICE)
+    query = random(batch, 2, tokens, dims[0], dtype=dtype)
+    encode_oldest_groups((key, value, num_new), *cache, quantized, length)
+    lengths = [x.cpu() for x in (quantized, length, num_new)]
+    prefill_attention(query.cpu(), key.cpu(), value.cpu(), *reference, *lengths, 1.0, 0, 0.0, None)
+    slots = [recent + new for _, recent, new in state]
+    flushed = [max(0, n // group - 1) * group for n in slots]
+    assert_same_cache(
+        [x.cpu() for x in cache],
+        reference,
+        [s[0] + f for s, f in zip(state, flushed, strict=True)],
+        [n - f for n, f in zip(slots, flushed, strict=True)],
+    )
+
+
+def test_flush_moves_one_due_group() -> None:
+    group, state = 32, [(32, 63), (0, 64), (64, 70), (0, 1)]
+    cache = random_cache(len(state), 2, 4, 2 * group + 8, 64, 80, group, torch.float16)
+    reference = [x.cpu().clone() for x in cache]
+    quantized = torch.tensor([s[0] for s in state], device=DEVICE)
+    length = torch.tensor([sum(s) for s in state], device=DEVICE)
+    encode_oldest_groups(None, *cache, quantized, length)
+    flush(*reference, quantized.cpu(), length.cpu())
+    moved = [group if recent >= 2 * group else 0 for _, recent in state]
+    assert moved == [0, group, group, 0]
+    assert_same_cache(
+        [x.cpu() for x in cache],
+        reference,
+        [s[0] + m for s, m in zip(state, moved, strict=True)],
+        [s[1] - m for s, m in zip(state, moved, strict=True)],
+    )
+
+
+def test_one_launch_serves_every_length() -> None:
+    """Lengths change in place between launches; on a GPU the launches are replays of one CUDA graph."""
+    case = Case(heads=4, kv_heads=2, tokens=2, lower=True, lengths=((96, 40), (96, 63)))
+    arguments = cache_arguments(case)
+    options = {"scale": 0.125, "window": 0, "softcap": 0.0}
+    if DEVICE.type == "cuda":
+        cached_attention_triton(**arguments, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = cached_attention_triton(**arguments, **options)
+    for quantized, recent in ((96, 40), (32, 1), (0, 0), (64, 33)):
+        arguments["quantized_len"].fill_(quantized)
+        arguments["length"].copy_(torch.tensor([quantized + recent, quantized]))
+        arguments["key"].normal_()
+        arguments["k_recent"].normal_()
+        arguments["v_recent"].normal_()
+        widened = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()}
+        expected = cached_attention_reference(**widened, **options)
+        if DEVICE.type == "cuda":
+            actual.fill_(float("nan"))
+            graph.replay()
+        else:
+            actual = cached_attention_triton(**arguments, **options)
+        assert relative_error(actual, expected) < TOLERANCE[case.dtype]
+
+
+@triton.jit
+def _unpack_kernel(upper, lower, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    i = tl.arange(0, 256)
+    packed = tl.load(upper + i)
+    low, high = centred_nibbles(packed, dtype, USE_ASM)
+    tl.store(out + i, low.to(tl.float32))
+    tl.store(out + 256 + i, high.to(tl.float32))
+    low, high = centred_bytes(packed, tl.load(lower + i), dtype, USE_ASM)
+    tl.store(out + 512 + i, low.to(tl.float32))
+    tl.store(out + 768 + i, high.to(tl.float32))
+
+
+@triton.jit
+def _unpack_biased_kernel(packed, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    i = tl.arange(0, 256)
+    low, high = biased_nibbles(tl.load(packed + i), dtype, USE_ASM)
+    tl.store(out + i, low.to(tl.float32) - nibble_bias(dtype))
+    tl.store(out + 256 + i, high.to(tl.float32) - nibble_bias(dtype))
+
+
+@pytest.mark.parametrize("use_asm", [False, True] if DEVICE.type == "cuda" else [False])
+def test_every_byte_unpacks_exactly(use_asm: bool) -> None:
+    upper = torch.arange(256, device=DEVICE, dtype=torch.uint8)
+    lower = upper[torch.randperm(256, device=DEVICE)]
+    out = torch.full((4, 256), float("nan"), device=DEVICE)
+    _unpack_kernel[(1,)](upper, lower, out, dtype=tl.float16, USE_ASM=use_asm)
+    u, low = upper.int(), lower.int()
+    expected = [(u & 15) - 8, (u >> 4) - 8, 16 * (u & 15) + (low & 15) - 136, 16 * (u >> 4) + (low >> 4) - 136]
+    assert torch.equal(out, torch.stack(expected).float())
+    for dtype in (tl.float16, tl.bfloat16):
+        out = torch.full((2, 256), float("nan"), device=DEVICE)
+        _unpack_biased_kernel[(1,)](upper, out, dtype=dtype, USE_ASM=use_asm)
+        assert torch.equal(out, torch.stack((u & 15, u >> 4)).float())
