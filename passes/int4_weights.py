@@ -16,6 +16,12 @@ from .logit_rows import LINEAR_TARGETS, logits_linear
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
+# Readers of a matrix that is a lookup table or holds the experts' biases.
+_NOT_AS_WEIGHT = {
+    aten.embedding.default,
+    torch.ops.quantspec.expert_linear.default,
+    torch.ops.quantspec.int4_expert_linear.default,
+}
 # How far from its linear a router's top-k may stand.
 _ROUTER_DEPTH = 8
 
@@ -135,7 +141,7 @@ class QuantizeWeights(PassBase):
     def _report_others(self, gm: fx.GraphModule, seen: set[str]) -> None:
         """Report matrices that reach the output other than through a linear of their own (experts picked by index)."""
         for node in gm.graph.nodes:
-            users = {user.target for user in node.users} - {aten.embedding.default}
+            users = {user.target for user in node.users} - _NOT_AS_WEIGHT
             if node.op != "get_attr" or not users or str(node.target) in seen:
                 continue
             seen.add(str(node.target))

@@ -83,6 +83,17 @@ class RunningMean(nn.Module):
         return hidden.cumsum(1) / counts[:, None]
 
 
+class OwnAttention(nn.Module):
+    """Causal attention of the hidden states among themselves, computed without the interface."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mix ``(B, T, C)``."""
+        # Small scores, or every token would attend to itself alone.
+        scores = 0.01 * hidden @ hidden.transpose(1, 2)
+        future = torch.ones_like(scores).triu(1).bool()
+        return scores.masked_fill(future, float("-inf")).softmax(-1) @ hidden
+
+
 def _rope(rope_type: str, **parameters) -> PreTrainedModel:
     return tiny_model("llama", rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, **parameters})
 
@@ -137,6 +148,7 @@ UNSUPPORTED: dict[str, Refused] = {
     "jamba": _architecture("jamba", _STATE, "model.layers.0.mamba", **_HYBRID),
     "recurrent_gemma": _architecture("recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d"),
     "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
+    "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
     # The rest.
     "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
     "llama4_text": _architecture(
@@ -156,6 +168,7 @@ UNSUPPORTED: dict[str, Refused] = {
         lambda: AutoModel.from_config(tiny_model("llama").config), "has no language-model head", "LlamaModel"
     ),
     "not causal": Refused(_bidirectional, "attention is not causal", "model.layers.0.self_attn"),
+    "own attention": Refused(lambda: _with_mixer(OwnAttention()), _STATE, "model.layers.1.mlp.mixer"),
     "token shift": Refused(lambda: _with_mixer(TokenShift()), _STATE, "model.layers.1.mlp.mixer"),
     "running mean": Refused(lambda: _with_mixer(RunningMean()), _STATE, "model.layers.1.mlp.mixer"),
     "causal conv": Refused(lambda: _with_mixer(CausalConv(64, False)), _STATE, "model.layers.1.mlp.mixer.conv"),
