@@ -100,7 +100,7 @@ def cached_attention_reference(
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
         planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero, k_recent, v_recent)
         row = [None if part is None else part[b] for part in planes]
-        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
+        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)  # type: ignore[arg-type]
         rows = query[b : b + 1].to(dtype)
         outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
     return torch.cat(outputs).to(query.dtype)
