@@ -7,6 +7,8 @@ the oldest whole groups go into the planes such that G..2G-1 stay in the recent 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def _attend_prompts(
     key: Tensor,
     value: Tensor,
     cache: tuple[Tensor, ...],
-    state: list[tuple[int, ...]],
+    state: Sequence[tuple[int, ...]],
     scale: float,
     window: int,
     softcap: float,
