@@ -53,7 +53,11 @@ def draft_weight_passes(config: QuantSpecConfig) -> tuple[QuantizeWeights, list[
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
     """Run ``passes`` in order, each once; returns the rewritten module."""
-    return PassManager(passes=list(passes))(graph_module).graph_module
+    try:
+        return PassManager(passes=list(passes))(graph_module).graph_module
+    except Exception as error:
+        # PassManager wraps a pass's own error into a bare Exception that names no node.
+        raise (error.__cause__ or error) from None
 
 
 def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> Pair:
