@@ -30,5 +30,4 @@ def load_smollm2(
     path = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    model.to(torch.device(device))
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
