@@ -52,10 +52,10 @@ def prepare_arguments(
     qs: QuantSpecModel,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
+    generation_config: GenerationConfig | None,
     tokenizer: Any,
     num_speculative_tokens: int | None,
     kwargs: dict[str, Any],
-    generation_config: GenerationConfig | None = None,
 ) -> Arguments:
     """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
     options = dict(kwargs)

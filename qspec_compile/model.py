@@ -145,7 +145,9 @@ class QuantSpecModel:
             if generator is not None:
                 raise ValueError("pass either generator or seed, not both")
             generator = torch.Generator(device=self.device).manual_seed(seed)
-        arguments = prepare_arguments(self, input_ids, attention_mask, tokenizer, num_speculative_tokens, kwargs)
+        arguments = prepare_arguments(
+            self, input_ids, attention_mask, generation_config, tokenizer, num_speculative_tokens, kwargs
+        )
         method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
         return self.model.generate(  # type: ignore[operator]
             input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
