@@ -109,11 +109,11 @@ class QuantizeWeights(PassBase):
         head = logits_linear(graph)
         plans = []
         for node in find_calls(graph, *LINEAR_TARGETS, *_ADDMM_TARGETS, torch.ops.quantspec.expert_linear.default):
-            x, weight, bias, transposed = _operands(node)
+            _, weight, _, transposed = _operands(node)
             if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
-                plans.append((node, x, weight, bias, transposed))
+                plans.append((node, weight, transposed))
         modified = False
-        for node, x, weight, bias, transposed in plans:
+        for node, weight, transposed in plans:
             tensor = get_tensor(graph_module, weight)
             tensor = tensor.transpose(-1, -2) if transposed else tensor
             name = str(weight.target).removeprefix("model.").removesuffix(".weight")
@@ -131,11 +131,11 @@ class QuantizeWeights(PassBase):
             self.report.append(LinearReport(name, in_features, out_features, size, note))
             if size is None:
                 continue
-            self._rewrite(graph_module, node, x, name, tensor, bias, size)
+            self._rewrite(graph_module, node, name, tensor, size)
             modified = True
         if modified:
             finish(graph_module)
-        self._report_others(graph_module, {str(weight.target) for _, _, weight, _, _ in plans})
+        self._report_others(graph_module, {str(weight.target) for _, weight, _ in plans})
         return PassResult(graph_module, modified)
 
     def _report_others(self, gm: fx.GraphModule, seen: set[str]) -> None:
@@ -151,9 +151,9 @@ class QuantizeWeights(PassBase):
                 note = f"not the weight of a linear: read by {', '.join(sorted(map(str, users)))}"
                 self.report.append(LinearReport(name, tensor.shape[-1], tensor.shape[-2], None, note))
 
-    def _rewrite(
-        self, gm: fx.GraphModule, node: fx.Node, x: fx.Node, name: str, tensor: Tensor, bias: fx.Node | None, size: int
-    ) -> None:
+    def _rewrite(self, gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor, size: int) -> None:
+        # Read now: the input may be a linear that has just been rewritten.
+        x, _, bias, _ = _operands(node)
         is_expert = tensor.dim() == 3
         matrices = tensor if is_expert else tensor[None]
         qdata, params = (

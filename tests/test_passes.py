@@ -355,6 +355,14 @@ def test_quantize_weights_of_experts_leaves_the_router():
         _CheckValues(gm).run(*inputs)
 
 
+def test_quantize_weights_of_a_linear_that_reads_a_linear():
+    x = randn(3, 64)
+    gm = apply(exported(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), x), quantizer())
+    first, second = find_calls(gm.graph, ops.int4_linear.default)
+    assert second.args[0] is first
+    _CheckValues(gm).run(x)
+
+
 def test_quantize_weights_reports_matrices_that_are_no_linear_of_their_own():
     class Stacked(nn.Module):
         def __init__(self) -> None:
