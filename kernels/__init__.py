@@ -1,11 +1,14 @@
 """Custom ops: each file holds one op's formula, implementation, fake and reference. Importing registers them."""
 
-from .attention import attention
-from .cached_attention import cached_attention, cached_attention_reference
-from .expert_linear import expert_linear, int4_expert_linear
-from .flush import flush
-from .int4_linear import int4_linear
-from .prefill_attention import prefill_attention
+# transformers looks for Hugging Face's library `kernels` and, where Python runs in the checkout, imports this folder
+# under that name. Registering the ops a second time would leave handles to the first registration dangling.
+if __name__ != "kernels":
+    from .attention import attention
+    from .cached_attention import cached_attention, cached_attention_reference
+    from .expert_linear import expert_linear, int4_expert_linear
+    from .flush import flush
+    from .int4_linear import int4_linear
+    from .prefill_attention import prefill_attention
 
 __all__ = [
     "attention",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -615,3 +618,16 @@ def test_fake_strides_where_an_axis_has_one_element(tokens):
     fresh = torch.empty(out.shape).stride()
     sized = [axis for axis, size in enumerate(out.shape) if size > 1]
     assert [out.stride(axis) for axis in sized] == [fresh[axis] for axis in sized]
+
+
+def test_ops_are_registered_once_when_python_runs_in_the_checkout():
+    """transformers imports what it takes for Hugging Face's ``kernels``: this folder, which must not register again."""
+    code = (
+        "import sys, torch, quantspec.kernels as kernels, transformers.integrations.hub_kernels\n"
+        "assert 'kernels' in sys.modules and 'kernels.flush' not in sys.modules\n"
+        "for name in ('flush', 'cached_attention'):\n"
+        "    assert getattr(kernels, name)._opoverload is getattr(torch.ops.quantspec, name).default\n"
+    )
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
