@@ -30,42 +30,49 @@ PROMPT_LENGTHS = (2000, 4000, 6000)
 # Where each prompt starts in the text: three different places per length.
 PROMPT_STARTS = (5000, 40000, 80000)
 BLOCK = 16
+# The drafts compared: how the weights are quantized, and whether the language-model head is.
+DRAFTS: dict[str, dict[str, Any]] = {
+    "tinygemm": {"weight_quantizer": "tinygemm"},
+    "hqq": {"weight_quantizer": "hqq"},
+    "tinygemm-full-head": {"weight_quantizer": "tinygemm", "quantize_lm_head": False},
+    "hqq-full-head": {"weight_quantizer": "hqq", "quantize_lm_head": False},
+}
 
 
-def acceptance_rows(qs: QuantSpecModel, ids: Tensor, new_tokens: int, starts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row per prompt length and decoding mode, over all starting places."""
+def acceptance_rows(qs: QuantSpecModel, ids: Tensor, new_tokens: int) -> list[dict[str, Any]]:
+    """One row per prompt length and decoding mode, over a batch of prompts from several places of the text."""
     rows = []
     for do_sample in (False, True):
         for length in PROMPT_LENGTHS:
-            totals: dict[str, Any] = {"drafted": [], "accepted": [], "generated": 0, "seconds": 0.0, "cycles": 0}
-            for start in starts:
-                options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
-                prompt = ids[:, start : start + length]
-                qs.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, seed=start, **options)
-                stats = qs.last_stats
-                assert stats is not None
-                totals["drafted"].append(stats.drafted_per_position)
-                totals["accepted"].append(stats.accepted_per_position)
-                totals["generated"] += stats.generated_tokens
-                totals["seconds"] += stats.decode_seconds
-                totals["cycles"] += stats.cycles
-            drafted, accepted = (torch.tensor(totals[key]).sum(0) for key in ("drafted", "accepted"))
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
+            prompts = torch.cat([ids[:, start : start + length] for start in PROMPT_STARTS])
+            qs.generate(prompts, max_new_tokens=new_tokens, eos_token_id=None, seed=0, **options)
+            stats = qs.last_stats
+            assert stats is not None
             row = {
                 "prompt_tokens": length,
                 "mode": "sampling, temperature 1" if do_sample else "greedy",
-                "weight_quantizer": qs.config.weight_quantizer.value,
-                "weight_group_size": qs.config.weight_group_size,
+                **_weights(qs),
                 "kv_group_size": qs.config.kv_group_size,
                 "num_speculative_tokens": qs.config.num_speculative_tokens,
-                "prompts": len(starts),
-                "draft_acceptance_rate": (accepted.sum() / drafted.sum()).item(),
-                "acceptance_rate_per_position": (accepted / drafted).tolist(),
-                "mean_acceptance_length": 1 + accepted.sum().item() / totals["cycles"],
-                "generated_tokens": totals["generated"],
+                "prompts": len(prompts),
+                "draft_acceptance_rate": stats.draft_acceptance_rate,
+                "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+                "mean_acceptance_length": stats.mean_acceptance_length,
+                "generated_tokens": stats.generated_tokens,
             }
             print(row, flush=True)
             rows.append(row)
     return rows
+
+
+def _weights(qs: QuantSpecModel) -> dict[str, Any]:
+    config = qs.config
+    return {
+        "weight_quantizer": config.weight_quantizer.value,
+        "weight_group_size": config.weight_group_size,
+        "lm_head": "INT4" if config.quantize_lm_head else "full precision",
+    }
 
 
 def parity_row(qs: QuantSpecModel, ids: Tensor, length: int, scored: int, role: Role) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def parity_row(qs: QuantSpecModel, ids: Tensor, length: int, scored: int, role: 
         "role": role.value,
         "text_tokens": length,
         "scored_tokens": scored,
-        "weight_quantizer": qs.config.weight_quantizer.value,
+        **_weights(qs),
         "argmax_agreement": agree,
         "perplexity_reference": torch.tensor(losses[0]).exp().item(),
         "perplexity": torch.tensor(losses[1]).exp().item(),
@@ -99,21 +106,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=len(PROMPT_STARTS), help="prompts per length")
-    parser.add_argument("--quantizers", nargs="+", default=["tinygemm", "hqq"])
+    parser.add_argument("--drafts", nargs="+", default=list(DRAFTS), choices=DRAFTS, help="INT4 weights to try")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance.json")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
     ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(arguments.device)
     rows: list[dict[str, Any]] = []
-    for quantizer in arguments.quantizers:
+    for name in arguments.drafts:
         # Only counts are taken here, so nothing is gained from compiling.
-        qs = quantspec.convert(model, weight_group_size=64, weight_quantizer=quantizer, self_check=False, compile=False)
-        if quantizer == arguments.quantizers[0]:
+        qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=False, **DRAFTS[name])
+        if name == arguments.drafts[0]:
             rows.append(parity_row(qs, ids, 4096, 1024, Role.TARGET))
         rows.append(parity_row(qs, ids, 4096, 1024, Role.DRAFT))
-        rows += acceptance_rows(qs, ids, arguments.new_tokens, PROMPT_STARTS[: arguments.prompts])
+        rows += acceptance_rows(qs, ids, arguments.new_tokens)
     for row in rows:
         row["dtype"] = arguments.dtype
     write_results(arguments.out, arguments.device, rows)

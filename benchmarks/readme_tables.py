@@ -26,6 +26,10 @@ def _source(data: dict[str, Any], name: str) -> str:
     return f"\n\n{env['device']}, {env['threads']} threads, torch {env['torch']}, `benchmarks/results/{name}`"
 
 
+def _draft(row: dict[str, Any]) -> str:
+    return row["weight_quantizer"] + ("" if row["lm_head"] == "INT4" else f", lm_head in {row['lm_head']}")
+
+
 def acceptance(name: str) -> str:
     """Acceptance per prompt length and quantizer."""
     data = _load(name)
@@ -33,7 +37,7 @@ def acceptance(name: str) -> str:
         [
             str(row["prompt_tokens"]),
             row["mode"],
-            row["weight_quantizer"],
+            _draft(row),
             f"{row['draft_acceptance_rate']:.3f}",
             " ".join(f"{rate:.2f}" for rate in row["acceptance_rate_per_position"]),
             f"{row['mean_acceptance_length']:.2f}",
@@ -50,7 +54,7 @@ def parity(name: str) -> str:
     data = _load(name)
     rows = [
         [
-            row["role"] + ("" if row["role"] == "target" else f", {row['weight_quantizer']}"),
+            row["role"] + ("" if row["role"] == "target" else f", {_draft(row)}"),
             f"{row['argmax_agreement']:.4f}",
             f"{row['perplexity']:.4f} ({100 * (row['perplexity'] / row['perplexity_reference'] - 1):+.2f}%)",
             f"{row['mean_kl']:.5f}",
