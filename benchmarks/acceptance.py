@@ -34,8 +34,8 @@ BLOCK = 16
 DRAFTS: dict[str, dict[str, Any]] = {
     "tinygemm": {"weight_quantizer": "tinygemm"},
     "hqq": {"weight_quantizer": "hqq"},
-    "tinygemm-full-head": {"weight_quantizer": "tinygemm", "quantize_lm_head": False},
-    "hqq-full-head": {"weight_quantizer": "hqq", "quantize_lm_head": False},
+    "tinygemm-int4-head": {"weight_quantizer": "tinygemm", "quantize_lm_head": True},
+    "hqq-int4-head": {"weight_quantizer": "hqq", "quantize_lm_head": True},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from .common import RESULTS
@@ -27,25 +28,31 @@ def _source(data: dict[str, Any], name: str) -> str:
 
 
 def _draft(row: dict[str, Any]) -> str:
-    return row["weight_quantizer"] + ("" if row["lm_head"] == "INT4" else f", lm_head in {row['lm_head']}")
+    return row["weight_quantizer"] + (", INT4 lm_head" if row["lm_head"] == "INT4" else "")
 
 
 def acceptance(name: str) -> str:
-    """Acceptance per prompt length and quantizer."""
+    """Acceptance rate per prompt length, and the mean over lengths by position and of the tokens a cycle yields."""
     data = _load(name)
-    rows = [
-        [
-            str(row["prompt_tokens"]),
-            row["mode"],
-            _draft(row),
-            f"{row['draft_acceptance_rate']:.3f}",
-            " ".join(f"{rate:.2f}" for rate in row["acceptance_rate_per_position"]),
-            f"{row['mean_acceptance_length']:.2f}",
-        ]
-        for row in data["rows"]
-        if "mode" in row
-    ]
-    header = ["prompt tokens", "mode", "INT4 weights", "acceptance rate", "by position", "tokens per cycle"]
+    cases: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if "mode" in row:
+            cases.setdefault((row["mode"], _draft(row)), {})[row["prompt_tokens"]] = row
+    lengths = sorted(next(iter(cases.values())))
+    rows = []
+    for (mode, draft), by_length in sorted(cases.items()):
+        measured = [by_length[length] for length in lengths]
+        positions = zip(*(row["acceptance_rate_per_position"] for row in measured), strict=True)
+        rows.append(
+            [
+                mode,
+                draft,
+                *(f"{row['draft_acceptance_rate']:.3f}" for row in measured),
+                " ".join(f"{mean(rates):.2f}" for rates in positions),
+                f"{mean(row['mean_acceptance_length'] for row in measured):.2f}",
+            ]
+        )
+    header = ["mode", "INT4 weights", *(f"{length:,} tokens" for length in lengths), "by position", "tokens per cycle"]
     return _table(header, rows) + _source(data, name)
 
 

@@ -33,7 +33,8 @@ class QuantSpecConfig:
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
         weight_quantizer: ``"tinygemm"`` (min/max) or ``"hqq"``, torchao's two choices of scales.
-        quantize_lm_head: whether the draft's language-model head is INT4 too.
+        quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
+            accepted tokens (README, Figures).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
@@ -49,7 +50,7 @@ class QuantSpecConfig:
     kv_group_size: int = 128
     weight_group_size: int = 128
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
-    quantize_lm_head: bool = True
+    quantize_lm_head: bool = False
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None
