@@ -10,9 +10,12 @@ The attention-lowering pass replaces it by an op that reads the hierarchical cac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 # Query rows scored at a time on the general path; bounds its score matrix to this many rows.
 QUERY_BLOCK = 256
@@ -47,11 +50,15 @@ def masked_attention(
     linear in S.
     """
     num_tokens, num_keys = query.shape[2], key.shape[2]
-    if softcap == 0 and sinks is None and window == 0 and offset == 0 and key.shape[-1] == value.shape[-1]:
+    if softcap == 0 and sinks is None and window == 0 and key.shape[-1] == value.shape[-1]:
         # Half precision is emulated by most CPUs, several times slower than float32.
         dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
-        q, k, v = (x.to(dtype) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        q, k, v = (x.to(dtype) for x in (query, key[:, :, : offset + num_tokens], value[:, :, : offset + num_tokens]))
+        if offset == 0:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            mask: Any = causal_lower_right(num_tokens, offset + num_tokens)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).to(query.dtype).contiguous()
     dtype = compute_dtype(query.dtype)
     repeat = query.shape[1] // key.shape[1]

@@ -55,6 +55,8 @@ def _attend_prompts(
         return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
     out = query.new_zeros(batch, tokens, heads, value.shape[3])
     for b, (quantized, start, new) in enumerate(state):
+        if new == 0:
+            continue
         keys, values = key[b, :, :new], value[b, :, :new]
         if start:
             cached = dense_key_value(quantized, start, key.dtype, *(part[b] for part in cache))

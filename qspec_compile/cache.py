@@ -131,6 +131,10 @@ class HierarchicalCache:
             )
         # The newest G tokens are never quantized.
         groups = max(0, -(-num_tokens // self.group_size) - 1)
+        if (groups + 1) * self.group_size > self.capacity:
+            # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
+            step = 1 << max(0, groups.bit_length() - 5)
+            groups = min(-(-groups // step) * step, -(-self.max_len // self.group_size) - 1)
         # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
         for index, layer in enumerate(self.layers):
             if groups > layer.k_upper.shape[2]:
@@ -145,20 +149,21 @@ class HierarchicalCache:
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
 
-    def accept(self, num_tokens: Tensor) -> bool:
+    def accept(self, num_tokens: Tensor) -> Tensor:
         """Keep ``num_tokens`` (B,) of the tokens just verified; the rest is abandoned. Flushes where it is due.
 
         Returns:
-            Whether anything was flushed.
+            Bool tensor on the device: whether anything was flushed.
         """
         self.length += num_tokens
         due = self.length - self.quantized_len >= 2 * self.group_size
-        if not bool(due.any()):
-            return False
-        for layer in self.layers:
-            flush(*layer.parts(), self.quantized_len, self.length)
+        flushes = due.any()
+        # On a GPU the op itself looks at the lengths, so that the host need not wait for them.
+        if self.length.is_cuda or bool(flushes):
+            for layer in self.layers:
+                flush(*layer.parts(), self.quantized_len, self.length)
         self.quantized_len += due * self.group_size
-        return True
+        return flushes
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""

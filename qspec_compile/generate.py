@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -21,8 +22,9 @@ from quantspec.passes import Role
 
 from .cache import HierarchicalCache
 from .config import ALIASES, check_num_speculative_tokens
+from .cycle import Cycle, CycleResult, GraphedCycle
 from .progress import Progress
-from .sampling import accept_greedy, accept_sampled, sample
+from .sampling import sample
 from .scores import ScoreProcessor
 from .stats import GenerationStats
 
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 # What generate() makes for model.forward, and the loop has no use for.
 _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+
+_NAN_LOGITS = (
+    "the model's logits are NaN, so no token can be chosen; check the weights, or load the model in bfloat16 or "
+    "float32 if it overflows float16"
+)
 
 
 @dataclass
@@ -247,14 +254,10 @@ def decode(
         returns_dict and bool(generation_config.output_scores),
         slack=num_speculative_tokens + 1,
     )
-    loop = SpeculativeLoop(
-        qs, cache, progress, ScoreProcessor(logits_processor), bool(generation_config.do_sample), generator, stats
-    )
+    loop = SpeculativeLoop(qs, cache, progress, logits_processor, bool(generation_config.do_sample), generator, stats)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    loop.prefill(input_ids, attention_mask, prompt_lens)
-    while any(progress.running):
-        loop.cycle(min(num_speculative_tokens, progress.remaining - 1))
+    loop.run(input_ids, attention_mask, prompt_lens, num_speculative_tokens)
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -267,17 +270,14 @@ def decode(
 
 
 class SpeculativeLoop:
-    """The state of one generation between cycles: the cache, the output so far and each sequence's pending token.
-
-    The pending token is the newest one emitted; its key and value are not cached yet.
-    """
+    """The host's part of one generation: prefill, cycles, and what each cycle's result means for the output."""
 
     def __init__(
         self,
         qs: QuantSpecModel,
         cache: HierarchicalCache,
         progress: Progress,
-        processor: ScoreProcessor,
+        processors: LogitsProcessorList,
         do_sample: bool,
         generator: torch.Generator | None,
         stats: GenerationStats,
@@ -285,90 +285,109 @@ class SpeculativeLoop:
         self.qs = qs
         self.cache = cache
         self.progress = progress
-        self.processor = processor
+        self.processors = processors
+        self.process = ScoreProcessor(processors)
         self.do_sample = do_sample
         self.generator = generator
         self.stats = stats
-        self.pending = cache.length.new_zeros(cache.batch_size)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor) -> None:
-        """Cache the prompts and emit the first token of each."""
+    def run(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor, num_speculative_tokens: int) -> None:
+        """Generate until every sequence is done.
+
+        Raises:
+            FloatingPointError: the model's logits are NaN.
+        """
+        pending = self._prefill(input_ids, attention_mask, prompt_lens)
+        if not any(self.progress.running):
+            return
+        graphed = None
+        if self.progress.scores is None:
+            graphed = self.qs.graphed_cycle(self.cache, num_speculative_tokens, self.processors, self.do_sample)
+        if graphed is None:
+            self._run_eager(pending, num_speculative_tokens)
+        else:
+            self._run_graphed(pending, graphed)
+
+    def _run_eager(self, pending: Tensor, num_speculative_tokens: int) -> None:
+        context = self.process.needs_context
+        cycle = Cycle(
+            self.qs,
+            self.cache,
+            lambda logits, num_drafted: self.process(logits, self.progress, num_drafted),
+            self.do_sample,
+            self.generator,
+            self.progress.write_draft if context else None,
+        )
+        cycle.pending.copy_(pending)
+        while any(self.progress.running):
+            start = self._now()
+            cycle.running.copy_(torch.tensor(self.progress.running))
+            packed, scores = cycle(min(num_speculative_tokens, self.progress.remaining - 1))
+            self._finish(CycleResult.read(packed), scores, start)
+
+    def _run_graphed(self, pending: Tensor, graphed: GraphedCycle) -> None:
+        graphed.begin(self.processors, self.generator)
+        graphed.cycle.pending.copy_(pending)
+        running: list[bool] = []
+        try:
+            while any(self.progress.running):
+                start = time.perf_counter()
+                if running != self.progress.running:
+                    running = self.progress.running
+                    graphed.cycle.running.copy_(torch.tensor(running))
+                self._finish(CycleResult.read(graphed()), None, start)
+        finally:
+            graphed.end(self.generator)
+
+    def _finish(self, result: CycleResult, scores: Tensor | None, start: float) -> None:
+        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one."""
+        if result.has_nan:
+            raise FloatingPointError(_NAN_LOGITS)
+        running = self.progress.running
+        accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
+        self.stats.record_cycle(len(result.drafts[0]), accepted)
+        self.stats.flushes += result.flushed
+        for row, count in enumerate(result.accepted):
+            if running[row]:
+                tokens = [*result.drafts[row][:count], result.next_tokens[row]]
+                self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
+        self.stats.decode_seconds += self._now() - start
+        self._judge()
+
+    def _prefill(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor) -> Tensor:
+        """Cache the prompts, chunk by chunk; emits and returns the first token of each, ``(B,)``."""
         start = self._now()
         # A stable sort moves padding, wherever it stands, behind the prompt.
         order = torch.argsort(~attention_mask, dim=1, stable=True)
         ids = input_ids.gather(1, order)[:, : int(prompt_lens.max())]
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        state = (self.cache.quantized_len, self.cache.length, prompt_lens)
-        logits = self.qs.forward(Role.PREFILL, ids, positions, prompt_lens[:, None] - 1, *state, cache=self.cache)
-        self.cache.advance_prefill(prompt_lens)
+        tokens = ids.shape[1]
+        chunk = self.qs.prefill_chunk(*ids.shape)
+        logits = None
+        hidden = None if chunk < tokens else True
+        with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
+            for first in range(0, tokens, chunk):
+                part = ids[:, first : first + chunk]
+                positions = torch.arange(first, first + part.shape[1], device=ids.device).expand_as(part)
+                num_new = (prompt_lens - first).clamp(0, part.shape[1])
+                last = (prompt_lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
+                state = (self.cache.quantized_len, self.cache.length, num_new)
+                new = self.qs.forward(Role.PREFILL, part, positions, last, *state, cache=self.cache)
+                self.cache.advance_prefill(num_new)
+                # The last token of a shorter prompt lies in an earlier chunk.
+                logits = new if logits is None else torch.where((num_new > 0)[:, None, None], new, logits)
+                bar.update(part.shape[1])
+        assert logits is not None
         self.stats.prefill_seconds = self._now() - start
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
-        scores = self.processor(logits, self.progress)
-        self.pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
-        for row, token in enumerate(self.pending.tolist()):
+        if bool(logits.isnan().any()):
+            raise FloatingPointError(_NAN_LOGITS)
+        scores = self.process(logits, self.progress)
+        pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
+        for row, token in enumerate(pending.tolist()):
             self.progress.append(row, [token], scores[row])
         self._judge()
-
-    def cycle(self, num_drafts: int) -> None:
-        """Draft ``num_drafts`` tokens, verify them, keep what the target agrees with, flush if due."""
-        start = self._now()
-        drafts, draft_probs = self._draft(num_drafts)
-        scores = self._verify(drafts)
-        if self.do_sample:
-            accepted, self.pending = accept_sampled(drafts, draft_probs, scores.softmax(-1), self.generator)
-        else:
-            accepted, self.pending = accept_greedy(drafts, scores)
-        running = torch.tensor(self.progress.running, device=accepted.device)
-        self.stats.flushes += self.cache.accept(torch.where(running, accepted + 1, 0))
-        self._emit(drafts, accepted, scores)
-        self.stats.decode_seconds += self._now() - start
-        self._judge()
-
-    def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:
-        """``num_drafts`` tokens ``(B, T)`` of the INT4 draft and, when sampling, their distributions ``(B, T, V)``."""
-        tokens, probs = [], []
-        current = self.pending
-        zero = self.pending.new_zeros(self.cache.batch_size, 1)
-        for step in range(num_drafts):
-            length = self.cache.length + step
-            inputs = (current[:, None], self._positions(length[:, None]), zero, self.cache.quantized_len, length)
-            logits = self.qs.forward(Role.DRAFT, *inputs, cache=self.cache)
-            scores = self.processor(logits, self.progress, step)[:, 0]
-            if self.do_sample:
-                probs.append(scores.softmax(-1))
-                current = sample(probs[-1], self.generator)
-            else:
-                current = scores.argmax(-1)
-            tokens.append(current)
-            if self.processor.needs_context:
-                self.progress.write_draft(step, current)
-        drafts = torch.stack(tokens, 1) if tokens else zero[:, :0]
-        vocab = self.qs.vocab_size
-        return drafts, torch.stack(probs, 1) if probs else drafts.new_empty(*drafts.shape, vocab, dtype=torch.float32)
-
-    def _verify(self, drafts: Tensor) -> Tensor:
-        """The target's scores ``(B, T + 1, V)`` of every drafted token and of the one after them."""
-        block = torch.cat((self.pending[:, None], drafts), 1)
-        rows = torch.arange(block.shape[1], device=block.device).expand_as(block)
-        positions = self._positions(self.cache.length[:, None] + rows)
-        inputs = (block, positions, rows, self.cache.quantized_len, self.cache.length)
-        logits = self.qs.forward(Role.TARGET, *inputs, cache=self.cache)
-        return self.processor(logits, self.progress)
-
-    def _positions(self, positions: Tensor) -> Tensor:
-        """``positions`` within the model's table: a sequence that is done keeps running beyond its end, unread."""
-        return positions.clamp(max=self.cache.max_len - 1)
-
-    def _emit(self, drafts: Tensor, accepted: Tensor, scores: Tensor) -> None:
-        """Append each running sequence's accepted tokens and the target's own next token."""
-        running = self.progress.running
-        counts, next_tokens, blocks = accepted.tolist(), self.pending.tolist(), drafts.tolist()
-        self.stats.record_cycle(drafts.shape[1], [count for count, runs in zip(counts, running, strict=True) if runs])
-        for row, count in enumerate(counts):
-            if running[row]:
-                tokens = [*blocks[row][:count], next_tokens[row]]
-                self.progress.append(row, tokens, scores[row, : count + 1])
+        return pending
 
     def _judge(self) -> None:
         """Stream and stop; what user code does there is not counted as decoding time."""

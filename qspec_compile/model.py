@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec.passes import LinearReport, Role
@@ -18,10 +18,14 @@ from quantspec.passes import LinearReport, Role
 from .cache import HierarchicalCache
 from .capture import capture
 from .config import QuantSpecConfig
+from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
+from .scores import graph_key
 from .self_check import self_check
 from .stats import GenerationStats
+
+_PREFILL_STEP = 1024
 
 
 class QuantSpecModel:
@@ -51,7 +55,9 @@ class QuantSpecModel:
         )
         self.last_stats: GenerationStats | None = None
         self._cache: HierarchicalCache | None = None
-        compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self._graphed: dict[Hashable, GraphedCycle] = {}
+        self._graphed_storage: tuple[int, int] | None = None
+        self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
             Role.TARGET: _callable(self.target, compiles),
             Role.DRAFT: _callable(self.draft, compiles),
@@ -95,9 +101,44 @@ class QuantSpecModel:
         if cache is None or (cache.batch_size, cache.num_speculative_tokens) != (batch_size, num_speculative_tokens):
             # The old storage is released before the new one is taken.
             self._cache = cache = None
+            self._graphed.clear()
             self._cache = cache = self.new_cache(batch_size, num_speculative_tokens)
         cache.reset()
         return cache
+
+    def graphed_cycle(
+        self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
+    ) -> GraphedCycle | None:
+        """The CUDA graph of such a cycle, captured if new; None where cycles run eagerly.
+
+        That is without ``compile``, on a CPU, and with processors that read the text or keep state on the host.
+        """
+        fixed_to = graph_key(processors)
+        if not self._compiles or self.device.type != "cuda" or fixed_to is None:
+            return None
+        storage = (id(cache), cache.capacity)
+        if self._graphed_storage != storage:
+            self._graphed.clear()
+            self._graphed_storage = storage
+        key = (num_drafts, do_sample, fixed_to)
+        if key not in self._graphed:
+            self._graphed[key] = GraphedCycle(self, cache, num_drafts, processors, do_sample)
+        return self._graphed[key]
+
+    def prefill_chunk(self, batch_size: int, num_tokens: int) -> int:
+        """Prompt tokens per prefill pass: all of them on a CPU; on a GPU what half the free memory holds, in 1,024s.
+
+        A token's activations are taken to be six of the widest linear's inputs and outputs in the model's dtype.
+        """
+        if self.device.type != "cuda":
+            return max(1, num_tokens)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        # Logits are made of one token per prompt, so the language-model head does not count.
+        vocab = self.vocab_size
+        width = max(r.in_features + r.out_features for r in self.linears if r.out_features != vocab)
+        per_token = batch_size * 6 * width * self.model.dtype.itemsize
+        return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the target's weights, and of what the draft adds to them."""

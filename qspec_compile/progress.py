@@ -76,17 +76,17 @@ class Progress:
         counts = [count for count, ended in zip(self.counts, self._ended, strict=True) if not ended]
         return self.max_new_tokens - min(counts) if counts else 0
 
-    def append(self, row: int, tokens: list[int], scores: Tensor) -> int:
-        """Emit ``tokens`` of one sequence, scored by ``scores (T, V)``, up to its end; returns how many."""
+    def append(self, row: int, tokens: list[int], scores: Tensor | None) -> int:
+        """Emit ``tokens`` of one sequence up to its end; returns how many. ``scores (T, V)`` are kept if collected."""
         emitted = 0
-        for token, score in zip(tokens, scores, strict=True):
+        for step, token in enumerate(tokens):
             if self._ended[row]:
                 break
             self.sequences[row, self.prompt_len + self.counts[row]] = token
             self.counts[row] += 1
             emitted += 1
-            if self.scores is not None:
-                self._unjudged_scores[row].append(score)
+            if self.scores is not None and scores is not None:
+                self._unjudged_scores[row].append(scores[step])
             if token in self._eos or self.counts[row] == self.max_new_tokens:
                 self._close(row)
         return emitted

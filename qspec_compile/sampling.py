@@ -12,9 +12,12 @@ from torch import Tensor
 
 
 def sample(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one index from each row of ``(..., V)`` probabilities."""
-    flat = probs.flatten(0, -2)
-    return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
+    """Draw one index from each row of ``(..., V)`` probabilities, which need not sum to one.
+
+    With E_i exponential, argmax p_i / E_i is i with probability p_i; ``torch.multinomial`` would wait for the device.
+    """
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / noise).argmax(-1)
 
 
 def accept_greedy(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import cast
 
@@ -25,6 +26,54 @@ _CONTEXT_FREE = (
     hf.InfNanRemoveLogitsProcessor,
     hf.SuppressTokensLogitsProcessor,
 )
+
+
+# Their parameters may change between replays of a CUDA graph, so it reads them from a tensor.
+_TENSOR_PARAMETERS = {
+    hf.TemperatureLogitsWarper: "temperature",
+    hf.TopPLogitsWarper: "top_p",
+    hf.MinPLogitsWarper: "min_p",
+}
+
+
+def graph_key(processors: LogitsProcessorList) -> tuple | None:
+    """What a CUDA graph of these processors is fixed to; None if they cannot be captured."""
+    key = []
+    for processor in processors:
+        kind = type(processor)
+        if kind not in _TENSOR_PARAMETERS and kind is not hf.TopKLogitsWarper:
+            return None
+        fixed = {name: value for name, value in vars(processor).items() if name != _TENSOR_PARAMETERS.get(kind)}
+        key.append((kind, tuple(sorted(fixed.items()))))
+    return tuple(key)
+
+
+class GraphedProcessors:
+    """Copies of processors with equal :func:`graph_key` whose temperature, top_p and min_p are tensors."""
+
+    def __init__(self, processors: LogitsProcessorList, device: torch.device) -> None:
+        self.processors = LogitsProcessorList(copy.copy(processor) for processor in processors)
+        self.parameters: list[Tensor | None] = []
+        for processor in self.processors:
+            name = _TENSOR_PARAMETERS.get(type(processor))
+            tensor = None if name is None else torch.tensor(getattr(processor, name), device=device)
+            if name is not None:
+                setattr(processor, name, tensor)
+            self.parameters.append(tensor)
+
+    def load(self, processors: LogitsProcessorList) -> None:
+        """Take the parameters of ``processors``."""
+        for processor, tensor in zip(processors, self.parameters, strict=True):
+            if tensor is not None:
+                tensor.fill_(getattr(processor, _TENSOR_PARAMETERS[type(processor)]))
+
+    def __call__(self, logits: Tensor, num_drafted: int) -> Tensor:
+        """``(B, T, V)`` logits to float32 scores; the text before them does not matter."""
+        scores = logits.float()
+        if not self.processors:
+            return scores
+        flat = scores.flatten(0, 1)
+        return _apply(self.processors, flat.new_zeros(len(flat), 1, dtype=torch.int64), flat).view(scores.shape)
 
 
 class ScoreProcessor:

@@ -27,8 +27,9 @@ assert PROMPT + NEW_TOKENS < 2 * GROUP
 
 @functools.cache
 def converted(architecture: str) -> QuantSpecModel:
-    """The pair of an architecture, converted once; float32 and with the self-check on."""
-    return quantspec.convert(tiny_model(architecture), kv_group_size=GROUP, weight_group_size=WEIGHT_GROUP)
+    """The pair of an architecture, converted once; float32, every linear INT4, with the self-check on."""
+    options = {"kv_group_size": GROUP, "weight_group_size": WEIGHT_GROUP, "quantize_lm_head": True}
+    return quantspec.convert(tiny_model(architecture), **options)
 
 
 @pytest.fixture(params=ARCHITECTURES)

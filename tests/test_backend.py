@@ -36,7 +36,7 @@ def test_draft_role_computes_with_torchao_int4_weights(model, group_size: int) -
             size = max(g for g in (32, 64) if g <= group_size and module.in_features % g == 0)
             coded = quantize_int4(module.weight, size, WeightQuantizer.TINYGEMM)
             module.weight.data = dequantize_int4(*coded, torch.float32)
-    options = {"role": "draft", "weight_group_size": group_size}
+    options = {"role": "draft", "weight_group_size": group_size, "quantize_lm_head": True}
     ours = _logits(model, ids, backend="quantspec", options=options)
     expected, original = _logits(twin, ids), _logits(model, ids)
     # The CPU kernel multiplies in bfloat16.

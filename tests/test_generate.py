@@ -31,7 +31,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerateOutput, QuantSpecModel
-from quantspec import generate as generate_module
+from quantspec import cycle as cycle_module
 from quantspec.pair import unique_tensors
 from quantspec.passes import Role
 
@@ -169,7 +169,7 @@ def test_rows_of_a_batch_are_independent(qs, batch, gamma, max_new_tokens):
 @pytest.fixture
 def uneven(monkeypatch):
     """The first row accepts whole blocks (its draft is the target itself), the others nothing."""
-    forward, accept = QuantSpecModel.forward, generate_module.accept_greedy
+    forward, accept = QuantSpecModel.forward, cycle_module.accept_greedy
 
     def perfect(self, role, *inputs, cache):
         return forward(self, Role.TARGET if role is Role.DRAFT else role, *inputs, cache=cache)
@@ -180,7 +180,7 @@ def uneven(monkeypatch):
         return accepted, scores.argmax(-1).gather(1, accepted[:, None]).squeeze(1)
 
     monkeypatch.setattr(QuantSpecModel, "forward", perfect)
-    monkeypatch.setattr(generate_module, "accept_greedy", first_row_only)
+    monkeypatch.setattr(cycle_module, "accept_greedy", first_row_only)
 
 
 def test_rows_that_advance_at_different_speeds(qs, uneven):
