@@ -1,0 +1,327 @@
+"""Decoding on a GPU: ours against Hugging Face ``generate`` and against a strong baseline, on the same weights.
+
+    python -m benchmarks.decode --model llama-3.1-8b --contexts 4096 32768 131072 --out benchmarks/results/decode-llama-3.1-8b.json
+
+The strong baseline decodes one token at a time with the same captured graph, the model's own weights and a dense KV
+cache in the model's dtype, through torch.compile, a CUDA graph and FlashAttention.
+
+Shapes with random weights accept nothing by themselves, so there acceptance is *synthetic*: every draft token is
+accepted with a given probability, drawn on the device, and everything else is real. SmolLM2 generates with its real
+weights and its real acceptance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+
+import quantspec
+from quantspec import QuantSpecModel
+from quantspec import cycle as cycle_module
+from quantspec.cache import HierarchicalCache
+from quantspec.cycle import CycleResult, GraphedCycle
+from quantspec.evals import load_smollm2, python_reference
+from quantspec.passes import Role
+from quantspec.passes.graph import clone, find_calls
+
+from .common import RESULTS, write_results
+from .generate import timed
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+RATES = (0.85, 0.90, 0.93, 0.95)
+# Slots of the dense cache beyond the context, so that a token has somewhere to go.
+_SLACK = 64
+
+
+@torch.library.custom_op("quantspec_benchmark::dense_attention", mutates_args=("k_cache", "v_cache"))
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, scale: float
+) -> Tensor:
+    """Store one token at ``slot`` of ``(B, K, S, D)`` caches and attend to all S tokens; returns ``(B, 1, H, D)``."""
+    k_cache.index_copy_(2, slot, key)
+    v_cache.index_copy_(2, slot, value)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(query, k_cache, v_cache, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
+
+
+@dense_attention.register_fake
+def _(query, key, value, k_cache, v_cache, slot, scale):
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim)
+
+
+def random_model(name: str, layers: int | None) -> PreTrainedModel:
+    """A Llama of the named shape with random bfloat16 weights on the GPU."""
+    shape = dict(SHAPES[name])
+    if layers is not None:
+        shape["num_hidden_layers"] = layers
+    config = LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_theta=5e5)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def milliseconds(call: Callable[[], Any], replays: int = 30) -> float:
+    """Median GPU time of ``call``, replayed as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCache:
+    """A cache of one sequence with ``context`` tokens of random codes; times do not depend on what they are."""
+    cache = qs.new_cache(1, 15)
+    cache.reserve(context + slack)
+    for layer in cache.layers:
+        for plane in (layer.k_upper, layer.k_lower, layer.v_upper, layer.v_lower):
+            plane.random_(0, 256)
+        for scale in (layer.k_scale, layer.v_scale):
+            scale.fill_(0.05)
+        for zero in (layer.k_zero, layer.v_zero):
+            zero.fill_(-0.4)
+        for recent in (layer.k_recent, layer.v_recent):
+            recent.normal_()
+    rewind(cache, context)
+    return cache
+
+
+def rewind(cache: HierarchicalCache, context: int) -> None:
+    """Set the cache's lengths to those after a prompt of ``context`` tokens."""
+    cache.reset()
+    cache.advance_prefill(torch.tensor([context], device=cache.length.device))
+
+
+def step_milliseconds(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) -> float:
+    """GPU time of one forward pass of ``tokens`` tokens."""
+    ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
+    rows = torch.arange(tokens, device="cuda")[None]
+    positions = cache.length[:, None] + rows
+    inputs = (ids, positions, rows, cache.quantized_len, cache.length)
+    return milliseconds(lambda: qs.forward(role, *inputs, cache=cache))
+
+
+class Baseline:
+    """The strong baseline: the target's graph over a dense cache."""
+
+    def __init__(self, qs: QuantSpecModel) -> None:
+        self.qs = qs
+        gm = clone(qs.target)
+        for node in list(find_calls(gm.graph, torch.ops.quantspec.cached_attention.default)):
+            query, key, value, k_recent, v_recent = node.args[:5]
+            length, scale = node.args[14], node.args[15]
+            with gm.graph.inserting_before(node):
+                dense = gm.graph.call_function(
+                    torch.ops.quantspec_benchmark.dense_attention.default,
+                    (query, key, value, k_recent, v_recent, length, scale),
+                )
+            node.replace_all_uses_with(dense)
+            gm.graph.erase_node(node)
+        gm.recompile()
+        self.forward = torch.compile(gm.forward, dynamic=True)
+
+    def token_milliseconds(self, context: int) -> float:
+        """GPU time of one token at ``context``."""
+        caches = []
+        for layer in self.qs.layers:
+            for dim in (layer.key_dim, layer.value_dim):
+                shape = (1, layer.kv_heads, context + _SLACK, dim)
+                caches.append(torch.randn(shape, dtype=self.qs.model.dtype, device="cuda"))
+        unused = torch.zeros(1, device="cuda")
+        inputs = []
+        for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
+            inputs += [k_cache, v_cache] + [unused] * 8
+        ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
+        length = torch.tensor([context], device="cuda")
+        return milliseconds(lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs))
+
+
+def synthetic_acceptance(rate: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A stand-in for ``accept_greedy`` that draws whether each token is accepted."""
+
+    def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.rand(draft_tokens.shape, device=draft_tokens.device) < rate
+        accepted = kept.long().cumprod(1).sum(1)
+        return accepted, target_scores.argmax(-1).gather(1, accepted[:, None]).squeeze(1)
+
+    return accept
+
+
+def synthetic_row(
+    qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rate: float
+) -> dict[str, Any]:
+    """Cycles as ``generate`` runs them, with drawn acceptance."""
+    original, cycle_module.accept_greedy = cycle_module.accept_greedy, synthetic_acceptance(rate)  # type: ignore
+    try:
+        rewind(cache, context)
+        graphed = GraphedCycle(qs, cache, gamma, LogitsProcessorList(), do_sample=False)
+    finally:
+        cycle_module.accept_greedy = original  # type: ignore
+    graphed.cycle.running.fill_(True)
+    cycles, tokens = 60, 0
+    for _ in range(3):
+        CycleResult.read(graphed())
+    rewind(cache, context)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(cycles):
+        tokens += CycleResult.read(graphed()).accepted[0] + 1
+    wall = time.perf_counter() - start
+    rewind(cache, context)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(cycles):
+        graphed()
+    last.record()
+    torch.cuda.synchronize()
+    return {
+        "num_speculative_tokens": gamma,
+        "synthetic_acceptance_rate": rate,
+        "mean_acceptance_length": tokens / cycles,
+        "cycle_ms": 1000 * wall / cycles,
+        "cycle_gpu_ms": first.elapsed_time(last) / cycles,
+        "tokens_per_second": tokens / wall,
+    }
+
+
+def measure_context(
+    qs: QuantSpecModel, baseline: Baseline | None, prompt: Tensor, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything at one context length; ``prompt (1, context)``."""
+    context = prompt.shape[1]
+    row: dict[str, Any] = {"context": context}
+    if baseline is not None:
+        row["baseline_token_ms"] = baseline.token_milliseconds(context)
+        print(row, flush=True)
+    free()
+    torch.cuda.reset_peak_memory_stats()
+    cache = filled_cache(qs, context, 1024)
+    row["draft_step_ms"] = step_milliseconds(qs, cache, Role.DRAFT, 1)
+    row["verify_ms"] = {gamma + 1: step_milliseconds(qs, cache, Role.TARGET, gamma + 1) for gamma in arguments.gammas}
+    print(row, flush=True)
+    row["synthetic"] = []
+    for gamma in arguments.gammas:
+        for rate in arguments.rates:
+            result = synthetic_row(qs, cache, context, gamma, rate)
+            if baseline is not None:
+                result["speedup"] = result["tokens_per_second"] * row["baseline_token_ms"] / 1000
+            print(result, flush=True)
+            row["synthetic"].append(result)
+    row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
+    del cache
+    free()
+    if arguments.generate:
+        torch.cuda.reset_peak_memory_stats()
+        options = {"num_speculative_tokens": arguments.gammas[0]}
+        qs.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, **options)
+        ids, ours = timed(qs.generate, prompt, arguments.new_tokens, **options)
+        assert qs.last_stats is not None
+        row["generate"] = {**ours, "statistics": qs.last_stats.as_dict(), **options}
+        row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
+        _, alone = timed(qs.generate, prompt, arguments.new_tokens, num_speculative_tokens=0)
+        row["generate_target_only"] = alone
+        print(row["generate"], row["generate_target_only"], flush=True)
+        qs._cache = None
+        qs._graphed.clear()
+        free()
+        plain_ids, plain = timed(qs.model.generate, prompt, min(arguments.new_tokens, 128))
+        row["hugging_face"] = plain
+        length = min(ids.shape[1], plain_ids.shape[1])
+        row["tokens_equal_to_hugging_face"] = int(
+            (ids[0, context:length] == plain_ids[0, context:length]).long().cumprod(0).sum()
+        )
+        print(row["hugging_face"], row["tokens_equal_to_hugging_face"], flush=True)
+        free()
+    return row
+
+
+def free() -> None:
+    """Give unused memory back, so that peaks are those of what follows."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Run and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=[*SHAPES, "smollm2"], required=True)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
+    parser.add_argument("--gammas", type=int, nargs="+", default=[4, 6])
+    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
+    parser.add_argument("--no-generate", dest="generate", action="store_false", help="leave out prompts and generate()")
+    parser.add_argument("--quantize-lm-head", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    if arguments.model == "smollm2":
+        model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
+        text = tokenizer(python_reference(), return_tensors="pt").input_ids[:, 5000:].cuda()
+    else:
+        model = random_model(arguments.model, arguments.layers)
+        text = torch.randint(0, model.config.vocab_size, (1, max(arguments.contexts)), device="cuda")
+    start = time.perf_counter()
+    size = 64 if arguments.model == "smollm2" else 128
+    options = {"weight_group_size": size, "quantize_lm_head": arguments.quantize_lm_head, "self_check": False}
+    qs = quantspec.convert(model, **options)
+    seconds = time.perf_counter() - start
+    print(qs, f"\nconverted in {seconds:.1f} s", flush=True)
+    baseline = Baseline(qs) if arguments.baseline else None
+    rows = []
+    for context in arguments.contexts:
+        row = measure_context(qs, baseline, text[:, :context], arguments)
+        row |= {"model": arguments.model, "weights": "real" if arguments.model == "smollm2" else "random", **options}
+        row |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
+        rows.append(row)
+        write_results(arguments.out, "cuda", rows)
+
+
+if __name__ == "__main__":
+    main()

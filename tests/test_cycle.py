@@ -1,0 +1,124 @@
+"""Cycles as device work: CUDA graphs, chunked prefill, and what happens when logits are NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import GROUP
+from step_by_step import assert_same_text, pad_batch, random_prompt
+from tiny_models import tiny_model
+from torch._dynamo.utils import counters
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+import quantspec
+from quantspec.progress import Progress
+from quantspec.scores import GraphedProcessors, ScoreProcessor, graph_key
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
+LONG = 2 * GROUP + 8
+
+
+def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
+    return LogitsProcessorList(
+        [
+            hf.TemperatureLogitsWarper(temperature),
+            hf.TopKLogitsWarper(top_k),
+            hf.TopPLogitsWarper(top_p),
+            hf.MinPLogitsWarper(min_p),
+        ]
+    )
+
+
+def test_graphed_processors_follow_new_parameters():
+    """Captured once, they give what fresh processors with other parameters give."""
+    logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
+    captured = GraphedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    for parameters in ((0.5, 20, 0.9, 0.1), (2.0, 20, 0.3, 0.0)):
+        processors = warpers(*parameters)
+        captured.load(processors)
+        expected = ScoreProcessor(processors)(logits, Progress(ids, 8, 0, [], None, False, slack=4))
+        torch.testing.assert_close(captured(logits, 0), expected)
+
+
+def test_graph_key_tells_what_a_graph_is_fixed_to():
+    assert graph_key(warpers(1.0, 20, 0.5, 0.1)) == graph_key(warpers(0.2, 20, 0.9, 0.0))
+    assert graph_key(warpers(1.0, 20, 0.5, 0.1)) != graph_key(warpers(1.0, 10, 0.5, 0.1))
+    assert graph_key(LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.2)])) is None
+    assert graph_key(LogitsProcessorList()) == ()
+
+
+@pytest.mark.parametrize("chunk", [1, GROUP - 1, GROUP, 3 * GROUP + 5])
+def test_chunked_prefill_says_the_same(qs, monkeypatch, chunk):
+    """Ragged prompts prefilled in chunks; earlier chunks are read at 8 bits, so near-ties may part."""
+    prompts = [random_prompt(5 * GROUP, 1), random_prompt(GROUP + 3, 2), random_prompt(4, 3)]
+    ids, mask = pad_batch(prompts, [0, 7, 0], 5 * GROUP)
+    options = {"max_new_tokens": GROUP + 4, "eos_token_id": None, "do_sample": False}
+    whole = qs.generate(ids, mask, **options)
+    monkeypatch.setattr(type(qs), "prefill_chunk", lambda self, batch, tokens: chunk)
+    chunked = qs.generate(ids, mask, **options)
+    width = ids.shape[1]
+    for row, prompt in enumerate(prompts):
+        assert_same_text(qs, prompt, chunked[row, width:].tolist(), whole[row, width:].tolist(), tie=0.08)
+
+
+def test_nan_logits_are_an_error_and_the_object_survives(qs, monkeypatch):
+    ids = torch.tensor([random_prompt(LONG, 4)])
+    expected = qs.generate(ids, max_new_tokens=12, eos_token_id=None)
+    forward = type(qs).forward
+    calls = []
+
+    def broken(self, role, *inputs, cache):
+        calls.append(role)
+        logits = forward(self, role, *inputs, cache=cache)
+        return logits if len(calls) < 9 else logits * float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(qs), "forward", broken)
+        with pytest.raises(FloatingPointError, match="logits are NaN"):
+            qs.generate(ids, max_new_tokens=12, eos_token_id=None)
+        with pytest.raises(FloatingPointError, match="logits are NaN"):
+            qs.generate(ids, max_new_tokens=1, eos_token_id=None)
+    assert torch.equal(qs.generate(ids, max_new_tokens=12, eos_token_id=None), expected)
+
+
+@pytest.fixture(scope="module")
+def gpu_pair():
+    """One model converted twice on a GPU: eager, and compiled and graphed."""
+    model = tiny_model("llama", torch.bfloat16, hidden_size=256, num_attention_heads=4, head_dim=64).cuda()
+    options = {"kv_group_size": GROUP, "weight_group_size": 32, "self_check": False}
+    return quantspec.convert(model, compile=False, **options), quantspec.convert(model, compile=True, **options)
+
+
+@needs_cuda
+@pytest.mark.parametrize("gamma", [0, 4])
+def test_graph_replay_equals_eager(gpu_pair, gamma):
+    """Ragged batches over many flushes; argmax ties of bfloat16 logits may part, so agreement is counted."""
+    eager, graphed = gpu_pair
+    prompts = [random_prompt(5 * GROUP, 1), random_prompt(GROUP + 3, 2), random_prompt(4, 3)]
+    ids, mask = (x.cuda() for x in pad_batch(prompts, [0, 7, 0], 5 * GROUP))
+    options = {"max_new_tokens": 5 * GROUP, "eos_token_id": None, "do_sample": False, "num_speculative_tokens": gamma}
+    expected, ours = (qs.generate(ids, mask, **options)[:, ids.shape[1] :] for qs in gpu_pair)
+    assert graphed._graphed
+    assert (ours == expected).long().cumprod(1).float().mean() > 0.5
+    assert torch.equal(graphed.generate(ids, mask, **options)[:, ids.shape[1] :], ours)
+
+
+@needs_cuda
+def test_graphs_sample_reproducibly_and_are_kept(gpu_pair):
+    """New temperatures and lengths reuse the graph and compile nothing; a seed gives the same text."""
+    _, qs = gpu_pair
+    ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
+    options = {"max_new_tokens": 2 * GROUP, "eos_token_id": None, "do_sample": True, "top_k": 20}
+    first = qs.generate(ids, temperature=0.9, seed=3, **options)
+    graphs, compiled = dict(qs._graphed), counters["stats"]["unique_graphs"]
+    texts = [
+        qs.generate(ids[:, :length], temperature=t, seed=3, **options) for length, t in ((LONG, 0.9), (LONG - 5, 0.3))
+    ]
+    assert torch.equal(texts[0], first)
+    assert qs._graphed == graphs
+    assert counters["stats"]["unique_graphs"] == compiled
+    torch.cuda.manual_seed(11)
+    unseeded = [qs.generate(ids, temperature=5.0, **options) for _ in range(2)]
+    assert not torch.equal(*unseeded)
