@@ -1,6 +1,6 @@
 """Decoding on a GPU: ours against Hugging Face ``generate`` and against a strong baseline, on the same weights.
 
-    python -m benchmarks.decode --model llama-3.1-8b --contexts 4096 32768 131072 --out benchmarks/results/decode-llama-3.1-8b.json
+    python -m benchmarks.decode --model llama-3.1-8b --contexts 4096 32768 131072
 
 The strong baseline decodes one token at a time with the same captured graph, the model's own weights and a dense KV
 cache in the model's dtype, through torch.compile, a CUDA graph and FlashAttention.
@@ -196,12 +196,12 @@ def synthetic_row(
     qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rate: float
 ) -> dict[str, Any]:
     """Cycles as ``generate`` runs them, with drawn acceptance."""
-    original, cycle_module.accept_greedy = cycle_module.accept_greedy, synthetic_acceptance(rate)  # type: ignore
+    original, cycle_module.accept_greedy = cycle_module.accept_greedy, synthetic_acceptance(rate)
     try:
         rewind(cache, context)
         graphed = GraphedCycle(qs, cache, gamma, LogitsProcessorList(), do_sample=False)
     finally:
-        cycle_module.accept_greedy = original  # type: ignore
+        cycle_module.accept_greedy = original
     graphed.cycle.running.fill_(True)
     cycles, tokens = 60, 0
     for _ in range(3):
@@ -255,28 +255,37 @@ def measure_context(
     row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
     del cache
     free()
-    if arguments.generate:
-        torch.cuda.reset_peak_memory_stats()
-        options = {"num_speculative_tokens": arguments.gammas[0]}
-        qs.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, **options)
-        ids, ours = timed(qs.generate, prompt, arguments.new_tokens, **options)
-        assert qs.last_stats is not None
-        row["generate"] = {**ours, "statistics": qs.last_stats.as_dict(), **options}
-        row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
-        _, alone = timed(qs.generate, prompt, arguments.new_tokens, num_speculative_tokens=0)
-        row["generate_target_only"] = alone
-        print(row["generate"], row["generate_target_only"], flush=True)
-        qs._cache = None
-        qs._graphed.clear()
-        free()
-        plain_ids, plain = timed(qs.model.generate, prompt, min(arguments.new_tokens, 128))
-        row["hugging_face"] = plain
-        length = min(ids.shape[1], plain_ids.shape[1])
-        row["tokens_equal_to_hugging_face"] = int(
-            (ids[0, context:length] == plain_ids[0, context:length]).long().cumprod(0).sum()
-        )
-        print(row["hugging_face"], row["tokens_equal_to_hugging_face"], flush=True)
-        free()
+    if context <= arguments.generate_up_to:
+        row |= measure_generate(qs, prompt, arguments.gammas[0], arguments.new_tokens)
+    return row
+
+
+def measure_generate(qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int) -> dict[str, Any]:
+    """``generate`` with real acceptance, with the target alone, and Hugging Face's, each after a warm-up."""
+    row: dict[str, Any] = {}
+    torch.cuda.reset_peak_memory_stats()
+    texts = {}
+    calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "generate": (qs.generate, {"num_speculative_tokens": gamma}),
+        "generate_target_only": (qs.generate, {"num_speculative_tokens": 0}),
+        "hugging_face": (qs.model.generate, {}),  # type: ignore[dict-item]
+    }
+    for name, (generate, options) in calls.items():
+        if name == "hugging_face":
+            row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
+            qs._cache = None
+            qs._graphed.clear()
+            free()
+        timed(generate, prompt, new_tokens, **options)
+        texts[name], row[name] = timed(generate, prompt, new_tokens, **options)
+        if name == "generate":
+            assert qs.last_stats is not None
+            row["statistics"] = qs.last_stats.as_dict()
+    new = {name: ids[0, prompt.shape[1] :] for name, ids in texts.items()}
+    for name in ("generate_target_only", "hugging_face"):
+        row[f"tokens_equal_to_{name}"] = int((new["generate"] == new[name]).long().cumprod(0).sum())
+    print(row, flush=True)
+    free()
     return row
 
 
@@ -296,10 +305,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
-    parser.add_argument("--no-generate", dest="generate", action="store_false", help="leave out prompts and generate()")
+    parser.add_argument(
+        "--generate-up-to", type=int, default=32768, help="longest context to prefill and generate from"
+    )
     parser.add_argument("--quantize-lm-head", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    out = arguments.out or RESULTS / f"decode-{arguments.model}.json"
     transformers.logging.set_verbosity_error()
     if arguments.model == "smollm2":
         model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
@@ -320,7 +332,7 @@ def main() -> None:
         row |= {"model": arguments.model, "weights": "real" if arguments.model == "smollm2" else "random", **options}
         row |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
         rows.append(row)
-        write_results(arguments.out, "cuda", rows)
+        write_results(out, "cuda", rows)
 
 
 if __name__ == "__main__":
