@@ -305,9 +305,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
-    parser.add_argument(
-        "--generate-up-to", type=int, default=32768, help="longest context to prefill and generate from"
-    )
+    parser.add_argument("--generate-up-to", type=int, default=32768, help="longest context to generate from")
     parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

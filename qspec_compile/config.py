@@ -9,18 +9,21 @@ from typing import Any
 
 from quantspec.passes import GROUP_SIZES, WeightQuantizer
 
+from .speculation import AUTO
+
 # Hugging Face's names for options of ours, accepted wherever ours are.
 ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}
 _MAX_SPECULATIVE_TOKENS = 15
 
 
-def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> int:
-    """Validate a number of draft tokens per cycle; 0 means decoding with the target alone."""
+def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
+    """Validate a number of draft tokens per cycle, or "auto"; 0 means decoding with the target alone."""
+    if value == AUTO:
+        return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {value!r}")
+        raise TypeError(f"{name} must be an int or {AUTO!r}, not {value!r}")
     if not 0 <= value <= _MAX_SPECULATIVE_TOKENS:
         raise ValueError(f"{name} must be between 0 and {_MAX_SPECULATIVE_TOKENS}, not {value}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class QuantSpecConfig:
     """Options of a conversion; frozen, validated on creation.
 
     Attributes:
-        num_speculative_tokens: tokens drafted per cycle, 0..15; can be overridden per ``generate`` call.
+        num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
+            fastest, plain decoding included. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
@@ -46,7 +50,7 @@ class QuantSpecConfig:
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int | str = 4
     kv_group_size: int = 128
     weight_group_size: int = 128
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM

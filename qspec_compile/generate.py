@@ -26,6 +26,7 @@ from .cycle import Cycle, CycleResult, GraphedCycle
 from .progress import Progress
 from .sampling import sample
 from .scores import ScoreProcessor
+from .speculation import DraftCount
 from .stats import GenerationStats
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def prepare_arguments(
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
     tokenizer: Any,
-    num_speculative_tokens: int | None,
+    num_speculative_tokens: int | str | None,
     kwargs: dict[str, Any],
 ) -> Arguments:
     """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
@@ -201,7 +202,7 @@ def decode(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     generator: torch.Generator | None = None,
-    num_speculative_tokens: int | None = None,
+    num_speculative_tokens: int | str | None = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
@@ -238,10 +239,11 @@ def decode(
     prompt_lens = attention_mask.sum(1)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
 
-    cache = qs.acquire_cache(input_ids.shape[0], num_speculative_tokens)
+    draft_count = qs.draft_count(num_speculative_tokens, input_ids.shape[0], int(prompt_lens.max()))
+    cache = qs.acquire_cache(input_ids.shape[0], draft_count.most)
     cache.reserve(int(prompt_lens.max()) + max_new_tokens)
     qs.last_stats = stats = GenerationStats(
-        num_speculative_tokens, num_sequences=input_ids.shape[0], prompt_tokens=int(prompt_lens.sum())
+        draft_count.most, num_sequences=input_ids.shape[0], prompt_tokens=int(prompt_lens.sum())
     )
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
@@ -252,12 +254,12 @@ def decode(
         stopping_criteria,
         streamer,
         returns_dict and bool(generation_config.output_scores),
-        slack=num_speculative_tokens + 1,
+        slack=draft_count.most + 1,
     )
     loop = SpeculativeLoop(qs, cache, progress, logits_processor, bool(generation_config.do_sample), generator, stats)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    loop.run(input_ids, attention_mask, prompt_lens, num_speculative_tokens)
+    loop.run(input_ids, attention_mask, prompt_lens, draft_count)
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -291,7 +293,7 @@ class SpeculativeLoop:
         self.generator = generator
         self.stats = stats
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor, num_speculative_tokens: int) -> None:
+    def run(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor, draft_count: DraftCount) -> None:
         """Generate until every sequence is done.
 
         Raises:
@@ -300,15 +302,12 @@ class SpeculativeLoop:
         pending = self._prefill(input_ids, attention_mask, prompt_lens)
         if not any(self.progress.running):
             return
-        graphed = None
-        if self.progress.scores is None:
-            graphed = self.qs.graphed_cycle(self.cache, num_speculative_tokens, self.processors, self.do_sample)
-        if graphed is None:
-            self._run_eager(pending, num_speculative_tokens)
+        if self.progress.scores is None and self.qs.graphs_cycles(self.processors):
+            self._run_graphed(pending, draft_count)
         else:
-            self._run_graphed(pending, graphed)
+            self._run_eager(pending, draft_count)
 
-    def _run_eager(self, pending: Tensor, num_speculative_tokens: int) -> None:
+    def _run_eager(self, pending: Tensor, draft_count: DraftCount) -> None:
         context = self.process.needs_context
         cycle = Cycle(
             self.qs,
@@ -322,24 +321,32 @@ class SpeculativeLoop:
         while any(self.progress.running):
             start = self._now()
             cycle.running.copy_(torch.tensor(self.progress.running))
-            packed, scores = cycle(min(num_speculative_tokens, self.progress.remaining - 1))
-            self._finish(CycleResult.read(packed), scores, start)
+            packed, scores = cycle(min(draft_count.choose(), self.progress.remaining - 1))
+            self._finish(CycleResult.read(packed), scores, start, draft_count)
 
-    def _run_graphed(self, pending: Tensor, graphed: GraphedCycle) -> None:
-        graphed.begin(self.processors, self.generator)
-        graphed.cycle.pending.copy_(pending)
+    def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
+        graphed: GraphedCycle | None = None
         running: list[bool] = []
         try:
             while any(self.progress.running):
                 start = time.perf_counter()
+                chosen = self.qs.graphed_cycle(self.cache, draft_count.choose(), self.processors, self.do_sample)
+                if chosen is not graphed:
+                    if graphed is not None:
+                        graphed.end(self.generator)
+                        pending = graphed.cycle.pending
+                    chosen.begin(self.processors, self.generator)
+                    chosen.cycle.pending.copy_(pending)
+                    graphed, running = chosen, []
                 if running != self.progress.running:
                     running = self.progress.running
                     graphed.cycle.running.copy_(torch.tensor(running))
-                self._finish(CycleResult.read(graphed()), None, start)
+                self._finish(CycleResult.read(graphed()), None, start, draft_count)
         finally:
-            graphed.end(self.generator)
+            if graphed is not None:
+                graphed.end(self.generator)
 
-    def _finish(self, result: CycleResult, scores: Tensor | None, start: float) -> None:
+    def _finish(self, result: CycleResult, scores: Tensor | None, start: float, draft_count: DraftCount) -> None:
         """Count a cycle and emit each running sequence's accepted tokens and the target's own next one."""
         if result.has_nan:
             raise FloatingPointError(_NAN_LOGITS)
@@ -351,7 +358,9 @@ class SpeculativeLoop:
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
-        self.stats.decode_seconds += self._now() - start
+        seconds = self._now() - start
+        self.stats.decode_seconds += seconds
+        draft_count.record(len(result.drafts[0]), accepted, seconds)
         self._judge()
 
     def _prefill(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
 from .scores import graph_key
 from .self_check import self_check
+from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
 from .stats import GenerationStats
 
 _PREFILL_STEP = 1024
@@ -55,6 +56,7 @@ class QuantSpecModel:
         )
         self.last_stats: GenerationStats | None = None
         self._cache: HierarchicalCache | None = None
+        self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
         self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
@@ -106,21 +108,25 @@ class QuantSpecModel:
         cache.reset()
         return cache
 
+    def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        if not isinstance(num_speculative_tokens, str):
+            return FixedDraftCount(num_speculative_tokens)
+        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount())
+
+    def graphs_cycles(self, processors: LogitsProcessorList) -> bool:
+        """Whether cycles are CUDA graphs: compiled, on a GPU, and no processor reads the text or keeps state."""
+        return self._compiles and self.device.type == "cuda" and graph_key(processors) is not None
+
     def graphed_cycle(
         self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
-    ) -> GraphedCycle | None:
-        """The CUDA graph of such a cycle, captured if new; None where cycles run eagerly.
-
-        That is without ``compile``, on a CPU, and with processors that read the text or keep state on the host.
-        """
-        fixed_to = graph_key(processors)
-        if not self._compiles or self.device.type != "cuda" or fixed_to is None:
-            return None
+    ) -> GraphedCycle:
+        """The CUDA graph of such a cycle, captured if it is new."""
         storage = (id(cache), cache.capacity)
         if self._graphed_storage != storage:
             self._graphed.clear()
             self._graphed_storage = storage
-        key = (num_drafts, do_sample, fixed_to)
+        key = (num_drafts, do_sample, graph_key(processors))
         if key not in self._graphed:
             self._graphed[key] = GraphedCycle(self, cache, num_drafts, processors, do_sample)
         return self._graphed[key]
@@ -156,7 +162,7 @@ class QuantSpecModel:
         generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         *,
-        num_speculative_tokens: int | None = None,
+        num_speculative_tokens: int | str | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
@@ -169,7 +175,7 @@ class QuantSpecModel:
             attention_mask: ``(B, S)`` of 0 and 1; all ones if None (and no padding token is found).
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
-            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone.
+            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes.
             generator: randomness for sampling, on the model's device; the global one if None.
             seed: shorthand for a fresh generator with this seed.
             tokenizer: needed with ``stop_strings``.

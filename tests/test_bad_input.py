@@ -65,7 +65,12 @@ CALLS = [
         "gamma too large", ValueError, "num_speculative_tokens must be between 0 and 15", num_speculative_tokens=16
     ),
     converts("gamma negative", ValueError, "num_speculative_tokens.*-1", num_speculative_tokens=-1),
-    converts("gamma a float", TypeError, "num_speculative_tokens must be an int, not 4.0", num_speculative_tokens=4.0),
+    converts(
+        "gamma a float",
+        TypeError,
+        "num_speculative_tokens must be an int or .auto., not 4.0",
+        num_speculative_tokens=4.0,
+    ),
     converts("gamma a bool", TypeError, "num_speculative_tokens must be an int", num_speculative_tokens=True),
     converts("gamma under two names", TypeError, "two names", num_speculative_tokens=1, num_assistant_tokens=1),
     converts("group not a power of two", ValueError, "kv_group_size must be a power of two", kv_group_size=48),
