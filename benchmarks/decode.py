@@ -163,7 +163,7 @@ class Baseline:
             node.replace_all_uses_with(dense)
             gm.graph.erase_node(node)
         gm.recompile()
-        self.forward = torch.compile(gm.forward, dynamic=True)
+        self.forward = torch.compile(gm.forward)
 
     def token_milliseconds(self, context: int) -> float:
         """GPU time of one token at ``context``."""
@@ -172,6 +172,7 @@ class Baseline:
             for dim in (layer.key_dim, layer.value_dim):
                 shape = (1, layer.kv_heads, context + _SLACK, dim)
                 caches.append(torch.randn(shape, dtype=self.qs.model.dtype, device="cuda"))
+                torch._dynamo.maybe_mark_dynamic(caches[-1], 2)
         unused = torch.zeros(1, device="cuda")
         inputs = []
         for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
@@ -256,20 +257,23 @@ def measure_context(
     del cache
     free()
     if context <= arguments.generate_up_to:
-        row |= measure_generate(qs, prompt, arguments.gammas[0], arguments.new_tokens)
+        row |= measure_generate(qs, prompt, arguments.gammas[0], arguments.new_tokens, arguments.target_only)
     return row
 
 
-def measure_generate(qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int) -> dict[str, Any]:
+def measure_generate(
+    qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int, target_only: bool
+) -> dict[str, Any]:
     """``generate`` with real acceptance, with the target alone, and Hugging Face's, each after a warm-up."""
     row: dict[str, Any] = {}
     torch.cuda.reset_peak_memory_stats()
     texts = {}
     calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "generate": (qs.generate, {"num_speculative_tokens": gamma}),
-        "generate_target_only": (qs.generate, {"num_speculative_tokens": 0}),
         "hugging_face": (qs.model.generate, {}),  # type: ignore[dict-item]
     }
+    if target_only:
+        calls = {"generate_target_only": (qs.generate, {"num_speculative_tokens": 0}), **calls}
     for name, (generate, options) in calls.items():
         if name == "hugging_face":
             row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -282,7 +286,7 @@ def measure_generate(qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens:
             assert qs.last_stats is not None
             row["statistics"] = qs.last_stats.as_dict()
     new = {name: ids[0, prompt.shape[1] :] for name, ids in texts.items()}
-    for name in ("generate_target_only", "hugging_face"):
+    for name in new.keys() - {"generate"}:
         row[f"tokens_equal_to_{name}"] = int((new["generate"] == new[name]).long().cumprod(0).sum())
     print(row, flush=True)
     free()
@@ -306,6 +310,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
     parser.add_argument("--generate-up-to", type=int, default=32768, help="longest context to generate from")
+    parser.add_argument("--target-only", action="store_true", help="generate with 0 drafts too")
     parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -134,7 +134,8 @@ class HierarchicalCache:
         if (groups + 1) * self.group_size > self.capacity:
             # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
             step = 1 << max(0, groups.bit_length() - 5)
-            groups = min(-(-groups // step) * step, -(-self.max_len // self.group_size) - 1)
+            # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
+            groups = min(max(2, -(-groups // step) * step), -(-self.max_len // self.group_size) - 1)
         # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
         for index, layer in enumerate(self.layers):
             if groups > layer.k_upper.shape[2]:

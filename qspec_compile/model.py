@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import LinearReport, Role
+from quantspec.passes import LinearReport, Role, cache_parts
 
 from .cache import HierarchicalCache
 from .capture import capture
@@ -61,10 +61,10 @@ class QuantSpecModel:
         self._graphed_storage: tuple[int, int] | None = None
         self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
-            Role.TARGET: _callable(self.target, compiles),
-            Role.DRAFT: _callable(self.draft, compiles),
+            Role.TARGET: _compiled(self.target, Role.TARGET) if compiles else self.target.forward,
+            Role.DRAFT: _compiled(self.draft, Role.DRAFT) if compiles else self.draft.forward,
             # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
-            Role.PREFILL: _callable(self.prefill, False),
+            Role.PREFILL: self.prefill.forward,
         }
 
     @property
@@ -222,10 +222,25 @@ class QuantSpecModel:
         return "\n".join(lines)
 
 
-def _callable(graph_module: fx.GraphModule, compiles: bool) -> Callable[..., Tensor]:
+def _compiled(graph_module: fx.GraphModule, role: Role) -> Callable[..., Tensor]:
+    """The graph under torch.compile, not compiled again when the cache grows or when T changes from 2 or more.
+
+    Only those sizes are symbols: with all of them compilation takes twice as long.
+    """
     # torch.compile refuses an exported GraphModule object, but takes its forward.
-    forward = graph_module.forward
-    return torch.compile(forward, dynamic=True) if compiles else forward
+    compiled = torch.compile(graph_module.forward)
+    parts = cache_parts(role)
+
+    def call(*inputs: Tensor) -> Tensor:
+        split = len(inputs) % len(parts)
+        for tensor in inputs[:3]:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for index, tensor in enumerate(inputs[split:]):
+            if not parts[index % len(parts)].endswith("recent"):
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        return compiled(*inputs)
+
+    return call
 
 
 def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
