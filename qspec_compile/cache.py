@@ -24,6 +24,15 @@ class CacheFullError(ValueError):
     """More tokens were asked for than ``max_cache_len`` allows."""
 
 
+def check_cache_len(num_tokens: int, max_len: int) -> None:
+    """Raise :class:`CacheFullError` if ``num_tokens`` are more than ``max_len``."""
+    if num_tokens > max_len:
+        raise CacheFullError(
+            f"{num_tokens} tokens are more than max_cache_len={max_len}; shorten the prompt or max_new_tokens, or "
+            "convert with a larger max_cache_len"
+        )
+
+
 @dataclass
 class LayerCache:
     """One layer's part. B batch, K key/value heads, R recent slots, N groups of G tokens, D head dim.
@@ -124,11 +133,7 @@ class HierarchicalCache:
         Raises:
             CacheFullError: more than ``max_len``; nothing is changed.
         """
-        if num_tokens > self.max_len:
-            raise CacheFullError(
-                f"{num_tokens} tokens are more than max_cache_len={self.max_len}; shorten the prompt or "
-                "max_new_tokens, or convert with a larger max_cache_len"
-            )
+        check_cache_len(num_tokens, self.max_len)
         # The newest G tokens are never quantized.
         groups = max(0, -(-num_tokens // self.group_size) - 1)
         if (groups + 1) * self.group_size > self.capacity:
@@ -165,6 +170,13 @@ class HierarchicalCache:
                 flush(*layer.parts(), self.quantized_len, self.length)
         self.quantized_len += due * self.group_size
         return flushes
+
+    def rewind(self, num_tokens: Tensor) -> None:
+        """Keep the first ``num_tokens`` (B,) tokens; back to a group boundary where that cuts into the planes."""
+        inside = num_tokens < self.quantized_len
+        boundary = num_tokens // self.group_size * self.group_size
+        self.length.copy_(torch.where(inside, boundary, num_tokens))
+        self.quantized_len.copy_(torch.where(inside, boundary, self.quantized_len))
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""

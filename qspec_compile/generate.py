@@ -6,8 +6,10 @@ and calls :func:`decode` through ``custom_generate``, so options mean what they 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from quantspec.passes import Role
 
-from .cache import HierarchicalCache
+from .cache import HierarchicalCache, check_cache_len
 from .config import ALIASES, check_num_speculative_tokens
 from .cycle import Cycle, CycleResult, GraphedCycle
 from .progress import Progress
@@ -63,6 +65,7 @@ def prepare_arguments(
     generation_config: GenerationConfig | None,
     tokenizer: Any,
     num_speculative_tokens: int | str | None,
+    continue_cache: bool,
     kwargs: dict[str, Any],
 ) -> Arguments:
     """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
@@ -86,7 +89,9 @@ def prepare_arguments(
         _check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
     _take_stop_strings(qs, options, generation_config, tokenizer)
-    return Arguments({"num_speculative_tokens": num_speculative_tokens}, options)
+    if not isinstance(continue_cache, bool):
+        raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
+    return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
 
 
 _UNSUPPORTED_ARGUMENTS = {
@@ -95,7 +100,7 @@ _UNSUPPORTED_ARGUMENTS = {
     "assistant_model": "the draft is the model itself",
     "position_ids": "positions follow from attention_mask",
     "inputs_embeds": "pass input_ids",
-    "past_key_values": "the pair keeps its own cache",
+    "past_key_values": "the pair keeps its own cache; continue_cache=True goes on with it",
     "cache_implementation": "the pair keeps its own cache",
     "token_healing": "heal the prompt before",
 }
@@ -203,6 +208,7 @@ def decode(
     streamer: BaseStreamer | None = None,
     generator: torch.Generator | None = None,
     num_speculative_tokens: int | str | None = None,
+    continue_cache: bool = False,
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
@@ -213,6 +219,7 @@ def decode(
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
+        continue_cache: prefill only what the previous call's text does not begin with.
 
     Returns:
         As :meth:`QuantSpecModel.generate`.
@@ -235,15 +242,15 @@ def decode(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     _check_attention_mask(input_ids, attention_mask)
-    attention_mask = attention_mask.bool()
-    prompt_lens = attention_mask.sum(1)
+    prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+    longest = max(map(len, prompts))
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
+    assert qs.config.max_cache_len is not None
+    check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
 
-    draft_count = qs.draft_count(num_speculative_tokens, input_ids.shape[0], int(prompt_lens.max()))
-    cache = qs.acquire_cache(input_ids.shape[0], draft_count.most)
-    cache.reserve(int(prompt_lens.max()) + max_new_tokens)
+    draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
     qs.last_stats = stats = GenerationStats(
-        draft_count.most, num_sequences=input_ids.shape[0], prompt_tokens=int(prompt_lens.sum())
+        draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts))
     )
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
@@ -256,10 +263,16 @@ def decode(
         returns_dict and bool(generation_config.output_scores),
         slack=draft_count.most + 1,
     )
-    loop = SpeculativeLoop(qs, cache, progress, logits_processor, bool(generation_config.do_sample), generator, stats)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    loop.run(input_ids, attention_mask, prompt_lens, draft_count)
+    with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
+        cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
+        cache.reserve(longest + max_new_tokens)
+        stats.continued_tokens = int(cache.length.sum())
+        do_sample = bool(generation_config.do_sample)
+        loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        loop.run(prompts, draft_count)
+    qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -269,6 +282,19 @@ def decode(
         scores=cast("tuple[torch.FloatTensor] | None", progress.scores),
         statistics=copy.deepcopy(stats),
     )
+
+
+@contextlib.contextmanager
+def _out_of_memory_releases(qs: QuantSpecModel, num_sequences: int, num_tokens: int) -> Iterator[None]:
+    """Turn running out of memory into an error that says what was asked for, with the cache given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        qs.reset()
+        raise torch.OutOfMemoryError(
+            f"out of memory with {num_sequences} sequence(s) of up to {num_tokens} tokens; use a smaller batch, a "
+            f"shorter prompt or fewer max_new_tokens (the cache has been released): {error}"
+        ) from error
 
 
 class SpeculativeLoop:
@@ -293,13 +319,13 @@ class SpeculativeLoop:
         self.generator = generator
         self.stats = stats
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor, draft_count: DraftCount) -> None:
-        """Generate until every sequence is done.
+    def run(self, prompts: list[Tensor], draft_count: DraftCount) -> None:
+        """Generate after ``prompts`` until every sequence is done; what the cache holds of them is not prefilled.
 
         Raises:
             FloatingPointError: the model's logits are NaN.
         """
-        pending = self._prefill(input_ids, attention_mask, prompt_lens)
+        pending = self._prefill(prompts)
         if not any(self.progress.running):
             return
         if self.progress.scores is None and self.qs.graphs_cycles(self.processors):
@@ -363,12 +389,13 @@ class SpeculativeLoop:
         draft_count.record(len(result.drafts[0]), accepted, seconds)
         self._judge()
 
-    def _prefill(self, input_ids: Tensor, attention_mask: Tensor, prompt_lens: Tensor) -> Tensor:
-        """Cache the prompts, chunk by chunk; emits and returns the first token of each, ``(B,)``."""
+    def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        """Cache what is new of the prompts, chunk by chunk; emits and returns the first token of each, ``(B,)``."""
         start = self._now()
-        # A stable sort moves padding, wherever it stands, behind the prompt.
-        order = torch.argsort(~attention_mask, dim=1, stable=True)
-        ids = input_ids.gather(1, order)[:, : int(prompt_lens.max())]
+        cached = self.cache.length.tolist()
+        new = [prompt[count:] for prompt, count in zip(prompts, cached, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
+        lens = torch.tensor([len(row) for row in new], device=ids.device)
         tokens = ids.shape[1]
         chunk = self.qs.prefill_chunk(*ids.shape)
         logits = None
@@ -376,14 +403,15 @@ class SpeculativeLoop:
         with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
             for first in range(0, tokens, chunk):
                 part = ids[:, first : first + chunk]
-                positions = torch.arange(first, first + part.shape[1], device=ids.device).expand_as(part)
-                num_new = (prompt_lens - first).clamp(0, part.shape[1])
-                last = (prompt_lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
+                positions = self.cache.length[:, None] + torch.arange(part.shape[1], device=ids.device)
+                num_new = (lens - first).clamp(0, part.shape[1])
+                last = (lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
+                inputs = (part, positions.clamp(max=self.cache.max_len - 1), last)
                 state = (self.cache.quantized_len, self.cache.length, num_new)
-                new = self.qs.forward(Role.PREFILL, part, positions, last, *state, cache=self.cache)
+                scored = self.qs.forward(Role.PREFILL, *inputs, *state, cache=self.cache)
                 self.cache.advance_prefill(num_new)
                 # The last token of a shorter prompt lies in an earlier chunk.
-                logits = new if logits is None else torch.where((num_new > 0)[:, None, None], new, logits)
+                logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
                 bar.update(part.shape[1])
         assert logits is not None
         self.stats.prefill_seconds = self._now() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -56,6 +56,7 @@ class QuantSpecModel:
         )
         self.last_stats: GenerationStats | None = None
         self._cache: HierarchicalCache | None = None
+        self._kept: list[Tensor] | None = None
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
@@ -97,16 +98,36 @@ class QuantSpecModel:
             self.device,
         )
 
-    def acquire_cache(self, batch_size: int, num_speculative_tokens: int) -> HierarchicalCache:
-        """The cache of the previous call, emptied, if it fits; otherwise a new one in its place."""
-        cache = self._cache
-        if cache is None or (cache.batch_size, cache.num_speculative_tokens) != (batch_size, num_speculative_tokens):
+    def acquire_cache(
+        self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False
+    ) -> HierarchicalCache:
+        """The cache of the previous call if it fits, else a new one in its place.
+
+        It is empty, or with ``continue_cache`` holds what the previous text and the prompts begin with, except for the
+        last token of a prompt, whose logits are needed.
+        """
+        cache, self._kept, kept = self._cache, None, self._kept
+        if cache is None or cache.batch_size != len(prompts) or cache.num_speculative_tokens < num_speculative_tokens:
             # The old storage is released before the new one is taken.
-            self._cache = cache = None
+            self._cache = cache = kept = None
             self._graphed.clear()
-            self._cache = cache = self.new_cache(batch_size, num_speculative_tokens)
-        cache.reset()
+            self._cache = cache = self.new_cache(len(prompts), num_speculative_tokens)
+        if continue_cache and kept is not None:
+            same = [_common_prefix(text, prompt[:-1]) for text, prompt in zip(kept, prompts, strict=True)]
+            cache.rewind(torch.minimum(cache.length, torch.stack(same)))
+        else:
+            cache.reset()
         return cache
+
+    def keep_cache(self, cache: HierarchicalCache, texts: list[Tensor]) -> None:
+        """Remember which ``texts`` the cache holds (but for the newest token), for ``continue_cache``."""
+        if cache is self._cache:
+            self._kept = texts
+
+    def reset(self) -> None:
+        """Release the cache and its CUDA graphs; the next call allocates anew."""
+        self._cache = self._kept = None
+        self._graphed.clear()
 
     def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
         """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
@@ -163,6 +184,7 @@ class QuantSpecModel:
         streamer: BaseStreamer | None = None,
         *,
         num_speculative_tokens: int | str | None = None,
+        continue_cache: bool = False,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
@@ -176,6 +198,8 @@ class QuantSpecModel:
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
             num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes.
+            continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
+                new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: randomness for sampling, on the model's device; the global one if None.
             seed: shorthand for a fresh generator with this seed.
             tokenizer: needed with ``stop_strings``.
@@ -193,7 +217,14 @@ class QuantSpecModel:
                 raise ValueError("pass either generator or seed, not both")
             generator = torch.Generator(device=self.device).manual_seed(seed)
         arguments = prepare_arguments(
-            self, input_ids, attention_mask, generation_config, tokenizer, num_speculative_tokens, kwargs
+            self,
+            input_ids,
+            attention_mask,
+            generation_config,
+            tokenizer,
+            num_speculative_tokens,
+            continue_cache,
+            kwargs,
         )
         method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
         return self.model.generate(  # type: ignore[operator]
@@ -220,6 +251,12 @@ class QuantSpecModel:
         ]
         lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
         return "\n".join(lines)
+
+
+def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
+    """Number of tokens that both begin with."""
+    shorter = min(len(text), len(prompt))
+    return (text[:shorter] == prompt[:shorter]).long().cumprod(0).sum()
 
 
 def _compiled(graph_module: fx.GraphModule, role: Role) -> Callable[..., Tensor]:

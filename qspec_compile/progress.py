@@ -129,6 +129,11 @@ class Progress:
         """``(B, prompt_len + judged)`` ids."""
         return self.sequences[:, : self.prompt_len + self.judged].clone()
 
+    def new_tokens(self) -> list[Tensor]:
+        """Ids that each sequence got after its prompt, padding left out."""
+        ends = [self.prompt_len + min(count, self.judged) for count in self.counts]
+        return [row[self.prompt_len : end] for row, end in zip(self.sequences, ends, strict=True)]
+
     def num_generated(self) -> int:
         """New tokens over all sequences, padding not counted."""
         return sum(min(count, self.judged) for count in self.counts)

@@ -15,6 +15,7 @@ class GenerationStats:
         num_speculative_tokens: tokens drafted per cycle, as asked for.
         num_sequences: batch size.
         prompt_tokens, generated_tokens: over all sequences.
+        continued_tokens: prompt tokens that were in the cache already and not prefilled again.
         cycles: cycles summed over sequences that were still running.
         drafted, accepted: draft tokens proposed and accepted, over running sequences.
         drafted_per_position, accepted_per_position: the same by place in the block.
@@ -28,6 +29,7 @@ class GenerationStats:
     num_sequences: int = 1
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    continued_tokens: int = 0
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -93,8 +95,9 @@ class GenerationStats:
             detail = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in parts.items())
             return f"{total:.1f} MiB ({detail})"
 
+        continued = f" ({self.continued_tokens} of them cached)" if self.continued_tokens else ""
         rows = [
-            ("tokens", f"{self.prompt_tokens} prompt, {self.generated_tokens} generated"),
+            ("tokens", f"{self.prompt_tokens} prompt{continued}, {self.generated_tokens} generated"),
             ("prefill", f"{self.prefill_seconds:.2f} s"),
             ("decode", f"{self.decode_seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"),
         ]

@@ -119,3 +119,57 @@ def test_graphs_sample_reproducibly_and_are_kept(gpu_qs):
     assert counters["stats"]["unique_graphs"] == compiled
     unseeded = [gpu_qs.generate(ids, temperature=5.0, **options) for _ in range(2)]
     assert not torch.equal(*unseeded)
+
+
+@pytest.mark.parametrize("turn", [3, GROUP, 4 * GROUP])
+def test_conversations_prefill_only_what_is_new(qs, turn):
+    """A second turn after the first one's text says what a fresh call says, near-ties of INT8 reads aside."""
+    prompt = random_prompt(3 * GROUP, 6)
+    options = {"max_new_tokens": GROUP + 5, "eos_token_id": None, "do_sample": False}
+    first = qs.generate(torch.tensor([prompt]), **options)[0].tolist()
+    second = first + random_prompt(turn, 8)
+    ours = qs.generate(torch.tensor([second]), continue_cache=True, **options)[0].tolist()
+    # The newest token of the first turn was emitted, but not cached.
+    assert len(first) - 1 - GROUP <= qs.last_stats.continued_tokens <= len(first) - 1
+    expected = qs.generate(torch.tensor([second]), **options)[0].tolist()
+    assert qs.last_stats.continued_tokens == 0
+    assert_same_text(qs, second, ours[len(second) :], expected[len(second) :], tie=0.08)
+
+
+def test_conversations_forget_what_differs(qs):
+    """An edited history is kept up to the edit, another text not at all, and an interrupted call leaves nothing."""
+    prompt = random_prompt(5 * GROUP, 6)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False, "continue_cache": True}
+    qs.reset()
+    qs.generate(torch.tensor([[*prompt, 5]]), **options)
+    assert qs.last_stats.continued_tokens == 0
+    storage = qs._cache.layers[0].k_upper.data_ptr()
+    edited = [*prompt[: 2 * GROUP + 3], prompt[2 * GROUP + 3] ^ 1, *prompt[2 * GROUP + 4 :]]
+    ours = qs.generate(torch.tensor([edited]), **options)
+    assert qs.last_stats.continued_tokens == 2 * GROUP
+    assert qs._cache.layers[0].k_upper.data_ptr() == storage
+    expected = qs.generate(torch.tensor([edited]), **(options | {"continue_cache": False}))
+    assert_same_text(qs, edited, ours[0, len(edited) :].tolist(), expected[0, len(edited) :].tolist(), tie=0.08)
+    qs.generate(torch.tensor([random_prompt(9, 1)]), **options)
+    assert qs.last_stats.continued_tokens == 0
+    ours = qs.generate(torch.tensor([prompt]), **options)
+    with pytest.raises(ValueError, match="max_cache_len"):
+        qs.generate(torch.tensor([prompt]), **(options | {"max_new_tokens": 10_000}))
+    qs.generate(ours, **options)
+    assert qs.last_stats.continued_tokens == ours.shape[1] - 1
+
+
+def test_out_of_memory_releases_the_cache(qs, monkeypatch):
+    """The error says how much was asked for, and the next call works."""
+    ids = torch.tensor([random_prompt(LONG, 4)])
+    expected = qs.generate(ids, max_new_tokens=4)
+
+    def exhausted(self, *inputs, cache):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(qs), "forward", exhausted)
+        with pytest.raises(torch.OutOfMemoryError, match=r"1 sequence.* of up to 44 tokens.*released"):
+            qs.generate(ids, max_new_tokens=4)
+    assert qs._cache is None
+    assert torch.equal(qs.generate(ids, max_new_tokens=4), expected)
