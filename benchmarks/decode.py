@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,8 @@ class Baseline:
         return milliseconds(lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs))
 
 
-def synthetic_acceptance(rate: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A stand-in for ``accept_greedy`` that draws whether each token is accepted."""
+def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A stand-in for ``accept_greedy`` that accepts each token with probability ``rate``, a tensor on the device."""
 
     def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
         kept = torch.rand(draft_tokens.shape, device=draft_tokens.device) < rate
@@ -193,41 +193,42 @@ def synthetic_acceptance(rate: float) -> Callable[[Tensor, Tensor], tuple[Tensor
     return accept
 
 
-def synthetic_row(
-    qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rate: float
-) -> dict[str, Any]:
-    """Cycles as ``generate`` runs them, with drawn acceptance."""
-    original, cycle_module.accept_greedy = cycle_module.accept_greedy, synthetic_acceptance(rate)
+def synthetic_rows(
+    qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rates: list[float], cycles: int = 40
+) -> Iterator[dict[str, Any]]:
+    """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
+    drawn = torch.zeros((), device="cuda")
+    original = cycle_module.accept_greedy
+    cycle_module.accept_greedy = synthetic_acceptance(drawn)
     try:
         rewind(cache, context)
         graphed = GraphedCycle(qs, cache, gamma, LogitsProcessorList(), do_sample=False)
     finally:
         cycle_module.accept_greedy = original
     graphed.cycle.running.fill_(True)
-    cycles, tokens = 60, 0
-    for _ in range(3):
+    for rate in rates:
+        drawn.fill_(rate)
+        rewind(cache, context)
         CycleResult.read(graphed())
-    rewind(cache, context)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(cycles):
-        tokens += CycleResult.read(graphed()).accepted[0] + 1
-    wall = time.perf_counter() - start
-    rewind(cache, context)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(cycles):
-        graphed()
-    last.record()
-    torch.cuda.synchronize()
-    return {
-        "num_speculative_tokens": gamma,
-        "synthetic_acceptance_rate": rate,
-        "mean_acceptance_length": tokens / cycles,
-        "cycle_ms": 1000 * wall / cycles,
-        "cycle_gpu_ms": first.elapsed_time(last) / cycles,
-        "tokens_per_second": tokens / wall,
-    }
+        tokens, start = 0, time.perf_counter()
+        for _ in range(cycles):
+            tokens += CycleResult.read(graphed()).accepted[0] + 1
+        wall = time.perf_counter() - start
+        rewind(cache, context)
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for _ in range(cycles):
+            graphed()
+        last.record()
+        torch.cuda.synchronize()
+        yield {
+            "num_speculative_tokens": gamma,
+            "synthetic_acceptance_rate": rate,
+            "mean_acceptance_length": tokens / cycles,
+            "expected_acceptance_length": sum(rate**n for n in range(gamma + 1)),
+            "cycle_ms": 1000 * wall / cycles,
+            "cycle_gpu_ms": first.elapsed_time(last) / cycles,
+        }
 
 
 def measure_context(
@@ -247,8 +248,9 @@ def measure_context(
     print(row, flush=True)
     row["synthetic"] = []
     for gamma in arguments.gammas:
-        for rate in arguments.rates:
-            result = synthetic_row(qs, cache, context, gamma, rate)
+        for result in synthetic_rows(qs, cache, context, gamma, arguments.rates):
+            # Few cycles make the drawn number of tokens noisy; its expectation is known.
+            result["tokens_per_second"] = 1000 * result["expected_acceptance_length"] / result["cycle_ms"]
             if baseline is not None:
                 result["speedup"] = result["tokens_per_second"] * row["baseline_token_ms"] / 1000
             print(result, flush=True)
@@ -256,7 +258,7 @@ def measure_context(
     row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
     del cache
     free()
-    if context <= arguments.generate_up_to:
+    if context in arguments.generate_at:
         row |= measure_generate(qs, prompt, arguments.gammas[0], arguments.new_tokens, arguments.target_only)
     return row
 
@@ -309,7 +311,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
-    parser.add_argument("--generate-up-to", type=int, default=32768, help="longest context to generate from")
+    parser.add_argument("--generate-at", type=int, nargs="*", default=[4096, 32768], help="contexts to generate from")
     parser.add_argument("--target-only", action="store_true", help="generate with 0 drafts too")
     parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--out", type=Path)
