@@ -31,31 +31,29 @@ _NIBBLES_ASM = tl.constexpr(
     }
     """
 )
-# Both nibbles in ones from 64 without a subtraction, and in bfloat16, whose 0x4300 counts in ones from 128.
-_BIASED_FLOAT16_ASM = tl.constexpr(
+# The four nibbles of two halfwords, from the lowest, in ones from 64; in bfloat16, whose 0x4300 counts so, from 128.
+_QUARTERS_FLOAT16_ASM = tl.constexpr(
     """
     {
-    .reg .b32 a, b, c, d;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shl.b32 c, a, 4;
-    shl.b32 d, b, 4;
-    lop3.b32 $0, c, 0x00f000f0, 0x54005400, 0xea;
-    lop3.b32 $1, d, 0x00f000f0, 0x54005400, 0xea;
-    lop3.b32 $2, a, 0x00f000f0, 0x54005400, 0xea;
-    lop3.b32 $3, b, 0x00f000f0, 0x54005400, 0xea;
+    .reg .b32 a, c, d;
+    shl.b32 a, $4, 4;
+    shr.b32 c, $4, 4;
+    shr.b32 d, $4, 8;
+    lop3.b32 $0, a, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $1, $4, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $2, c, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $3, d, 0x00f000f0, 0x54005400, 0xea;
     }
     """
 )
-_BIASED_BFLOAT16_ASM = tl.constexpr(
+_QUARTERS_BFLOAT16_ASM = tl.constexpr(
     """
     {
-    .reg .b32 a, b, c, d;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shr.b32 c, a, 4;
-    shr.b32 d, b, 4;
-    lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
+    .reg .b32 b, c, d;
+    shr.b32 b, $4, 4;
+    shr.b32 c, $4, 8;
+    shr.b32 d, $4, 12;
+    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
@@ -100,25 +98,37 @@ def centred_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def biased_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
-    """Low and high nibbles of uint8 ``packed`` as ``dtype``, plus :func:`nibble_bias`."""
+def biased_quarters(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    """Four nibbles of each uint16, from the lowest, as four tensors of ``dtype``, plus :func:`nibble_bias`."""
     if USE_ASM and dtype == tl.float16:
-        low, high = tl.inline_asm_elementwise(
-            _BIASED_FLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        q0, q1, q2, q3 = tl.inline_asm_elementwise(
+            _QUARTERS_FLOAT16_ASM,
+            "=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
         )
     elif USE_ASM:
-        low, high = tl.inline_asm_elementwise(
-            _BIASED_BFLOAT16_ASM, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        q0, q1, q2, q3 = tl.inline_asm_elementwise(
+            _QUARTERS_BFLOAT16_ASM,
+            "=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
         )
     else:
-        low = ((packed & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
-        high = ((packed >> 4).to(tl.float32) + nibble_bias(dtype)).to(dtype)
-    return low, high
+        q0 = ((packed & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+        q1 = (((packed >> 4) & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+        q2 = (((packed >> 8) & 15).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+        q3 = ((packed >> 12).to(tl.float32) + nibble_bias(dtype)).to(dtype)
+    return q0, q1, q2, q3
 
 
 @triton.jit
 def nibble_bias(dtype: tl.constexpr):
-    """What :func:`biased_nibbles` adds to each nibble; their sums are exact in ``dtype``."""
+    """What :func:`biased_quarters` adds to each nibble; their sums are exact in ``dtype``."""
     if dtype == tl.float16:
         return 64.0
     else:
@@ -126,28 +136,16 @@ def nibble_bias(dtype: tl.constexpr):
 
 
 @triton.jit
-def ones_like_bytes(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
-    """Ones in the shape, and in registers the layout, of bytes that feed a product, so that both share one operand."""
-    if USE_ASM and dtype == tl.float16:
+def ones_like(x, USE_ASM: tl.constexpr):
+    """Ones in the shape, and in registers the layout, of a 16-bit float operand, so that no constant is stored."""
+    if USE_ASM and x.dtype == tl.float16:
+        ones = tl.inline_asm_elementwise("mov.b32 $0, 0x3c003c00;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    elif USE_ASM and x.dtype == tl.bfloat16:
         ones = tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;",
-            "=r,=r,r",
-            [packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    elif USE_ASM and dtype == tl.bfloat16:
-        ones = tl.inline_asm_elementwise(
-            "mov.b32 $0, 0x3f803f80; mov.b32 $1, 0x3f803f80;",
-            "=r,=r,r",
-            [packed],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
+            "mov.b32 $0, 0x3f803f80;", "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
-        ones = tl.full(packed.shape, 1, dtype)
+        ones = tl.full(x.shape, 1, x.dtype)
     return ones
 
 

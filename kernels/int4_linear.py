@@ -7,9 +7,9 @@ byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1
 
 On CUDA, 1 to 16 rows are multiplied by a kernel that reads the codes once. Per group of k it forms
 
-    y[m, n] += scale[n] * (sum_j (low[n, j] - 8) x[m, 2j] + (high[n, j] - 8) x[m, 2j + 1]) + zero[n] * sum_k x[m, k]
+    y[m, n] += scale[n] * sum_k (code[n, k] - 8) x[m, k] + zero[n] * sum_k x[m, k]
 
-so that codes are all it converts; the even and odd x come from one 32-bit word.
+on tensor cores with codes and ones as operands, so that codes are all it converts.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .inline_asm import biased_nibbles, exact_dot, nibble_bias, ones_like_bytes, split_pair, use_inline_asm
+from .inline_asm import biased_quarters, exact_dot, nibble_bias, ones_like, split_pair, use_inline_asm
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
+# Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
+_K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -69,12 +72,12 @@ def _(x, qdata, scale_and_zero, bias):
 
 
 @triton.jit
-def _inside(chunk, word, K: tl.constexpr, CHUNK: tl.constexpr):
-    """Whether a word of a chunk lies inside K; a mask that is constant along words keeps loads wide."""
-    if K % CHUNK == 0:
-        return chunk < K // CHUNK
+def _load(at, inside, EVEN: tl.constexpr):
+    """Where everything is inside, no mask: a predicate per load costs time."""
+    if EVEN:
+        return tl.load(at)
     else:
-        return chunk * (CHUNK // 2) + word < K // 2
+        return tl.load(at, inside, other=0)
 
 
 @triton.jit
@@ -89,78 +92,121 @@ def _linear_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_PER_SPLIT: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,
     SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """``BLOCK_N`` outputs of ``BLOCK_M`` rows over one split of K, ``BLOCK_CHUNKS`` chunks of ``CHUNK`` at a time.
+    """``16 * TILES`` outputs of ``8 * ROW_TILES`` rows over one split of K; each step takes one chunk per warp.
 
-    ``x`` is (num_rows, K/2) and ``scale_and_zero`` (K/GROUP, N) as int32 pairs. Chunks are the batch axis of the
-    products, so warps share out K. A chunk of several groups has one block of columns per group, zero outside it, so
-    that each group keeps its own sum. With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
+    ``x`` is (num_rows, K), ``qdata`` (N, K/4) uint16, ``scale_and_zero`` (K/GROUP, N) int32 pairs. A chunk is ``CHUNK``
+    codes of one group. What a thread loads is its own share of the product's operands, so nothing passes through shared
+    memory: thread c of four loads k = (c, i, h, p), which is nibble p of halfword h of its word i, and the product sums
+    over k in the order in which a thread holds ``K_WIDTH`` neighbours.
+
+    With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
     """
-    WORDS: tl.constexpr = CHUNK // 2
-    GROUPS: tl.constexpr = CHUNK // GROUP
-    chunk = tl.arange(0, BLOCK_CHUNKS)[:, None, None]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
-    column = tl.arange(0, GROUPS * BLOCK_M)[None, None, :]
-    m = tl.program_id(2) * BLOCK_M + column % BLOCK_M
-    # A zero of one element spares a layout conversion of the scales.
-    group = column // BLOCK_M if GROUPS > 1 else tl.zeros((1, 1, 1), tl.int32)
-    j = tl.arange(0, WORDS)
-    split = tl.program_id(1)
-    w_at = qdata + n.to(tl.int64) * (K // 2) + chunk * WORDS + j[None, None, :]
-    x_at = x + chunk * WORDS + j[None, :, None] + m * (K // 2)
-    sz_at = scale_and_zero + (chunk * GROUPS + group) * N + n
-    x_mask = (m < num_rows) & (j[None, :, None] // (GROUP // 2) == group)
-    n_mask = n < N
-    acc = tl.zeros((BLOCK_CHUNKS, BLOCK_N, GROUPS * BLOCK_M), tl.float32)
-    first = split * CHUNKS_PER_SPLIT
-    # Loads that do not feed a product directly are not pipelined by the compiler, so they run ahead by hand.
-    next_words = tl.load(x_at + first * WORDS, x_mask & _inside(first + chunk, j[None, :, None], K, CHUNK), other=0)
-    next_sz = tl.load(sz_at + first * GROUPS * N, n_mask & ((first + chunk) * GROUPS + group < K // GROUP), other=0)
-    for step in range(0, CHUNKS_PER_SPLIT, BLOCK_CHUNKS):
-        first = split * CHUNKS_PER_SPLIT + step
-        w_mask = n_mask & _inside(first + chunk, j[None, None, :], K, CHUNK)
-        codes = tl.load(w_at + first * WORDS, w_mask, other=0)
-        even, odd = split_pair(next_words, dtype)
-        scale, zero = split_pair(next_sz, dtype)
-        second = first + BLOCK_CHUNKS
-        words_mask = x_mask & _inside(second + chunk, j[None, :, None], K, CHUNK)
-        next_words = tl.load(x_at + second * WORDS, words_mask, other=0)
-        next_sz = tl.load(
-            sz_at + second * GROUPS * N, n_mask & ((second + chunk) * GROUPS + group < K // GROUP), other=0
-        )
-        low, high = biased_nibbles(codes, dtype, USE_ASM)
-        ones = ones_like_bytes(codes, dtype, USE_ASM)
-        product = exact_dot(low, even, USE_ASM) + exact_dot(high, odd, USE_ASM)
-        total = exact_dot(ones, even, USE_ASM) + exact_dot(ones, odd, USE_ASM)
+    WORDS: tl.constexpr = CHUNK // 32
+    N_TILES: tl.constexpr = 2 * TILES
+    BLOCK_N: tl.constexpr = 8 * N_TILES
+    BLOCK_M: tl.constexpr = 8 * ROW_TILES
+    ALL_CHUNKS: tl.constexpr = K // CHUNK
+    EVEN_K: tl.constexpr = SPLITS * STEPS * CHUNKS == ALL_CHUNKS
+    first_n = tl.program_id(0) * BLOCK_N
+    c = tl.arange(0, 4)[:, None, None]
+    # Rows of the loads are (n / 8, chunk, n % 8) and (m / 8, i, chunk, m % 8): warps share out the chunks.
+    r = tl.arange(0, N_TILES * CHUNKS * 8)[None, :, None]
+    n = first_n + r // (8 * CHUNKS) * 8 + r % 8
+    w_chunk = r // 8 % CHUNKS
+    w_at = (
+        qdata
+        + n.to(tl.int64) * (K // 4)
+        + w_chunk * (CHUNK // 4)
+        + c * (2 * WORDS)
+        + tl.arange(0, 2 * WORDS)[None, None, :]
+    )
+    r = tl.arange(0, ROW_TILES * WORDS * CHUNKS * 8)[None, :, None]
+    m = r // (8 * CHUNKS * WORDS) * 8 + r % 8
+    x_chunk = r // 8 % CHUNKS
+    x_at = (
+        x + m * K + x_chunk * CHUNK + c * (8 * WORDS) + r // (8 * CHUNKS) % WORDS * 8 + tl.arange(0, 8)[None, None, :]
+    )
+    sz_chunk = tl.arange(0, CHUNKS)[:, None, None]
+    sz_n = first_n + tl.arange(0, 16)[None, :, None]
+    acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
+    if PDL:
+        # Kernels before this one may still be writing x or reading what out reuses: touch nothing earlier.
+        gdc_wait()
+        gdc_launch_dependents()
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+        first = (tl.program_id(1) * STEPS + step) * CHUNKS
+        # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+        w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
+        w = _load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
+        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+        if EVEN_K:
+            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
+        else:
+            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
+        sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
+        sz_mask = first + sz_chunk < ALL_CHUNKS
+        sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN_N and EVEN_K)
+        if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
+            sz = tl.join(sz, _load(sz_at + 16, (sz_n + 16 < N) & sz_mask, EVEN_N and EVEN_K))
+            sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (CHUNKS, BLOCK_N, 1))
+        q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
+        q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
+        q = tl.reshape(q, (4, N_TILES, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
+        xx = tl.reshape(xx, (4, ROW_TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, m / 8, i, chunk, m % 8, h, p1, p0
+        if K_WIDTH == 4:  # k is (p1, i, c, p0, h)
+            q = tl.permute(q, (2, 1, 3, 6, 4, 0, 7, 5))
+            xx = tl.permute(xx, (3, 6, 2, 0, 7, 5, 1, 4))
+        else:  # k is (p1, i, p0, c, h)
+            q = tl.permute(q, (2, 1, 3, 6, 4, 7, 0, 5))
+            xx = tl.permute(xx, (3, 6, 2, 7, 0, 5, 1, 4))
+        q = tl.reshape(q, (CHUNKS, BLOCK_N, CHUNK))
+        xx = tl.reshape(xx, (CHUNKS, CHUNK, BLOCK_M))
+        product = exact_dot(q, xx, USE_ASM)
+        total = exact_dot(ones_like(q, USE_ASM), xx, USE_ASM)
+        scale, zero = split_pair(sz, dtype)
         # Taking the bias out here is cheaper than from every code.
         scale = scale.to(tl.float32)
         acc += scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
-    y = tl.sum(tl.reshape(tl.sum(acc, 0), (BLOCK_N, GROUPS, BLOCK_M)), 1)
-    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    mask = (row < num_rows) & (n < N)
-    if SPLITS == 1:
-        if HAS_BIAS:
-            y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-        tl.store(out + row * N + n, y, mask)
-    else:
-        tl.store(out + (split * num_rows + row) * N + n, y, mask)
+    y = tl.sum(acc, 0)
+    row = tl.arange(0, BLOCK_M)[None, :]
+    n = first_n + tl.arange(0, BLOCK_N)[:, None]
+    if SPLITS == 1 and HAS_BIAS:
+        y += tl.load(bias + n, n < N, other=0).to(tl.float32)
+    tl.store(out + (tl.program_id(1) * num_rows + row) * N + n, y, (row < num_rows) & (n < N))
 
 
 @triton.jit
-def _sum_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _sum_splits_kernel(
+    partial,
+    bias,
+    out,
+    size,
+    N,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """``out = sum_s partial[s] + bias`` over ``size`` = rows * N elements."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.zeros((BLOCK,), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     for split in tl.static_range(SPLITS):
         total += tl.load(partial + split * size + at, mask, other=0)
     if HAS_BIAS:
@@ -169,47 +215,54 @@ def _sum_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK:
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one weight shape: outputs and chunks of K per program step, warps, pipeline stages, splits of K."""
+    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), chunks ahead of a warp, splits of K."""
 
-    block_n: int
-    block_chunks: int
+    tiles: int
     warps: int
-    stages: int
+    unroll: int
     splits: int
 
 
 @lru_cache
-def linear_config(out_features: int, num_chunks: int, columns: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100.
+def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
+    """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
 
-    K is split where the outputs alone give too few programs; ``columns`` (rows times groups of a chunk) bound the tile,
-    since larger ones spill registers.
+    ``share`` is what the outputs alone leave of them. Where K is long, more warps walk over it with loads further ahead
+    and nothing is left to sum; otherwise K is split. Smaller chunks are loaded further ahead. Rows beyond 8 are read by
+    fewer programs, of two tiles, since x then is what the caches are busy with; so is x beside groups of 32.
     """
-    splits = max(1, min(8, 512 // triton.cdiv(out_features, 32), num_chunks // 8))
-    block_n, block_chunks = {8: (32, 4), 16: (32, 2), 32: (16, 2)}[columns]
-    return LinearConfig(block_n, block_chunks, 2, 3, splits)
+    outputs = triton.cdiv(out_features, 16)
+    share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
+    if in_features > 8192:
+        warps, unroll, splits = (8 if share == 4 else 4), min(share, 2), 1
+    else:
+        warps, unroll, splits = 4, 1, min(share, max(1, in_features // 1024))
+    if group == 32 and rows <= 8:
+        warps = 8
+    tiles = 2 if rows > 8 or group == 32 else 1
+    return LinearConfig(tiles, warps, 2 if tiles == 2 or group < 128 else unroll, splits)
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
-    if not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
+    group = in_features // scale_and_zero.shape[0]
+    has_kernel = group >= 32 and group & (group - 1) == 0
+    if not has_kernel or not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
         return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
-    num_groups = scale_and_zero.shape[0]
-    group = in_features // num_groups
-    chunk = max(128, group)
-    num_chunks = triton.cdiv(in_features, chunk)
-    block_m = 16 if rows > 8 and chunk <= 2 * group else 8
-    config = linear_config(out_features, num_chunks, block_m * chunk // group)
-    steps = triton.cdiv(num_chunks, config.block_chunks)
+    tiles, warps, unroll, splits = linear_config(rows, out_features, in_features, group)
+    chunk = min(group, 128)
+    use_asm = use_inline_asm(x.device)
+    # Launched before the kernels it follows have ended, which it awaits itself; launches without the option await it.
+    pdl = use_asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    options = {"launch_pdl": True} if pdl else {}
     has_bias = bias is not None
     out = x.new_empty(*x.shape[:-1], out_features)
-    partial = out if config.splits == 1 else x.new_empty(config.splits, rows, out_features, dtype=torch.float32)
-    grid = (triton.cdiv(out_features, config.block_n), config.splits, triton.cdiv(rows, block_m))
-    _linear_kernel[grid](
-        x.contiguous().view(torch.int32),
-        qdata,
+    partial = out if splits == 1 else x.new_empty(splits, rows, out_features, dtype=torch.float32)
+    _linear_kernel[(triton.cdiv(out_features, 16 * tiles), splits)](
+        x.contiguous(),
+        qdata.view(torch.uint16),
         scale_and_zero.to(x.dtype).view(torch.int32),
         bias if has_bias else out,
         partial,
@@ -218,18 +271,23 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
         K=in_features,
         GROUP=group,
         CHUNK=chunk,
-        CHUNKS_PER_SPLIT=triton.cdiv(steps, config.splits) * config.block_chunks,
-        BLOCK_CHUNKS=config.block_chunks,
-        BLOCK_N=config.block_n,
-        BLOCK_M=block_m,
-        SPLITS=config.splits,
+        STEPS=triton.cdiv(in_features // chunk, warps * splits),
+        CHUNKS=warps,
+        TILES=tiles,
+        ROW_TILES=triton.cdiv(rows, 8),
+        SPLITS=splits,
+        UNROLL=unroll,
+        EVEN_N=out_features % (16 * tiles) == 0,
         HAS_BIAS=has_bias,
+        K_WIDTH=_K_WIDTH,
         dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        USE_ASM=use_inline_asm(x.device),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        USE_ASM=use_asm,
+        PDL=pdl,
+        num_warps=warps,
+        num_stages=1,
+        **options,
     )
-    if config.splits > 1:
+    if splits > 1:
         size = rows * out_features
         _sum_splits_kernel[(triton.cdiv(size, 256),)](
             partial,
@@ -237,9 +295,11 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
             out,
             size,
             out_features,
-            SPLITS=config.splits,
+            SPLITS=splits,
             BLOCK=256,
             HAS_BIAS=has_bias,
+            PDL=pdl,
+            **options,
         )
     return out
 

@@ -39,7 +39,8 @@ class LayerCache:
 
     Attributes:
         k_recent, v_recent: ``(B, K, R, D)`` model dtype; slot r holds position ``quantized_len + r``.
-        k_upper, k_lower, v_upper, v_lower: ``(B, K, N, G/2, D)`` uint8, two 4-bit codes a byte.
+        k_upper, k_lower, v_upper, v_lower: ``(B, K, N, G/2, D)`` uint8, two 4-bit codes a byte. On CUDA the value
+            planes are stored as ``(B, K, N, D, G/2)``, since tokens are what the product with them sums over.
         k_scale, k_zero: ``(B, K, N, D)`` float16, per channel of a group.
         v_scale, v_zero: ``(B, K, N, G, D/128)`` float16, per token.
     """
@@ -65,9 +66,11 @@ class LayerCache:
             shape = (batch, layer.kv_heads)
             params = (groups, dim) if prefix == "k" else (groups, group_size, num_value_groups(dim))
             tensors[f"{prefix}_recent"] = torch.zeros(*shape, recent, dim, dtype=dtype, device=device)
+            tokens_adjacent = prefix == "v" and torch.device(device).type == "cuda"
+            rows = (dim, group_size // 2) if tokens_adjacent else (group_size // 2, dim)
             for plane in ("upper", "lower"):
-                planes = torch.zeros(*shape, groups, group_size // 2, dim, dtype=torch.uint8, device=device)
-                tensors[f"{prefix}_{plane}"] = planes
+                planes = torch.zeros(*shape, groups, *rows, dtype=torch.uint8, device=device)
+                tensors[f"{prefix}_{plane}"] = planes.transpose(-1, -2) if tokens_adjacent else planes
             for parameter in ("scale", "zero"):
                 tensors[f"{prefix}_{parameter}"] = torch.zeros(*shape, *params, dtype=torch.float16, device=device)
         return cls(**tensors)
@@ -77,16 +80,17 @@ class LayerCache:
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def grown(self, groups: int) -> LayerCache:
-        """A copy with room for ``groups`` groups; the recent buffers are kept as they are."""
+        """A copy with room for ``groups`` groups, laid out alike; the recent buffers are kept as they are."""
         grown = {}
         for f in fields(self):
             tensor = getattr(self, f.name)
             if not f.name.endswith("recent"):
-                shape = list(tensor.shape)
+                stored = tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2)
+                shape = list(stored.shape)
                 shape[2] = groups
-                larger = tensor.new_zeros(shape)
-                larger[:, :, : tensor.shape[2]] = tensor
-                tensor = larger
+                larger = stored.new_zeros(shape)
+                larger[:, :, : stored.shape[2]] = stored
+                tensor = larger if stored is tensor else larger.transpose(-1, -2)
             grown[f.name] = tensor
         return LayerCache(**grown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantspec import CacheFullError
-from quantspec.cache import HierarchicalCache
+from quantspec.cache import HierarchicalCache, LayerCache
 from quantspec.capture import CapturedLayer
 from quantspec.kernels import cached_attention, prefill_attention
 from quantspec.kernels.cached_attention import dense_key_value
@@ -333,6 +335,33 @@ def test_growing_keeps_contents():
     assert driver.cache.capacity == MAX_LEN
     assert_kept(driver.cache, before)
     driver.check()
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_cuda_stores_the_tokens_of_a_value_channel_adjacently(groups: int) -> None:
+    """Shapes and all other parts are as on a CPU; without groups, strides still tell how to grow."""
+    for layer in LAYERS:
+        sizes = (2, groups, G, 2 * G + 4, torch.float32)
+        with FakeTensorMode():
+            cuda, plain = (LayerCache.allocate(layer, *sizes, torch.device(kind)) for kind in ("cuda", "cpu"))
+        for field in fields(LayerCache):
+            part = getattr(cuda, field.name)
+            assert part.shape == getattr(plain, field.name).shape
+            assert part.stride(-2 if field.name in ("v_upper", "v_lower") else -1) == 1
+
+
+def test_growing_keeps_transposed_values():
+    driver = Driver(2, 3, seed=6)
+    driver.cache.reserve(4 * G)
+    for layer in driver.cache.layers:
+        for name in ("v_upper", "v_lower"):
+            setattr(layer, name, getattr(layer, name).transpose(-1, -2).contiguous().transpose(-1, -2))
+    driver.prefill([3 * G, G])
+    before = snapshot(driver.cache)
+    driver.cache.reserve(MAX_LEN)
+    assert_kept(driver.cache, before)
+    driver.check()
+    assert all(layer.v_upper.stride(-2) == layer.v_lower.stride(-2) == 1 for layer in driver.cache.layers)
 
 
 def test_growth_interrupted_between_layers_is_made_up_for(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from quantspec.kernels.cached_attention import cached_attention_reference, cache
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
-from quantspec.kernels.inline_asm import biased_nibbles, centred_bytes, centred_nibbles, nibble_bias
-from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton
-from quantspec.kernels.prefill_attention import prefill_attention
+from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred_nibbles, nibble_bias
+from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton, linear_config
+from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative error of the whole output: a few roundings of the working precision (weights, decoded keys, output).
@@ -135,6 +136,16 @@ def test_cached_attention_matches_float64(case: Case) -> None:
         torch.testing.assert_close(arguments[name].double(), widened[name], rtol=0, atol=0, equal_nan=True)
 
 
+def int4_arguments(rows: int, out_features: int, in_features: int, group: int, bias: bool, dtype: torch.dtype):
+    """Random arguments of ``quantspec::int4_linear``, and the result in float64."""
+    x = random(rows, in_features, dtype=dtype)
+    qdata = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=DEVICE)
+    scale_and_zero = random(in_features // group, out_features, 2, dtype=dtype)
+    offset = random(out_features, dtype=dtype) if bias else None
+    expected = x.double() @ dequantize_int4(qdata, scale_and_zero, torch.float64).t()
+    return (x, qdata, scale_and_zero, offset), expected if offset is None else expected + offset.double()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "out_features", "in_features", "group", "bias"),
@@ -146,20 +157,48 @@ def test_cached_attention_matches_float64(case: Case) -> None:
         (3, 64, 96, 32, False),
         (12, 24, 256, 32, True),
         (9, 24, 256, 64, False),
+        (5, 40, 768, 256, True),
+        (16, 56, 512, 256, False),
+        # Long enough for several splits of K, which share it evenly and not.
+        (2, 32, 4096, 128, True),
+        (10, 24, 2240, 64, True),
+        (4, 16, 8448, 128, False),
     ],
 )
 def test_int4_linear_matches_float64(rows, out_features, in_features, group, bias, dtype) -> None:
-    x = random(rows, in_features, dtype=dtype)
-    qdata = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device=DEVICE)
-    scale_and_zero = random(in_features // group, out_features, 2, dtype=dtype)
-    offset = random(out_features, dtype=dtype) if bias else None
-    expected = x.double() @ dequantize_int4(qdata, scale_and_zero, torch.float64).t()
-    if offset is not None:
-        expected = expected + offset.double()
-    actual = int4_linear_triton(x, qdata, scale_and_zero, offset)
+    arguments, expected = int4_arguments(rows, out_features, in_features, group, bias, dtype)
+    actual = int4_linear_triton(*arguments)
     assert actual.dtype == dtype
     # Codes and products are exact, so only float32 sums and the rounding of the result differ.
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("k_width", [2, 4])
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_int4_linear_at_every_number_of_rows(rows: int, k_width: int, monkeypatch) -> None:
+    monkeypatch.setattr(import_module("quantspec.kernels.int4_linear"), "_K_WIDTH", k_width)
+    arguments, expected = int4_arguments(rows, 32, 256, 64, False, torch.bfloat16)
+    assert relative_error(int4_linear_triton(*arguments), expected) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "dtype"),
+    [(1, 64, torch.float32), (17, 64, torch.float16), (0, 64, torch.float16), (2, 16, torch.float16)],
+)
+def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, dtype: torch.dtype) -> None:
+    arguments, _ = int4_arguments(rows, 24, 192, group, True, dtype)
+    x, qdata, scale_and_zero, bias = arguments
+    expected = torch.nn.functional.linear(x, dequantize_int4(qdata, scale_and_zero, dtype), bias)
+    assert torch.equal(int4_linear_triton(*arguments), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("group", [32, 128, 256])
+@pytest.mark.parametrize("out_features", [1024, 8192, 14336])
+@pytest.mark.parametrize("in_features", [256, 4096, 14336])
+def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_features, in_features) -> None:
+    config = linear_config(rows, out_features, in_features, group)
+    assert config.splits * config.warps <= max(4, in_features // min(group, 128))
 
 
 def random_cache(batch: int, kv_heads: int, groups: int, slots: int, head_dim: int, value_dim: int, group: int, dtype):
@@ -250,6 +289,34 @@ def test_flush_moves_one_due_group() -> None:
     )
 
 
+def test_values_are_the_same_whichever_way_their_planes_are_stored() -> None:
+    """Prefill, attention and flush over value planes with adjacent tokens equal those over plain ones bit for bit."""
+    group, groups, tokens = 32, 4, 3
+    shape = (2, 2, groups, group // 2, 80)
+    prompts = [random(2, heads, 130, dim, dtype=torch.float16) for heads, dim in ((4, 64), (2, 64), (2, 80))]
+    steps = [random(2, heads, tokens, dim, dtype=torch.float16) for heads, dim in ((4, 64), (2, 64), (2, 80))]
+    num_new = torch.tensor([130, 61], device=DEVICE)
+    options = (0.125, 0, 0.0, None)
+    results = []
+    for transposed in (False, True):
+        cache = random_cache(2, 2, groups, 2 * group + 8, 64, 80, group, torch.float16)
+        for part in cache:
+            part.zero_()
+        for index in (6, 7):
+            stored = cache[index].new_zeros((*shape[:3], shape[4], shape[3]) if transposed else shape)
+            cache[index] = stored.transpose(-1, -2) if transposed else stored
+        quantized, length = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+        prefilled = prefill_attention_triton(*prompts, *cache, quantized, length, num_new, *options)
+        quantized, length = torch.tensor([[96, 0], [130, 61]], device=DEVICE)
+        attended = cached_attention_triton(*steps, *cache, quantized, length, *options)
+        encode_oldest_groups(None, *cache, quantized, length + tokens)
+        results.append([prefilled, attended, *cache])
+    for plain, transposed in zip(*results, strict=True):
+        assert torch.equal(plain, transposed)
+    # The second sequence's group is there by the last call alone.
+    assert results[0][8][1, :, 0].count_nonzero()
+
+
 def test_one_launch_serves_every_length() -> None:
     """Lengths change in place between launches; on a GPU the launches are replays of one CUDA graph."""
     case = Case(heads=4, kv_heads=2, tokens=2, lower=True, lengths=((96, 40), (96, 63)))
@@ -289,11 +356,13 @@ def _unpack_kernel(upper, lower, out, dtype: tl.constexpr, USE_ASM: tl.constexpr
 
 
 @triton.jit
-def _unpack_biased_kernel(packed, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
-    i = tl.arange(0, 256)
-    low, high = biased_nibbles(tl.load(packed + i), dtype, USE_ASM)
-    tl.store(out + i, low.to(tl.float32) - nibble_bias(dtype))
-    tl.store(out + 256 + i, high.to(tl.float32) - nibble_bias(dtype))
+def _unpack_quarters_kernel(packed, out, dtype: tl.constexpr, USE_ASM: tl.constexpr):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    q0, q1, q2, q3 = biased_quarters(tl.load(packed + i), dtype, USE_ASM)
+    tl.store(out + i, q0.to(tl.float32) - nibble_bias(dtype))
+    tl.store(out + 65536 + i, q1.to(tl.float32) - nibble_bias(dtype))
+    tl.store(out + 131072 + i, q2.to(tl.float32) - nibble_bias(dtype))
+    tl.store(out + 196608 + i, q3.to(tl.float32) - nibble_bias(dtype))
 
 
 @pytest.mark.parametrize("use_asm", [False, True] if DEVICE.type == "cuda" else [False])
@@ -305,7 +374,9 @@ def test_every_byte_unpacks_exactly(use_asm: bool) -> None:
     u, low = upper.int(), lower.int()
     expected = [(u & 15) - 8, (u >> 4) - 8, 16 * (u & 15) + (low & 15) - 136, 16 * (u >> 4) + (low >> 4) - 136]
     assert torch.equal(out, torch.stack(expected).float())
+    words = torch.arange(65536, device=DEVICE)
+    packed = words.to(torch.uint16)
     for dtype in (tl.float16, tl.bfloat16):
-        out = torch.full((2, 256), float("nan"), device=DEVICE)
-        _unpack_biased_kernel[(1,)](upper, out, dtype=dtype, USE_ASM=use_asm)
-        assert torch.equal(out, torch.stack((u & 15, u >> 4)).float())
+        out = torch.full((4, 65536), float("nan"), device=DEVICE)
+        _unpack_quarters_kernel[(256,)](packed, out, dtype=dtype, USE_ASM=use_asm)
+        assert torch.equal(out, torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)]).float())
