@@ -6,12 +6,16 @@ import logging
 import time
 
 import torch
-import transformers
-from transformers import TextStreamer
 
-import quantspec
-from quantspec.evals import load_smollm2, python_reference
-from quantspec.passes import cpu_lacks_half_matmul
+# torchao and torch announce on import what this machine lacks.
+logging.disable(logging.WARNING)
+
+import transformers  # noqa: E402
+from transformers import TextStreamer  # noqa: E402
+
+import quantspec  # noqa: E402
+from quantspec.evals import load_smollm2, python_reference  # noqa: E402
+from quantspec.passes import cpu_lacks_half_matmul  # noqa: E402
 
 QUESTION = "Using the text above, explain in a few sentences what the 'finally' clause of a 'try' statement does."
 MAX_NEW_TOKENS = 96
@@ -21,8 +25,6 @@ def main() -> None:
     """Load, convert, answer with streaming, and compare with plain Hugging Face generation."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # torchao and torch announce on import what this machine lacks.
-    logging.disable(logging.WARNING)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The dtype in which plain generation is fastest on this machine, so that the comparison is fair.
     dtype = torch.float32 if device == "cpu" and cpu_lacks_half_matmul() else torch.bfloat16

@@ -5,8 +5,8 @@
 where tokens ``j < quantized_len[b]`` come from the planes and the rest, the new tokens included, from the recent
 buffer. With the lower planes it is the target's INT8 read (verification), without them the draft's INT4 read.
 
-Scales are folded so that only codes are converted (c is u - 8 for the draft, 16u + l - 128 for the target, with s
-and z adjusted to match, so that both sums stay small):
+Scales are folded so that only codes are converted (on CUDA c is u - 8 for the draft, 16u + l - 128 for the target, with
+s and z adjusted to match, so that both sums stay small):
 
     q . (s*c + z)        = (q*s) . c + q . z               one scaled q per key group
     sum_t p_t (s_t c_t + z_t) = (p*s) . c + sum_t p_t z_t  one scaled p per value group
@@ -107,23 +107,25 @@ def cached_attention_reference(
 
 
 def _group_codes(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u - 8 of the draft or 16u + l - 128 of the target."""
+    """Codes ``(K, N, G, D)`` of ``(K, N, G/2, D)`` planes: u of the draft or 16u + (l + 8) of the target.
+
+    Not centred as on CUDA: in float32 that is not needed, and it would be one more pass over the largest tensor.
+    """
     half = upper.shape[-2]
     out = upper.new_empty(*upper.shape[:-2], 2 * half, upper.shape[-1], dtype=dtype)
     if lower is None:
         out[..., :half, :] = upper & 15
         out[..., half:, :] = upper >> 4
-        return out.sub_(8)
+        return out
     out[..., :half, :] = ((upper & 15) << 4) | (lower & 15)
     out[..., half:, :] = (upper & 240) | (lower >> 4)
-    # The byte is 16u + (l + 8), so 8 of the 136 undo the lower plane's offset.
-    return out.sub_(136)
+    return out
 
 
 def _folded_scale(scale: Tensor, zero: Tensor, has_lower: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and zero that go with the centred codes of :func:`_group_codes`."""
+    """Scale and zero that go with the codes of :func:`_group_codes`."""
     s, z = scale.to(dtype), zero.to(dtype)
-    return (s / 16, z + 8 * s) if has_lower else (s, z + 8 * s)
+    return (s / 16, z - s / 2) if has_lower else (s, z)
 
 
 def _attend_sequence(
