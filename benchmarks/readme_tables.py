@@ -78,6 +78,7 @@ def speed(name: str) -> str:
     rows = [
         [
             str(row["prompt_tokens"]),
+            row["dtype"],
             row["mode"],
             f"{row['tokens_per_second']:.1f} / {row['hugging_face_tokens_per_second']:.1f}",
             f"{row['decode_speedup']:.2f}x",
@@ -85,7 +86,7 @@ def speed(name: str) -> str:
         ]
         for row in data["rows"]
     ]
-    header = ["prompt tokens", "quantspec", "tokens/s, ours / Hugging Face", "decode", "prefill, ours / Hugging Face"]
+    header = ["prompt tokens", "dtype", "quantspec", "tokens/s, ours / Hugging Face", "decode", "prefill, both"]
     return _table(header, rows) + _source(data, name)
 
 
