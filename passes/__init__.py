@@ -4,6 +4,7 @@ from .attention_lowering import CACHE_PARTS, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
 from .int4_weights import GROUP_SIZES, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
 from .logit_rows import SelectLogitRows
+from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .remove_no_ops import RemoveNoOps
 from .support import CheckTokenMixing, TokenMixingError
@@ -16,6 +17,7 @@ __all__ = [
     "FuseSharedInputLinears",
     "LinearReport",
     "LowerAttention",
+    "MaterializePositionTables",
     "PrepackInt4ForCpu",
     "QuantizeWeights",
     "RemoveNoOps",

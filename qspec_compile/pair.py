@@ -15,6 +15,7 @@ from quantspec.passes import (
     FuseSharedInputLinears,
     LinearReport,
     LowerAttention,
+    MaterializePositionTables,
     PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
@@ -69,7 +70,7 @@ def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> P
     base = clone(captured.graph_module)
     quantize, weight_passes = draft_weight_passes(config)
     try:
-        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows()])
+        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
     graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
