@@ -30,7 +30,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import compute_dtype, masked_attention, softmax_with_sinks
 from .hierarchical import decode_keys, decode_values
-from .inline_asm import centred_bytes, centred_nibbles, exact_dot, fast_exp2, fast_log2, launches_overlap, use_inline_asm
+from .inline_asm import (
+    centred_bytes,
+    centred_nibbles,
+    exact_dot,
+    fast_exp2,
+    fast_log2,
+    launches_overlap,
+    use_inline_asm,
+)
 
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)
