@@ -38,6 +38,7 @@ class QuantSpecModel:
         target, draft, prefill: ``torch.fx.GraphModule`` of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
+        compiles: whether the target's and the draft's graphs go through torch.compile.
         last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
     """
 
@@ -61,7 +62,7 @@ class QuantSpecModel:
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
-        self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self.compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
             Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
             Role.DRAFT: compile_graph(self.draft) if compiles else self.draft.forward,
@@ -138,7 +139,7 @@ class QuantSpecModel:
 
     def graphs_cycles(self, processors: LogitsProcessorList) -> bool:
         """Whether cycles are CUDA graphs: compiled, on a GPU, and no processor reads the text or keeps state."""
-        return self._compiles and self.device.type == "cuda" and graph_key(processors) is not None
+        return self.compiles and self.device.type == "cuda" and graph_key(processors) is not None
 
     def graphed_cycle(
         self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
