@@ -227,25 +227,27 @@ class LinearConfig(NamedTuple):
 def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
     """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
 
-    ``share`` is what the outputs alone leave of them: the rest are further warps along K or splits of it. Where outputs
-    are many, two tiles per program read x half as often; so do rows beyond 8, when x is what the caches are busy with,
-    and groups of 32, whose smaller chunks are loaded further ahead.
+    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
+    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
+    x is what the caches are busy with.
     """
     outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
     share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
     splits = min(share, max(1, in_features // 1024))
-    unroll = 1 if group == 128 else 2
     if rows > 8:
         return LinearConfig(2, 2, 2, splits)
-    if group == 32:
-        return LinearConfig(2, 8, 2, splits if in_features <= 8192 else 1)
-    if in_features > 8192:
-        if share == 4 and chunks % 16 == 0:
-            return LinearConfig(2, 8, unroll, 2)
-        return LinearConfig(1, 8 if share == 4 else 4, 2, 1)
     if share == 1:
-        return LinearConfig(2, 2, 2, 1) if outputs > 1024 else LinearConfig(1, 4, unroll, 1)
-    return LinearConfig(1, 8, unroll, 1) if share == 2 else LinearConfig(1, 4, unroll, splits)
+        if group == 32:
+            return LinearConfig(2, 4 if outputs > 1024 else 8, 2, 1)
+        return LinearConfig(2, 2, 2, 1) if group == 128 and outputs > 1024 else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
+    if group == 32:
+        return LinearConfig(1, 4, 2, min(4, 2 * splits))
+    if in_features > 8192 and chunks % (4 * splits):
+        # Splits would end in half-empty steps.
+        return LinearConfig(1, 8, 2, 1)
+    if share == 2 and group == 128 and chunks >= 8:
+        return LinearConfig(1, 8, 1, 1)
+    return LinearConfig(1, 4, 1 if share == 4 else 2, splits)
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
