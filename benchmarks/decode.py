@@ -268,12 +268,14 @@ def measure_context(
     del cache
     free()
     if context in arguments.generate_at:
-        row |= measure_generate(qs, prompt, arguments.gammas[0], arguments.new_tokens, arguments.target_only)
+        row |= measure_generate(
+            qs, prompt, arguments.gammas[0], arguments.new_tokens, arguments.target_only, baseline is not None
+        )
     return row
 
 
 def measure_generate(
-    qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int, target_only: bool
+    qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int, target_only: bool, baseline: bool
 ) -> dict[str, Any]:
     """``generate`` with real acceptance, with the target alone, and Hugging Face's, each after a warm-up."""
     row: dict[str, Any] = {}
@@ -283,18 +285,20 @@ def measure_generate(
         "generate": (qs.generate, {"num_speculative_tokens": gamma}),
         "hugging_face": (qs.model.generate, {}),  # type: ignore[dict-item]
     }
+    if not baseline:
+        # Hugging Face's cache would not fit either.
+        del calls["hugging_face"]
     if target_only:
         calls = {"generate_target_only": (qs.generate, {"num_speculative_tokens": 0}), **calls}
     for name, (generate, options) in calls.items():
         if name == "hugging_face":
-            row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
-            qs._cache = None
-            qs._graphed.clear()
+            qs.reset()
             free()
         timed(generate, prompt, new_tokens, **options)
         texts[name], row[name] = timed(generate, prompt, new_tokens, **options)
         if name == "generate":
             assert qs.last_stats is not None
+            row["generate_peak_bytes"] = torch.cuda.max_memory_allocated()
             row["statistics"] = qs.last_stats.as_dict()
     new = {name: ids[0, prompt.shape[1] :] for name, ids in texts.items()}
     for name in new.keys() - {"generate"}:

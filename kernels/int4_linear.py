@@ -239,7 +239,11 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int) ->
     if share == 1:
         if group == 32:
             return LinearConfig(2, 4 if outputs > 1024 else 8, 2, 1)
-        return LinearConfig(2, 2, 2, 1) if group == 128 and outputs > 1024 else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
+        return (
+            LinearConfig(2, 2, 2, 1)
+            if group == 128 and outputs > 1024
+            else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
+        )
     if group == 32:
         return LinearConfig(1, 4, 2, min(4, 2 * splits))
     if in_features > 8192 and chunks % (4 * splits):

@@ -8,6 +8,7 @@ reads it; cuts of equal structure share one compiled function, which takes the t
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -15,12 +16,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.passes.graph import get_tensor, module_path
 
 aten = torch.ops.aten
 _HEAVY = (aten.linear.default, aten.addmm.default, aten.mm.default, aten._weight_int4pack_mm_for_cpu.default)
 # Fewer than this would not be worth the cuts.
 _LEAST_LAYERS = 3
+# Besides pointwise ops, views and our own, what inductor turns into kernels that read something.
+_READING = (
+    *_HEAVY,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.embedding.default,
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.rms_norm.default,
+    aten.layer_norm.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.type_as.default,
+    aten.gather.default,
+)
 
 
 class Region(NamedTuple):
@@ -140,14 +157,14 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
     regions = split_regions(graph_module.graph)
     if regions is None:
         return _Marked(torch.compile(graph_module.forward), [_dims_with(symbols, node) for node in placeholders])
+    device = placeholders[0].meta["val"].device
     functions: dict[Hashable, Callable] = {}
     calls = []
     for region in regions:
         graph = region_graph(region)
         key = _signature(graph_module, region, graph)
         if key not in functions:
-            # torch.compile refuses an exported GraphModule object, but takes a forward.
-            functions[key] = torch.compile(fx.GraphModule(torch.nn.Module(), graph).forward)
+            functions[key] = _compile(graph, device)
         tensors = [get_tensor(graph_module, node) for node in region.tensors]
         calls.append((_Marked(functions[key], [_dims_with(symbols, node) for node in region.inputs]), region, tensors))
     last_use = {value: index for index, region in enumerate(regions) for value in region.inputs}
@@ -165,6 +182,33 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
         return values[result]
 
     return forward
+
+
+def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., Any]:
+    """A graph whose tensors are its inputs under torch.compile, with what helps many small kernels on ``device``.
+
+    Programmatic dependent launch sets a kernel up while the one before it ends. Inductor's kernels await their
+    predecessor unless they read nothing, so graphs that might fill a tensor with constants do without.
+    """
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        # Independent small kernels, as the rotations of queries and of keys, become one.
+        options["combo_kernels"] = True
+        overlap = "triton.enable_pdl" in torch._inductor.list_options() and launches_overlap(device)
+        options["triton.enable_pdl"] = overlap and all(
+            _reads(node) for node in graph.nodes if node.op == "call_function"
+        )
+    # torch.compile refuses an exported GraphModule object, but takes a forward.
+    return torch.compile(fx.GraphModule(torch.nn.Module(), graph).forward, options=options or None)
+
+
+def _reads(node: fx.Node) -> bool:
+    target: Any = node.target
+    if node.target is operator.getitem or node.target in _READING or getattr(target, "namespace", "") == "quantspec":
+        return True
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in target.tags or target.is_view or _is_size(node)
+    )
 
 
 def _varying_symbols(placeholders: list[fx.Node]) -> set[Any]:
