@@ -76,6 +76,16 @@ def card(axes: Axes, x: float, y: float, width: float, height: float, colour: st
         axes.text(middle, y + height / 2, title, ha="center", va="center", weight="bold", linespacing=1.4)
 
 
+def note(axes: Axes, x: float, y: float, text: str, colour: str = MUTED, **font) -> None:
+    """Small text, centred on ``x`` unless ``font`` says otherwise."""
+    axes.text(x, y, text, color=colour, **{"ha": "center", "fontsize": 10, **font})
+
+
+def beside(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """Text to the right of a point of a curve."""
+    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", color=TEXT[colour])
+
+
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = MUTED) -> None:
     """A straight arrow."""
     style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
@@ -87,8 +97,7 @@ def span(axes: Axes, start: float, end: float, y: float, text: str, colour: str 
     axes.plot([start, end], [y, y], color=colour, linewidth=1.3)
     for x in (start, end):
         axes.plot([x, x], [y - 0.7, y + 0.7], color=colour, linewidth=1.3)
-    side = {"va": "top" if below else "bottom", "y": y - 1.1 if below else y + 1.1}
-    axes.text((start + end) / 2, s=text, ha="center", color=colour, fontsize=10, **side)
+    note(axes, (start + end) / 2, y - 1.1 if below else y + 1.1, text, colour, va="top" if below else "bottom")
 
 
 def flow() -> Figure:
@@ -97,7 +106,7 @@ def flow() -> Figure:
     card(axes, 3, 40, 18, 10, LINE, "Hugging Face\nmodel")
     card(axes, 33, 40, 34, 10, LINE, "one fx graph", "ATen ops, one attention\nmarker per layer")
     arrow(axes, (21, 45), (32.8, 45))
-    axes.text(27, 46.2, "capture", ha="center", color=MUTED, fontsize=10)
+    note(axes, 27, 46.2, "capture")
     columns = {
         "prefill": (3, RECENT, "reads a prompt at full\nprecision, fills the cache"),
         "target": (36, LOWER, "the model's own weights,\ncache read at 8 bits"),
@@ -107,9 +116,9 @@ def flow() -> Figure:
         card(axes, x, 21, 28, 11.5, colour, name, text)
         arrow(axes, (50, 40), (x + 14, 32.7))
         arrow(axes, (x + 14, 20.8), (x + 14, 13.6), colour)
-    axes.text(72, 38, "passes, role by role", color=MUTED, fontsize=10, va="center")
+    note(axes, 79, 37.5, "passes, role by role")
     card(axes, 3, 5, 94, 8.5, LINE, "one hierarchical KV cache")
-    axes.text(50, 2.2, "generate(): one prefill, then cycles of draft and target", ha="center", color=MUTED, fontsize=10)
+    note(axes, 50, 2.2, "generate(): one prefill, then cycles of draft and target")
     return figure
 
 
@@ -126,34 +135,24 @@ def cache() -> Figure:
     box(axes, end, top - height, recent, 2 * height, RECENT, "recent buffer\nfull precision\nG .. 2G−1 tokens")
     box(axes, end + recent, top - height, drafts, 2 * height, LINE, "γ + 1\ntokens of\nthis cycle", fontsize=9.5)
     for y, text, colour in ((top, "upper\n4 bits", UPPER), (top - height, "lower\n4 bits", LOWER)):
-        axes.text(left - 1.2, y + height / 2, text, ha="right", va="center", color=TEXT[colour], weight="bold", fontsize=10)
+        note(axes, left - 1.2, y + height / 2, text, TEXT[colour], ha="right", va="center", weight="bold")
     total = end + recent + drafts
+    reads = "the target reads both planes and the recent buffer"
+    span(axes, left, total, top + height + 9.4, reads, INK, below=False)
     reads = "the draft reads the upper plane and the recent buffer"
     span(axes, left, total, top + height + 2.2, reads, TEXT[UPPER], below=False)
-    axes.text(
-        (left + total) / 2, 48.6, "the target reads both planes and the recent buffer", ha="center", color=INK, fontsize=10
-    )
-    axes.plot([left, total], [47.4, 47.4], color=INK, linewidth=1.3)
-    for x in (left, total):
-        axes.plot([x, x], [46.7, 48.1], color=INK, linewidth=1.3)
     span(axes, left, end, top - height - 2.2, "quantized_len, a multiple of G")
     span(axes, left, end + recent, top - height - 7.6, "length: verified tokens")
-    axes.text(total + 1.5, top, "slots of\nrejected drafts\nare written\nover", va="center", color=MUTED, fontsize=9.5)
+    note(axes, total + 1.5, top, "slots of\nrejected drafts\nare written\nover", ha="left", va="center", fontsize=9.5)
     # One byte of a plane, enlarged.
     y = 5.0
     box(axes, 18, y, 15, 5, UPPER, "token r + G/2", fontsize=9.5)
     box(axes, 33, y, 15, 5, UPPER, "token r", fontsize=9.5)
-    axes.text(16.8, y + 2.5, "byte r of a group", ha="right", va="center", color=MUTED, fontsize=10)
-    axes.text(25.5, y - 0.9, "high nibble", ha="center", va="top", color=MUTED, fontsize=9)
-    axes.text(40.5, y - 0.9, "low nibble", ha="center", va="top", color=MUTED, fontsize=9)
-    axes.text(
-        51,
-        y + 2.5,
-        "0 ≤ r < G/2. Unpacking a plane gives two runs of G/2 tokens.",
-        va="center",
-        color=MUTED,
-        fontsize=9.5,
-    )
+    note(axes, 16.8, y + 2.5, "byte r of a group", ha="right", va="center")
+    note(axes, 25.5, y - 0.9, "high nibble", va="top", fontsize=9)
+    note(axes, 40.5, y - 0.9, "low nibble", va="top", fontsize=9)
+    unpacked = "0 ≤ r < G/2. Unpacking a plane gives two runs of G/2 tokens."
+    note(axes, 51, y + 2.5, unpacked, ha="left", va="center", fontsize=9.5)
     return figure
 
 
@@ -166,10 +165,10 @@ def code() -> Figure:
     for u in range(16):
         x = left + u * step
         axes.plot([x, x], [base - 1.2, base + 1.2], color=UPPER, linewidth=2)
-        axes.text(x, base + 2, str(u), ha="center", color=TEXT[UPPER], fontsize=9.5)
-    axes.text(left, base + 5.6, "u, the upper code (4 bits)", color=TEXT[UPPER], weight="bold", fontsize=10)
-    axes.text(left, base - 2, "z = min", ha="center", va="top", color=MUTED, fontsize=10)
-    axes.text(right, base - 2, "max", ha="center", va="top", color=MUTED, fontsize=10)
+        note(axes, x, base + 2, str(u), TEXT[UPPER], fontsize=9.5)
+    note(axes, left, base + 5.6, "u, the upper code (4 bits)", TEXT[UPPER], ha="left", weight="bold")
+    note(axes, left, base - 2, "z = min", va="top")
+    note(axes, right, base - 2, "max", va="top")
     span(axes, left + step, left + 2 * step, base - 3.2, "s = (max − min) / 15")
     # The neighbourhood of one upper code, enlarged.
     u, low, high, y = 6, 26.0, 74.0, 5.5
@@ -182,17 +181,17 @@ def code() -> Figure:
         x = low + tick * fine
         axes.plot([x, x], [y - 0.8, y + 0.8], color=LOWER, linewidth=1.6)
         if tick < 16:
-            axes.text(x, y - 1.4, str(tick - 8), ha="center", va="top", color=TEXT[LOWER], fontsize=9)
-    label = {"ha": "right", "va": "center", "color": TEXT[LOWER], "weight": "bold", "fontsize": 10}
-    axes.text(low - 2, y - 2.2, "l, the lower code (4 bits)", **label)
-    centre, value = (low + high) / 2, low + 11.3 * fine
+            note(axes, x, y - 1.4, str(tick - 8), TEXT[LOWER], va="top", fontsize=9)
+    note(axes, low - 2, y - 2.2, "l, the lower code (4 bits)", TEXT[LOWER], ha="right", va="center", weight="bold")
+    centre, read, value = (low + high) / 2, low + 11 * fine, low + 11.3 * fine
     axes.plot([centre], [y], marker="o", markersize=7, color=UPPER)
-    axes.text(centre, y + 1.7, "draft reads\nz + s·u", ha="center", color=TEXT[UPPER], fontsize=9.5, linespacing=1.3)
-    read = low + 11 * fine
+    note(axes, centre, y + 1.7, "draft reads\nz + s·u", TEXT[UPPER], fontsize=9.5, linespacing=1.3)
     axes.plot([read], [y], marker="o", markersize=7, color=LOWER, markeredgecolor=INK, markeredgewidth=0.8)
     axes.plot([value], [y], marker="|", markersize=20, color=INK, markeredgewidth=1.6)
-    axes.text(value + 0.8, y + 2.5, "x", fontsize=11, style="italic")
-    axes.text(high + 2, y, "target reads\nz + s·(u + l/16)", va="center", fontsize=9.5, linespacing=1.5)
+    note(axes, value + 0.8, y + 2.5, "x", INK, ha="left", fontsize=11, style="italic")
+    note(
+        axes, high + 2, y, "target reads\nz + s·(u + l/16)", INK, ha="left", va="center", fontsize=9.5, linespacing=1.5
+    )
     return figure
 
 
@@ -200,39 +199,32 @@ def cycle() -> Figure:
     """Four draft steps, one verification, and what becomes of the tokens."""
     figure, axes = canvas(10, 5.0, 100, 50)
     top, height, draft = 34.0, 8.5, 11.5
-    axes.text(2, 47, "time", color=MUTED, fontsize=10, va="center")
+    note(axes, 2, 47, "time", ha="left", va="center")
     arrow(axes, (7, 47), (98, 47))
     for step in range(4):
         card(axes, 2 + step * (draft + 1), top, draft, height, UPPER, f"draft {step + 1}", "1 token")
     card(axes, 53, top, 20, height, LOWER, "verify", "5 tokens at once")
     card(axes, 75, top, 10.5, height, LINE, "accept")
     card(axes, 87, top, 11, height, LINE, "flush", "when due")
-    axes.text(26.5, top - 1.5, "INT4 weights, upper plane", ha="center", va="top", color=TEXT[UPPER], fontsize=10)
-    axes.text(63, top - 1.5, "own weights, both planes", ha="center", va="top", color=TEXT[LOWER], fontsize=10)
+    note(axes, 26.5, top - 1.5, "INT4 weights, upper plane", TEXT[UPPER], va="top")
+    note(axes, 63, top - 1.5, "own weights, both planes", TEXT[LOWER], va="top")
     cell, first = 10.0, 24.0
     rows = {
-        "in": (20.0, ["newest", "d1", "d2", "d3", "d4"], [LINE] + [UPPER] * 4),
-        "verdict": (12.3, ["", "accept", "accept", "accept", "reject"], [LINE] + [LOWER] * 3 + [REJECTED]),
-        "out": (4.6, ["", "d1", "d2", "d3", "t"], [LINE] + [UPPER] * 3 + [LOWER]),
-    }
-    labels = {
-        "in": "the target reads",
-        "verdict": "each draft against\nthe target",
-        "out": "emitted",
+        "the target reads": (20.0, ["newest", "d1", "d2", "d3", "d4"], [LINE] + [UPPER] * 4),
+        "each draft against\nthe target": (
+            12.3,
+            ["", "accept", "accept", "accept", "reject"],
+            [LINE] + [LOWER] * 3 + [REJECTED],
+        ),
+        "emitted": (4.6, ["", "d1", "d2", "d3", "t"], [LINE] + [UPPER] * 3 + [LOWER]),
     }
     for name, (y, texts, colours) in rows.items():
-        axes.text(first - 2, y + 2.7, labels[name], ha="right", va="center", color=MUTED, fontsize=10)
+        note(axes, first - 2, y + 2.7, name, ha="right", va="center")
         for index, (text, colour) in enumerate(zip(texts, colours, strict=True)):
             if text:
                 box(axes, first + index * cell, y, cell, 5.4, colour, text, fontsize=10)
-    axes.text(
-        first + 5 * cell + 2,
-        7.3,
-        "t: the target's own choice,\nnewest token of the next cycle",
-        va="center",
-        color=MUTED,
-        fontsize=9.5,
-    )
+    own = "t: the target's own choice,\nnewest token of the next cycle"
+    note(axes, first + 5 * cell + 2, 7.3, own, ha="left", va="center", fontsize=9.5)
     return figure
 
 
@@ -260,9 +252,8 @@ def memory() -> Figure:
     looks = ((MUTED, "-"), (REJECTED, "-"), (LOWER, "-"), (UPPER, "--"))
     for (name, sizes), (colour, dash) in zip(gib.items(), looks, strict=True):
         axes.plot(contexts, sizes, dash, color=colour, linewidth=2.2)
-        label = f"{name}, {sizes[-1]:.1f} GiB"
-        axes.annotate(label, (contexts[-1], sizes[-1]), (8, 0), textcoords="offset points", va="center", color=TEXT[colour])
-    axes.set_xlim(0, 2**17 * 1.0)
+        beside(axes, contexts[-1], sizes[-1], f"{name}, {sizes[-1]:.1f} GiB", colour)
+    axes.set_xlim(0, contexts[-1])
     axes.set_ylim(0)
     ticks = [2**14 * n for n in range(0, 9, 2)]
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick else "0" for tick in ticks])
@@ -280,7 +271,7 @@ def draft_tokens() -> Figure:
     for rate, colour in colours.items():
         tokens = [sum(rate**n for n in range(count + 1)) for count in counts]
         yields.plot(counts, tokens, color=colour, linewidth=2, marker="o", markersize=3.5)
-        yields.annotate(f"a = {rate}", (15, tokens[-1]), (8, 0), textcoords="offset points", va="center", color=TEXT[colour])
+        beside(yields, counts[-1], tokens[-1], f"a = {rate}", colour)
         for cost, dash in ((0.35, "-"), (0.7, ":")):
             speed = [token / (1 + count * cost) for count, token in zip(counts, tokens, strict=True)]
             speeds.plot(counts, speed, dash, color=colour, linewidth=2)

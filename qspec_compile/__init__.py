@@ -1,5 +1,7 @@
 """quantspec: quantized self-speculative decoding for any Hugging Face decoder (QuantSpec, arXiv 2502.10424)."""
 
+from importlib.metadata import version
+
 from .cache import CacheFullError
 from .config import QuantSpecConfig
 from .errors import SelfCheckError, UnsupportedModelError
@@ -7,7 +9,7 @@ from .generate import GenerateOutput
 from .model import QuantSpecModel, convert
 from .stats import GenerationStats
 
-__version__ = "0.1.0"
+__version__ = version("quantspec")
 
 __all__ = [
     "CacheFullError",
