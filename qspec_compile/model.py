@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import LinearReport, Role, cache_parts
+from quantspec.passes import Int4Source, LinearReport, Role, cache_parts
 
 from .cache import HierarchicalCache
 from .capture import capture
@@ -40,11 +40,12 @@ class QuantSpecModel:
         last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
+        """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
         self.model = model
         self.layers = captured.layers
-        pair = build_pair(captured, config, self.vocab_size)
+        pair = build_pair(captured, config, self.vocab_size, source)
         self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
