@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
+from .saving import save_pretrained
 from .scores import graph_key
 from .self_check import self_check
 from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
@@ -236,6 +238,26 @@ class QuantSpecModel:
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
         return functools.partial(decode, self)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Save the pair to a folder that :func:`quantspec.from_pretrained` loads without quantizing again.
+
+        The model's own weights and configuration are saved as transformers does, so that
+        ``AutoModelForCausalLM.from_pretrained(directory)`` loads the original model; the draft's INT4 weights are
+        beside them, packed and the same for every device. All weights are safetensors. A tokenizer is saved to the same
+        folder by itself, afterwards: ``tokenizer.save_pretrained(directory)``; saving again leaves it there.
+
+        Files are written beside their place and moved when all are complete. Host memory holds the INT4 weights once
+        more meanwhile.
+
+        Args:
+            directory: a new or empty folder, or one with an earlier save, which is replaced.
+            max_shard_size: most bytes of a file, or as text such as ``"5GB"``.
+
+        Raises:
+            SavedModelError: the folder holds anything else, cannot be written to, or has too little room.
+        """
+        save_pretrained(self, directory, max_shard_size)
 
     def __repr__(self) -> str:
         left = [r for r in self.linears if r.group_size is None]

@@ -63,9 +63,7 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
         raise (error.__cause__ or error) from None
 
 
-def build_pair(
-    captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None
-) -> Pair:
+def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None) -> Pair:
     """Clone the captured graph once per role and run that role's passes; ``source`` has ready INT4 weights.
 
     Raises:
