@@ -69,7 +69,7 @@ def from_pretrained(
     model.to(placement)  # type: ignore[arg-type]
     tensors = _SavedTensors(folder)
     if str(target_dtype) == f"torch.{description.dtype}":
-        _restore(model, tensors)
+        _restore(model, tensors, target_dtype)
     qs = QuantSpecModel(model, config, source=tensors.int4)
     # A note's wording may change between versions.
     made, expected = ({replace(report, note="") for report in reports} for reports in (qs.linears, description.linears))
@@ -136,17 +136,20 @@ def _versions(description: Description) -> str:
     return ", ".join(f"{package} {version}" for package, version in description.versions.items())
 
 
-def _restore(model: PreTrainedModel, tensors: _SavedTensors) -> None:
-    """Give the model the saved tensors that transformers computed anew or cast."""
+def _restore(model: PreTrainedModel, tensors: _SavedTensors, dtype: torch.dtype) -> None:
+    """Undo what transformers did on loading: buffers computed anew, parameters cast from or to float32."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for key in tensors.names(MODEL_PREFIX):
-        tensor = own.get(key.removeprefix(MODEL_PREFIX))
+        tensor = own.pop(key.removeprefix(MODEL_PREFIX), None)
         saved = tensors.get(key)
         if tensor is None or tensor.shape != saved.shape:
             raise SavedModelError(
                 f"'{key}' of '{tensors.folder}' has no place in {type(model).__name__}; {_CONVERT_AGAIN}"
             )
         tensor.data = saved.to(tensor.device, copy=True)
+    for tensor in own.values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 class _SavedTensors:

@@ -20,13 +20,13 @@ class AttentionShape(Protocol):
     """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
 
     @property
-    def kv_heads(self) -> int: ...  # noqa: D102
+    def kv_heads(self) -> int: ...
     @property
-    def key_dim(self) -> int: ...  # noqa: D102
+    def key_dim(self) -> int: ...
     @property
-    def value_dim(self) -> int: ...  # noqa: D102
+    def value_dim(self) -> int: ...
     @property
-    def window(self) -> int: ...  # noqa: D102
+    def window(self) -> int: ...
 
 
 def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:

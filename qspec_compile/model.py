@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -22,11 +22,15 @@ from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
+from .pictures import plot
 from .saving import save_pretrained
 from .scores import graph_key
 from .self_check import self_check
 from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
 from .stats import GenerationStats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PREFILL_STEP = 1024
 
@@ -258,6 +262,24 @@ class QuantSpecModel:
             SavedModelError: the folder holds anything else, cannot be written to, or has too little room.
         """
         save_pretrained(self, directory, max_shard_size)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the latest ``generate`` call: acceptance, where a cycle's time goes, and the cache's memory.
+
+        A cycle is timed for it, see :func:`quantspec.cycle_times.cycle_times`; single pictures, also without a model,
+        are in :mod:`quantspec.pictures`. Needs matplotlib (``pip install 'quantspec[plot]'``).
+
+        Args:
+            path: file to write, ``.png``, ``.svg`` or ``.pdf``, if not None.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ValueError: nothing has been generated, or ``path`` cannot be written.
+            ImportError: matplotlib is missing.
+        """
+        return plot(self, path)
 
     def __repr__(self) -> str:
         left = [r for r in self.linears if r.group_size is None]
