@@ -4,8 +4,9 @@ from importlib.metadata import version
 
 from .cache import CacheFullError
 from .config import QuantSpecConfig
-from .errors import SelfCheckError, UnsupportedModelError
+from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
 from .generate import GenerateOutput
+from .loading import from_pretrained
 from .model import QuantSpecModel, convert
 from .stats import GenerationStats
 
@@ -17,8 +18,10 @@ __all__ = [
     "GenerationStats",
     "QuantSpecConfig",
     "QuantSpecModel",
+    "SavedModelError",
     "SelfCheckError",
     "UnsupportedModelError",
     "__version__",
     "convert",
+    "from_pretrained",
 ]
