@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from quantspec.cache import HierarchicalCache
 from quantspec.capture import CapturedLayer
+from quantspec.memory import expected_memory, full_precision_bytes
 
 HERE = Path(__file__).resolve().parent
 
@@ -228,23 +227,17 @@ def cycle() -> Figure:
     return figure
 
 
-def llama_3_8b() -> tuple[CapturedLayer, ...]:
-    """The attention layers of a Llama-3.1-8B: 32 of 8 key/value heads of 128 channels."""
-    return (CapturedLayer("", 32, 8, 128, 128, 0, 0.0, False),) * 32
-
-
 def memory() -> Figure:
-    """Bytes of the cache against context, as allocated."""
+    """Bytes of the cache against context."""
+    # Llama-3.1-8B: 32 layers of 8 key/value heads of 128 channels.
+    layers = (CapturedLayer("", 32, 8, 128, 128, 0, 0.0, False),) * 32
     contexts = [2**n for n in range(10, 18)]
     gib = {"bfloat16": [], "INT8 and INT4, one copy each": [], "hierarchical": [], "what a draft step reads": []}
     for tokens in contexts:
-        # Tensors on the meta device have sizes and no storage.
-        allocated = HierarchicalCache(llama_3_8b(), 1, 128, 4, tokens, torch.bfloat16, torch.device("meta"))
-        allocated.reserve(tokens)
-        parts = allocated.bytes_by_part()
+        parts = expected_memory(layers, tokens)
         total = sum(parts.values())
         draft = total - parts["lower"]
-        dense = 2 * 32 * 8 * 128 * torch.bfloat16.itemsize * tokens
+        dense = full_precision_bytes(layers, tokens)
         for name, size in zip(gib, (dense, total + draft - parts["recent"], total, draft), strict=True):
             gib[name].append(size / 2**30)
     figure = Figure(figsize=(9, 4.6), facecolor=PAPER, layout="constrained")
