@@ -7,14 +7,18 @@ models (``doc_blocks.py``), so that a page reads as its reader would write it an
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import io
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -70,13 +74,41 @@ def commands(text: str) -> list[str]:
 
 
 def run_command(line: str) -> None:
-    """Check one shell line; a command that nobody here knows is an error."""
-    words = shlex.split(line, comments=True)
+    """Run or check one shell line, in which ``echo`` and ``cat`` may feed the command and ``>`` takes its output.
+
+    A command that nobody here knows is an error.
+    """
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|>")
+    lexer.whitespace_split = True
+    words = list(lexer)
+    printed, fed = io.StringIO(), ""
+    if "|" in words:
+        pipe = words.index("|")
+        fed, words = _fed_text(words[:pipe]), words[pipe + 1 :]
+    target = None
+    if words[-2:-1] == [">"]:
+        *words, _, target = words
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
-    check = COMMANDS.get(words[0])
-    assert check is not None, f"no test knows the command {words[0]!r} of: {line}"
-    check(words[1:])
+    run = COMMANDS.get(words[0])
+    assert run is not None, f"no test knows the command {words[0]!r} of: {line}"
+    with mock.patch.object(sys, "stdin", io.StringIO(fed)), contextlib.redirect_stdout(printed):
+        run(words[1:])
+    print(printed.getvalue())
+    if target is not None:
+        Path(target).write_text(printed.getvalue())
+
+
+def _fed_text(words: list[str]) -> str:
+    """What ``echo TEXT`` or ``cat FILE`` prints."""
+    assert words[0] in ("echo", "cat"), words
+    return " ".join(words[1:]) + "\n" if words[0] == "echo" else Path(words[1]).read_text()
+
+
+def _quantspec(words: list[str]) -> None:
+    """The command line itself, in this process."""
+    with warnings.catch_warnings():
+        assert importlib.import_module("quantspec.cli").main(words) == 0, f"quantspec {' '.join(words)}"
 
 
 def _make(words: list[str]) -> None:
@@ -113,6 +145,7 @@ def _exists(name: str) -> Callable[[list[str]], None]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quantspec": _quantspec,
     "make": _make,
     "pip": _pip,
     "python": _python,
