@@ -78,6 +78,8 @@ def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes
 def _seconds(qs: QuantSpecModel, call: Callable[[], object]) -> float:
     """Median duration of ``call``."""
     if qs.graphs_cycles(LogitsProcessorList()):
+        # It measures on a stream of its own.
+        torch.cuda.synchronize(qs.device)
         return do_bench_cudagraph(call, return_mode="median") / 1000
 
     def finished() -> None:

@@ -72,9 +72,9 @@ def plot_acceptance_by_position(stats: GenerationStats, axes: Axes | None = None
     if not stats.drafted:
         return _nothing_drafted(axes)
     bars = axes.bar(range(1, len(rates) + 1), rates, width=0.7, color=_DRAFT)
-    axes.bar_label(bars, ["" if rate != rate else f"{rate:.2f}" for rate in rates], padding=2, color=_INK)
-    axes.set(xlabel="draft token", ylabel="accepted", ylim=(0, 1.08), xticks=range(1, len(rates) + 1))
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    axes.bar_label(bars, ["" if rate != rate else f"{rate:.0%}" for rate in rates], padding=2, color=_INK)
+    axes.set(xlabel="draft token", xticks=range(1, len(rates) + 1))
+    _rate_axis(axes)
     _note(axes, f"{stats.mean_acceptance_length:.2f} tokens a cycle")
     return axes
 
@@ -95,13 +95,13 @@ def plot_acceptance_over_time(stats: GenerationStats, axes: Axes | None = None) 
     if len(history) <= 2 * _POINTS:
         rates = [accepted / drafted for _, accepted, drafted in history]
         axes.plot(cycles, rates, ".", color=_TARGET, alpha=0.6, markersize=5, label="one cycle", clip_on=False)
-    window = max(_MINIMUM_WINDOW, len(history) // 40)
+    window = max(_MINIMUM_WINDOW, len(history) // 10)
     means = running_rate([(accepted, drafted) for _, accepted, drafted in history], window)
     step = max(1, len(history) // _POINTS)
     axes.plot(cycles[::step], means[::step], color=_DRAFT, linewidth=2, label=f"mean of {window} cycles")
-    axes.set(xlabel="cycle", ylim=(0, 1.08), xlim=(0, cycles[-1] + 1))
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    axes.legend(loc="lower right", frameon=False)
+    axes.set(xlabel="cycle", xlim=(0, cycles[-1] + 1))
+    _rate_axis(axes)
+    axes.legend(loc="upper right", ncols=2, frameon=False)
     _note(axes, f"{stats.draft_acceptance_rate:.0%} of {stats.drafted:,} drafted tokens")
     return axes
 
@@ -119,13 +119,13 @@ def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
     """Where one cycle's time goes, as one bar: each draft step, the verification, the rest."""
     axes = _prepared(axes, "One cycle")
     axes.spines["left"].set_visible(False)
-    axes.set(xlabel="milliseconds", ylim=(-1, 1), yticks=[])
+    axes.set(xlabel="milliseconds", ylim=(-0.8, 0.8), yticks=[])
     start = 0.0
-    steps = [times.draft / times.num_drafts * 1000] * times.num_drafts
-    for length in steps:
+    for _ in range(times.num_drafts):
+        length = times.draft / times.num_drafts * 1000
         axes.barh(0, length, left=start, height=0.6, color=_DRAFT, edgecolor="white")
         start += length
-    if steps:
+    if times.num_drafts:
         _bracket(axes, 0, start, f"{times.num_drafts} draft steps\n{start:.3g} ms", _DRAFT)
     for seconds, color, name in ((times.verify, _TARGET, "verify"), (times.rest, _REST, "rest")):
         length = seconds * 1000
@@ -186,14 +186,23 @@ def plot_memory(
     axes.plot(contexts, [size / divisor for size in full], color=_INK, linewidth=2, label=f"{name} cache")
     axes.plot(contexts, [size / divisor for size in int8], color=_INK, linestyle=(0, (4, 3)), label="INT8, no draft")
     axes.set(xlabel="tokens per sequence", ylabel=unit, xlim=(0, max_context), ylim=(0, None))
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}")
+    # Eight parts at most, each a power of two of tokens.
+    spacing = 1 << max(0, (max_context - 1).bit_length() - 3)
+    axes.set_xticks(range(0, max_context + 1, spacing))
+    axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(int(tokens)))
     if context is not None:
-        axes.axvline(context, color=_INK, linewidth=1, linestyle=":")
+        height = full_precision_bytes(layers, context, batch_size, dtype) / divisor
+        axes.plot([context, context], [0, height], color=_INK, linewidth=1, linestyle=":")
+        axes.annotate("now", (context, height), xytext=(-2, 4), textcoords="offset points", ha="right", color=_INK)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False)
     total = sum(plans[-1].values())
-    _note(axes, f"{total / divisor:.3g} of {full[-1] / divisor:.3g} {unit} at {max_context:,} tokens")
+    _note(axes, f"{total / divisor:.3g} {unit} instead of {full[-1] / divisor:.3g} at {_tokens(max_context)} tokens")
     return axes
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
 
 
 def _new_figure(size: tuple[float, float]) -> Figure:
@@ -225,6 +234,12 @@ def _prepared(axes: Axes | None, title: str) -> Axes:
 
 def _note(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="right", fontsize="medium", color=_INK)
+
+
+def _rate_axis(axes: Axes) -> None:
+    """The y axis as a share of what was drafted, with room above for labels."""
+    axes.set(ylabel="accepted", ylim=(0, 1.18))
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
 
 
 def _nothing_drafted(axes: Axes) -> Axes:

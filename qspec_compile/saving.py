@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +49,8 @@ def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_s
     with staging as name:
         written = Path(name)
         _check_space(qs, folder)
-        qs.model.save_pretrained(written, max_shard_size=max_shard_size)
+        with _as_dense(qs.model):
+            qs.model.save_pretrained(written, max_shard_size=max_shard_size)
         save_torch_state_dict(_tensors(qs), written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
         Description(
             format_version=FORMAT_VERSION,
@@ -83,6 +86,23 @@ def _check_space(qs: QuantSpecModel, folder: Path) -> None:
         raise SavedModelError(
             f"cannot save to '{folder}': about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free"
         )
+
+
+@contextlib.contextmanager
+def _as_dense(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save what it has dequantized on loading (a GGUF file): it refuses, but the weights are dense."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    description = model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer = quantizer
+        model.config.quantization_config = description
 
 
 def _tensors(qs: QuantSpecModel) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from conftest import GROUP
 from step_by_step import random_prompt
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 import quantspec
 from quantspec import QuantSpecModel, SavedModelError, SelfCheckError, loading, saving
@@ -182,6 +183,17 @@ def test_new_process(saved, qs):
     assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="run on a machine with a CUDA GPU")
+def test_between_devices(saved, qs, tmp_path):
+    """A GPU's layout is saved as the CPU's is, and loads on either."""
+    on_gpu = quantspec.from_pretrained(saved, device="cuda")
+    assert on_gpu.device.type == "cuda"
+    on_gpu.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "quantspec.safetensors"):
+        assert (tmp_path / name).is_file()
+    assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
+
+
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +222,21 @@ def test_int4_files_take_half_a_byte_a_weight(saved, qs):
     codes = sum(report.in_features * report.out_features // 2 for report in quantized)
     scales = sum(4 * report.in_features // report.group_size * report.out_features for report in quantized)
     assert codes + scales < size < codes + scales + 2_000 * len(files)
+
+
+def test_model_that_transformers_dequantized(qs, tmp_path, monkeypatch):
+    """A model read from GGUF is dense, and saved as such although transformers would refuse; it stays as it was."""
+    quantizer = GgufHfQuantizer(GgufConfig(dequantize=True))
+    monkeypatch.setattr(qs.model, "hf_quantizer", quantizer, raising=False)
+    monkeypatch.setattr(qs.model.config, "quantization_config", quantizer.quantization_config, raising=False)
+    with pytest.raises(ValueError, match="not serializable"):
+        qs.model.save_pretrained(tmp_path / "theirs")
+    qs.save_pretrained(tmp_path / "ours")
+    assert qs.model.hf_quantizer is quantizer
+    assert qs.model.config.quantization_config is quantizer.quantization_config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert_equal(dict(qs.model.named_parameters()), dict(model.named_parameters()))
+    assert not hasattr(model.config, "quantization_config")
 
 
 # --- options on loading ----------------------------------------------------------------------------------------------
