@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import Role
-
 from .cache import HierarchicalCache, check_cache_len
 from .config import ALIASES, check_num_speculative_tokens
 from .cycle import Cycle, CycleResult, GraphedCycle
+from .prefill import prefill
 from .progress import Progress
 from .sampling import sample
 from .scores import ScoreProcessor
@@ -389,30 +387,9 @@ class SpeculativeLoop:
         self._judge()
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
-        """Cache what is new of the prompts, chunk by chunk; emits and returns the first token of each, ``(B,)``."""
+        """Cache what is new of the prompts; emits and returns the first token of each, ``(B,)``."""
         start = self._now()
-        cached = self.cache.length.tolist()
-        new = [prompt[count:] for prompt, count in zip(prompts, cached, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
-        lens = torch.tensor([len(row) for row in new], device=ids.device)
-        tokens = ids.shape[1]
-        chunk = self.qs.prefill_chunk(*ids.shape)
-        logits = None
-        hidden = None if chunk < tokens else True
-        with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
-            for first in range(0, tokens, chunk):
-                part = ids[:, first : first + chunk]
-                positions = self.cache.length[:, None] + torch.arange(part.shape[1], device=ids.device)
-                num_new = (lens - first).clamp(0, part.shape[1])
-                last = (lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
-                inputs = (part, positions.clamp(max=self.cache.max_len - 1), last)
-                state = (self.cache.quantized_len, self.cache.length, num_new)
-                scored = self.qs.forward(Role.PREFILL, *inputs, *state, cache=self.cache)
-                self.cache.advance_prefill(num_new)
-                # The last token of a shorter prompt lies in an earlier chunk.
-                logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
-                bar.update(part.shape[1])
-        assert logits is not None
+        logits = prefill(self.qs, self.cache, prompts)
         self.stats.prefill_seconds = self._now() - start
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
