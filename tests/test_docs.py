@@ -224,7 +224,7 @@ def test_troubleshooting_has_every_message():
     assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
 
 
-@pytest.mark.parametrize("name", ["quantspec", "quantspec.passes", "quantspec.kernels"])
+@pytest.mark.parametrize("name", ["quantspec", "quantspec.passes", "quantspec.kernels", "quantspec.evals"])
 def test_reference_has_every_public_name(name):
     page = (ROOT / "docs" / "reference" / f"{name.split('.')[-1]}.md").read_text()
     shown = {entry.split(".")[-1] for entry in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
