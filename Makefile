@@ -43,7 +43,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy qspec_compile passes kernels evals
 
 docs: $(VENV)/installed
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 figures: $(VENV)/installed
 	$(BIN)/python docs/figures.py
