@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import Int4Source, LinearReport, Role, cache_parts
+from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
 from .capture import capture
@@ -24,6 +24,7 @@ from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
 from .pictures import plot
 from .saving import save_pretrained
+from .regions import compile_graph
 from .scores import graph_key
 from .self_check import self_check
 from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
@@ -69,8 +70,8 @@ class QuantSpecModel:
         self._graphed_storage: tuple[int, int] | None = None
         self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
-            Role.TARGET: _compiled(self.target, Role.TARGET) if compiles else self.target.forward,
-            Role.DRAFT: _compiled(self.draft, Role.DRAFT) if compiles else self.draft.forward,
+            Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
+            Role.DRAFT: compile_graph(self.draft) if compiles else self.draft.forward,
             # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
             Role.PREFILL: self.prefill.forward,
         }
@@ -302,27 +303,6 @@ def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
     """Number of tokens that both begin with."""
     shorter = min(len(text), len(prompt))
     return (text[:shorter] == prompt[:shorter]).long().cumprod(0).sum()
-
-
-def _compiled(graph_module: fx.GraphModule, role: Role) -> Callable[..., Tensor]:
-    """The graph under torch.compile, not compiled again when the cache grows or when T changes from 2 or more.
-
-    Only those sizes are symbols: with all of them compilation takes twice as long.
-    """
-    # torch.compile refuses an exported GraphModule object, but takes its forward.
-    compiled = torch.compile(graph_module.forward)
-    parts = cache_parts(role)
-
-    def call(*inputs: Tensor) -> Tensor:
-        split = len(inputs) % len(parts)
-        for tensor in inputs[:3]:
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for index, tensor in enumerate(inputs[split:]):
-            if not parts[index % len(parts)].endswith("recent"):
-                torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        return compiled(*inputs)
-
-    return call
 
 
 def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
