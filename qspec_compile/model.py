@@ -23,8 +23,8 @@ from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
 from .pictures import plot
-from .saving import save_pretrained
 from .regions import compile_graph
+from .saving import save_pretrained
 from .scores import graph_key
 from .self_check import self_check
 from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
