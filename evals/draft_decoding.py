@@ -39,7 +39,9 @@ def decode_with_draft(
     Returns:
         ``(B, S + new)`` ids.
     """
-    mask = model_kwargs["attention_mask"].bool()
+    attention_mask = model_kwargs.get("attention_mask")
+    # Newer versions of transformers make none where nothing is padded.
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [ids[keep] for ids, keep in zip(input_ids, mask, strict=True)]
     new_tokens = cast(int, generation_config.max_length) - input_ids.shape[1]
     cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], new_tokens).restored()
