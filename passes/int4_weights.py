@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +14,8 @@ from quantspec.kernels.int4_linear import pack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
+
+_LOGGER = logging.getLogger(__name__)
 
 GROUP_SIZES = (32, 64, 128, 256)
 _ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
@@ -113,7 +116,8 @@ class QuantizeWeights(PassBase):
             if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
                 plans.append((node, weight, transposed))
         modified = False
-        for node, weight, transposed in plans:
+        for index, (node, weight, transposed) in enumerate(plans):
+            _LOGGER.info("quantizing to INT4", extra={"done": index, "total": len(plans)})
             tensor = get_tensor(graph_module, weight)
             tensor = tensor.transpose(-1, -2) if transposed else tensor
             name = str(weight.target).removeprefix("model.").removesuffix(".weight")

@@ -1,11 +1,17 @@
 """quantspec: quantized self-speculative decoding for any Hugging Face decoder (QuantSpec, arXiv 2502.10424)."""
 
-from .cache import CacheFullError
-from .config import QuantSpecConfig
-from .errors import SelfCheckError, UnsupportedModelError
-from .generate import GenerateOutput
-from .model import QuantSpecModel, convert
-from .stats import GenerationStats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import CacheFullError
+    from .config import QuantSpecConfig
+    from .errors import SelfCheckError, UnsupportedModelError
+    from .generate import GenerateOutput
+    from .model import QuantSpecModel, convert
+    from .stats import GenerationStats
 
 __version__ = "0.1.0"
 
@@ -20,3 +26,25 @@ __all__ = [
     "__version__",
     "convert",
 ]
+
+# Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
+_MODULES = {
+    "CacheFullError": "cache",
+    "GenerateOutput": "generate",
+    "GenerationStats": "stats",
+    "QuantSpecConfig": "config",
+    "QuantSpecModel": "model",
+    "SelfCheckError": "errors",
+    "UnsupportedModelError": "errors",
+    "convert": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
