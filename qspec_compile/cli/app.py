@@ -14,8 +14,8 @@ import typer
 
 from quantspec import __version__
 
-from .console import quiet_libraries, stderr
-from .errors import describe
+from .console import quiet_libraries
+from .errors import print_error
 from .options import expand_options
 
 _DEBUG = "--debug"
@@ -71,6 +71,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, hint = describe(error)
-        stderr().print(f"[bold red]error:[/] {message}{f' [dim]({hint})[/]' if hint else ''}", soft_wrap=True)
+        print_error(error)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.markup import escape
 
+from .console import stderr
+
 # Expected errors, whose message speaks for itself; any other shows its type too.
 _PLAIN = (ValueError, TypeError, OSError, ImportError)
 
@@ -44,3 +46,9 @@ def describe(error: Exception) -> tuple[str, str]:
     if not hint and not isinstance(error, CommandError):
         hint = "--debug shows where"
     return escape(message), escape(hint)
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr."""
+    message, hint = describe(error)
+    stderr().print(f"[bold red]error:[/] {message}{f' [dim]({hint})[/]' if hint else ''}", soft_wrap=True)

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import stderr, working
+from .console import working
 from .errors import CommandError
 from .options import Dtype, ModelOptions, RunOptions
 
@@ -96,7 +96,14 @@ def load_config(source: Source) -> PreTrainedConfig:
     """The model's configuration alone."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source.name, **source.arguments)
+    try:
+        return AutoConfig.from_pretrained(source.name, **source.arguments)
+    except OSError as error:
+        if source.kind is not Kind.HUB:
+            raise
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        hint = "check the name and the network, or give a local folder"
+        raise CommandError(f"cannot load '{source.name}' from the Hub: {reason}", hint) from error
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -149,10 +156,8 @@ def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, Pre
         import quantspec
 
         config = quantspec.QuantSpecConfig.from_options(None, options)
-    stderr_is_terminal = stderr().is_terminal
-    if stderr_is_terminal:
-        # transformers draws the bars of downloading and loading.
-        stderr().print(f"[dim]loading {model.model}[/]")
+    # The cheapest thing that can be missing, first; transformers draws the bars of downloading and loading itself.
+    load_config(source)
     tokenizer = load_tokenizer(source)
     loaded = load_model(source, model.dtype, device)
     with working("converting"):
