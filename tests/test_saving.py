@@ -351,6 +351,8 @@ def test_damaged_description(copy, content):
         {"linears": [{"name": "x"}]},
         {"files": {"../config.json": {"bytes": 1, "sha256": ""}}},
         {"files": ["config.json"]},
+        {"dtype": "int7"},
+        {"versions": None},
         {"surprise": 1},
     ],
     ids=str,
