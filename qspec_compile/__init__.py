@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import CacheFullError
     from .config import QuantSpecConfig
-    from .errors import SelfCheckError, UnsupportedModelError
+    from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
     from .generate import GenerateOutput
+    from .loading import from_pretrained
     from .model import QuantSpecModel, convert
     from .stats import GenerationStats
 
@@ -21,10 +22,12 @@ __all__ = [
     "GenerationStats",
     "QuantSpecConfig",
     "QuantSpecModel",
+    "SavedModelError",
     "SelfCheckError",
     "UnsupportedModelError",
     "__version__",
     "convert",
+    "from_pretrained",
 ]
 
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
@@ -34,9 +37,11 @@ _MODULES = {
     "GenerationStats": "stats",
     "QuantSpecConfig": "config",
     "QuantSpecModel": "model",
+    "SavedModelError": "errors",
     "SelfCheckError": "errors",
     "UnsupportedModelError": "errors",
     "convert": "model",
+    "from_pretrained": "loading",
 }
 
 

@@ -378,14 +378,13 @@ class SpeculativeLoop:
             raise FloatingPointError(_NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
-        self.stats.record_cycle(len(result.drafts[0]), accepted)
         self.stats.flushes += result.flushed
         for row, count in enumerate(result.accepted):
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
         seconds = self._now() - start
-        self.stats.decode_seconds += seconds
+        self.stats.record_cycle(len(result.drafts[0]), accepted, seconds)
         draft_count.record(len(result.drafts[0]), accepted, seconds)
         self._judge()
 

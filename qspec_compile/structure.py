@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from quantspec.passes import LinearReport, QuantizeWeights, RemoveNoOps, WeightQuantizer
 from quantspec.passes.graph import clone
 
-from .cache import HierarchicalCache
 from .capture import CapturedLayer, capture
 from .config import QuantSpecConfig
 from .pair import run_passes
@@ -44,22 +43,6 @@ class Structure:
     linears: tuple[LinearSize, ...]
     weight_bytes: dict[str, int]
     max_len: int | None
-
-    def cache_bytes(self, config: QuantSpecConfig, num_tokens: int, batch_size: int) -> dict[str, int]:
-        """Bytes by part of a cache that has room for ``num_tokens`` tokens of each of ``batch_size`` sequences."""
-        gamma = config.num_speculative_tokens
-        drafts = gamma if isinstance(gamma, int) else QuantSpecConfig.num_speculative_tokens
-        assert isinstance(drafts, int)
-        meta = torch.device("meta")
-        sizes = (batch_size, config.kv_group_size, drafts, num_tokens, self.dtype, meta)
-        cache = HierarchicalCache(self.layers, *sizes)
-        cache.reserve(num_tokens)
-        return cache.bytes_by_part()
-
-    def dense_cache_bytes(self, num_tokens: int, batch_size: int) -> int:
-        """Bytes of keys and values of as many tokens in ``dtype``, all layers in full."""
-        dims = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
-        return dims * num_tokens * batch_size * self.dtype.itemsize
 
 
 def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torch.dtype | None = None) -> Structure:

@@ -59,9 +59,21 @@ def command(
 
 def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, batch_size: int) -> dict[str, Any]:
     """All facts, JSON-ready; bytes everywhere."""
-    cache = structure.cache_bytes(options, num_tokens, batch_size)
+    from quantspec.memory import expected_memory, full_precision_bytes
+    from quantspec.speculation import AutoDraftCount
+
+    gamma = options.num_speculative_tokens
+    cache = expected_memory(
+        structure.layers,
+        num_tokens,
+        batch_size,
+        kv_group_size=options.kv_group_size,
+        num_speculative_tokens=gamma if isinstance(gamma, int) else AutoDraftCount().most,
+        dtype=structure.dtype,
+        max_cache_len=options.max_cache_len or structure.max_len,
+    )
     weights = structure.weight_bytes
-    dense = structure.dense_cache_bytes(num_tokens, batch_size)
+    dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype)
     return {
         "model": structure.model_type,
         "dtype": str(structure.dtype).removeprefix("torch."),

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from quantspec import QuantSpecModel
 
 _PAIR_CONFIG = "quantspec_config.json"
-# Given to a saved pair, these would have to change its weights.
-_RUNTIME_OPTIONS = {"num_speculative_tokens"}
 
 
 class Kind(Enum):
@@ -151,7 +149,7 @@ def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, Pre
     device = find_device(run.device)
     options = {**model.conversion(), **run.conversion()}
     if source.kind is Kind.PAIR:
-        return _load_saved_pair(source, model, device, options)
+        return _load_saved_pair(source, model.dtype, device, options)
     with working("importing"):
         import quantspec
 
@@ -165,16 +163,11 @@ def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, Pre
 
 
 def _load_saved_pair(
-    source: Source, model: ModelOptions, device: torch.device, options: dict[str, Any]
+    source: Source, dtype: Dtype, device: torch.device, options: dict[str, Any]
 ) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
-    fixed = sorted(set(options) - _RUNTIME_OPTIONS)
-    if model.dtype is not Dtype.AUTO:
-        fixed.insert(0, "dtype")
-    if fixed:
-        names = ", ".join("--" + name.replace("_", "-") for name in fixed)
-        raise CommandError(f"{names}: '{source.name}' is a saved pair, converted already", "convert the model again")
     import quantspec
 
     tokenizer = load_tokenizer(source)
+    name = None if dtype is Dtype.AUTO else dtype.value
     with working("loading"):
-        return quantspec.from_pretrained(source.name, device=device), tokenizer
+        return quantspec.from_pretrained(source.name, device=device, dtype=name, **options), tokenizer
