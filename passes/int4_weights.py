@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +15,8 @@ from quantspec.kernels.int4_linear import pack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
+
+_LOGGER = logging.getLogger(__name__)
 
 GROUP_SIZES = (32, 64, 128, 256)
 # Node metadata: names and rows of the linears whose INT4 weights a call holds, in the order of their rows.
@@ -128,7 +131,8 @@ class QuantizeWeights(PassBase):
             if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
                 plans.append((node, weight, transposed))
         modified = False
-        for node, weight, transposed in plans:
+        for index, (node, weight, transposed) in enumerate(plans):
+            _LOGGER.info("quantizing to INT4", extra={"done": index, "total": len(plans)})
             tensor = get_tensor(graph_module, weight)
             tensor = tensor.transpose(-1, -2) if transposed else tensor
             name = str(weight.target).removeprefix("model.").removesuffix(".weight")

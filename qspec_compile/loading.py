@@ -114,7 +114,8 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 
 def _load_model(folder: Path, description: Description, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     # What is no causal language model by name (multimodal ones) has a class of its own.
-    loader: Any = getattr(transformers, description.model_class, AutoModelForCausalLM)
+    named: Any = getattr(transformers, description.model_class, None)
+    loader: Any = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModelForCausalLM
     model, problems = loader.from_pretrained(
         folder,
         dtype=dtype,

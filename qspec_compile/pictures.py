@@ -126,11 +126,11 @@ def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
         axes.barh(0, length, left=start, height=0.6, color=_DRAFT, edgecolor="white")
         start += length
     if times.num_drafts:
-        _bracket(axes, 0, start, f"{times.num_drafts} draft steps\n{start:.3g} ms", _DRAFT)
+        _label(axes, 0, start, f"{times.num_drafts} draft steps\n{start:.3g} ms")
     for seconds, color, name in ((times.verify, _TARGET, "verify"), (times.rest, _REST, "rest")):
         length = seconds * 1000
         axes.barh(0, length, left=start, height=0.6, color=color, edgecolor="white")
-        _bracket(axes, start, start + length, f"{name}\n{length:.3g} ms", color, below=name == "rest")
+        _label(axes, start, start + length, f"{name}\n{length:.3g} ms", below=name == "rest")
         start += length
     axes.set_xlim(0, start)
     _note(axes, f"{start:.3g} ms after {times.context:,} tokens")
@@ -248,11 +248,11 @@ def _nothing_drafted(axes: Axes) -> Axes:
     return axes
 
 
-def _bracket(axes: Axes, start: float, end: float, text: str, color: str, below: bool = False) -> None:
-    """``text`` over or under the middle of a part of the bar."""
+def _label(axes: Axes, start: float, end: float, text: str, below: bool = False) -> None:
+    """``text`` over the middle of a part of the bar, or below its end."""
     axes.annotate(
         text,
-        ((start + end) / 2, -0.32 if below else 0.32),
+        (end, -0.32) if below else ((start + end) / 2, 0.32),
         xytext=(0, -6 if below else 6),
         textcoords="offset points",
         ha="right" if below else "center",

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from quantspec.passes import LinearReport
 
+from .capture import DTYPES
 from .config import QuantSpecConfig
 from .errors import SavedModelError
 
@@ -114,6 +115,9 @@ class Description:
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError(f"its entries must be {', '.join(sorted(known))}")
+        if values["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
+            raise ValueError(f"{values['dtype']!r} is no dtype of a model")
+        values["versions"] = {str(package): str(version) for package, version in values["versions"].items()}
         files = {}
         for name, entry in values["files"].items():
             # A name must not lead out of the folder.

@@ -77,7 +77,13 @@ def _files_to_replace(folder: Path) -> list[str]:
             f"cannot save to '{folder}': it holds {found}, and no model saved by quantspec; choose an empty folder "
             "(a tokenizer is saved to it afterwards)"
         )
-    return [DESCRIPTION_FILE, *Description.read(folder).files]
+    try:
+        return [DESCRIPTION_FILE, *Description.read(folder).files]
+    except SavedModelError as error:
+        raise SavedModelError(
+            f"cannot save to '{folder}': which files its earlier save consists of cannot be read; choose an empty "
+            "folder"
+        ) from error
 
 
 def _check_space(qs: QuantSpecModel, folder: Path) -> None:

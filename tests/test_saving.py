@@ -352,6 +352,8 @@ def test_damaged_description(copy, content):
         {"linears": [{"name": "x"}]},
         {"files": {"../config.json": {"bytes": 1, "sha256": ""}}},
         {"files": ["config.json"]},
+        {"dtype": "int7"},
+        {"versions": None},
         {"surprise": 1},
     ],
     ids=str,
@@ -399,6 +401,25 @@ def test_saving_to_a_foreign_folder(qs, tmp_path):
         qs.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_saving_over_a_damaged_save(copy, qs):
+    """It is not known which files are its own, so none is touched."""
+    before = files_of(copy)
+    edit_description(copy, format_version=2)
+    with pytest.raises(SavedModelError, match="earlier save consists of cannot be read; choose an empty folder"):
+        qs.save_pretrained(copy)
+    assert files_of(copy) == before
+
+
+def test_saving_after_a_process_was_killed(qs, tmp_path):
+    """What it left behind is no foreign file, and goes."""
+    (tmp_path / ".quantspec-saving-abc").mkdir()
+    (tmp_path / ".quantspec-saving-abc" / "model.safetensors").write_text("half of it")
+    with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
+        quantspec.from_pretrained(tmp_path)
+    qs.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
 def test_saving_to_a_file(qs, tmp_path):
