@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cache_changes import change_cache_after_prefill
 from conftest import GROUP
 from step_by_step import random_prompt
-from torch import Tensor
 
 from quantspec import CacheFullError, QuantSpecModel
-from quantspec.cache import HierarchicalCache
-from quantspec.evals.scoring import MAX_BLOCK, forced_text, score_continuations
+from quantspec.evals.scoring import MAX_BLOCK, forced_text, score_continuations, sequences_that_fit
 from quantspec.passes import Role
 
 TEXT = random_prompt(12 * GROUP)
@@ -28,18 +27,6 @@ def dense_log_probability(qs: QuantSpecModel, context: list[int], continuation: 
     with torch.no_grad():
         logits = qs.model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(continuation)[:, None]).sum().item()
-
-
-def change_cache_after_prefill(monkeypatch: pytest.MonkeyPatch, part: str, change) -> None:
-    """From now on, ``change`` is applied to a part of the first layer's cache whenever a prompt is prefilled."""
-    advance = HierarchicalCache.advance_prefill
-
-    def advance_and_change(cache: HierarchicalCache, num_new: Tensor) -> None:
-        advance(cache, num_new)
-        tensor = getattr(cache.layers[0], part)
-        tensor.copy_(change(tensor))
-
-    monkeypatch.setattr(HierarchicalCache, "advance_prefill", advance_and_change)
 
 
 @pytest.mark.parametrize("length", [1, 2, GROUP, 2 * GROUP - 4])
@@ -115,3 +102,12 @@ def test_a_continuation_of_one_token_is_read_through_the_cache_too(qs, monkeypat
 def test_more_text_than_the_cache_holds_is_refused(qs):
     with pytest.raises(CacheFullError, match="max_cache_len=512"):
         score_one(qs, random_prompt(512), [5, 6, 7])
+
+
+def test_as_many_sequences_as_fit_the_memory(qs):
+    room = 2**24
+    fitting = sequences_that_fit(qs, 500, room)
+    cache = qs.new_cache(fitting, MAX_BLOCK - 1)
+    cache.reserve(500)
+    assert room / 2 < sum(cache.bytes_by_part().values()) < room
+    assert sequences_that_fit(qs, 50, room) > fitting
