@@ -21,7 +21,7 @@ from quantspec.evals.parity import ParityOptions, parity
 
 from .common import RESULTS
 
-OFFLINE_TASKS = ("reference_choice", "reference_cloze", "reference_perplexity")
+OFFLINE_TASKS = ("reference_choice", "reference_cloze", "reference_cloze@6000", "reference_perplexity")
 NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")
 NEEDLE_LENGTHS = (1024, 2048, 4096, 8192)
 

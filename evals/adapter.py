@@ -24,7 +24,7 @@ from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
 from quantspec.config import check_num_speculative_tokens
 
 from .roles import EvalRole, decoding_method
-from .scoring import MAX_BLOCK, Score, score_continuations
+from .scoring import Score, score_continuations, sequences_that_fit
 
 _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)) - {"adapted_group_sizes"}
 # A request of lm-eval: the texts (None for a window of a rolling one), context and continuation as token ids.
@@ -123,12 +123,9 @@ class QuantSpecLM(HFLM):
         if self.qs.device.type != "cuda":
             return 1
         longest = max((len(context) + len(tokens) for _, context, tokens in requests or ()), default=self.max_length)
-        cache = self.qs.new_cache(1, MAX_BLOCK - 1)
-        cache.reserve(min(longest, self.max_length))
-        # Logits, their log-softmax and one temporary, in float32.
-        each = sum(cache.bytes_by_part().values()) + 3 * 4 * MAX_BLOCK * self.qs.vocab_size
         free = torch.cuda.mem_get_info(self.qs.device)[0]
-        return int(min(max(1, free // 2 // each), self.max_batch_size or 1))
+        fitting = sequences_that_fit(self.qs, min(longest, self.max_length), free // 2)
+        return min(max(1, fitting), self.max_batch_size or 1)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts about the model, with the role and the conversion's options."""

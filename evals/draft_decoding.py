@@ -44,7 +44,7 @@ def decode_with_draft(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [ids[keep] for ids, keep in zip(input_ids, mask, strict=True)]
     new_tokens = cast(int, generation_config.max_length) - input_ids.shape[1]
-    cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], new_tokens).restored()
+    cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], [new_tokens] * len(prompts)).restored()
     pad = generation_config._pad_token_tensor
     newest = torch.stack([prompt[-1] for prompt in prompts])
     running = torch.ones_like(newest, dtype=torch.bool)

@@ -170,7 +170,8 @@ def parity(
     Args:
         model: a Hugging Face decoder, or a pair made of one already.
         tokenizer: the model's.
-        tasks: lm-eval tasks, the offline ones among them; ``NAME@LENGTH`` makes RULER tasks of that many tokens.
+        tasks: lm-eval tasks, the offline ones among them; ``NAME@LENGTH`` makes those of RULER and
+            ``reference_cloze`` of that many tokens.
         text: the long text; Python's language reference if None, no text and no continuations if empty.
         options: amounts and thresholds.
         include_path: folder with further lm-eval tasks.
@@ -379,7 +380,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gguf-file", help="weights inside that folder")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tasks", nargs="*", default=[], help="lm-eval tasks, also NAME@LENGTH for RULER's")
+    parser.add_argument(
+        "--tasks", nargs="*", default=[], help="lm-eval tasks, also NAME@LENGTH for those that can be made of a length"
+    )
     parser.add_argument("--include-path", type=Path, help="folder with further lm-eval tasks")
     parser.add_argument("--text", help="file with the long text; Python's language reference if not given, '' for none")
     parser.add_argument("--output", type=Path, help="folder for parity.json, parity.md and parity.png")

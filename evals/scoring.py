@@ -48,8 +48,8 @@ class PrefilledContexts:
     Valid until ``qs`` generates or other contexts are made.
     """
 
-    def __init__(self, qs: QuantSpecModel, contexts: Sequence[Tensor], num_following: int) -> None:
-        """Prefill 1-D ``contexts``, which may be empty, with room for ``num_following`` more tokens each.
+    def __init__(self, qs: QuantSpecModel, contexts: Sequence[Tensor], num_following: Sequence[int]) -> None:
+        """Prefill 1-D ``contexts``, which may be empty, with room for ``num_following`` more tokens of each.
 
         Raises:
             CacheFullError: context and following tokens would exceed ``max_cache_len``.
@@ -58,7 +58,7 @@ class PrefilledContexts:
         self.contexts = contexts
         self.cache = qs.acquire_cache(contexts, MAX_BLOCK - 1)
         self._lengths = torch.tensor([len(context) for context in contexts], device=qs.device)
-        tokens = int(self._lengths.max()) + num_following
+        tokens = max(len(context) + more for context, more in zip(contexts, num_following, strict=True))
         # From 3G tokens on the planes hold two groups, and torch.compile does not take their number for a constant.
         self.cache.reserve(max(tokens, min(3 * self.cache.group_size, self.cache.max_len)))
         self._prefill()
@@ -104,7 +104,7 @@ def forced_blocks(
 
 def forced_text(qs: QuantSpecModel, ids: Tensor, context_len: int, role: Role) -> Iterator[Block]:
     """Blocks of the tokens of 1-D ``ids`` from ``context_len`` on, after the context before them is prefilled."""
-    prefilled = PrefilledContexts(qs, [ids[:context_len]], len(ids) - context_len)
+    prefilled = PrefilledContexts(qs, [ids[:context_len]], [len(ids) - context_len])
     return forced_blocks(qs, prefilled.restored(), [ids[context_len:]], role)
 
 
@@ -121,7 +121,7 @@ def score_continuations(
         CacheFullError: a context and its continuation would exceed ``max_cache_len``.
     """
     device = qs.device
-    longest = max(len(tokens) for row in continuations for tokens in row)
+    longest = [max(map(len, row)) for row in continuations]
     prefilled = PrefilledContexts(
         qs, [torch.tensor(c[:-1], dtype=torch.long, device=device) for c in contexts], longest
     )
@@ -135,6 +135,14 @@ def score_continuations(
             if current[row]:
                 scores[row].append(score)
     return scores
+
+
+def sequences_that_fit(qs: QuantSpecModel, num_tokens: int, num_bytes: int) -> int:
+    """How many sequences of ``num_tokens`` can be scored together if caches and logits may take ``num_bytes``."""
+    cache = qs.new_cache(1, MAX_BLOCK - 1)
+    cache.reserve(num_tokens)
+    # Logits, their log-softmax and one temporary, in float32.
+    return num_bytes // (sum(cache.bytes_by_part().values()) + 3 * 4 * MAX_BLOCK * qs.vocab_size)
 
 
 def _ids(tokens: Sequence[int], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -19,7 +19,9 @@ _SEED = 0
 _NUM_DOCUMENTS = 200
 _NUM_CHOICES = 4
 _CHOICE_CONTEXT = 1600
-_CLOZE_CONTEXT = 6000
+_CLOZE_TOKENS = 1500
+# Of this text, in most vocabularies.
+_CHARACTERS_PER_TOKEN = 4
 _ROLLING_LENGTH = 3000
 
 
@@ -40,15 +42,16 @@ def multiple_choice(**_: Any) -> dict[str, Dataset]:
     return _test_split(documents)
 
 
-def cloze(context_characters: int = _CLOZE_CONTEXT, **_: Any) -> dict[str, Dataset]:
-    """The last word of a sentence, which has occurred in the ``context_characters`` before it."""
+def cloze(max_seq_lengths: Sequence[int] = (_CLOZE_TOKENS,), **_: Any) -> dict[str, Dataset]:
+    """The last word of a sentence, which has occurred in the context before it, of about so many tokens."""
     sentences = prose()
     documents = []
-    for index in _places(random.Random(_SEED), sentences):
-        match = re.fullmatch(r"(.+) ([a-z]{4,})\.", sentences[index])
-        context = _before(sentences, index, context_characters)
-        if match and f" {match[2]} " in context:
-            documents.append({"context": f"{context} {match[1]}", "word": match[2]})
+    for tokens in max_seq_lengths:
+        for index in _places(random.Random(_SEED), sentences):
+            match = re.fullmatch(r"(.+) ([a-z]{4,})\.", sentences[index])
+            context = _before(sentences, index, tokens * _CHARACTERS_PER_TOKEN)
+            if match and f" {match[2]} " in context:
+                documents.append({"context": f"{context} {match[1]}", "word": match[2]})
     return _test_split(documents)
 
 
