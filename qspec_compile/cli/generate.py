@@ -24,9 +24,7 @@ def command(
     model: ModelOptions,
     run: RunOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[
-        str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[
@@ -92,7 +90,9 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     """
     if tokenizer.chat_template is None:
         raise CommandError("the model's tokenizer has no chat template", "use an instruction-tuned model")
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     return encoded  # type: ignore[return-value]
 
 
