@@ -1,4 +1,4 @@
-"""Build the wheel, check what is in it, install it in a fresh environment and run the README's first example there.
+"""Build the wheel, check what is in it, install it in a fresh environment, and run the README and a command there.
 
 The fresh environment borrows every other package from the one that runs this script, so nothing is downloaded; a tiny
 random model stands in for the README's.
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "wheel"
 sys.path.insert(0, str(ROOT / "tests"))
 
-from doc_blocks import blocks, fill_hub_cache  # noqa: E402
+from doc_blocks import STAND_INS, blocks, fill_hub_cache  # noqa: E402
 
 
 def build_wheel() -> Path:
@@ -67,7 +67,7 @@ def fresh_environment(wheel: Path) -> Path:
 
 
 def run_readme(python: Path, settings: dict) -> None:
-    """Run the first Python block of the README outside the checkout."""
+    """Run the first Python block of the README and the command line, outside the checkout."""
     elsewhere = BUILD / "elsewhere"
     elsewhere.mkdir()
     fill_hub_cache(elsewhere / "hub")
@@ -78,6 +78,8 @@ def run_readme(python: Path, settings: dict) -> None:
         f"assert quantspec.__file__.startswith({str(BUILD)!r}), quantspec.__file__\n"
     )
     subprocess.run([python, "-W", "ignore", "-c", example + check], cwd=elsewhere, env=environment, check=True)
+    inspect = [python.parent / "quantspec", "inspect", STAND_INS[0]]
+    subprocess.run(inspect, cwd=elsewhere, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -86,7 +88,7 @@ def main() -> None:
     wheel = build_wheel()
     check_contents(wheel, settings)
     run_readme(fresh_environment(wheel), settings)
-    print(f"{wheel.name}: contents checked, installed, and the README's example run")
+    print(f"{wheel.name}: contents checked, installed; the README's example and the command line run")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import pytest
 import torch
 from doc_blocks import PAGES, ROOT, Block, blocks, fill_hub_cache
 
+from quantspec.cli import main
+
 # Shown, not run: what a block above prints, and drawings.
 SHOWN = {"", "text", "json"}
 
@@ -107,9 +109,8 @@ def _fed_text(words: list[str]) -> str:
 
 def _quantspec(words: list[str]) -> None:
     """The command line itself, in this process."""
-    cli = pytest.importorskip("quantspec.cli", reason="runs where quantspec has its command line")
     with warnings.catch_warnings():
-        assert cli.main(words) == 0, f"quantspec {' '.join(words)}"
+        assert main(words) == 0, f"quantspec {' '.join(words)}"
 
 
 def _make(words: list[str]) -> None:
