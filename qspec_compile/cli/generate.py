@@ -24,7 +24,9 @@ def command(
     model: ModelOptions,
     run: RunOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[
@@ -90,14 +92,12 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     """
     if tokenizer.chat_template is None:
         raise CommandError("the model's tokenizer has no chat template", "use an instruction-tuned model")
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return encoded  # type: ignore[return-value]
 
 
 def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
-    """Compile the pair, if it is to be compiled, on the prompt's first token: seconds that otherwise look like decoding."""
+    """Compile the pair, if it is to be compiled, on the prompt's first token, before anything is timed."""
     compiles = qs.config.compile
     if compiles is False or (compiles is None and qs.device.type != "cuda"):
         return
