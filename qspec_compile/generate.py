@@ -83,9 +83,6 @@ def prepare_arguments(
             if num_speculative_tokens is not None:
                 raise TypeError(f"{alias} and {name} are the same option; pass one of them")
             num_speculative_tokens = options.pop(alias)
-        # Of a model's own config it speaks of the model as another one's assistant.
-        elif num_speculative_tokens is None:
-            num_speculative_tokens = getattr(generation_config, alias, None)
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
     if input_ids is not None:

@@ -77,7 +77,9 @@ OPTIONS: dict[str, Option] = {
     "renormalize_logits": _honoured(True),
     "forced_bos_token_id": _honoured(9, _BOS, prompt=[[5]]),
     "forced_eos_token_id": _honoured(2),
-    "remove_invalid_values": _honoured(True, "for infinities; NaN logits are an error", make_infinite=True),
+    "remove_invalid_values": _honoured(
+        True, "for infinities; NaN logits are an error", sequence_bias=[[[40], float("inf")]]
+    ),
     "exponential_decay_length_penalty": _honoured((1, 5.0), eos_token_id=3),
     "suppress_tokens": _honoured("first"),
     "begin_suppress_tokens": _honoured("first"),
@@ -99,7 +101,9 @@ OPTIONS: dict[str, Option] = {
     "encoder_no_repeat_ngram_size": _honoured(1, "of the prompt", prompt=[list(range(3, 96))]),
     "decoder_start_token_id": _irrelevant("for encoder-decoders"),
     "is_assistant": _refused(True, "a pair is nobody's assistant"),
-    "num_assistant_tokens": _honoured(2, "as `num_speculative_tokens`, 0..15; ignored in the model's own config"),
+    "num_assistant_tokens": _honoured(
+        2, "as `num_speculative_tokens`, 0..15; as a keyword only, since Hugging Face fills 20 into configs by itself"
+    ),
     "num_assistant_tokens_schedule": _irrelevant('`num_speculative_tokens="auto"` is the schedule here'),
     "assistant_confidence_threshold": _irrelevant("every cycle drafts its number of tokens"),
     "prompt_lookup_num_tokens": _refused(3, "the draft is the model itself"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import T5Config, TextStreamer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import quantspec
 from quantspec import QuantSpecConfig
@@ -22,7 +23,10 @@ from quantspec.cli import options as cli_options
 from quantspec.memory import expected_memory
 from quantspec.passes import WeightQuantizer
 
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,9 @@ def pair(folder):
 def run(capsys, monkeypatch):
     """``run(*arguments, stdin=...)`` gives exit status, stdout and stderr."""
 
+    # A process of its own finds this in its environment when it imports transformers, which these tests have done.
+    disable_progress_bar()
+
     def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
@@ -55,7 +62,8 @@ def run(capsys, monkeypatch):
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return call
+    yield call
+    enable_progress_bar()
 
 
 def assert_error(result: tuple[int, str, str], *parts: str) -> None:

@@ -65,7 +65,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise CommandError(f"cannot read the prompt from '{file}': {reason}") from error
+            raise CommandError(f"cannot read the prompt from '{file}': {reason}", "check the path") from error
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin is None or sys.stdin.closed or (prompt is None and sys.stdin.isatty()):
