@@ -292,6 +292,12 @@ def _check_model(model: object, structure_only: bool) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1 or places & {"disk", "meta"}:
+        raise UnsupportedModelError(
+            f"{name} was loaded with a device_map over {', '.join(sorted(places))}; load it on one device, for example "
+            "device_map='cuda:0'"
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for tensor_name, tensor in tensors:
         if tensor.device.type == "meta" and not structure_only:

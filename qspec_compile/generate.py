@@ -70,6 +70,8 @@ def prepare_arguments(
     options = dict(kwargs)
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
+    if generation_config is not None and generation_config.token_healing:
+        raise ValueError(f"generate() does not take token_healing: {_UNSUPPORTED_ARGUMENTS['token_healing']}")
     for name, reason in _UNSUPPORTED_ARGUMENTS.items():
         value = options.pop(name, None)
         if value is not None and value is not False:
@@ -164,6 +166,14 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) 
     """Refuse by name what this loop does not do."""
     refused = {
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
+        "use_mtp": bool(config.use_mtp),
+        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
+        "constraints": config.constraints is not None,
+        "force_words_ids": config.force_words_ids is not None,
+        "num_beam_groups": config.num_beam_groups not in (None, 1),
+        "is_assistant": bool(config.is_assistant),
+        "assistant_ensemble_weight": config.assistant_ensemble_weight is not None,
+        "speculation_type": config.speculation_type is not None,
         "dola_layers": config.dola_layers is not None,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "assistant_early_exit": config.assistant_early_exit is not None,

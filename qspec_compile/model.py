@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -281,6 +282,18 @@ class QuantSpecModel:
             ImportError: matplotlib is missing.
         """
         return plot(self, path)
+
+    def as_pretrained_model(self) -> PreTrainedModel:
+        """The Hugging Face model for code that takes one, such as pipelines: its ``generate`` is this pair's.
+
+        A second object around the same modules and tensors; the original keeps its own ``generate``. It stays on its
+        device.
+        """
+        model = copy.copy(self.model)
+        model.generate = self.generate  # type: ignore[assignment]
+        # A pipeline moves a model to a device of its choice, and the draft would stay, unless accelerate has placed it.
+        model.hf_device_map = {"": self.device}  # type: ignore[assignment]
+        return model
 
     def __repr__(self) -> str:
         left = [r for r in self.linears if r.group_size is None]

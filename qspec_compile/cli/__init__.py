@@ -1,6 +1,7 @@
 """The command line ``quantspec``: every module here that defines ``command`` is the subcommand of its name.
 
-Modules of this package import torch and what needs it inside functions, so that ``--help`` answers at once.
+Modules import torch and what needs it inside functions, or have a leading underscore and are loaded by a command when
+it runs, so that ``--help`` answers at once.
 """
 
 from .app import main

@@ -42,6 +42,8 @@ def build_app() -> typer.Typer:
     """The application with a subcommand for each module of this package that defines ``command``."""
     app = typer.Typer(name="quantspec", add_completion=False, no_args_is_help=True, callback=_root)
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module_info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"{__package__}.{module_info.name}")
         if hasattr(module, "command"):
             settings = getattr(module, "SETTINGS", {})

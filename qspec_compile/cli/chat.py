@@ -14,7 +14,7 @@ from .loading import load_pair
 from .options import ModelOptions, RunOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from .conversation import Conversation
+    from ._conversation import Conversation
 
 _COMMANDS = "/reset forgets the conversation, /stats tells of the last answer, /exit ends"
 
@@ -37,7 +37,7 @@ def command(
         arguments["num_speculative_tokens"] = model.num_speculative_tokens
     if "stop_strings" in arguments:
         arguments["tokenizer"] = tokenizer
-    from .conversation import Conversation
+    from ._conversation import Conversation
 
     talk(Conversation(qs, tokenizer, system, arguments))
 

@@ -24,7 +24,9 @@ def command(
     model: ModelOptions,
     run: RunOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[
@@ -63,7 +65,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise CommandError(f"cannot read the prompt from '{file}': {reason}") from error
+            raise CommandError(f"cannot read the prompt from '{file}': {reason}", "check the path") from error
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin is None or sys.stdin.closed or (prompt is None and sys.stdin.isatty()):
@@ -90,14 +92,12 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     """
     if tokenizer.chat_template is None:
         raise CommandError("the model's tokenizer has no chat template", "use an instruction-tuned model")
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return encoded  # type: ignore[return-value]
 
 
 def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
-    """Compile the pair, if it is to be compiled, on the prompt's first token: seconds that otherwise look like decoding."""
+    """Compile the pair, if it is to be compiled, on the prompt's first token, before anything is timed."""
     compiles = qs.config.compile
     if compiles is False or (compiles is None and qs.device.type != "cuda"):
         return

@@ -150,7 +150,9 @@ class SamplingOptions:
         warpers = {name: value for name, value in warpers.items() if value is not None}
         greedy = self.sample is False or warpers.get("temperature") == 0
         if greedy and (self.sample or set(warpers) - {"temperature"} or warpers.get("temperature", 0) != 0):
-            raise CommandError("greedy search does not sample", "drop --sample, --temperature, --top-k, --top-p, --min-p")
+            raise CommandError(
+                "greedy search does not sample", "drop --sample, --temperature, --top-k, --top-p, --min-p"
+            )
         if greedy:
             return {**arguments, "do_sample": False}
         if self.sample or warpers:
