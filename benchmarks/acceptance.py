@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 import quantspec
 from quantspec import QuantSpecModel
 from quantspec.evals import load_smollm2, python_reference
-from quantspec.passes import Role
-from quantspec.self_check import incremental_logits
+from quantspec.evals.roles import EvalRole
+from quantspec.evals.text_parity import compare_text
 
 from .common import RESULTS, write_results
 
 PROMPT_LENGTHS = (2000, 4000, 6000)
 # Where each prompt starts in the text: three different places per length.
 PROMPT_STARTS = (5000, 40000, 80000)
-BLOCK = 16
 # The drafts compared: how the weights are quantized, and whether the language-model head is.
 DRAFTS: dict[str, dict[str, Any]] = {
     "tinygemm": {"weight_quantizer": "tinygemm"},
@@ -75,26 +73,18 @@ def _weights(qs: QuantSpecModel) -> dict[str, Any]:
     }
 
 
-def parity_row(qs: QuantSpecModel, ids: Tensor, length: int, scored: int, role: Role) -> dict[str, Any]:
+def parity_row(qs: QuantSpecModel, ids: Tensor, length: int, scored: int, role: EvalRole) -> dict[str, Any]:
     """Next-token agreement and perplexity of ``scored`` tokens, read through the cache, against the original model."""
-    text = ids[:, 5000 : 5000 + length]
-    with torch.no_grad():
-        expected = qs.model(text, use_cache=False).logits[:, -scored:].float()
-        steps = (BLOCK,) * (scored // BLOCK)
-        ours = incremental_logits(qs, text, length - scored, steps, role)[:, 1:].float()
-    labels = text[:, 1 - scored :].flatten()
-    losses = [F.cross_entropy(logits[0, :-1], labels).item() for logits in (expected, ours)]
-    agree = (expected.argmax(-1) == ours.argmax(-1)).float().mean().item()
-    divergence = F.kl_div(ours.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    (comparison,) = compare_text(qs, ids[0, 5000 : 5000 + length], length - scored, [role])
     row = {
         "role": role.value,
         "text_tokens": length,
         "scored_tokens": scored,
         **_weights(qs),
-        "argmax_agreement": agree,
-        "perplexity_reference": torch.tensor(losses[0]).exp().item(),
-        "perplexity": torch.tensor(losses[1]).exp().item(),
-        "mean_kl": divergence.mean().item(),
+        "argmax_agreement": comparison.argmax_agreement,
+        "perplexity_reference": comparison.reference_perplexity,
+        "perplexity": comparison.perplexity,
+        "mean_kl": comparison.mean_kl,
     }
     print(row, flush=True)
     return row
@@ -117,8 +107,8 @@ def main() -> None:
         # Only counts are taken here, so nothing is gained from compiling.
         qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=False, **DRAFTS[name])
         if name == arguments.drafts[0]:
-            rows.append(parity_row(qs, ids, 4096, 1024, Role.TARGET))
-        rows.append(parity_row(qs, ids, 4096, 1024, Role.DRAFT))
+            rows.append(parity_row(qs, ids, 4096, 1024, EvalRole.TARGET))
+        rows.append(parity_row(qs, ids, 4096, 1024, EvalRole.DRAFT))
         rows += acceptance_rows(qs, ids, arguments.new_tokens)
     for row in rows:
         row["dtype"] = arguments.dtype

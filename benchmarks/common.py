@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from quantspec.evals.environment import environment as measured_environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,20 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 def environment(device: str) -> dict[str, Any]:
     """Device, core count, versions and commit of this run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        **{package: version(package) for package in ("torch", "transformers", "torchao")},
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {**measured_environment(device), "commit": commit.stdout.strip() or None}
 
 
 def write_results(path: Path, device: str, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,7 @@
-"""Write the README's tables from the JSON under ``benchmarks/results``: ``python -m benchmarks.readme_tables``."""
+"""Write the tables of the README and of ``docs/benchmarks.md`` from the JSON under ``benchmarks/results``.
+
+Run it as ``python -m benchmarks.readme_tables``. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any
 
 from .common import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -90,23 +94,84 @@ def speed(name: str) -> str:
     return _table(header, rows) + _source(data, name)
 
 
+def attention_kernels(name: str) -> str:
+    """Attention over a long cache at batch 1, against FlashAttention over a dense one."""
+    data = _load(name)
+    times = {
+        (row["op"], row["heads"], row["kv_heads"], row["context"], row["implementation"]): row
+        for row in data
+        if row.get("batch") == 1 and row["op"] in ("draft_attention", "verify_attention")
+    }
+    rows = []
+    for (op, heads, kv_heads, context, implementation), ours in sorted(times.items()):
+        if implementation != "quantspec" or context not in (32768, 131072):
+            continue
+        dense = times[op, heads, kv_heads, context, "flash_attention"]
+        rows.append(
+            [
+                op.removesuffix("_attention"),
+                f"{heads}/{kv_heads}",
+                f"{context // 1024}k",
+                f"{ours['median_us']:.0f}",
+                f"{ours['floor_us']:.0f}",
+                f"{dense['median_us']:.0f}",
+                f"{dense['median_us'] / ours['median_us']:.2f}x",
+            ]
+        )
+    header = ["attention", "heads, query/KV", "context", "quantspec, µs", "floor, µs", "FlashAttention, µs", "ratio"]
+    return _table(header, rows) + _kernel_source(data[0], name)
+
+
+def linear_kernels(name: str) -> str:
+    """INT4 linears by shape, rows and group size, against tinygemm and bfloat16 cuBLAS."""
+    data = _load(name)
+    cases: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    for row in data:
+        if row["op"] == "int4_linear" and row["rows"] in (1, 8):
+            key = (row["in_features"], row["out_features"], row["rows"], row["group"])
+            cases.setdefault(key, {})[row["implementation"]] = row
+    rows = []
+    for (in_features, out_features, num_rows, group), measured in sorted(cases.items()):
+        names = ("quantspec", "tinygemm", "cublas_bfloat16")
+        cells = [f"{measured[n]['median_us']:.1f}" if n in measured else "-" for n in names]
+        floor = f"{measured['quantspec']['floor_us']:.1f}"
+        rows.append([f"{in_features}→{out_features}", str(num_rows), str(group), cells[0], floor, *cells[1:]])
+    header = ["linear", "rows", "group", "quantspec, µs", "floor, µs", "tinygemm, µs", "bfloat16 cuBLAS, µs"]
+    return _table(header, rows) + _kernel_source(data[0], name)
+
+
+def _kernel_source(row: dict[str, Any], name: str) -> str:
+    versions = f"torch {row['torch']}, triton {row['triton']}, commit {row['commit'][:7]}"
+    return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
+
+
 TABLES = {
     "acceptance": lambda: acceptance("acceptance.json"),
     "parity": lambda: parity("acceptance.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
+    "attention-kernels": lambda: attention_kernels("kernels.json"),
+    "linear-kernels": lambda: linear_kernels("kernels.json"),
 }
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
-def rendered(readme: str) -> str:
-    """``readme`` with every marked table made anew."""
-    for key, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {key} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        table = make()
-        readme, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
-        if count != 1:
-            raise ValueError(f"README.md must hold one '<!-- table: {key} -->' ... '<!-- end -->'")
-    return readme
+def rendered(page: str) -> str:
+    """``page`` with every marked table made anew.
+
+    Raises:
+        ValueError: a mark names no table, or is not closed.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]]() + match[3]
+
+    if page.count("<!-- table: ") != len(_MARKED.findall(page)):
+        raise ValueError("every '<!-- table: NAME -->' needs its '<!-- end -->'")
+    return _MARKED.sub(table, page)
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for path in PAGES:
+        path.write_text(rendered(path.read_text()))

@@ -2,8 +2,9 @@
 
 from .attention_lowering import CACHE_PARTS, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
-from .int4_weights import GROUP_SIZES, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
+from .int4_weights import GROUP_SIZES, Int4Source, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
 from .logit_rows import SelectLogitRows
+from .plain_int4 import plain_int4_weights
 from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .remove_no_ops import RemoveNoOps
@@ -15,6 +16,7 @@ __all__ = [
     "GROUP_SIZES",
     "CheckTokenMixing",
     "FuseSharedInputLinears",
+    "Int4Source",
     "LinearReport",
     "LowerAttention",
     "MaterializePositionTables",
@@ -29,4 +31,5 @@ __all__ = [
     "adapted_group_size",
     "cache_parts",
     "cpu_lacks_half_matmul",
+    "plain_int4_weights",
 ]

@@ -45,9 +45,9 @@ def cache_parts(role: Role) -> tuple[str, ...]:
 class LowerAttention(PassBase):
     """Matches ``quantspec::attention(q, k, v, layer, ...)`` markers, writes the role's cache op for each.
 
-    target   ``quantspec::cached_attention`` over both planes (INT8)
-    draft    ``quantspec::cached_attention`` over the upper planes (INT4)
-    prefill  ``quantspec::prefill_attention``
+    - target: ``quantspec::cached_attention`` over both planes (INT8)
+    - draft: ``quantspec::cached_attention`` over the upper planes (INT4)
+    - prefill: ``quantspec::prefill_attention``
 
     Adds the inputs ``quantized_len`` and ``length`` (B,) int64, for prefill ``num_new`` (B,) int64, and then for every
     layer in order its :func:`cache_parts`, named ``cache_{layer}_{part}``.

@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
+from .int4_weights import INT4_LINEARS
 
 
 class FuseSharedInputLinears(PassBase):
@@ -49,6 +50,7 @@ class FuseSharedInputLinears(PassBase):
                 biases = [graph.node_copy(node.args[3]) for node in nodes]  # type: ignore[arg-type]
                 bias = add_call(graph, aten.cat.default, (biases,), first)
             out = add_call(graph, first.target, (first.args[0], *weights, bias), first)
+            out.meta[INT4_LINEARS] = tuple(linear for node in nodes for linear in node.meta[INT4_LINEARS])
             sizes = [tensor.shape[0] for tensor in qdata]
             parts = add_call(graph, aten.split_with_sizes.default, (out, sizes, -1), first)
             for index, node in enumerate(nodes):

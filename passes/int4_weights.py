@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,7 +16,14 @@ from quantspec.kernels.int4_linear import pack_int4
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
 
+_LOGGER = logging.getLogger(__name__)
+
 GROUP_SIZES = (32, 64, 128, 256)
+# Node metadata: names and rows of the linears whose INT4 weights a call holds, in the order of their rows.
+INT4_LINEARS = "int4_linears"
+# Looks up ready INT4 weights: name of a linear, shape (..., N, K) of its weight and group size g to plain-layout
+# ``qdata (..., N, K/2)`` and ``scale_and_zero (..., K/g, N, 2)``, on any device.
+Int4Source = Callable[[str, tuple[int, ...], int], tuple[Tensor, Tensor]]
 _ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
 # Readers of a matrix that is a lookup table or holds the experts' biases.
 _NOT_AS_WEIGHT = {
@@ -93,15 +102,24 @@ class QuantizeWeights(PassBase):
     ``quantspec::expert_linear``. Left in full precision, with the reason in :attr:`report`: routers of experts, input
     widths that no supported group size divides, and the language-model head if ``quantize_lm_head`` is off.
 
+    With a ``source`` of ready weights nothing is quantized.
+
     Requires weights as ``get_attr`` nodes. Ensures that every such linear, and every other matrix that is no embedding,
     is in :attr:`report`.
     """
 
-    def __init__(self, group_size: int, quantizer: WeightQuantizer, quantize_lm_head: bool) -> None:
+    def __init__(
+        self,
+        group_size: int,
+        quantizer: WeightQuantizer,
+        quantize_lm_head: bool,
+        source: Int4Source | None = None,
+    ) -> None:
         super().__init__()
         self.group_size = group_size
         self.quantizer = quantizer
         self.quantize_lm_head = quantize_lm_head
+        self.source = source
         self.report: list[LinearReport] = []
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -113,7 +131,8 @@ class QuantizeWeights(PassBase):
             if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
                 plans.append((node, weight, transposed))
         modified = False
-        for node, weight, transposed in plans:
+        for index, (node, weight, transposed) in enumerate(plans):
+            _LOGGER.info("quantizing to INT4", extra={"done": index, "total": len(plans)})
             tensor = get_tensor(graph_module, weight)
             tensor = tensor.transpose(-1, -2) if transposed else tensor
             name = str(weight.target).removeprefix("model.").removesuffix(".weight")
@@ -154,27 +173,34 @@ class QuantizeWeights(PassBase):
     def _rewrite(self, gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor, size: int) -> None:
         # Read now: the input may be a linear that has just been rewritten.
         x, _, bias, _ = _operands(node)
-        is_expert = tensor.dim() == 3
-        matrices = tensor if is_expert else tensor[None]
-        qdata, params = (
-            torch.stack(parts)
-            for parts in zip(*(quantize_int4(m, size, self.quantizer) for m in matrices), strict=True)
-        )
+        qdata, params = self._int4(name, tensor, size)
         with gm.graph.inserting_before(node):
             # A tied weight may serve several linears; each keeps its own codes under its own node's name.
             prefix = f"{name}_{node.name}"
             weights = (
-                add_buffer(gm, f"{prefix}_qdata", qdata if is_expert else qdata[0]),
-                add_buffer(gm, f"{prefix}_scale_and_zero", params if is_expert else params[0]),
+                add_buffer(gm, f"{prefix}_qdata", qdata),
+                add_buffer(gm, f"{prefix}_scale_and_zero", params),
             )
-            if is_expert:
+            if tensor.dim() == 3:
                 target = torch.ops.quantspec.int4_expert_linear.default
                 new = add_call(gm.graph, target, (x, node.args[1], *weights, bias), node, value=node.meta.get("val"))
             else:
                 target = torch.ops.quantspec.int4_linear.default
                 new = add_call(gm.graph, target, (x, *weights, bias), node, value=node.meta.get("val"))
+        new.meta[INT4_LINEARS] = ((name, tensor.shape[-2]),)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+    def _int4(self, name: str, tensor: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """``qdata`` and ``scale_and_zero`` of one weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``."""
+        if self.source is not None:
+            qdata, params = self.source(name, tuple(tensor.shape), size)
+            return qdata.to(tensor.device), params.to(tensor.device)
+        if tensor.dim() == 2:
+            return quantize_int4(tensor, size, self.quantizer)
+        experts = [quantize_int4(matrix, size, self.quantizer) for matrix in tensor]
+        qdata, params = (torch.stack(parts) for parts in zip(*experts, strict=True))
+        return qdata, params
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.int4_linear import unpack_int4
+from quantspec.kernels.int4_linear import pack_int4, unpack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
+from .int4_weights import INT4_LINEARS
 
 # Rows of the output that aten's CPU packing handles together.
 _ROW_BLOCK = 16
+# A multiple of the rows that any CPU's layout mixes (16, 32 or 64).
+_ROWS_TOGETHER = 256
 
 
 class PrepackInt4ForCpu(PassBase):
@@ -43,7 +46,7 @@ class PrepackInt4ForCpu(PassBase):
         params = get_tensor(gm, params_node)  # type: ignore[arg-type]
         rows, in_features = codes.shape
         padding = -rows % _ROW_BLOCK
-        packed = aten._convert_weight_to_int4pack_for_cpu(F.pad(codes, (0, 0, 0, padding)), 1)
+        packed = _pack(F.pad(codes, (0, 0, 0, padding)))
         params = F.pad(params, (0, 0, 0, padding)).contiguous()
         value = x.meta["val"]  # type: ignore[union-attr]
         with graph.inserting_before(node):
@@ -58,6 +61,7 @@ class PrepackInt4ForCpu(PassBase):
                 add_buffer(gm, f"{node.name}_packed_scale_and_zero", params),
             )
             out = add_call(graph, aten._weight_int4pack_mm_for_cpu.default, (flat, *weights), node)
+            out.meta[INT4_LINEARS] = node.meta[INT4_LINEARS]
             if padding:
                 out = add_call(graph, aten.slice.Tensor, (out, 1, 0, rows), node)
             if value.dtype != params.dtype:
@@ -69,3 +73,42 @@ class PrepackInt4ForCpu(PassBase):
                 out = add_call(graph, aten.reshape.default, (out, [*leading, -1, rows]), node, value=node.meta["val"])
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+
+
+def unpack_cpu_layout(packed: Tensor) -> Tensor:
+    """What ``aten._convert_weight_to_int4pack_for_cpu`` made of ``(N, K)`` codes, as plain-layout ``(N, K/2)`` uint8.
+
+    aten has no inverse, and the layout differs between CPUs, but it only moves nibbles within a block of rows: packing
+    the hexadecimal digits of every place's number shows where each nibble came from.
+
+    Raises:
+        RuntimeError: the layout is of another kind.
+    """
+    places: dict[int, Tensor] = {}
+    blocks = []
+    for block in packed.split(_ROWS_TOGETHER):
+        rows, in_features = block.shape[0], 2 * block.shape[1]
+        if rows not in places:
+            places[rows] = _places(rows, in_features)
+        codes = torch.empty(rows * in_features, dtype=torch.uint8)
+        codes[places[rows]] = unpack_int4(block).flatten()
+        blocks.append(codes.view(rows, in_features))
+    codes = torch.cat(blocks)
+    if not torch.equal(_pack(codes.int()), packed):
+        raise RuntimeError("this CPU packs INT4 weights in a layout that cannot be read back; please report it")
+    return pack_int4(codes)
+
+
+def _places(rows: int, in_features: int) -> Tensor:
+    """For each nibble of a packed ``(rows, in_features)`` matrix, in order of memory, its place in the unpacked one."""
+    numbers = torch.arange(rows * in_features)
+    places = torch.zeros_like(numbers)
+    for shift in range(0, int(numbers[-1]).bit_length(), 4):
+        digits = (numbers >> shift & 15).view(rows, in_features)
+        places += unpack_int4(_pack(digits.int())).flatten().long() << shift
+    return places
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """``(N, K)`` int32 codes in the CPU's layout, ``(N, K/2)`` uint8."""
+    return aten._convert_weight_to_int4pack_for_cpu(codes, 1)

@@ -1,13 +1,21 @@
 """quantspec: quantized self-speculative decoding for any Hugging Face decoder (QuantSpec, arXiv 2502.10424)."""
 
-from .cache import CacheFullError
-from .config import QuantSpecConfig
-from .errors import SelfCheckError, UnsupportedModelError
-from .generate import GenerateOutput
-from .model import QuantSpecModel, convert
-from .stats import GenerationStats
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import CacheFullError
+    from .config import QuantSpecConfig
+    from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
+    from .generate import GenerateOutput
+    from .loading import from_pretrained
+    from .model import QuantSpecModel, convert
+    from .stats import GenerationStats
+
+__version__ = version("quantspec")
 
 __all__ = [
     "CacheFullError",
@@ -15,8 +23,34 @@ __all__ = [
     "GenerationStats",
     "QuantSpecConfig",
     "QuantSpecModel",
+    "SavedModelError",
     "SelfCheckError",
     "UnsupportedModelError",
     "__version__",
     "convert",
+    "from_pretrained",
 ]
+
+# Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
+_MODULES = {
+    "CacheFullError": "cache",
+    "GenerateOutput": "generate",
+    "GenerationStats": "stats",
+    "QuantSpecConfig": "config",
+    "QuantSpecModel": "model",
+    "SavedModelError": "errors",
+    "SelfCheckError": "errors",
+    "UnsupportedModelError": "errors",
+    "convert": "model",
+    "from_pretrained": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,6 +18,7 @@ from quantspec.kernels.prefill_attention import num_flushed_groups
 from quantspec.passes import Role, cache_parts
 
 from .capture import CapturedLayer
+from .memory import planned_groups, recent_slots
 
 
 class CacheFullError(ValueError):
@@ -120,7 +121,7 @@ class HierarchicalCache:
         self.num_speculative_tokens = num_speculative_tokens
         self.max_len = max_len
         self.batch_size = batch_size
-        recent = 2 * group_size + num_speculative_tokens + 1
+        recent = recent_slots(group_size, num_speculative_tokens)
         self.layers = [LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers]
         self.quantized_len = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -138,13 +139,7 @@ class HierarchicalCache:
             CacheFullError: more than ``max_len``; nothing is changed.
         """
         check_cache_len(num_tokens, self.max_len)
-        # The newest G tokens are never quantized.
-        groups = max(0, -(-num_tokens // self.group_size) - 1)
-        if (groups + 1) * self.group_size > self.capacity:
-            # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
-            step = 1 << max(0, groups.bit_length() - 5)
-            # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
-            groups = min(max(2, -(-groups // step) * step), -(-self.max_len // self.group_size) - 1)
+        groups = planned_groups(num_tokens, self.group_size, self.max_len)
         # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
         for index, layer in enumerate(self.layers):
             if groups > layer.k_upper.shape[2]:

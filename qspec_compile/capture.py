@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantspec.kernels import attention, expert_linear
 
 from .errors import UnsupportedModelError
+
+_LOGGER = logging.getLogger(__name__)
 
 IMPLEMENTATION = "quantspec_capture"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -277,7 +280,7 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
 
 
-def _check_model(model: object) -> None:
+def _check_model(model: object, structure_only: bool) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"convert() takes a loaded transformers model (PreTrainedModel), not {type(model).__name__}; "
@@ -289,9 +292,15 @@ def _check_model(model: object) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1 or places & {"disk", "meta"}:
+        raise UnsupportedModelError(
+            f"{name} was loaded with a device_map over {', '.join(sorted(places))}; load it on one device, for example "
+            "device_map='cuda:0'"
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for tensor_name, tensor in tensors:
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" and not structure_only:
             raise UnsupportedModelError(f"weight '{tensor_name}' of {name} is on the meta device; load its data first")
     devices = sorted({str(tensor.device) for _, tensor in tensors})
     if len(devices) > 1:
@@ -349,18 +358,20 @@ def _mask_problem(spec: MaskSpec) -> str | None:
     return None
 
 
-def capture(model: PreTrainedModel) -> Capture:
+def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
     """Export ``model`` once, with dynamic batch and token axes.
 
     Args:
         model: a loaded decoder with a language-model head, on one device, in float32, float16 or bfloat16. It is
             left as it was.
+        structure_only: the weights may be on the meta device, for a graph that is looked at and not run.
 
     Raises:
         TypeError: not a transformers model.
         UnsupportedModelError: it cannot be captured, or attends outside transformers' attention interface.
     """
-    _check_model(model)
+    _check_model(model, structure_only)
+    _LOGGER.info("capturing the graph")
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

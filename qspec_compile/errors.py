@@ -7,3 +7,7 @@ class UnsupportedModelError(ValueError):
 
 class SelfCheckError(RuntimeError):
     """The converted pair does not reproduce the original model's logits."""
+
+
+class SavedModelError(ValueError):
+    """A folder cannot be saved to, or what it holds cannot be loaded; the message names the file and what to do."""

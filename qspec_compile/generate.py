@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import Role
-
 from .cache import HierarchicalCache, check_cache_len
 from .config import ALIASES, check_num_speculative_tokens
 from .cycle import Cycle, CycleResult, GraphedCycle
+from .prefill import prefill
 from .progress import Progress
 from .sampling import sample
 from .scores import ScoreProcessor
@@ -72,6 +70,8 @@ def prepare_arguments(
     options = dict(kwargs)
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
+    if generation_config is not None and generation_config.token_healing:
+        raise ValueError(f"generate() does not take token_healing: {_UNSUPPORTED_ARGUMENTS['token_healing']}")
     for name, reason in _UNSUPPORTED_ARGUMENTS.items():
         value = options.pop(name, None)
         if value is not None and value is not False:
@@ -166,6 +166,14 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) 
     """Refuse by name what this loop does not do."""
     refused = {
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
+        "use_mtp": bool(config.use_mtp),
+        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
+        "constraints": config.constraints is not None,
+        "force_words_ids": config.force_words_ids is not None,
+        "num_beam_groups": config.num_beam_groups not in (None, 1),
+        "is_assistant": bool(config.is_assistant),
+        "assistant_ensemble_weight": config.assistant_ensemble_weight is not None,
+        "speculation_type": config.speculation_type is not None,
         "dola_layers": config.dola_layers is not None,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "assistant_early_exit": config.assistant_early_exit is not None,
@@ -384,42 +392,20 @@ class SpeculativeLoop:
             raise FloatingPointError(_NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
-        self.stats.record_cycle(len(result.drafts[0]), accepted)
         self.stats.flushes += result.flush_due
         for row, count in enumerate(result.accepted):
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
         seconds = self._now() - start
-        self.stats.decode_seconds += seconds
+        self.stats.record_cycle(len(result.drafts[0]), accepted, seconds)
         draft_count.record(len(result.drafts[0]), accepted, seconds)
         self._judge()
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
-        """Cache what is new of the prompts, chunk by chunk; emits and returns the first token of each, ``(B,)``."""
+        """Cache what is new of the prompts; emits and returns the first token of each, ``(B,)``."""
         start = self._now()
-        cached = self.cache.length.tolist()
-        new = [prompt[count:] for prompt, count in zip(prompts, cached, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
-        lens = torch.tensor([len(row) for row in new], device=ids.device)
-        tokens = ids.shape[1]
-        chunk = self.qs.prefill_chunk(*ids.shape)
-        logits = None
-        hidden = None if chunk < tokens else True
-        with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
-            for first in range(0, tokens, chunk):
-                part = ids[:, first : first + chunk]
-                positions = self.cache.length[:, None] + torch.arange(part.shape[1], device=ids.device)
-                num_new = (lens - first).clamp(0, part.shape[1])
-                last = (lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
-                inputs = (part, positions.clamp(max=self.cache.max_len - 1), last)
-                state = (self.cache.quantized_len, self.cache.length, num_new)
-                scored = self.qs.forward(Role.PREFILL, *inputs, *state, cache=self.cache)
-                self.cache.advance_prefill(num_new)
-                # The last token of a shorter prompt lies in an earlier chunk.
-                logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
-                bar.update(part.shape[1])
-        assert logits is not None
+        logits = prefill(self.qs, self.cache, prompts)
         self.stats.prefill_seconds = self._now() - start
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()

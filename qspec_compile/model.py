@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import LinearReport, Role
+from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
 from .capture import capture
@@ -21,11 +23,16 @@ from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
+from .pictures import plot
 from .regions import compile_graph
+from .saving import save_pretrained
 from .scores import graph_key
 from .self_check import self_check
 from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
 from .stats import GenerationStats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PREFILL_STEP = 1024
 
@@ -42,11 +49,12 @@ class QuantSpecModel:
         last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
+        """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
         self.model = model
         self.layers = captured.layers
-        pair = build_pair(captured, config, self.vocab_size)
+        pair = build_pair(captured, config, self.vocab_size, source)
         self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
@@ -237,6 +245,56 @@ class QuantSpecModel:
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
         return functools.partial(decode, self)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Save the pair to a folder that :func:`quantspec.from_pretrained` loads without quantizing again.
+
+        The model's own weights and configuration are saved as transformers does, so that
+        ``AutoModelForCausalLM.from_pretrained(directory)`` loads the original model; the draft's INT4 weights are
+        beside them, packed and the same for every device. All weights are safetensors. A tokenizer is saved to the same
+        folder by itself, afterwards: ``tokenizer.save_pretrained(directory)``; saving again leaves it there.
+
+        Files are written beside their place and moved when all are complete. Host memory holds the INT4 weights once
+        more meanwhile.
+
+        Args:
+            directory: a new or empty folder, or one with an earlier save, which is replaced.
+            max_shard_size: most bytes of a file, or as text such as ``"5GB"``.
+
+        Raises:
+            SavedModelError: the folder holds anything else, cannot be written to, or has too little room.
+        """
+        save_pretrained(self, directory, max_shard_size)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the latest ``generate`` call: acceptance, where a cycle's time goes, and the cache's memory.
+
+        A cycle is timed for it, see :func:`quantspec.cycle_times.cycle_times`; single pictures, also without a model,
+        are in :mod:`quantspec.pictures`. Needs matplotlib (``pip install 'quantspec[plot]'``).
+
+        Args:
+            path: file to write, ``.png``, ``.svg`` or ``.pdf``, if not None.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ValueError: nothing has been generated, or ``path`` cannot be written.
+            ImportError: matplotlib is missing.
+        """
+        return plot(self, path)
+
+    def as_pretrained_model(self) -> PreTrainedModel:
+        """The Hugging Face model for code that takes one, such as pipelines: its ``generate`` is this pair's.
+
+        A second object around the same modules and tensors; the original keeps its own ``generate``. It stays on its
+        device.
+        """
+        model = copy.copy(self.model)
+        model.generate = self.generate  # type: ignore[assignment]
+        # A pipeline moves a model to a device of its choice, and the draft would stay, unless accelerate has placed it.
+        model.hf_device_map = {"": self.device}  # type: ignore[assignment]
+        return model
 
     def __repr__(self) -> str:
         left = [r for r in self.linears if r.group_size is None]

@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from quantspec.passes import (
     CheckTokenMixing,
     FuseSharedInputLinears,
+    Int4Source,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
@@ -46,9 +47,11 @@ class Pair:
     linears: tuple[LinearReport, ...]
 
 
-def draft_weight_passes(config: QuantSpecConfig) -> tuple[QuantizeWeights, list[PassBase]]:
+def draft_weight_passes(
+    config: QuantSpecConfig, source: Int4Source | None = None
+) -> tuple[QuantizeWeights, list[PassBase]]:
     """The passes that give a graph INT4 weights, in order, and the first one by itself for its report."""
-    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head)
+    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source)
     return quantize, [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
 
 
@@ -61,14 +64,14 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
         raise (error.__cause__ or error) from None
 
 
-def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> Pair:
-    """Clone the captured graph once per role and run that role's passes.
+def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None) -> Pair:
+    """Clone the captured graph once per role and run that role's passes; ``source`` has ready INT4 weights.
 
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
     """
     base = clone(captured.graph_module)
-    quantize, weight_passes = draft_weight_passes(config)
+    quantize, weight_passes = draft_weight_passes(config, source)
     try:
         run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ from .errors import SelfCheckError
 
 if TYPE_CHECKING:
     from .model import QuantSpecModel
+
+_LOGGER = logging.getLogger(__name__)
 
 # Tokens decoded after the prompt: one by one, then as a block.
 _STEPS = (1, 1, 3)
@@ -60,6 +63,7 @@ def self_check(qs: QuantSpecModel) -> None:
     Raises:
         SelfCheckError: naming which comparison failed and by how much.
     """
+    _LOGGER.info("checking the pair against the model")
     group = qs.config.kv_group_size
     tolerance = _EXACT_TOLERANCE[qs.model.dtype]
     limit = qs.config.max_cache_len or 0

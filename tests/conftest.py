@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
+from step_by_step import random_prompt
 from tiny_models import tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +57,11 @@ def table_positions_qs() -> quantspec.QuantSpecModel:
     return _convert("gpt2", n_positions=48)
 
 
+def characters(ids: Sequence[int]) -> str:
+    """The text of ids 3..95 in the test tokenizer."""
+    return "".join(chr(30 + token) for token in ids)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One printable character per token for ids 3..95, after ``<pad>``, ``<s>`` and ``</s>``."""
@@ -63,3 +72,53 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<s>"
     )
+
+
+@pytest.fixture(scope="session")
+def saved_model(tokenizer, tmp_path_factory) -> Path:
+    """Folder of a tiny llama and the test tokenizer, with a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory) -> Path:
+    """Folder of lm-eval tasks for the test tokenizer: ``tiny_choice``, ``tiny_rolling`` and ``tiny_write``."""
+    folder = tmp_path_factory.mktemp("tasks")
+    contexts = [characters(random_prompt(5 * GROUP + 3, seed)) for seed in range(4)]
+    documents = [{"context": text, "choices": ["abc", "xyz"], "answer": len(text) % 2} for text in contexts]
+    (folder / "documents.json").write_text(json.dumps(documents))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "documents.json")}},
+        "test_split": "test",
+    }
+    tasks = {
+        "tiny_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+        },
+        "tiny_rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{context}}",
+            "metric_list": [{"metric": "byte_perplexity"}],
+        },
+        "tiny_write": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{context}}",
+            "doc_to_target": "",
+            "generation_kwargs": {"do_sample": False, "max_gen_toks": 12, "until": []},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }
+    for name, task in tasks.items():
+        # JSON is YAML.
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
+    return folder

@@ -46,6 +46,12 @@ def assert_consistent(stats: GenerationStats) -> None:
     assert sum(stats.acceptance_histogram) == stats.cycles
     assert sum(count * cycles for count, cycles in enumerate(stats.acceptance_histogram)) == stats.accepted
     assert stats.drafted <= gamma * stats.cycles
+    # Cycles of the batch, of which each running sequence counts one.
+    assert len(stats.drafted_per_cycle) == len(stats.accepted_per_cycle) == len(stats.seconds_per_cycle)
+    assert stats.cycles / stats.num_sequences <= len(stats.accepted_per_cycle) <= stats.cycles
+    assert sum(stats.drafted_per_cycle) == stats.drafted
+    assert sum(stats.accepted_per_cycle) == stats.accepted
+    assert sum(stats.seconds_per_cycle) == pytest.approx(stats.decode_seconds)
     # Accepting the n-th token takes the ones before it.
     assert stats.accepted_per_position == sorted(stats.accepted_per_position, reverse=True)
     for position, count in enumerate(stats.accepted_per_position):
@@ -137,6 +143,8 @@ def test_as_dict_is_json(qs):
             assert value == getattr(stats, name)
     stats.as_dict()["acceptance_histogram"].append(7)
     assert len(stats.acceptance_histogram) == 5
+    # The dictionary does not grow with the text.
+    assert not any(name.endswith("_per_cycle") for name in read)
     for empty in (GenerationStats(4), GenerationStats(0)):
         json.dumps(empty.as_dict(), allow_nan=False)
 
@@ -159,11 +167,13 @@ def test_stats_of_a_model_that_has_not_generated(qs):
 
 
 def test_record_cycle():
-    stats = GenerationStats(3)
-    stats.record_cycle(3, [3, 1])
-    stats.record_cycle(2, [0])
+    stats = GenerationStats(3, num_sequences=2)
+    stats.record_cycle(3, [3, 1], 0.5)
+    stats.record_cycle(2, [0], 0.25)
     assert (stats.cycles, stats.drafted, stats.accepted) == (3, 8, 4)
     assert stats.drafted_per_position == [3, 3, 2]
     assert stats.accepted_per_position == [2, 1, 1]
     assert stats.acceptance_histogram == [1, 1, 0, 1]
+    assert (stats.drafted_per_cycle, stats.accepted_per_cycle) == ([6, 2], [4, 0])
+    assert (stats.seconds_per_cycle, stats.decode_seconds) == ([0.5, 0.25], 0.75)
     assert_consistent(stats)

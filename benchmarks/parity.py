@@ -1,0 +1,55 @@
+"""Parity of SmolLM2-135M with its quantized pair: every offline task, the needle tasks at four lengths, a long text.
+
+    python -m benchmarks.parity --device cuda
+
+Needs lm-eval, wonderwords and nltk (``pip install '.[eval]'``) and no network. Writes ``parity.json``, ``parity.md``
+and ``parity.png`` into a folder, anew after every task; the README's tables are made from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import quantspec
+from quantspec.evals import load_smollm2
+from quantspec.evals.parity import ParityOptions, parity
+
+from .common import RESULTS
+
+OFFLINE_TASKS = ("reference_choice", "reference_cloze", "reference_cloze@6000", "reference_perplexity")
+NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")
+NEEDLE_LENGTHS = (1024, 2048, 4096, 8192)
+
+
+def main() -> int:
+    """Run, write and print the report; status 1 where a threshold is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=int, default=50, help="documents per task")
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--lengths", type=int, nargs="*", default=NEEDLE_LENGTHS, help="of the needle tasks, in tokens")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile, which takes minutes by itself")
+    parser.add_argument("--out", type=Path, default=RESULTS / "parity")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
+    qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
+    tasks = [*OFFLINE_TASKS, *(f"{task}@{length}" for task in NEEDLE_TASKS for length in arguments.lengths)]
+    options = ParityOptions(
+        limit=arguments.limit, batch_size=arguments.batch_size, context_tokens=7168, prompts=16, prompt_tokens=4096
+    )
+    report = parity(
+        qs, tokenizer=tokenizer, tasks=tasks, options=options, output=arguments.out, name="SmolLM2-135M-Instruct"
+    )
+    print(report)
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Write ``generation-options.md`` next to this file from the table that the tests check.
+
+Run it as ``python docs/generation_options.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from generation_options import ARGUMENTS, HONOURED, IRRELEVANT, OPTIONS, REFUSED, Option  # noqa: E402
+
+INTRODUCTION = """# Generation options
+
+Made by `python docs/generation_options.py` from the table that `tests/test_generation_options.py` checks: every field
+of transformers' `GenerationConfig`, given as a keyword or in a config, and every argument of `model.generate`.
+
+*Honoured* options mean what they mean there. *Refused* ones raise an error that names them before any work is done.
+*Irrelevant* ones change nothing in Hugging Face's greedy search and sampling either, or only how its own cache works.
+"""
+
+
+def _section(status: str, options: dict[str, Option]) -> list[str]:
+    rows = [f"| `{name}` | {option.note} |" for name, option in options.items() if option.status == status]
+    return ["", f"### {status.capitalize()}", "", "| option | note |", "| --- | --- |", *rows]
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [INTRODUCTION]
+    for title, options in (("Fields of `GenerationConfig`", OPTIONS), ("Arguments of `generate`", ARGUMENTS)):
+        lines.append(f"\n## {title}")
+        for status in (HONOURED, REFUSED, IRRELEVANT):
+            lines += _section(status, options)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "generation-options.md").write_text(page())

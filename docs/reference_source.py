@@ -1,0 +1,39 @@
+"""What the API reference is made from: a copy of the packages under their import names, docstrings without roles.
+
+MkDocs runs :func:`on_pre_build`; mkdocstrings loads the extension.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import griffe
+from setuptools.config.pyprojecttoml import read_configuration
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "reference"
+
+
+def on_pre_build(config: Any) -> None:
+    """Lay the folders out as they are installed, so that they are read and not imported."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    settings = read_configuration(ROOT / "pyproject.toml")
+    for name, folder in settings["tool"]["setuptools"]["package-dir"].items():
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, COPY / name.replace(".", "/"), ignore=ignored, dirs_exist_ok=True)
+
+
+class PlainDocstrings(griffe.Extension):
+    """Turns what Markdown does not know into what it does."""
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Roles become code; names that share a description are one name to the parser."""
+        if obj.docstring is None:
+            return
+        text = re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
+        obj.docstring.value = re.sub(
+            r"^ *\w+(, \w+)+(?=: )", lambda names: names[0].replace(", ", ",\u00a0"), text, flags=re.MULTILINE
+        )

@@ -1,0 +1,59 @@
+"""Decoding with the draft alone, to see what it would say without the target's verification."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from quantspec.passes import Role
+from quantspec.sampling import sample
+
+from .scoring import PrefilledContexts, forced_blocks
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    from quantspec import QuantSpecModel
+
+
+@torch.no_grad()
+def decode_with_draft(
+    qs: QuantSpecModel,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Greedy search or sampling from the draft, one token at a time; for ``model.generate(custom_generate=...)``.
+
+    Every token but the prompts', which the target prefills, is the draft's, and so are its cached keys and values.
+
+    Args:
+        input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
+        logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
+
+    Returns:
+        ``(B, S + new)`` ids.
+    """
+    attention_mask = model_kwargs.get("attention_mask")
+    # Newer versions of transformers make none where nothing is padded.
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    prompts = [ids[keep] for ids, keep in zip(input_ids, mask, strict=True)]
+    new_tokens = cast(int, generation_config.max_length) - input_ids.shape[1]
+    cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], [new_tokens] * len(prompts)).restored()
+    pad = generation_config._pad_token_tensor
+    newest = torch.stack([prompt[-1] for prompt in prompts])
+    running = torch.ones_like(newest, dtype=torch.bool)
+    while bool(running.any()):
+        (block,) = forced_blocks(qs, cache, list(newest[:, None]), Role.DRAFT)
+        cache.accept(running.long())
+        scores = logits_processor(input_ids, block.logits[:, 0].float())  # type: ignore[arg-type]
+        newest = sample(scores.softmax(-1), None) if generation_config.do_sample else scores.argmax(-1)
+        newest = newest if pad is None else torch.where(running, newest, pad)
+        input_ids = torch.cat((input_ids, newest[:, None]), 1)
+        running &= ~stopping_criteria(input_ids, cast(Any, scores))
+    return input_ids

@@ -1,0 +1,55 @@
+"""lm-eval's own command line with the model ``quantspec`` and the offline tasks known to it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def require_lm_eval() -> None:
+    """Raise ``ModuleNotFoundError`` with the command that installs lm-eval if it is missing."""
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("lm-eval is not installed: run `pip install 'quantspec[eval]'`") from error
+
+
+def run_lm_eval(arguments: list[str]) -> int:
+    """Run ``lm_eval`` with ``arguments``, any of its options and subcommands; returns the exit status.
+
+    The model is ``quantspec`` unless ``--model`` or ``--config`` says otherwise.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    require_lm_eval()
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    import quantspec.evals  # noqa: F401
+
+    setup_logging()
+    with _command_line(arguments):
+        cli = HarnessCLI()
+        try:
+            options = cli.parse_args()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        if "include_path" in options:
+            options.include_path = [str(TASKS), *filter(None, [options.include_path])]
+        if options.command == "run" and not (options.model or options.config):
+            options.model = "quantspec"
+        cli.execute(options)
+    return 0
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    # lm-eval's parser takes its arguments from there and nowhere else.
+    with mock.patch.object(sys, "argv", ["lm_eval", *arguments]):
+        yield

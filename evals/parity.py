@@ -1,0 +1,410 @@
+"""The parity report: does the quantized pair say what the original model says?
+
+Tasks, a long text and greedy continuations are given to the original model and to the roles of the pair, compared, and
+judged by stated thresholds. The command writes JSON, Markdown and a plot and ends with status 1 when one is missed:
+
+    python -m quantspec.evals.parity MODEL --tasks reference_choice niah_single_1@4096 --output FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import quantspec
+from quantspec import QuantSpecConfig, QuantSpecModel
+
+from .environment import environment
+from .generation_parity import GenerationComparison, compare_generation, generate_greedily
+from .lm_eval_command import require_lm_eval
+from .parity_rendering import render_markdown, render_plot
+from .roles import EvalRole
+from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
+from .text_parity import TextComparison, compare_text
+from .texts import python_reference
+
+# The thresholds of a verdict; each is an option of :class:`ParityOptions` too.
+MAX_STANDARD_ERRORS = 1.0
+MAX_PERPLEXITY_CHANGE = 0.005
+MIN_ARGMAX_AGREEMENT = 0.99
+MIN_SPECULATIVE_MATCH = 1.0
+# Distances from the planes are reported in classes of a quarter of a group.
+_DISTANCE_CLASSES_PER_GROUP = 4
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """What is measured and what counts as equal.
+
+    Attributes:
+        limit: documents per task, the first ones; None for all.
+        batch_size: sequences at a time, or "auto".
+        apply_chat_template: for the tasks.
+        context_tokens, scored_tokens: of the long text: what is prefilled, and what is then read token by token.
+        prompts, prompt_tokens, new_tokens: of the greedy continuations, from places all over the text; 0 prompts skip.
+        max_standard_errors: a task's metric is equal if it differs from the reference's by at most so many.
+        max_perplexity_change: relative, of the text and of tasks that report perplexities.
+        min_argmax_agreement: of the target on the text.
+        min_speculative_match: fraction of greedy texts that must be the same with and without drafting.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    limit: int | None = None
+    batch_size: int | str = 1
+    apply_chat_template: bool = False
+    context_tokens: int = 3072
+    scored_tokens: int = 1024
+    prompts: int = 8
+    prompt_tokens: int = 1024
+    new_tokens: int = 64
+    max_standard_errors: float = MAX_STANDARD_ERRORS
+    max_perplexity_change: float = MAX_PERPLEXITY_CHANGE
+    min_argmax_agreement: float = MIN_ARGMAX_AGREEMENT
+    min_speculative_match: float = MIN_SPECULATIVE_MATCH
+
+    def __post_init__(self) -> None:
+        smallest = {"context_tokens": 1, "scored_tokens": 2, "prompts": 0, "prompt_tokens": 1, "new_tokens": 1}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, not {self.limit}")
+
+    def text_tokens(self) -> int:
+        """Tokens of text that the measurements need."""
+        return max(self.context_tokens + self.scored_tokens, self.prompts and self.prompt_tokens + self.prompts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A figure and the threshold that it was held against, as text."""
+
+    name: str
+    role: str
+    value: str
+    threshold: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything measured; ``str`` gives Markdown.
+
+    Attributes:
+        model: its name.
+        config: the conversion's options.
+        tasks: every metric of every role but the reference; ``acceptance`` by task.
+        text, generation: see :mod:`.text_parity` and :mod:`.generation_parity`.
+        verdicts: one per threshold that applied.
+    """
+
+    model: str
+    config: dict[str, str]
+    options: ParityOptions
+    environment: dict[str, Any]
+    tasks: list[MetricComparison] = field(default_factory=list)
+    acceptance: dict[str, dict[str, float]] = field(default_factory=dict)
+    text: list[TextComparison] = field(default_factory=list)
+    generation: list[GenerationComparison] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every threshold was met."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        width = int(self.config["kv_group_size"]) // _DISTANCE_CLASSES_PER_GROUP
+        return {
+            "model": self.model,
+            "config": self.config,
+            "options": asdict(self.options),
+            "environment": self.environment,
+            "passed": self.passed,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "tasks": [asdict(comparison) for comparison in self.tasks],
+            "acceptance": self.acceptance,
+            "text": [comparison.as_dict(width) for comparison in self.text],
+            "generation": [comparison.as_dict() for comparison in self.generation],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write ``parity.json``, ``parity.md`` and ``parity.png`` (the plot where matplotlib is installed)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        report = self.as_dict()
+        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "parity.md").write_text(render_markdown(report))
+        render_plot(report, folder / "parity.png")
+
+    def __str__(self) -> str:
+        return render_markdown(self.as_dict())
+
+
+def parity(
+    model: PreTrainedModel | QuantSpecModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = (),
+    text: str | None = None,
+    options: ParityOptions | None = None,
+    include_path: Path | None = None,
+    output: Path | None = None,
+    name: str | None = None,
+    **conversion: Any,
+) -> ParityReport:
+    """Compare a model with its quantized pair.
+
+    Args:
+        model: a Hugging Face decoder, or a pair made of one already.
+        tokenizer: the model's.
+        tasks: lm-eval tasks, the offline ones among them; ``NAME@LENGTH`` makes those of RULER and
+            ``reference_cloze`` of that many tokens.
+        text: the long text; Python's language reference if None, no text and no continuations if empty.
+        options: amounts and thresholds.
+        include_path: folder with further lm-eval tasks.
+        output: folder for the report's files; they are written after every task, so an interrupted run leaves some.
+        name: the model's in the report; where it was loaded from if None.
+        **conversion: options of :func:`quantspec.convert`, for a model that is not converted.
+
+    Raises:
+        ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
+        ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
+    """
+    options = options or ParityOptions()
+    if tasks:
+        require_lm_eval()
+    if isinstance(model, QuantSpecModel) and conversion:
+        raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
+    if not isinstance(model, QuantSpecModel):
+        QuantSpecConfig.from_options(None, conversion)
+    ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        loaded = load_tasks(tasks, Path(folder), include_path) if tasks else {}
+        qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
+        report = ParityReport(
+            model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
+            config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
+            options=options,
+            environment={**environment(str(qs.device)), "dtype": str(qs.model.dtype).removeprefix("torch.")},
+        )
+        if loaded:
+            _measure_tasks(report, qs, tokenizer, loaded, output)
+    if ids is not None:
+        _measure_text(report, qs, ids.to(qs.device))
+    if not report.verdicts:
+        raise ValueError("nothing to compare: name tasks, or give a text")
+    if output is not None:
+        report.write(output)
+    return report
+
+
+_REPORTED_OPTIONS = (
+    "num_speculative_tokens",
+    "kv_group_size",
+    "weight_group_size",
+    "weight_quantizer",
+    "quantize_lm_head",
+    "max_cache_len",
+)
+
+
+def _plain(option: Any) -> str:
+    return str(option.value if isinstance(option, Enum) else option)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOptions) -> torch.Tensor:
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    if len(ids) < options.text_tokens():
+        raise ValueError(
+            f"the text has {len(ids)} tokens, but {options.text_tokens()} are needed; give a longer one, or fewer "
+            "context_tokens, scored_tokens or prompt_tokens"
+        )
+    return ids
+
+
+def _measure_tasks(
+    report: ParityReport,
+    qs: QuantSpecModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: dict[str, Any],
+    output: Path | None,
+) -> None:
+    from .adapter import QuantSpecLM
+
+    options = report.options
+    # Scores of a half-precision model are summed in float32, as those of the pair are.
+    common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": options.batch_size, "softmax_dtype": "float32"}
+    models = {role: QuantSpecLM(qs, role=role.value, **common) for role in EvalRole}
+    for name, task in tasks.items():
+        runs: dict[EvalRole, TaskRun] = {}
+        for role, lm in models.items():
+            # What is emitted has the target's distribution, so only generation can tell the two apart.
+            if role is EvalRole.SPECULATIVE and task.OUTPUT_TYPE != "generate_until":
+                runs[role] = runs[EvalRole.TARGET]
+            else:
+                runs[role] = run_task(lm, task, options.limit, options.apply_chat_template)
+            if role is not EvalRole.REFERENCE:
+                report.tasks.extend(
+                    compare(
+                        name,
+                        role,
+                        runs[role],
+                        runs[EvalRole.REFERENCE],
+                        options.max_standard_errors,
+                        options.max_perplexity_change,
+                    )
+                )
+        acceptance = runs[EvalRole.SPECULATIVE].acceptance
+        if acceptance is not None:
+            report.acceptance[name] = acceptance
+        _judge_task(report, name, runs)
+        if output is not None:
+            report.write(output)
+
+
+def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) -> None:
+    options = report.options
+    for row in report.tasks:
+        if row.task == name and row.role != EvalRole.DRAFT.value:
+            if row.standard_error is None:
+                value = f"{row.difference:+.3%}"
+                threshold = f"perplexity within {options.max_perplexity_change:.1%}"
+            else:
+                value = f"{row.paired_difference:+.4f}"
+                threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
+            report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
+    texts = runs[EvalRole.SPECULATIVE].texts
+    if texts is not None:
+        target = runs[EvalRole.TARGET].texts
+        assert target is not None
+        same = sum(a == b for a, b in zip(texts, target, strict=True)) / len(texts)
+        _judge_speculation(report, f"{name} texts", same)
+
+
+def _judge_speculation(report: ParityReport, name: str, same: float) -> None:
+    least = report.options.min_speculative_match
+    threshold = f"at least {least:.1%} as the target's"
+    report.verdicts.append(Verdict(name, EvalRole.SPECULATIVE.value, f"{same:.1%}", threshold, same >= least))
+
+
+def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: torch.Tensor) -> None:
+    options = report.options
+    length = options.context_tokens + options.scored_tokens
+    report.text.extend(compare_text(qs, ids[:length], options.context_tokens, [EvalRole.TARGET, EvalRole.DRAFT]))
+    target = report.text[0]
+    change, agreement = target.perplexity_change, target.argmax_agreement
+    largest, least = options.max_perplexity_change, options.min_argmax_agreement
+    near, agrees = abs(change) <= largest, agreement >= least
+    report.verdicts.append(Verdict("text perplexity", target.role, f"{change:+.3%}", f"within {largest:.1%}", near))
+    report.verdicts.append(
+        Verdict("text argmax agreement", target.role, f"{agreement:.4f}", f"at least {least:g}", agrees)
+    )
+    if options.prompts:
+        starts = torch.linspace(0, len(ids) - options.prompt_tokens, options.prompts).long().tolist()
+        prompts = torch.stack([ids[start : start + options.prompt_tokens] for start in starts])
+        _measure_generation(report, qs, prompts)
+
+
+def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: torch.Tensor) -> None:
+    tokens = {role: generate_greedily(qs, prompts, report.options.new_tokens, role) for role in EvalRole}
+    pairs = [
+        *((role, EvalRole.REFERENCE) for role in EvalRole if role is not EvalRole.REFERENCE),
+        (EvalRole.SPECULATIVE, EvalRole.TARGET),
+    ]
+    report.generation.extend(compare_generation(qs, prompts, tokens, *pair) for pair in pairs)
+    _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
+
+
+def main(arguments: list[str]) -> int:
+    """The command ``parity``: 0 for parity, 1 where a threshold is missed, 2 for input that cannot be honoured."""
+    chosen = vars(_parser().parse_args(arguments))
+    pretrained, gguf_file, device = (chosen.pop(name) for name in ("model", "gguf_file", "device"))
+    dtype, text, output = (chosen.pop(name) for name in ("dtype", "text", "output"))
+    tasks = [name for names in chosen.pop("tasks") for name in names.split(",") if name]
+    include_path = chosen.pop("include_path")
+    conversion = {name: chosen.pop(name) for name in _CONVERSION_FLAGS}
+    conversion = {name: value for name, value in conversion.items() if value is not None}
+    try:
+        options = ParityOptions(**chosen)
+        QuantSpecConfig.from_options(None, conversion)
+        if text:
+            text = Path(text).read_text(encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(pretrained, gguf_file=gguf_file, dtype=dtype).to(device).eval()
+        report = parity(
+            model,
+            tokenizer=tokenizer,
+            tasks=tasks,
+            text=text,
+            options=options,
+            include_path=include_path,
+            output=output,
+            **conversion,
+        )
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"parity: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.passed else 1
+
+
+_CONVERSION_FLAGS: dict[str, Any] = {
+    "num_speculative_tokens": int,
+    "kv_group_size": int,
+    "weight_group_size": int,
+    "weight_quantizer": str,
+    "max_cache_len": int,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = ParityOptions()
+    parser = argparse.ArgumentParser(
+        prog="quantspec parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="path or id of a Hugging Face decoder")
+    parser.add_argument("--gguf-file", help="weights inside that folder")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--tasks", nargs="*", default=[], help="lm-eval tasks, also NAME@LENGTH for those that can be made of a length"
+    )
+    parser.add_argument("--include-path", type=Path, help="folder with further lm-eval tasks")
+    parser.add_argument("--text", help="file with the long text; Python's language reference if not given, '' for none")
+    parser.add_argument("--output", type=Path, help="folder for parity.json, parity.md and parity.png")
+    for name, kind in _CONVERSION_FLAGS.items():
+        parser.add_argument(_flag(name), type=kind, help="as in quantspec.convert")
+    parser.add_argument("--apply-chat-template", action="store_true", help="for the tasks")
+    parser.add_argument("--limit", type=int, help="documents per task")
+    parser.add_argument("--batch-size", type=_batch_size, default=defaults.batch_size, help="a number or auto")
+    for name in ("context_tokens", "scored_tokens", "prompts", "prompt_tokens", "new_tokens"):
+        parser.add_argument(_flag(name), type=int, default=getattr(defaults, name), help="(default: %(default)s)")
+    for name in ("max_standard_errors", "max_perplexity_change", "min_argmax_agreement", "min_speculative_match"):
+        parser.add_argument(_flag(name), type=float, default=getattr(defaults, name), help="(default: %(default)s)")
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _batch_size(value: str) -> int | str:
+    return value if value.startswith("auto") else int(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

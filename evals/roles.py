@@ -1,0 +1,52 @@
+"""What can be evaluated of a model: its Hugging Face original, the target, the draft, and the two together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from quantspec import QuantSpecModel
+from quantspec.passes import Role
+
+from .draft_decoding import decode_with_draft
+
+
+class EvalRole(str, Enum):
+    """``reference``: the untouched Hugging Face model; ``speculative``: drafted, verified and emitted by the target."""
+
+    REFERENCE = "reference"
+    TARGET = "target"
+    SPECULATIVE = "speculative"
+    DRAFT = "draft"
+
+    @classmethod
+    def parse(cls, name: str) -> EvalRole:
+        """The role called ``name``; ``ValueError`` that lists the roles if there is none."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise ValueError(f"role must be one of {', '.join(role.value for role in cls)}, not {name!r}") from None
+
+    @property
+    def graph(self) -> Role:
+        """The graph whose distribution the role emits; the reference has none."""
+        if self is EvalRole.REFERENCE:
+            raise ValueError("the reference is the Hugging Face model itself, not one of the pair's graphs")
+        return Role.DRAFT if self is EvalRole.DRAFT else Role.TARGET
+
+
+def decoding_method(
+    qs: QuantSpecModel, role: EvalRole, num_speculative_tokens: int | str | None = None
+) -> Callable[..., Any] | None:
+    """How ``role`` decodes, for ``qs.model.generate(custom_generate=...)``; None is Hugging Face's own way.
+
+    ``num_speculative_tokens`` overrides the config's number for the role ``speculative``.
+    """
+    if role is EvalRole.REFERENCE:
+        return None
+    if role is EvalRole.DRAFT:
+        return functools.partial(decode_with_draft, qs)
+    drafted = 0 if role is EvalRole.TARGET else num_speculative_tokens
+    return functools.partial(qs.decode, num_speculative_tokens=drafted)

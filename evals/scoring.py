@@ -1,0 +1,166 @@
+"""Scoring a given text through the quantized cache, which is read as generation reads it.
+
+A context is prefilled into the cache but for its last token. That token and what follows go through the decoding graph
+of a role in blocks, and each block's keys and values enter the cache as verified tokens do. So every scored logit comes
+from the target's INT8 or the draft's INT4 read of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantspec import QuantSpecModel
+from quantspec.cache import HierarchicalCache
+from quantspec.passes import Role
+from quantspec.prefill import prefill
+
+# Most query tokens that the cached attention op takes on CUDA.
+MAX_BLOCK = 16
+
+
+class Block(NamedTuple):
+    """Logits of up to :data:`MAX_BLOCK` consecutive tokens of each of B sequences.
+
+    ``logits (B, T, V)``: row t follows the token ``first + t`` of those that were fed; a row past a sequence's end
+    means nothing. ``quantized_len (B,)``: tokens that lay in the planes when the block was read.
+    """
+
+    first: int
+    quantized_len: Tensor
+    logits: Tensor
+
+
+class Score(NamedTuple):
+    """A continuation's log-probability (natural), and whether each of its tokens is the argmax."""
+
+    log_probability: float
+    is_greedy: bool
+
+
+class PrefilledContexts:
+    """A batch of contexts in the cache of ``qs``, put back as it was before each use.
+
+    Valid until ``qs`` generates or other contexts are made.
+    """
+
+    def __init__(self, qs: QuantSpecModel, contexts: Sequence[Tensor], num_following: Sequence[int]) -> None:
+        """Prefill 1-D ``contexts``, which may be empty, with room for ``num_following`` more tokens of each.
+
+        Raises:
+            CacheFullError: context and following tokens would exceed ``max_cache_len``.
+        """
+        self.qs = qs
+        self.contexts = contexts
+        self.cache = qs.acquire_cache(contexts, MAX_BLOCK - 1)
+        self._lengths = torch.tensor([len(context) for context in contexts], device=qs.device)
+        tokens = max(len(context) + more for context, more in zip(contexts, num_following, strict=True))
+        # From 3G tokens on the planes hold two groups, and torch.compile does not take their number for a constant.
+        self.cache.reserve(max(tokens, min(3 * self.cache.group_size, self.cache.max_len)))
+        self._prefill()
+
+    def restored(self) -> HierarchicalCache:
+        """The cache with the contexts and nothing after them."""
+        if torch.equal(self.cache.quantized_len, self._quantized_len):
+            self.cache.rewind(self._lengths)
+        else:
+            # A flush has quantized tokens that a prefill leaves in full precision.
+            self._prefill()
+        return self.cache
+
+    def _prefill(self) -> None:
+        self.cache.reset()
+        if bool(self._lengths.any()):
+            prefill(self.qs, self.cache, self.contexts)
+        self._quantized_len = self.cache.quantized_len.clone()
+
+
+def forced_blocks(
+    qs: QuantSpecModel, cache: HierarchicalCache, tokens: Sequence[Tensor], role: Role
+) -> Iterator[Block]:
+    """Feed 1-D ``tokens`` of each sequence after what ``cache`` holds, and yield their logits block by block.
+
+    The last block is left unaccepted, so tokens that fit in one block do not change the cache.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
+    lengths = torch.tensor([len(row) for row in tokens], device=ids.device)
+    for first in range(0, ids.shape[1], MAX_BLOCK):
+        if first:
+            cache.accept((lengths - first + MAX_BLOCK).clamp(0, MAX_BLOCK))
+        block = ids[:, first : first + MAX_BLOCK]
+        # Powers of two: few sizes for the kernels to be specialized to.
+        padding = (1 << (block.shape[1] - 1).bit_length()) - block.shape[1]
+        block = F.pad(block, (0, padding))
+        rows = torch.arange(block.shape[1], device=ids.device).expand_as(block)
+        positions = (cache.length[:, None] + rows).clamp(max=cache.max_len - 1)
+        quantized_len = cache.quantized_len.clone()
+        logits = qs.forward(role, block, positions, rows, cache.quantized_len, cache.length, cache=cache)
+        yield Block(first, quantized_len, logits[:, : block.shape[1] - padding])
+
+
+def forced_text(qs: QuantSpecModel, ids: Tensor, context_len: int, role: Role) -> Iterator[Block]:
+    """Blocks of the tokens of 1-D ``ids`` from ``context_len`` on, after the context before them is prefilled."""
+    prefilled = PrefilledContexts(qs, [ids[:context_len]], [len(ids) - context_len])
+    return forced_blocks(qs, prefilled.restored(), [ids[context_len:]], role)
+
+
+def score_continuations(
+    qs: QuantSpecModel, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], role: Role
+) -> list[list[Score]]:
+    """Scores of several continuations of each of B contexts; contexts are prefilled once.
+
+    Args:
+        contexts: token ids, at least one each.
+        continuations: for each context, any number of non-empty continuations.
+
+    Raises:
+        CacheFullError: a context and its continuation would exceed ``max_cache_len``.
+    """
+    device = qs.device
+    longest = [max(map(len, row)) for row in continuations]
+    prefilled = PrefilledContexts(
+        qs, [torch.tensor(c[:-1], dtype=torch.long, device=device) for c in contexts], longest
+    )
+    scores: list[list[Score]] = [[] for _ in contexts]
+    for turn in range(max(map(len, continuations))):
+        # A context with fewer continuations feeds nothing in this turn.
+        current = [list(row[turn]) if turn < len(row) else [] for row in continuations]
+        fed = [[context[-1], *tokens[:-1]] if tokens else [] for context, tokens in zip(contexts, current, strict=True)]
+        blocks = forced_blocks(qs, prefilled.restored(), [_ids(row, device) for row in fed], role)
+        for row, score in enumerate(_score_blocks(blocks, [_ids(tokens, device) for tokens in current])):
+            if current[row]:
+                scores[row].append(score)
+    return scores
+
+
+def sequences_that_fit(qs: QuantSpecModel, num_tokens: int, num_bytes: int) -> int:
+    """How many sequences of ``num_tokens`` can be scored together if caches and logits may take ``num_bytes``."""
+    cache = qs.new_cache(1, MAX_BLOCK - 1)
+    cache.reserve(num_tokens)
+    # Logits, their log-softmax and one temporary, in float32.
+    return num_bytes // (sum(cache.bytes_by_part().values()) + 3 * 4 * MAX_BLOCK * qs.vocab_size)
+
+
+def _ids(tokens: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.long, device=device)
+
+
+def _score_blocks(blocks: Iterator[Block], labels: Sequence[Tensor]) -> list[Score]:
+    """Scores of ``labels``, the tokens that the rows of ``blocks`` are to predict."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(labels), batch_first=True)
+    lengths = torch.tensor([len(row) for row in labels], device=ids.device)[:, None]
+    total = torch.zeros(len(labels), dtype=torch.float64, device=ids.device)
+    greedy = torch.ones(len(labels), dtype=torch.bool, device=ids.device)
+    for block in blocks:
+        end = block.first + block.logits.shape[1]
+        wanted = ids[:, block.first : end]
+        beyond = torch.arange(block.first, end, device=ids.device) >= lengths
+        log_probabilities = block.logits.float().log_softmax(-1)
+        chosen = log_probabilities.gather(-1, wanted[..., None])[..., 0]
+        total += chosen.masked_fill(beyond, 0).sum(-1, dtype=torch.float64)
+        greedy &= ((log_probabilities.argmax(-1) == wanted) | beyond).all(-1)
+    return [Score(*pair) for pair in zip(total.tolist(), greedy.tolist(), strict=True)]

@@ -1,0 +1,235 @@
+"""lm-eval tasks answered in several roles, sample by sample, so that their metrics can be compared in pairs."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from quantspec import GenerationStats
+
+from .lm_eval_command import TASKS, require_lm_eval
+from .roles import EvalRole
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from .adapter import QuantSpecLM
+
+# Separates a task's name from the length in tokens that its documents are made for: niah_single_1@4096.
+LENGTH_MARK = "@"
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one run.
+
+    Attributes:
+        value: as lm-eval aggregates it.
+        samples: one number per document, or None where a document's contribution is not a number of its own
+            (perplexities weighted by length).
+    """
+
+    value: float
+    samples: list[float] | None
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What one role made of one task.
+
+    Attributes:
+        metrics: by name.
+        texts: greedily generated, one per document; None for other tasks.
+        acceptance: drafted and accepted tokens of the role ``speculative``; None for other roles and tasks.
+    """
+
+    metrics: dict[str, Metric]
+    texts: list[str] | None
+    acceptance: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """A metric of one role beside the reference's.
+
+    Attributes:
+        difference: value minus the reference's; of perplexities, relative to the reference's.
+        standard_error: the larger of the two runs' own, in the unit of the samples; None without samples.
+        paired_difference, paired_standard_error: of the mean over documents; None without samples.
+        equal: within ``max_standard_errors`` of each other; without samples within ``max_perplexity_change``.
+    """
+
+    task: str
+    role: str
+    metric: str
+    documents: int | None
+    value: float
+    reference: float
+    difference: float
+    standard_error: float | None
+    paired_difference: float | None
+    paired_standard_error: float | None
+    equal: bool
+
+
+def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | None = None) -> dict[str, Task]:
+    """The tasks called ``specs``: names of tasks, groups or tags, or ``NAME@LENGTH`` for one made at a length.
+
+    Args:
+        specs: the offline tasks of this package, those under ``include_path``, and lm-eval's own.
+        tokenizer_path: folder with the tokenizer that measures lengths.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+        ValueError: an unknown name or a length that is no number.
+    """
+    require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    folders: list[str | Path] = [TASKS, *filter(None, [include_path])]
+    names = {spec.partition(LENGTH_MARK)[0] for spec in specs}
+    # lm-eval's own tasks are thousands of files, read only if one of them is asked for.
+    ours = set(TaskManager(include_path=folders, include_defaults=False).all_tasks)
+    metadata: dict[str, Any] = {"tokenizer": str(tokenizer_path)}
+    manager = TaskManager(include_path=folders, include_defaults=not names <= ours, metadata=metadata)
+    unknown = sorted(names - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}; `quantspec eval ls tasks` lists the known ones")
+    tasks: dict[str, Task] = {}
+    for spec in specs:
+        name, mark, length = spec.partition(LENGTH_MARK)
+        if mark and not length.isdigit():
+            raise ValueError(f"the length in {spec!r} must be a number of tokens")
+        chosen = manager
+        if mark:
+            folder = manager.task_index[name].yaml_path.parent
+            chosen = TaskManager(
+                include_path=folder, include_defaults=False, metadata={**metadata, "max_seq_lengths": [int(length)]}
+            )
+        with _seeded():
+            loaded = chosen.load(name)["tasks"]
+        for task_name, task in loaded.items():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=_SEED)
+            tasks[task_name + mark + length] = task
+    return tasks
+
+
+def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_template: bool = False) -> TaskRun:
+    """Answer the first ``limit`` documents of ``task``."""
+    from lm_eval import evaluate
+
+    lm.statistics.clear()
+    name = task.task_name
+    # The standard errors come from the samples here; lm-eval would bootstrap some in worker processes.
+    results = evaluate(
+        lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, apply_chat_template=apply_chat_template
+    )
+    assert results is not None
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    metrics = {}
+    for key, value in results["results"][name].items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        values = [sample[metric] for sample in samples if sample["filter"] == chosen]
+        # RULER marks the lengths that a document was not made for with -1.
+        if all(sample == -1 for sample in values):
+            continue
+        numbers = all(isinstance(sample, int | float) for sample in values)
+        label = metric if chosen == "none" else f"{metric} ({chosen})"
+        metrics[label] = Metric(float(value), [float(sample) for sample in values] if numbers else None)
+    texts = None
+    if task.OUTPUT_TYPE == "generate_until" and not task.get_config("generation_kwargs").get("do_sample"):
+        texts = [sample["resps"][0][0] for sample in samples]
+    return TaskRun(metrics, texts, _acceptance(lm.statistics) if lm.role is EvalRole.SPECULATIVE else None)
+
+
+def compare(
+    task: str,
+    role: EvalRole,
+    run: TaskRun,
+    reference: TaskRun,
+    max_standard_errors: float,
+    max_perplexity_change: float,
+) -> list[MetricComparison]:
+    """Every metric of ``run`` beside the reference's."""
+    comparisons = []
+    for name, ours in run.metrics.items():
+        theirs = reference.metrics[name]
+        if ours.samples is None or theirs.samples is None:
+            change = ours.value / theirs.value - 1
+            comparisons.append(
+                MetricComparison(
+                    task,
+                    role.value,
+                    name,
+                    None,
+                    ours.value,
+                    theirs.value,
+                    change,
+                    None,
+                    None,
+                    None,
+                    abs(change) <= max_perplexity_change,
+                )
+            )
+            continue
+        pairs = [a - b for a, b in zip(ours.samples, theirs.samples, strict=True)]
+        error = max(standard_error(ours.samples), standard_error(theirs.samples))
+        # Means of the samples, since an aggregate (a perplexity) may have another unit than its samples.
+        difference = fmean(pairs)
+        comparisons.append(
+            MetricComparison(
+                task,
+                role.value,
+                name,
+                len(pairs),
+                ours.value,
+                theirs.value,
+                ours.value - theirs.value,
+                error,
+                difference,
+                standard_error(pairs),
+                abs(difference) <= max_standard_errors * error + 1e-9,
+            )
+        )
+    return comparisons
+
+
+def standard_error(samples: Sequence[float]) -> float:
+    """Of the mean; 0 for a single sample."""
+    return stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else 0.0
+
+
+def _acceptance(statistics: Sequence[GenerationStats]) -> dict[str, float] | None:
+    """The rates over all batches of a task; None if nothing was drafted."""
+    drafted, accepted, cycles = (
+        sum(getattr(entry, name) for entry in statistics) for name in ("drafted", "accepted", "cycles")
+    )
+    if not drafted:
+        return None
+    return {
+        "generated_tokens": sum(entry.generated_tokens for entry in statistics),
+        "draft_acceptance_rate": accepted / drafted,
+        "mean_acceptance_length": 1 + accepted / cycles,
+    }
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Some tasks draw their documents with Python's global generator."""
+    state = random.getstate()
+    random.seed(_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,9 @@
+"""The command line ``quantspec``: every module here that defines ``command`` is the subcommand of its name.
+
+Modules import torch and what needs it inside functions, or have a leading underscore and are loaded by a command when
+it runs, so that ``--help`` answers at once.
+"""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,84 @@
+"""A conversation with the model on a cache that is kept between turns."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from quantspec import QuantSpecModel
+
+from .generate import apply_chat_template
+
+
+class Conversation:
+    """Messages so far, and the pair that answers.
+
+    Attributes:
+        messages: as chat templates take them.
+    """
+
+    def __init__(
+        self, qs: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, system: str | None, arguments: dict[str, Any]
+    ) -> None:
+        self.qs = qs
+        self.tokenizer = tokenizer
+        self.system = system
+        self.arguments = arguments
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every message but the system's."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def answer(self, text: str) -> None:
+        """Stream the answer to a user's message to stdout; both join the messages.
+
+        Ctrl-C ends the answer after its current token, and what was said counts. Before the first token it raises
+        KeyboardInterrupt, and then, as after any error, the message is forgotten.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        inputs = apply_chat_template(self.tokenizer, messages).to(self.qs.device)
+        interrupt = _Interrupt()
+        with interrupt.on_ctrl_c():
+            output = self.qs.generate(
+                **inputs,
+                **self.arguments,
+                continue_cache=True,
+                stopping_criteria=StoppingCriteriaList([interrupt]),
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        new_tokens = output[0, inputs.input_ids.shape[1] :]  # type: ignore[index]
+        answer = self.tokenizer.decode(new_tokens, skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": str(answer)}]
+
+
+class _Interrupt(StoppingCriteria):
+    """Ends an answer at its next token once Ctrl-C was pressed, so that the cache stays in order."""
+
+    def __init__(self) -> None:
+        self.has_tokens = False
+        self.pressed = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+        """Whether each row of ``input_ids`` is done, ``(B,)``."""
+        self.has_tokens = True
+        return torch.full((len(input_ids),), self.pressed, device=input_ids.device)
+
+    @contextmanager
+    def on_ctrl_c(self) -> Iterator[None]:
+        """Listen for the length of an answer."""
+        before = signal.signal(signal.SIGINT, self._press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _press(self, *_: object) -> None:
+        if self.pressed or not self.has_tokens:
+            raise KeyboardInterrupt
+        self.pressed = True

@@ -1,0 +1,77 @@
+"""The typer application: one subcommand per module, and one line for every error."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantspec import __version__
+
+from .console import quiet_libraries
+from .errors import print_error
+from .options import expand_options
+
+_DEBUG = "--debug"
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"quantspec {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG, help="Show the traceback of an error, and the warnings of libraries.")
+    ] = False,
+) -> None:
+    """Quantized self-speculative decoding for any Hugging Face decoder."""
+
+
+def build_app() -> typer.Typer:
+    """The application with a subcommand for each module of this package that defines ``command``."""
+    app = typer.Typer(name="quantspec", add_completion=False, no_args_is_help=True, callback=_root)
+    for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module_info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{__package__}.{module_info.name}")
+        if hasattr(module, "command"):
+            settings = getattr(module, "SETTINGS", {})
+            app.command(module_info.name, **settings)(expand_options(module.command))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``quantspec`` with these arguments (``sys.argv``'s if None).
+
+    Returns:
+        The exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+    """
+    remaining = list(sys.argv[1:] if arguments is None else arguments)
+    # Allowed anywhere on the line, where it is thought of after an error.
+    options = remaining[: remaining.index("--")] if "--" in remaining else remaining
+    debug = _DEBUG in options
+    if debug:
+        remaining.remove(_DEBUG)
+    else:
+        quiet_libraries()
+    try:
+        command = typer.main.get_command(build_app())
+        return int(command.main(remaining, prog_name="quantspec", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print_error(error)
+        return 2

@@ -1,0 +1,30 @@
+"""``quantspec convert``: write a converted checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import stderr, working
+from .errors import CommandError
+from .loading import Kind, find_source, load_pair
+from .options import ModelOptions, RunOptions
+
+
+def command(
+    model: ModelOptions,
+    run: RunOptions,
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
+) -> None:
+    """Convert a model and save the pair, so that loading it quantizes nothing."""
+    if find_source(model.model).kind is Kind.PAIR:
+        raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy the folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
+    qs, tokenizer = load_pair(model, run)
+    with working("saving"):
+        qs.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    stderr().print(f"saved to {out}", markup=False)

@@ -1,0 +1,127 @@
+"""``quantspec generate``: continue a text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import stderr, working
+from .errors import CommandError
+from .loading import load_pair
+from .options import ModelOptions, RunOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from quantspec import QuantSpecModel
+
+
+def command(
+    model: ModelOptions,
+    run: RunOptions,
+    sampling: SamplingOptions,
+    prompt: Annotated[
+        str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: text, token counts, statistics.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the statistics to stderr.")] = False,
+) -> None:
+    """Continue a prompt, streaming the new text to stdout."""
+    text = read_prompt(prompt, file)
+    arguments = sampling.generate_arguments()
+    qs, tokenizer = load_pair(model, run)
+    inputs = encode(tokenizer, text, chat).to(qs.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise CommandError("the prompt has no tokens", "give some text")
+    arguments = {**inputs, **arguments, "num_speculative_tokens": model.num_speculative_tokens}
+    if "stop_strings" in arguments:
+        arguments["tokenizer"] = tokenizer
+    warm_up(qs, arguments)
+    new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
+    if as_json:
+        print(json.dumps(_as_json(qs, tokenizer, new_tokens), ensure_ascii=False))
+    if stats:
+        stderr().print(str(qs.last_stats), markup=False)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text from wherever it was given.
+
+    Raises:
+        CommandError: from two places, from none, or empty.
+    """
+    if prompt is not None and file is not None:
+        raise CommandError("two prompts: the argument and --file", "give one of them")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise CommandError(f"cannot read the prompt from '{file}': {reason}", "check the path") from error
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif sys.stdin is None or sys.stdin.closed or (prompt is None and sys.stdin.isatty()):
+        raise CommandError("no prompt", "give it as an argument, with --file, or on stdin")
+    else:
+        text = sys.stdin.read()
+    if not text.strip():
+        raise CommandError("the prompt is empty", "give it as an argument, with --file, or on stdin")
+    return text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> BatchEncoding:
+    """``input_ids`` and ``attention_mask`` of the prompt, ``(1, S)``, as it is or as a user's message."""
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    return apply_chat_template(tokenizer, [{"role": "user", "content": text}])
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> BatchEncoding:
+    """``input_ids`` and ``attention_mask`` of a conversation that awaits the model's answer, ``(1, S)``.
+
+    Raises:
+        CommandError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise CommandError("the model's tokenizer has no chat template", "use an instruction-tuned model")
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoded  # type: ignore[return-value]
+
+
+def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
+    """Compile the pair, if it is to be compiled, on the prompt's first token, before anything is timed."""
+    compiles = qs.config.compile
+    if compiles is False or (compiles is None and qs.device.type != "cuda"):
+        return
+    first = {name: arguments[name][:, :1] for name in ("input_ids", "attention_mask")}
+    with working("compiling (once)"):
+        qs.generate(**first, max_new_tokens=20, eos_token_id=None, do_sample=False)
+
+
+def _generate(
+    qs: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], stream: bool
+) -> list[int]:
+    """Token ids after the prompt; printed as they come if ``stream``."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    output = qs.generate(**arguments, streamer=streamer)
+    return output[0, arguments["input_ids"].shape[1] :].tolist()  # type: ignore[index]
+
+
+def _as_json(qs: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[int]) -> dict[str, Any]:
+    assert qs.last_stats is not None
+    return {
+        "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
+        "prompt_tokens": qs.last_stats.prompt_tokens,
+        "generated_tokens": qs.last_stats.generated_tokens,
+        "statistics": qs.last_stats.as_dict(),
+    }

@@ -1,0 +1,91 @@
+"""Where a cycle's time goes, measured."""
+
+from __future__ import annotations
+
+import statistics
+import timeit
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LogitsProcessorList
+from triton.testing import do_bench_cudagraph
+
+from .cycle import Cycle
+
+if TYPE_CHECKING:
+    from .model import QuantSpecModel
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class CycleTimes:
+    """Seconds of one cycle by part.
+
+    Attributes:
+        num_drafts: draft steps.
+        context: tokens in the cache, of the longest sequence.
+        draft: all draft steps together.
+        verify: the target's pass over the drafted tokens and the one before them.
+        rest: choosing tokens, accepting, moving lengths.
+    """
+
+    num_drafts: int
+    context: int
+    draft: float
+    verify: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole cycle."""
+        return self.draft + self.verify + self.rest
+
+
+@torch.no_grad()
+def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes:
+    """Time the parts of a greedy cycle on the cache that the latest ``generate`` call left behind.
+
+    The draft steps, the verification and the whole cycle are timed one after the other, each as it runs in
+    ``generate`` (as CUDA graphs where cycles are), and the median of several runs is taken; ``rest`` is what the whole
+    takes beyond the two. Flushes, one in G tokens, logits processors and the host's part are not in it. The cached text
+    stays as it is.
+
+    Args:
+        num_drafts: the latest call's ``num_speculative_tokens`` if None.
+
+    Raises:
+        ValueError: nothing has been generated, or the cache has no room for that many drafts.
+    """
+    cache = qs._cache
+    if cache is None or qs.last_stats is None or not bool(cache.length.any()):
+        raise ValueError("no cache to measure on: call generate() first")
+    count = qs.last_stats.num_speculative_tokens if num_drafts is None else num_drafts
+    if not 0 <= count <= cache.num_speculative_tokens:
+        raise ValueError(f"num_drafts must be between 0 and {cache.num_speculative_tokens}, as generated; not {count}")
+    cycle = Cycle(qs, cache, lambda logits, _: logits.float(), do_sample=False, generator=None)
+    # Cycles of sequences that are all done move no length, and write past the verified tokens only.
+    cycle.running.zero_()
+    drafts = cycle.pending.new_zeros(cache.batch_size, count)
+    draft = _seconds(qs, lambda: cycle._draft(count)) if count else 0.0
+    verify = _seconds(qs, lambda: cycle._verify(drafts))
+    whole = _seconds(qs, lambda: cycle(count))
+    return CycleTimes(count, int(cache.length.max()), draft, verify, max(0.0, whole - draft - verify))
+
+
+def _seconds(qs: QuantSpecModel, call: Callable[[], object]) -> float:
+    """Median duration of ``call``."""
+    if qs.graphs_cycles(LogitsProcessorList()):
+        # It measures on a stream of its own.
+        torch.cuda.synchronize(qs.device)
+        return do_bench_cudagraph(call, return_mode="median") / 1000
+
+    def finished() -> None:
+        call()
+        if qs.device.type == "cuda":
+            torch.cuda.synchronize(qs.device)
+
+    finished()
+    return statistics.median(timeit.repeat(finished, number=1, repeat=_REPEATS))

@@ -1,0 +1,98 @@
+"""How many bytes a cache takes, from the shapes of a model's attention layers alone.
+
+Nothing is allocated here, and no weights are needed: ``capture(model).layers`` has such shapes, and so has a model's
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from quantspec.kernels.hierarchical import num_value_groups
+
+_SCALE_BYTES = torch.float16.itemsize
+
+
+class AttentionShape(Protocol):
+    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+
+
+def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
+    """Tokens of the recent buffer: fewer than 2G between cycles, and the block that is being verified."""
+    return 2 * kv_group_size + num_speculative_tokens + 1
+
+
+def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> int:
+    """Groups that a cache has planes for, once there is room for ``num_tokens`` per sequence."""
+    # The newest G tokens are never quantized.
+    groups = max(0, -(-num_tokens // kv_group_size) - 1)
+    if groups == 0:
+        return 0
+    # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
+    step = 1 << max(0, groups.bit_length() - 5)
+    # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
+    return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
+
+
+def cache_bytes_per_token(layers: Sequence[AttentionShape], kv_group_size: int = 128) -> dict[str, float]:
+    """Bytes that a quantized token takes in all layers, by part: ``upper``, ``lower`` and ``scales`` (with zeros).
+
+    A draft step reads ``upper`` and ``scales``, a verification all three.
+    """
+    plane = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) / 2
+    # Keys have a scale and a zero per channel of a group, values per 128 channels of a token.
+    parameters = sum(
+        2 * layer.kv_heads * (layer.key_dim / kv_group_size + num_value_groups(layer.value_dim)) for layer in layers
+    )
+    return {"upper": plane, "lower": plane, "scales": parameters * _SCALE_BYTES}
+
+
+def expected_memory(
+    layers: Sequence[AttentionShape],
+    context: int,
+    batch_size: int = 1,
+    *,
+    kv_group_size: int = 128,
+    num_speculative_tokens: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    max_cache_len: int | None = None,
+) -> dict[str, int]:
+    """Bytes of a new cache with room for ``context`` tokens per sequence, prompt and output.
+
+    Equal to :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``, by the same parts. ``max_cache_len`` is
+    ``context`` if None.
+    """
+    groups = planned_groups(context, kv_group_size, max_cache_len or context)
+    quantized = {
+        part: round(batch_size * groups * kv_group_size * size)
+        for part, size in cache_bytes_per_token(layers, kv_group_size).items()
+    }
+    slots = recent_slots(kv_group_size, num_speculative_tokens)
+    per_slot = full_precision_bytes(layers, 1, batch_size, dtype)
+    return {**quantized, "recent": slots * per_slot}
+
+
+def full_precision_bytes(
+    layers: Sequence[AttentionShape], context: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes of transformers' own cache of ``context`` tokens; its layers with a sliding window keep that many."""
+    return sum(
+        batch_size
+        * min(context, layer.window or context)
+        * layer.kv_heads
+        * (layer.key_dim + layer.value_dim)
+        * dtype.itemsize
+        for layer in layers
+    )

@@ -1,0 +1,48 @@
+"""Prefill: what is new of a batch of prompts goes into the cache, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from quantspec.passes import Role
+
+from .cache import HierarchicalCache
+
+if TYPE_CHECKING:
+    from .model import QuantSpecModel
+
+
+@torch.no_grad()
+def prefill(qs: QuantSpecModel, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> Tensor:
+    """Cache the tokens of each 1-D prompt from ``cache.length`` on; at least one prompt must have new ones.
+
+    Returns:
+        Logits ``(B, 1, V)`` of each prompt's last token; meaningless for a prompt with nothing new.
+    """
+    new = [prompt[count:] for prompt, count in zip(prompts, cache.length.tolist(), strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
+    lens = torch.tensor([len(row) for row in new], device=ids.device)
+    tokens = ids.shape[1]
+    chunk = qs.prefill_chunk(*ids.shape)
+    logits = None
+    hidden = None if chunk < tokens else True
+    with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
+        for first in range(0, tokens, chunk):
+            part = ids[:, first : first + chunk]
+            positions = cache.length[:, None] + torch.arange(part.shape[1], device=ids.device)
+            num_new = (lens - first).clamp(0, part.shape[1])
+            last = (lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
+            inputs = (part, positions.clamp(max=cache.max_len - 1), last)
+            state = (cache.quantized_len, cache.length, num_new)
+            scored = qs.forward(Role.PREFILL, *inputs, *state, cache=cache)
+            cache.advance_prefill(num_new)
+            # The last token of a shorter prompt lies in an earlier chunk.
+            logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
+            bar.update(part.shape[1])
+    assert logits is not None
+    return logits

@@ -1,0 +1,183 @@
+"""The folder that ``save_pretrained`` writes, and the file that describes it.
+
+    config.json, generation_config.json, model*.safetensors   the Hugging Face model as transformers saves it
+    quantspec*.safetensors                                    the draft's INT4 weights, in the plain layout
+    quantspec_config.json                                     this file's :class:`Description`, written last
+
+In ``quantspec*.safetensors`` linear NAME has ``draft.NAME.qdata (..., N, K/2)`` uint8 and ``draft.NAME.scale_and_zero
+(..., K/g, N, 2)``, see ``quantspec.kernels.int4_linear``. Tensors of the model that transformers would not bring back
+bit for bit (buffers it computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from quantspec.passes import LinearReport
+
+from .capture import DTYPES
+from .config import QuantSpecConfig
+from .errors import SavedModelError
+
+FORMAT_VERSION = 1
+DESCRIPTION_FILE = "quantspec_config.json"
+# {suffix} is what Hugging Face's sharding puts there, or nothing.
+TENSOR_FILES = "quantspec{suffix}.safetensors"
+DRAFT_PREFIX = "draft."
+MODEL_PREFIX = "model."
+_HASH_CHUNK = 1 << 22
+_HASH_THREADS = 4
+_SAVE_AGAIN = "copy the folder again, or save the model again"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """Contents of ``quantspec_config.json``.
+
+    Attributes:
+        format_version: of the folder's layout; what reads a later one does not read this one's successor.
+        versions: of quantspec, torch and transformers that saved, to tell in errors.
+        model_class: transformers' class of the model.
+        dtype: of the model, as in ``torch.float32`` without ``torch.``.
+        options: the conversion's, by name in :class:`QuantSpecConfig`.
+        linears: what became of each linear in the draft.
+        files: fingerprints of all other files of the folder.
+    """
+
+    format_version: int
+    versions: Mapping[str, str]
+    model_class: str
+    dtype: str
+    options: QuantSpecConfig
+    linears: tuple[LinearReport, ...]
+    files: Mapping[str, Fingerprint]
+
+    def write(self, folder: Path) -> None:
+        """Write :data:`DESCRIPTION_FILE`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        options = {f.name: getattr(self.options, f.name) for f in fields(QuantSpecConfig)}
+        # Follows from the linears.
+        del options["adapted_group_sizes"]
+        values["options"] = options
+        values["linears"] = [asdict(report) for report in self.linears]
+        values["files"] = {name: asdict(fingerprint) for name, fingerprint in self.files.items()}
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read and check :data:`DESCRIPTION_FILE`.
+
+        Raises:
+            SavedModelError: it is missing, damaged, or of a later format.
+        """
+        path = folder / DESCRIPTION_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SavedModelError(
+                f"'{folder}' has no {DESCRIPTION_FILE}: it was not written by save_pretrained() of a converted model, "
+                "or not to its end. A Hugging Face model is loaded with AutoModelForCausalLM.from_pretrained() and "
+                "converted with quantspec.convert()"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if type(version) is not int or version < 1:
+            raise _damaged(path, "it has no format_version")
+        if version > FORMAT_VERSION:
+            raise SavedModelError(
+                f"'{path}' has format_version {version}, and this quantspec reads up to {FORMAT_VERSION}: "
+                "upgrade with pip install -U quantspec"
+            )
+        try:
+            return cls._parse(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(path, error) from error
+
+    @classmethod
+    def _parse(cls, values: dict[str, Any]) -> Description:
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"its entries must be {', '.join(sorted(known))}")
+        if values["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
+            raise ValueError(f"{values['dtype']!r} is no dtype of a model")
+        values["versions"] = {str(package): str(version) for package, version in values["versions"].items()}
+        files = {}
+        for name, entry in values["files"].items():
+            # A name must not lead out of the folder.
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file name")
+            files[name] = Fingerprint(int(entry["bytes"]), str(entry["sha256"]))
+        values["files"] = files
+        values["options"] = QuantSpecConfig.from_options(None, values["options"])
+        values["linears"] = tuple(LinearReport(**entry) for entry in values["linears"])
+        return cls(**values)
+
+
+def _damaged(path: Path, reason: object) -> SavedModelError:
+    return SavedModelError(f"'{path}' is damaged ({reason}): {_SAVE_AGAIN}")
+
+
+def fingerprints(folder: Path, names: Iterable[str]) -> dict[str, Fingerprint]:
+    """Read these files to their end."""
+    paths = [folder / name for name in names]
+    sizes = [path.stat().st_size for path in paths]
+    prints = {}
+    with (
+        ThreadPoolExecutor(_HASH_THREADS) as pool,
+        tqdm(total=sum(sizes), desc="hashing", unit="B", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        for path, size, digest in zip(paths, sizes, pool.map(_sha256, paths), strict=True):
+            prints[path.name] = Fingerprint(size, digest)
+            bar.update(size)
+    return prints
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, description: Description, hashes: bool) -> None:
+    """Compare a folder's files with its description: all there, of the right size, nothing in their place.
+
+    Args:
+        hashes: whether contents are compared too, which reads every file once.
+
+    Raises:
+        SavedModelError: naming the first file that differs.
+    """
+    for name, expected in description.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise SavedModelError(f"'{path}' is missing: {_SAVE_AGAIN}")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise SavedModelError(f"'{path}' has {size} bytes instead of {expected.bytes}: {_SAVE_AGAIN}")
+    # transformers would read a stray model.safetensors in place of a sharded one.
+    for path in sorted(folder.glob("*.safetensors*")):
+        if path.name not in description.files:
+            raise SavedModelError(f"'{path}' does not belong to this model: move it elsewhere")
+    if hashes:
+        for name, found in fingerprints(folder, description.files).items():
+            if found != description.files[name]:
+                raise SavedModelError(f"'{folder / name}' was changed since it was saved: {_SAVE_AGAIN}")

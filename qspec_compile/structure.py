@@ -1,0 +1,86 @@
+"""What a conversion would make of a model, told from its config alone: the model is built without data and captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from quantspec.passes import LinearReport, QuantizeWeights, RemoveNoOps, WeightQuantizer
+from quantspec.passes.graph import clone
+
+from .capture import CapturedLayer, capture
+from .config import QuantSpecConfig
+from .pair import run_passes
+
+
+@dataclass(frozen=True)
+class LinearSize:
+    """One of the draft's weights: what becomes of it, and its bytes in the model and (if INT4) in the draft."""
+
+    report: LinearReport
+    model_bytes: int
+    draft_bytes: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's attention layers and linears as ``convert`` would see them.
+
+    Attributes:
+        model_type: transformers' class name.
+        dtype: of the weights and of the recent buffer.
+        layers: attention calls in forward order.
+        linears: the draft's weights in forward order.
+        weight_bytes: ``target`` (the model) and ``draft_int4`` (what the draft adds).
+        max_len: the model's ``max_position_embeddings``, or None.
+    """
+
+    model_type: str
+    dtype: torch.dtype
+    layers: tuple[CapturedLayer, ...]
+    linears: tuple[LinearSize, ...]
+    weight_bytes: dict[str, int]
+    max_len: int | None
+
+
+def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torch.dtype | None = None) -> Structure:
+    """The structure of the model that ``config`` describes, in ``dtype`` (the config's own if None).
+
+    Nothing is downloaded or allocated. What only real weights show is not checked (``convert`` does): whether tokens
+    mix outside attention, and whether keys survive quantization.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured.
+        ValueError: not a causal decoder that transformers knows.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    captured = capture(model, structure_only=True)
+    # HQQ looks at the data, and its codes and scales take the same room.
+    quantize = QuantizeWeights(options.weight_group_size, WeightQuantizer.TINYGEMM, options.quantize_lm_head)
+    run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
+    linears = tuple(_size(model, report) for report in quantize.report)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return Structure(
+        type(model).__name__,
+        model.dtype,
+        captured.layers,
+        linears,
+        {
+            "target": sum(tensor.nbytes for tensor in tensors.values()),
+            "draft_int4": sum(linear.draft_bytes for linear in linears),
+        },
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+    )
+
+
+def _size(model: PreTrainedModel, report: LinearReport) -> LinearSize:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weight = parameters.get(f"{report.name}.weight", parameters.get(report.name))
+    assert weight is not None, report.name
+    if report.group_size is None:
+        return LinearSize(report, weight.nbytes, 0)
+    # Two codes a byte, and a scale and a zero of two bytes each per group.
+    return LinearSize(report, weight.nbytes, weight.numel() // 2 + 4 * (weight.numel() // report.group_size))

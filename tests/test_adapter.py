@@ -1,0 +1,176 @@
+"""lm-eval's model ``quantspec``: four roles on the same requests, and lm-eval's options on the way to them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import GROUP, characters
+from step_by_step import random_prompt
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+import quantspec.evals
+from quantspec.evals.adapter import QuantSpecLM
+from quantspec.evals.lm_eval_command import run_lm_eval
+from quantspec.evals.roles import EvalRole
+
+ROLES = [role.value for role in EvalRole]
+# Longer than 2G, so that most of it is quantized.
+CONTEXT = characters(random_prompt(5 * GROUP + 3))
+CHOICES = ("abc", "xyz", "q", CONTEXT[: 2 * GROUP])
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    """lm-eval's requests with these arguments."""
+    return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
+
+
+SCORED = requests("loglikelihood", *((CONTEXT, choice) for choice in CHOICES), ("ab", "cd"), (CONTEXT[7:60], "e"))
+WRITTEN = [(CONTEXT, {"until": [], "max_gen_toks": 24}), (CONTEXT[9:50], {"until": [], "max_gen_toks": 24})]
+
+
+@pytest.fixture(scope="module")
+def evaluated(qs, tokenizer):
+    """Makes a model of a role from the shared pair."""
+    return lambda role, **options: QuantSpecLM(qs, role=role, tokenizer=tokenizer, **options)
+
+
+def test_importing_registers_the_model_beside_lm_evals_own():
+    assert get_model("quantspec") is QuantSpecLM
+    assert issubclass(QuantSpecLM, get_model("hf"))
+
+
+def test_without_lm_eval_models_and_texts_are_still_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    evals = importlib.reload(quantspec.evals)
+    assert "Python" in evals.python_reference("objects")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'quantspec\[eval\]'"):
+        run_lm_eval(["--tasks", "reference_choice"])
+
+
+def test_log_likelihoods_of_the_roles(evaluated):
+    scores = {role: evaluated(role).loglikelihood(SCORED, disable_tqdm=True) for role in ROLES}
+    assert scores["speculative"] == scores["target"]
+    for (ours, greedy), (theirs, theirs_greedy) in zip(scores["target"], scores["reference"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.2)
+        assert greedy == theirs_greedy
+    # Every score is read from the cache, the first token's after a quantized context as well.
+    assert all(ours[0] != theirs[0] for ours, theirs in zip(scores["target"][:4], scores["reference"], strict=False))
+    drafted = [abs(ours[0] - theirs[0]) for ours, theirs in zip(scores["draft"], scores["reference"], strict=True)]
+    assert min(drafted) > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [3, "auto"])
+def test_the_batch_size_does_not_change_scores(evaluated, batch_size):
+    expected = evaluated("target").loglikelihood(SCORED, disable_tqdm=True)
+    batched = evaluated("target", batch_size=batch_size).loglikelihood(SCORED, disable_tqdm=True)
+    assert [score for score, _ in batched] == pytest.approx([score for score, _ in expected], abs=1e-3)
+
+
+def test_rolling_log_likelihoods_cover_texts_longer_than_the_model(evaluated):
+    text = characters(random_prompt(700))
+    rolling = requests("loglikelihood_rolling", (text,), (CONTEXT,))
+    ours = evaluated("target", batch_size=2).loglikelihood_rolling(rolling, disable_tqdm=True)
+    theirs = evaluated("reference").loglikelihood_rolling(rolling, disable_tqdm=True)
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert ours[0] < 5 * ours[1]
+
+
+def test_contexts_that_are_too_long_are_cut_from_the_left(evaluated):
+    text = characters(random_prompt(600))
+    lm = evaluated("target")
+    (cut,) = lm.loglikelihood(requests("loglikelihood", (text, "abc")), disable_tqdm=True)
+    (whole,) = lm.loglikelihood(requests("loglikelihood", (text[-510:], "abc")), disable_tqdm=True)
+    assert cut == whole
+
+
+def test_generated_texts_of_the_roles(evaluated):
+    lms = {role: evaluated(role, batch_size=2) for role in ROLES}
+    written = requests("generate_until", *WRITTEN)
+    texts = {role: lm.generate_until(written, disable_tqdm=True) for role, lm in lms.items()}
+    assert texts["speculative"] == texts["target"]
+    assert texts["draft"] != texts["target"]
+    assert all(len(text) > 12 for role in ROLES for text in texts[role])
+    assert [entry.drafted > 0 for entry in lms["speculative"].statistics] == [True]
+    assert [entry.drafted for entry in lms["target"].statistics] == [0]
+
+
+def test_the_draft_by_itself_writes_its_own_argmax(qs, evaluated):
+    context = CONTEXT[:50]
+    (text,) = evaluated("draft").generate_until(
+        requests("generate_until", (context, {"until": [], "max_gen_toks": 40})), disable_tqdm=True
+    )
+    scored = evaluated("draft").loglikelihood(requests("loglikelihood", (context, text)), disable_tqdm=True)
+    assert len(text) == 40
+    assert scored[0][1]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_generation_options_reach_every_role(evaluated, role):
+    def write(seed: int = 0, **options) -> str:
+        torch.manual_seed(seed)
+        asked = requests("generate_until", (CONTEXT, {"max_gen_toks": 30, **options}))
+        return evaluated(role).generate_until(asked, disable_tqdm=True)[0]
+
+    greedy = write(until=[])
+    assert len(greedy) == 30
+    assert write(until=[greedy[4:7]]) == greedy[: greedy.index(greedy[4:7])]
+    assert write(until=[], max_gen_toks=5) == greedy[:5]
+    sampling = {"until": [], "do_sample": True, "temperature": 3.0}
+    assert write(**sampling) == write(**sampling)
+    assert len({greedy, write(**sampling), write(seed=1, **sampling)}) == 3
+
+
+def test_lm_evals_command_line(saved_model, tiny_tasks, tmp_path, capsys):
+    status = run_lm_eval(
+        [
+            *("--model_args", f"pretrained={saved_model},role=speculative,num_speculative_tokens=3,kv_group_size=16"),
+            *("--tasks", "tiny_choice,tiny_write", "--include_path", str(tiny_tasks)),
+            *("--limit", "2", "--batch_size", "auto", "--device", "cpu", "--gen_kwargs", "max_gen_toks=7"),
+            *("--apply_chat_template", "--log_samples", "--output_path", str(tmp_path)),
+        ]
+    )
+    assert status == 0
+    assert "tiny_choice" in capsys.readouterr().out
+    (results,) = tmp_path.rglob("results_*.json")
+    config = json.loads(results.read_text())["config"]
+    assert config["role"] == "speculative"
+    assert config["quantspec"]["kv_group_size"] == "16"
+    (samples,) = tmp_path.rglob("samples_tiny_write_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["arguments"]["gen_args_0"]["arg_0"] == f"<{row['doc']['context']}>"
+        assert 0 < len(row["resps"][0][0]) <= 7
+
+
+def test_lm_evals_command_line_refuses_as_lm_eval_does(capsys):
+    assert run_lm_eval(["run", "--no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"role": "teacher"}, "reference, target, speculative, draft"),
+        ({"num_speculative_tokens": 99}, "num_speculative_tokens must be between"),
+        ({"kv_group_size": 17}, "power of two"),
+        ({"mixed_precision_dtype": "bfloat16"}, "set dtype instead"),
+        ({"parallelize": True}, "one device"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpecLM("no-such-model", **options)
+
+
+def test_a_converted_model_cannot_be_converted_differently(qs, tokenizer):
+    with pytest.raises(ValueError, match="converted already; kv_group_size"):
+        QuantSpecLM(qs, tokenizer=tokenizer, kv_group_size=32)

@@ -1,0 +1,381 @@
+"""Each command with real input and with wrong input: its output, its stderr and its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import T5Config, TextStreamer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+import quantspec
+from quantspec import QuantSpecConfig
+from quantspec.cli import main
+from quantspec.cli import options as cli_options
+from quantspec.memory import expected_memory
+from quantspec.passes import WeightQuantizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A saved tiny llama, whose tokenizer has one character a token and a chat template."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    tokenizer.chat_template = None
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """The same model converted by the command line."""
+    out = folder.parent / "pair"
+    assert main(["convert", str(folder), str(out), "--weight-group-size", "64", "--kv-group-size", "16"]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """``run(*arguments, stdin=...)`` gives exit status, stdout and stderr."""
+
+    # A process of its own finds this in its environment when it imports transformers, which these tests have done.
+    disable_progress_bar()
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield call
+    enable_progress_bar()
+
+
+def assert_error(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit status 2, nothing on stdout, and one line with a hint on stderr that holds ``parts``."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert err.rstrip().endswith(")")
+    for part in parts:
+        assert part in err
+
+
+def expected_text(folder, tokenizer, prompt: str, count: int) -> str:
+    """What Hugging Face generates greedily; nothing is quantized in so short a text."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+# --- The program -----------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_without_importing_torch():
+    code = "import sys; from quantspec.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ("generate", "chat", "inspect", "convert", "eval"):
+        assert f" {name} " in done.stdout
+
+
+def test_version(run):
+    assert run("--version") == (0, f"quantspec {quantspec.__version__}\n", "")
+
+
+def test_defaults_in_the_help_are_those_of_the_config():
+    defaults = QuantSpecConfig()
+    for option in cli_options.dataclasses.fields(cli_options.ModelOptions):
+        if hasattr(defaults, option.name) and option.name not in ("quantize_lm_head", "max_cache_len"):
+            default = getattr(defaults, option.name)
+            assert f"default: {getattr(default, 'value', default)}]" in str(option.type)
+    assert [q.value for q in cli_options.Quantizer] == [q.value for q in WeightQuantizer]
+
+
+def test_unknown_command_and_option(run, folder):
+    assert_error(run("generat"), "No such command 'generat'")
+    assert_error(run("generate", folder, "Hi", "--gama", "2"), "--gama")
+    assert_error(run("generate"), "Missing argument 'MODEL'")
+
+
+def test_debug_shows_the_traceback(run):
+    status, out, err = run("generate", "./nowhere", "Hi", "--debug")
+    assert (status, out) == (2, "")
+    assert "Traceback" in err
+    assert err.rstrip().splitlines()[-1].startswith("error: there is no folder or file './nowhere'")
+
+
+def test_piped_output_is_the_data_alone(folder, tokenizer):
+    """A process of its own, stdin to stdout: no warnings, bars or colours on either stream."""
+    command = [sys.executable, "-m", "quantspec", "generate", str(folder), "--max-new-tokens", "6", "--greedy"]
+    done = subprocess.run(command, input="Hello", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == expected_text(folder, tokenizer, "Hello", 6) + "\n"
+
+
+def test_colour_unless_no_color(run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[" in run("generate", "./nowhere", "Hi")[2]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[31m" not in run("generate", "./nowhere", "Hi")[2]
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_from_argument_file_and_stdin(run, folder, tokenizer, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Hello")
+    options = ("--max-new-tokens", 6, "--greedy", "--no-self-check")
+    expected = (0, expected_text(folder, tokenizer, "Hello", 6) + "\n", "")
+    assert run("generate", folder, "Hello", *options) == expected
+    assert run("generate", folder, "--file", tmp_path / "prompt.txt", *options) == expected
+    assert run("generate", folder, "-", *options, stdin="Hello") == expected
+
+
+def test_json(run, folder, tokenizer):
+    status, out, err = run("generate", folder, "Hello", "--json", "--gamma", 2, "--max-new-tokens", 6, "--greedy")
+    answer = json.loads(out)
+    assert (status, err) == (0, "")
+    assert answer["text"] == expected_text(folder, tokenizer, "Hello", 6)
+    assert (answer["prompt_tokens"], answer["generated_tokens"]) == (5, 6)
+    assert answer["statistics"]["num_speculative_tokens"] == 2
+
+
+def test_sampling_seed_stop_and_stats(run, pair):
+    sampled = ("generate", pair, "Hello", "--temperature", "0.9", "--top-k", 30, "--max-new-tokens", 12)
+    first, again, other = (run(*sampled, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+    status, out, err = run(*sampled, "--seed", 1, "--stop", first[2], "--stats")
+    assert (status, out.rstrip("\n")) == (0, first[: first.index(first[2]) + 1].rstrip("\n"))
+    assert "draft_acceptance_rate" in err
+
+
+def test_chat_template_of_a_prompt(run, pair, tokenizer, folder):
+    status, out, _ = run("generate", pair, "Hi", "--chat", "--greedy", "--max-new-tokens", 5)
+    assert (status, out) == (0, expected_text(folder, tokenizer, "u:Hi|a:", 5) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["Hi", "--gamma", "many"], ["--gamma", "neither a number nor 'auto'"]),
+        (["Hi", "--gamma", "16"], ["num_speculative_tokens must be between 0 and 15, not 16"]),
+        (["Hi", "--kv-group-size", "48"], ["kv_group_size must be a power of two"]),
+        (["Hi", "--weight-quantizer", "awq"], ["--weight-quantizer", "tinygemm"]),
+        (["Hi", "--dtype", "int8"], ["--dtype"]),
+        (["Hi", "--device", "toaster"], ["'toaster' is not a device"]),
+        (["Hi", "--device", "cuda:99"], ["there is no device 'cuda:99'"]),
+        (["Hi", "--greedy", "--top-k", "3"], ["greedy search does not sample"]),
+        (["Hi", "--file", "prompt.txt"], ["two prompts"]),
+        (["--file", "no-such.txt"], ["cannot read the prompt from 'no-such.txt': No such file"]),
+        ([""], ["the prompt is empty"]),
+        ([], ["the prompt is empty"]),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_before_loading(run, folder, monkeypatch, arguments, parts):
+    monkeypatch.setattr("quantspec.cli.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
+    assert_error(run("generate", folder, *arguments), *parts)
+
+
+def test_closed_stdin(run, folder, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(io, "StringIO", lambda _="": closed)
+    assert_error(run("generate", folder), "no prompt", "on stdin")
+    assert_error(run("chat", folder), "no stdin")
+
+
+def test_models_that_are_not_there(run, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_error(run("generate", tmp_path / "none", "Hi"), "there is no folder or file")
+    assert_error(run("generate", "none.gguf", "Hi"), "there is no GGUF file 'none.gguf'")
+    assert_error(run("generate", tmp_path, "Hi"), "has no config.json")
+    assert_error(run("generate", "no-such-owner/no-such-model", "Hi"), "cannot load 'no-such-owner/no-such-model'")
+    (tmp_path / "notes.txt").touch()
+    assert_error(run("generate", tmp_path / "notes.txt", "Hi"), "is not a GGUF file")
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    assert_error(run("generate", tmp_path / "broken.gguf", "Hi"))
+
+
+def test_unsupported_models(run, tmp_path, tokenizer):
+    tiny_model("gptj", rotary_dim=8, n_embd=64, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path / "gptj")
+    tokenizer.save_pretrained(tmp_path / "gptj")
+    assert_error(run("generate", tmp_path / "gptj", "Hi"), "cannot convert module 'transformer.h.0.attn'", "supported")
+    assert_error(run("inspect", tmp_path / "gptj"), "cannot convert module 'transformer.h.0.attn'")
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert_error(run("inspect", tmp_path / "t5"), "T5Config")
+    tiny_model("llama").save_pretrained(tmp_path / "mute")
+    assert_error(run("generate", tmp_path / "mute", "Hi"), "no tokenizer found")
+
+
+def test_prompt_longer_than_the_context(run, pair):
+    assert_error(run("generate", pair, "a" * 600), "more than max_cache_len=512")
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_conversation_on_a_kept_cache(run, pair, folder, tokenizer):
+    script = "Hi\n\n/stats\nAnd\n/stats\n/what\n/reset\nHi\n/exit\nnot read\n"
+    status, out, err = run("chat", pair, "--greedy", "--max-new-tokens", 5, stdin=script)
+    first = expected_text(folder, tokenizer, "u:Hi|a:", 5)
+    second = expected_text(folder, tokenizer, f"u:Hi|a:{first}|u:And|a:", 5)
+    assert (status, out) == (0, f"{first}\n{second}\n{first}\n")
+    cached = [line for line in err.splitlines() if line.startswith("tokens ")]
+    assert "cached" not in cached[0]
+    assert "of them cached" in cached[1]
+    assert "no such command" in err
+
+
+def test_end_of_stdin_ends_a_chat_and_system_message_counts(run, pair, folder, tokenizer):
+    status, out, _ = run("chat", pair, "--greedy", "--max-new-tokens", 5, "--system", "Be", stdin="Hi")
+    assert (status, out) == (0, expected_text(folder, tokenizer, "s:Be|u:Hi|a:", 5) + "\n")
+
+
+def test_ctrl_c_ends_the_answer_alone(run, pair, monkeypatch):
+    puts = []
+    put = TextStreamer.put
+
+    def press_at_the_third(self, value):
+        puts.append(value)
+        put(self, value)
+        if len(puts) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TextStreamer, "put", press_at_the_third)
+    script = "Hi\n/stats\nMore\n/stats\n"
+    status, _, err = run("chat", pair, "--greedy", "--max-new-tokens", 20, stdin=script)
+    lines = [line for line in err.splitlines() if line.startswith("tokens ")]
+    assert status == 0
+    assert "3 generated" in lines[0]
+    assert "of them cached" in lines[1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_reading_the_message(run, pair, monkeypatch):
+    """Before the first token the message is forgotten, and the program goes on."""
+    pressed = []
+    put = TextStreamer.put
+
+    def press_once(self, value):
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        put(self, value)
+
+    monkeypatch.setattr(TextStreamer, "put", press_once)
+    status, out, err = run("chat", pair, "--greedy", "--max-new-tokens", 5, stdin="Bye\nHi\n")
+    assert status == 0
+    assert "interrupted" in err
+    monkeypatch.undo()
+    assert out.count("\n") == 1
+
+
+def test_a_message_too_long_is_an_error_of_its_own(run, pair):
+    status, out, err = run("chat", pair, "--greedy", "--max-new-tokens", 5, stdin=f"{'a' * 600}\nHi\n")
+    assert (status, out.count("\n")) == (0, 1)
+    assert "error: " in err
+    assert "max_cache_len=512" in err
+
+
+def test_chat_needs_a_template(run, tmp_path, tokenizer):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert_error(run("chat", tmp_path), "no chat template", "instruction-tuned")
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_convert_makes(run, folder):
+    """From the config alone: the same layers, linears and bytes as the converted model has."""
+    config_only = folder.parent / "config-only"
+    config_only.mkdir()
+    (config_only / "config.json").write_text((folder / "config.json").read_text())
+    arguments = ("--kv-group-size", 16, "--context", 200, "--batch-size", 2, "--json")
+    status, out, err = run("inspect", config_only, *arguments)
+    facts = json.loads(out)
+    assert (status, err) == (0, "")
+    qs = quantspec.convert(tiny_model("llama"), kv_group_size=16, self_check=False)
+    assert [layer["module"] for layer in facts["attention"]] == [layer.module for layer in qs.layers]
+    assert [(row["name"], row["group_size"]) for row in facts["linears"]] == [
+        (r.name, r.group_size) for r in qs.linears
+    ]
+    assert facts["memory"]["weights"] == qs.weight_bytes()
+    expected = expected_memory(qs.layers, 200, 2, kv_group_size=16, dtype=torch.float32, max_cache_len=512)
+    assert facts["memory"]["cache"] == expected
+
+
+def test_inspect_prints_tables(run, tmp_path):
+    tiny_model("gemma2").config.save_pretrained(tmp_path)
+    status, out, _ = run("inspect", tmp_path)
+    assert status == 0
+    for text in ("Gemma2ForCausalLM", "window of 12", "50", "model.layers.*.mlp.up_proj", "full precision", "total"):
+        assert text in out
+
+
+def test_inspect_refuses_a_context_that_does_not_fit(run, folder):
+    assert_error(run("inspect", folder, "--context", 513), "513 tokens are more than max_cache_len=512")
+    assert_error(run("inspect", folder, "--context", 0), "--context")
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def test_converted_folder_loads_and_says_the_same(run, pair, folder, tokenizer):
+    assert (pair / "quantspec_config.json").is_file()
+    status, out, err = run("generate", pair, "Hello", "--greedy", "--max-new-tokens", 6, "--gamma", 2)
+    assert (status, out, err) == (0, expected_text(folder, tokenizer, "Hello", 6) + "\n", "")
+
+
+def test_convert_overwrites_nothing(run, pair, folder, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    assert_error(run("convert", folder, tmp_path), "exists and is not an empty folder")
+    assert_error(run("convert", pair, tmp_path / "new"), "is a saved pair")
+    assert_error(run("convert", folder), "Missing argument 'OUT'")
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_options_a_saved_pair_cannot_change(run, pair):
+    assert_error(run("generate", pair, "Hi", "--weight-group-size", 32), "weight_group_size cannot change")
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_hands_everything_to_lm_eval(run, monkeypatch):
+    module = ModuleType("quantspec.evals.lm_eval_command")
+    seen = []
+    module.run_lm_eval = lambda arguments: seen.append(arguments) or 3
+    monkeypatch.setitem(sys.modules, "quantspec.evals.lm_eval_command", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert run("eval", "--tasks", "a,b", "--help", "-x", "y")[0] == 3
+    assert seen == [["--tasks", "a,b", "--help", "-x", "y"]]
+
+
+def test_eval_without_lm_eval(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_error(run("eval", "--tasks", "a"), "lm-eval is not installed", "quantspec[eval]")

@@ -1,0 +1,300 @@
+"""Every code block of the pages: Python runs, shell lines run or are held against what they name.
+
+The blocks of a page share one namespace and one empty working folder and run in order. Hub ids lead to tiny random
+models (``doc_blocks.py``), so that a page reads as its reader would write it and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from doc_blocks import PAGES, ROOT, Block, blocks, fill_hub_cache
+
+from quantspec.cli import main
+
+# Shown, not run: what a block above prints, and drawings.
+SHOWN = {"", "text", "json"}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Path:
+    """A Hub cache that holds the stand-ins."""
+    folder = tmp_path_factory.mktemp("hub")
+    fill_hub_cache(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, hub, monkeypatch) -> Path:
+    """An empty working folder, with the Hub's ids leading to the stand-ins and nowhere else."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page: Path, code: list[Block], folder: Path) -> None:
+    """Run ``code`` in order; the lines of a traceback are those of the page."""
+    module = ModuleType(f"page_{re.sub(r'[^a-z]', '_', page.stem.lower())}")
+    source = folder / f"{module.__name__}.py"
+    lines: list[str] = []
+    for block in code:
+        if block.language == "python":
+            lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
+    # Triton reads the source of a kernel from its file.
+    source.write_text("\n".join(lines) + "\n")
+    sys.modules[module.__name__] = module
+    try:
+        for block in code:
+            if block.language == "python":
+                exec(compile("\n" * (block.line - 1) + block.text, source, "exec"), module.__dict__)
+            else:
+                for line in commands(block.text):
+                    run_command(line)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a shell block, continued lines joined, comments left out."""
+    joined = text.replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def run_command(line: str) -> None:
+    """Run or check one shell line, in which ``echo`` and ``cat`` may feed the command and ``>`` takes its output.
+
+    A command that nobody here knows is an error.
+    """
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|>")
+    lexer.whitespace_split = True
+    words = list(lexer)
+    printed, fed = io.StringIO(), ""
+    if "|" in words:
+        pipe = words.index("|")
+        fed, words = _fed_text(words[:pipe]), words[pipe + 1 :]
+    target = None
+    if words[-2:-1] == [">"]:
+        *words, _, target = words
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    run = COMMANDS.get(words[0])
+    assert run is not None, f"no test knows the command {words[0]!r} of: {line}"
+    with mock.patch.object(sys, "stdin", io.StringIO(fed)), contextlib.redirect_stdout(printed):
+        run(words[1:])
+    print(printed.getvalue())
+    if target is not None:
+        Path(target).write_text(printed.getvalue())
+
+
+def _fed_text(words: list[str]) -> str:
+    """What ``echo TEXT`` or ``cat FILE`` prints."""
+    assert words[0] in ("echo", "cat"), words
+    return " ".join(words[1:]) + "\n" if words[0] == "echo" else Path(words[1]).read_text()
+
+
+def _quantspec(words: list[str]) -> None:
+    """The command line itself, in this process."""
+    with warnings.catch_warnings():
+        assert main(words) == 0, f"quantspec {' '.join(words)}"
+
+
+def _make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words) <= set(targets), f"the Makefile has {targets}"
+
+
+def _pip(words: list[str]) -> None:
+    extras = re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    asked = [extra for word in words for group in re.findall(r"\[(.*)\]", word) for extra in group.split(",")]
+    assert words[0] == "install"
+    assert set(asked) <= set(extras), f"pyproject.toml has the extras {extras}"
+
+
+def _python(words: list[str]) -> None:
+    """A script or module of the repository that knows every option given, or pytest on files that exist."""
+    if words[:2] == ["-m", "pytest"]:
+        for word in words[2:]:
+            if word.startswith("tests/"):
+                assert (ROOT / word.split("::")[0]).exists(), word
+        return
+    name = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    text = (ROOT / name).read_text()
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert f'"{word}"' in text, f"{name} has no option {word}"
+
+
+def _exists(name: str) -> Callable[[list[str]], None]:
+    def check(words: list[str]) -> None:
+        assert (ROOT / name).exists(), name
+
+    return check
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quantspec": _quantspec,
+    "make": _make,
+    "pip": _pip,
+    "python": _python,
+    ".ci/run": _exists(".ci/run"),
+    "pre-commit": _exists(".pre-commit-config.yaml"),
+    "git": _exists(".gitignore"),
+}
+
+WITH_CODE = [page for page in PAGES if any(block.language not in SHOWN for block in blocks(page))]
+WITH_GPU_CODE = [page for page in WITH_CODE if any(block.needs_gpu for block in blocks(page))]
+
+
+def page_id(page: Path) -> str:
+    """A page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_is_of_a_known_language(page):
+    for block in blocks(page):
+        assert block.language in SHOWN | {"python", "bash"}, f"line {block.line}: {block.language}"
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
+def test_code_runs(page, workplace):
+    run_page(page, [block for block in blocks(page) if block.language not in SHOWN and not block.needs_gpu], workplace)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="blocks marked as needing a GPU run where there is one")
+@pytest.mark.parametrize("page", WITH_GPU_CODE, ids=page_id)
+def test_code_for_gpus_runs(page, workplace):
+    run_page(page, [block for block in blocks(page) if block.language not in SHOWN], workplace)
+
+
+# --- what the pages must name ----------------------------------------------------------------------------------------
+
+PACKAGES = ("qspec_compile", "passes", "kernels", "evals")
+
+
+def raised_texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and longest fixed piece of every message raised in a file."""
+    constants = {
+        target.id: statement.value.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+        for target in statement.targets
+        if isinstance(target, ast.Name) and isinstance(statement.value.value, str)
+    }
+    for statement in ast.walk(tree):
+        if not isinstance(statement, ast.Raise) or statement.exc is None:
+            continue
+        # An AttributeError is Python's protocol, nothing that went wrong.
+        if isinstance(statement.exc, ast.Call) and ast.unparse(statement.exc.func) == "AttributeError":
+            continue
+        pieces = [
+            node.value if isinstance(node, ast.Constant) else constants.get(node.id)
+            for node in ast.walk(statement.exc)
+            if isinstance(node, ast.Constant | ast.Name)
+        ]
+        text = max((piece for piece in pieces if isinstance(piece, str)), key=len, default="")
+        if text:
+            yield statement.lineno, text
+
+
+def test_raised_texts_are_found():
+    raises = ["NAN = 'not a number'", "raise ValueError(f'{a} is too small; take {b}')", "raise Failure(NAN)", "raise"]
+    assert list(raised_texts(ast.parse("\n".join(raises)))) == [(2, " is too small; take "), (3, "not a number")]
+
+
+def test_troubleshooting_has_every_message():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    missing = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for line, text in raised_texts(ast.parse(path.read_text()))
+        if text.strip() not in page
+    ]
+    assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("name", ["quantspec", "quantspec.passes", "quantspec.kernels", "quantspec.evals"])
+def test_reference_has_every_public_name(name):
+    page = (ROOT / "docs" / "reference" / f"{name.split('.')[-1]}.md").read_text()
+    shown = {entry.split(".")[-1] for entry in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    public = set(importlib.import_module(name).__all__) - {"__version__"}
+    assert public <= shown, public - shown
+
+
+# --- the runner itself -----------------------------------------------------------------------------------------------
+
+
+def write_page(folder: Path, text: str) -> Path:
+    """A page of its own."""
+    page = folder / "page.md"
+    page.write_text(text)
+    return page
+
+
+def test_blocks_are_found_with_their_lines_and_marks(tmp_path):
+    page = write_page(
+        tmp_path,
+        "# Title\n\n```python\na = 1\n```\n\n<!-- needs a GPU -->\n```python\nb = 2\n```\n\n"
+        "1. item\n\n   ```bash\n   make test\n   ```\n",
+    )
+    assert blocks(page) == [
+        Block("python", 4, "a = 1\n", False),
+        Block("python", 9, "b = 2\n", True),
+        Block("bash", 15, "make test\n", False),
+    ]
+
+
+def test_a_failing_block_fails_at_its_line_of_the_page(tmp_path):
+    page = write_page(tmp_path, "text\n\n```python\na = 1\n```\n\n```python\nb = 2\nassert a == b\n```\n")
+    with pytest.raises(AssertionError) as failure:
+        run_page(page, blocks(page), tmp_path)
+    assert failure.traceback[-1].lineno + 1 == 9
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make no-such-target",
+        "pip install '.[nothing]'",
+        "python -m benchmarks.nothing",
+        "python -m benchmarks.acceptance --nothing",
+        "python -m pytest tests/test_nothing.py",
+        "unknown",
+    ],
+)
+def test_a_line_that_could_not_work_is_an_error(line):
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        run_command(line)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=page_id)
+def test_links_lead_to_files_that_exist(page):
+    """Links among the pages of ``docs/`` are checked where the documentation is built."""
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_figures_are_those_the_script_draws():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    committed = {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
+    assert set(figures.FIGURES) == committed
+    shown = "".join(page.read_text() for page in PAGES)
+    assert all(f"figures/{name}.svg" in shown for name in committed)

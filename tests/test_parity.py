@@ -1,0 +1,221 @@
+"""The parity report: what is equal passes, what is not fails, and the command's exit status says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cache_changes import change_cache_after_prefill
+from conftest import GROUP, characters
+from step_by_step import random_prompt
+from torch import Tensor
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+
+from quantspec.evals.generation_parity import compare_generation, generate_greedily
+from quantspec.evals.parity import ParityOptions, main, parity
+from quantspec.evals.roles import EvalRole
+from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
+from quantspec.evals.tasks import build
+from quantspec.evals.text_parity import compare_text
+
+TASKS = ["tiny_choice", "tiny_rolling", "tiny_write"]
+TEXT = characters(random_prompt(400))
+# Random weights have many near-ties, which quantization may turn.
+OPTIONS = ParityOptions(
+    context_tokens=6 * GROUP,
+    scored_tokens=100,
+    prompts=3,
+    prompt_tokens=3 * GROUP,
+    new_tokens=20,
+    min_argmax_agreement=0.95,
+)
+
+
+def spoil_a_scale(monkeypatch) -> None:
+    """The scale of one group of one layer's keys becomes eight times what it was."""
+
+    def spoil(scale: Tensor) -> Tensor:
+        spoilt = scale.clone()
+        spoilt[:, :, 0] *= 8
+        return spoilt
+
+    change_cache_after_prefill(monkeypatch, "k_scale", spoil)
+
+
+def failures(report) -> set[str]:
+    """Names of the verdicts that failed."""
+    return {verdict.name for verdict in report.verdicts if not verdict.passed}
+
+
+def test_a_pair_has_parity_with_its_model_and_the_report_says_how_much(qs, tokenizer, tiny_tasks, tmp_path):
+    report = parity(
+        qs, tokenizer=tokenizer, tasks=TASKS, text=TEXT, options=OPTIONS, include_path=tiny_tasks, output=tmp_path
+    )
+    assert report.passed, report
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert written["passed"]
+    assert {(row["task"], row["role"]) for row in written["tasks"]} == {
+        (task, role) for task in TASKS for role in ("target", "speculative", "draft")
+    }
+    assert set(written["acceptance"]) == {"tiny_write"}
+    assert 0 < written["acceptance"]["tiny_write"]["draft_acceptance_rate"] < 1
+    target, draft = written["text"]
+    assert len(target["kl_per_position"]) == OPTIONS.scored_tokens
+    assert sum(entry["tokens"] for entry in target["kl_by_distance"]) == OPTIONS.scored_tokens
+    assert target["mean_kl"] < draft["mean_kl"] / 10
+    markdown = (tmp_path / "parity.md").read_text()
+    assert markdown.startswith("# Parity of")
+    assert "tiny_rolling byte_perplexity" in markdown
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch):
+    asked = {"tasks": ["tiny_rolling"], "text": TEXT, "options": OPTIONS, "include_path": tiny_tasks}
+    assert parity(qs, tokenizer=tokenizer, **asked).passed
+    spoil_a_scale(monkeypatch)
+    spoilt = parity(qs, tokenizer=tokenizer, **asked)
+    assert not spoilt.passed
+    assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
+
+
+def test_the_commands_status_is_the_verdict(saved_model, tiny_tasks, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [
+        *(str(saved_model), "--device", "cpu", "--kv-group-size", str(GROUP), "--output", str(tmp_path / "report")),
+        *("--tasks", "tiny_write", "--include-path", str(tiny_tasks), "--limit", "2"),
+        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "100", "--scored-tokens", "60"),
+        *("--prompts", "1", "--prompt-tokens", "50", "--new-tokens", "4", "--min-argmax-agreement", "0.95"),
+    ]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "report" / "parity.json").read_text())["options"]["limit"] == 2
+    assert main([*arguments, "--max-perplexity-change", "0"]) == 1
+    assert "**FAILED**" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "no-such-file.txt"], "no-such-file.txt"),
+        (["--context-tokens", "0"], "context_tokens must be at least 1"),
+        (["--context-tokens", "500000"], "give a longer one"),
+        (["--tasks", "no_such_task", "--text", ""], "unknown task no_such_task"),
+        (["--kv-group-size", "17"], "power of two"),
+        (["--text", ""], "name tasks, or give a text"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(saved_model, capsys, arguments, message):
+    assert main([str(saved_model), "--device", "cpu", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("parity: ")
+    assert message in error
+
+
+def test_a_model_that_cannot_be_loaded_ends_with_status_2(tmp_path, capsys):
+    assert main([str(tmp_path), "--text", ""]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("parity: ")
+
+
+def runs(ours: list[float], theirs: list[float]) -> list:
+    """The comparison of one metric's samples."""
+    made = [TaskRun({"acc": Metric(sum(x) / len(x), x)}, None, None) for x in (ours, theirs)]
+    return compare("task", EvalRole.TARGET, *made, max_standard_errors=1.0, max_perplexity_change=0.005)
+
+
+def test_a_metric_is_equal_within_its_standard_error():
+    theirs = [1.0] * 6 + [0.0] * 4
+    assert standard_error(theirs) == pytest.approx(0.1633, abs=1e-4)
+    (one_less,) = runs([0.0, *theirs[1:]], theirs)
+    assert one_less.difference == pytest.approx(-0.1)
+    assert one_less.paired_difference == pytest.approx(-0.1)
+    assert one_less.paired_standard_error == pytest.approx(0.1)
+    assert one_less.equal
+    (two_less,) = runs([0.0, 0.0, *theirs[2:]], theirs)
+    assert not two_less.equal
+
+
+@pytest.mark.parametrize(("value", "equal"), [(10.04, True), (9.96, True), (10.06, False), (9.94, False)])
+def test_a_perplexity_is_equal_within_half_a_percent(value, equal):
+    made = [TaskRun({"word_perplexity": Metric(number, None)}, None, None) for number in (value, 10.0)]
+    (row,) = compare("task", EvalRole.TARGET, *made, max_standard_errors=1.0, max_perplexity_change=0.005)
+    assert row.equal is equal
+
+
+def test_divergence_and_agreement_are_those_of_the_full_forward(qs):
+    ids = torch.tensor(random_prompt(200))
+    target, draft = compare_text(qs, ids, 120, [EvalRole.TARGET, EvalRole.DRAFT])
+    with torch.no_grad():
+        logits = qs.model(ids[None]).logits[0, 120:]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], ids[121:]).exp()
+    assert target.reference_perplexity == draft.reference_perplexity == pytest.approx(expected.item(), rel=1e-4)
+    assert target.argmax_agreement > draft.argmax_agreement
+    assert all(GROUP <= distance < 3 * GROUP for distance in target.distances)
+
+
+def test_a_short_context_has_no_distance_from_the_planes(qs):
+    (target,) = compare_text(qs, torch.tensor(random_prompt(20)), 10, [EvalRole.TARGET])
+    assert target.distances == [None] * 10
+    assert target.mean_kl < 1e-6
+
+
+def test_the_first_divergence_is_found_with_its_margin(qs):
+    prompts = torch.tensor([random_prompt(20, seed) for seed in (1, 2)])
+    reference = generate_greedily(qs, prompts, 8, EvalRole.REFERENCE)
+    changed = reference.clone()
+    changed[1, 3:] = (changed[1, 3:] + 1) % 90
+    tokens = {EvalRole.REFERENCE: reference, EvalRole.TARGET: changed}
+    comparison = compare_generation(qs, prompts, tokens, EvalRole.TARGET, EvalRole.REFERENCE)
+    assert comparison.exact_match_rate == 0.5
+    (divergence,) = comparison.divergences
+    assert (divergence.prompt, divergence.index) == (1, 3)
+    with torch.no_grad():
+        logits = qs.model(torch.cat((prompts[1], reference[1, :3]))[None]).logits[0, -1]
+    assert divergence.margin == pytest.approx((logits[reference[1, 3]] - logits[changed[1, 3]]).item(), abs=1e-4)
+    assert divergence.margin > 0
+
+
+def test_texts_that_drafting_changes_fail(qs, tokenizer, tiny_tasks, monkeypatch):
+    # A target that accepts every draft emits what the draft says.
+    def accept_all(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(drafts.sum(1), drafts.shape[1]), scores[:, -1].argmax(-1)
+
+    monkeypatch.setattr("quantspec.cycle.accept_greedy", accept_all)
+    report = parity(qs, tokenizer=tokenizer, tasks=["tiny_write"], text="", include_path=tiny_tasks)
+    assert "tiny_write texts" in failures(report)
+
+
+def test_the_offline_documents_have_one_right_answer():
+    sentences = build.prose()
+    choices = build.multiple_choice()["test"]
+    assert len(choices) == 200
+    for document in choices:
+        assert len(set(document["choices"])) == 4
+        right = document["choices"][document["answer"]]
+        place = sentences.index(right)
+        assert document["context"].endswith(sentences[place - 1])
+        assert all(wrong not in document["context"] for wrong in document["choices"])
+    for document in build.cloze(max_seq_lengths=[125])["test"]:
+        assert f" {document['word']} " in document["context"]
+        assert 500 <= len(document["context"]) < 1500
+    passages = build.rolling()["test"]
+    assert len(passages) > 20
+    assert all(3000 <= len(document["text"]) < 4500 for document in passages)
+
+
+def test_offline_tasks_are_found_by_name(tmp_path):
+    tasks = load_tasks(["reference_choice", "reference_cloze", "reference_perplexity"], tmp_path)
+    assert [task.OUTPUT_TYPE for task in tasks.values()] == [
+        "multiple_choice",
+        "loglikelihood",
+        "loglikelihood_rolling",
+    ]
+    assert (
+        load_tasks(["reference_choice"], tmp_path)["reference_choice"].eval_docs[0]
+        == tasks["reference_choice"].eval_docs[0]
+    )
+
+
+def test_a_length_must_be_a_number(tmp_path):
+    with pytest.raises(ValueError, match="must be a number of tokens"):
+        load_tasks(["reference_choice@long"], tmp_path)
