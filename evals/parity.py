@@ -186,6 +186,8 @@ def parity(
         ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
     """
     options = options or ParityOptions()
+    if not tasks and text == "":
+        raise ValueError("nothing to compare: name tasks, or give a text")
     if tasks:
         require_lm_eval()
     if isinstance(model, QuantSpecModel) and conversion:
@@ -203,12 +205,10 @@ def parity(
             options=options,
             environment={**environment(str(qs.device)), "dtype": str(qs.model.dtype).removeprefix("torch.")},
         )
+        if ids is not None:
+            _measure_text(report, qs, ids.to(qs.device))
         if loaded:
             _measure_tasks(report, qs, tokenizer, loaded, output)
-    if ids is not None:
-        _measure_text(report, qs, ids.to(qs.device))
-    if not report.verdicts:
-        raise ValueError("nothing to compare: name tasks, or give a text")
     if output is not None:
         report.write(output)
     return report
