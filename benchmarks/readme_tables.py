@@ -145,9 +145,43 @@ def _kernel_source(row: dict[str, Any], name: str) -> str:
     return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
 
 
+def task_parity(name: str) -> str:
+    """Every figure that was held against a threshold, for the target and for both together."""
+    data = _load(name)
+    verdicts: dict[str, dict[str, dict[str, Any]]] = {}
+    for verdict in data["verdicts"]:
+        verdicts.setdefault(verdict["name"], {})[verdict["role"]] = verdict
+    rows = []
+    for what, by_role in verdicts.items():
+        thresholds = {verdict["threshold"] for verdict in by_role.values()}
+        cells = [by_role[role]["value"] if role in by_role else "" for role in ("target", "speculative")]
+        passed = all(verdict["passed"] for verdict in by_role.values())
+        rows.append([what, *cells, ", ".join(sorted(thresholds)), "yes" if passed else "**no**"])
+    header = ["what", "target", "speculative", "threshold", "passed"]
+    return _table(header, rows) + _source(data, name)
+
+
+def needle(name: str) -> str:
+    """Needles found at each length by the four roles."""
+    data = _load(name)
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in data["tasks"]:
+        task, mark, length = row["task"].partition("@")
+        if task.startswith("niah") and mark:
+            cell = found.setdefault((task, int(length)), {"reference": row["reference"]})
+            cell[row["role"]] = row["value"]
+    roles = ("reference", "target", "speculative", "draft")
+    rows = [
+        [task, f"{length:,}", *(f"{found[task, length][role]:.2f}" for role in roles)] for task, length in sorted(found)
+    ]
+    return _table(["task", "tokens", *roles], rows) + _source(data, name)
+
+
 TABLES = {
     "acceptance": lambda: acceptance("acceptance.json"),
     "parity": lambda: parity("acceptance.json"),
+    "task-parity": lambda: task_parity("parity/parity.json"),
+    "needle": lambda: needle("parity/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
     "linear-kernels": lambda: linear_kernels("kernels.json"),

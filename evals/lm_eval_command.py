@@ -38,13 +38,13 @@ def run_lm_eval(arguments: list[str]) -> int:
         cli = HarnessCLI()
         try:
             options = cli.parse_args()
+            if "include_path" in options:
+                options.include_path = [str(TASKS), *filter(None, [options.include_path])]
+            if options.command == "run" and not (options.model or options.config):
+                options.model = "quantspec"
+            cli.execute(options)
         except SystemExit as stop:
             return int(stop.code or 0)
-        if "include_path" in options:
-            options.include_path = [str(TASKS), *filter(None, [options.include_path])]
-        if options.command == "run" and not (options.model or options.config):
-            options.model = "quantspec"
-        cli.execute(options)
     return 0
 
 

@@ -9,10 +9,12 @@ judged by stated thresholds. The command writes JSON, Markdown and a plot and en
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quantspec
-from quantspec import QuantSpecConfig, QuantSpecModel
+from quantspec import QuantSpecConfig, QuantSpecModel, SelfCheckError
 
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
@@ -184,6 +186,8 @@ def parity(
         ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
     """
     options = options or ParityOptions()
+    if not tasks and text == "":
+        raise ValueError("nothing to compare: name tasks, or give a text")
     if tasks:
         require_lm_eval()
     if isinstance(model, QuantSpecModel) and conversion:
@@ -191,7 +195,7 @@ def parity(
     if not isinstance(model, QuantSpecModel):
         QuantSpecConfig.from_options(None, conversion)
     ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
-    with tempfile.TemporaryDirectory() as folder:
+    with _lm_eval_warnings_hidden(), tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         loaded = load_tasks(tasks, Path(folder), include_path) if tasks else {}
         qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
@@ -201,15 +205,25 @@ def parity(
             options=options,
             environment={**environment(str(qs.device)), "dtype": str(qs.model.dtype).removeprefix("torch.")},
         )
+        if ids is not None:
+            _measure_text(report, qs, ids.to(qs.device))
         if loaded:
             _measure_tasks(report, qs, tokenizer, loaded, output)
-    if ids is not None:
-        _measure_text(report, qs, ids.to(qs.device))
-    if not report.verdicts:
-        raise ValueError("nothing to compare: name tasks, or give a text")
     if output is not None:
         report.write(output)
     return report
+
+
+@contextlib.contextmanager
+def _lm_eval_warnings_hidden() -> Iterator[None]:
+    """lm-eval warns that the model was loaded before, once per role, and that tasks take metadata, once per task."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 _REPORTED_OPTIONS = (
@@ -355,7 +369,7 @@ def main(arguments: list[str]) -> int:
             output=output,
             **conversion,
         )
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SelfCheckError) as error:
         print(f"parity: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(report)

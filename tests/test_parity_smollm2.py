@@ -14,7 +14,7 @@ from quantspec.evals.smollm2 import gguf_path
 def test_smollm2_has_parity_with_its_quantized_pair():
     path = gguf_path()
     lm = QuantSpecLM(str(path.parent), gguf_file=path.name, dtype="float32", device="cpu", weight_group_size=64)
-    options = ParityOptions(limit=2, batch_size=2, context_tokens=384, scored_tokens=64, prompts=0)
+    options = ParityOptions(limit=2, batch_size=2, context_tokens=512, scored_tokens=128, prompts=0)
     tasks = ["reference_choice", "reference_cloze@512", "niah_single_1@1024"]
     report = parity(lm.qs, tokenizer=lm.tokenizer, tasks=tasks, options=options)
     assert report.passed, report
