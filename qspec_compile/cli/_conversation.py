@@ -52,7 +52,7 @@ class Conversation:
                 stopping_criteria=StoppingCriteriaList([interrupt]),
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
-        new_tokens = output[0, inputs.input_ids.shape[1] :]  # type: ignore[index]
+        new_tokens = output[0, inputs.input_ids.shape[1] :]
         answer = self.tokenizer.decode(new_tokens, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": str(answer)}]
 
@@ -64,7 +64,7 @@ class _Interrupt(StoppingCriteria):
         self.has_tokens = False
         self.pressed = False
 
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         """Whether each row of ``input_ids`` is done, ``(B,)``."""
         self.has_tokens = True
         return torch.full((len(input_ids),), self.pressed, device=input_ids.device)

@@ -114,7 +114,7 @@ def _generate(
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = qs.generate(**arguments, streamer=streamer)
-    return output[0, arguments["input_ids"].shape[1] :].tolist()  # type: ignore[index]
+    return output[0, arguments["input_ids"].shape[1] :].tolist()
 
 
 def _as_json(qs: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[int]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def load_model(source: Source, dtype: Dtype, device: torch.device) -> PreTrained
     elif source.kind is Kind.GGUF:
         resolved = torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source.name, dtype=resolved, **source.arguments)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:

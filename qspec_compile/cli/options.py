@@ -79,7 +79,7 @@ class ModelOptions:
 
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
-        names = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer")
+        names: tuple[str, ...] = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer")
         names += ("quantize_lm_head", "max_cache_len")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
