@@ -8,6 +8,7 @@ if __name__ != "kernels":
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
     from .int4_linear import int4_linear
+    from .materialize import materialize
     from .prefill_attention import prefill_attention
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "flush",
     "int4_expert_linear",
     "int4_linear",
+    "materialize",
     "prefill_attention",
 ]

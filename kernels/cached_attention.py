@@ -30,7 +30,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import compute_dtype, masked_attention, softmax_with_sinks
 from .hierarchical import decode_keys, decode_values
-from .inline_asm import centred_bytes, centred_nibbles, exact_dot, fast_exp2, fast_log2, use_inline_asm
+from .inline_asm import (
+    centred_bytes,
+    centred_nibbles,
+    exact_dot,
+    fast_exp2,
+    fast_log2,
+    launches_overlap,
+    use_inline_asm,
+)
 
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)
@@ -597,7 +605,8 @@ def _attend_kernel(
     where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
     """
     if OVERLAP:
-        # The merge may be set up while the last stretches are read; it waits for their results.
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
         gdc_launch_dependents()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
@@ -735,6 +744,7 @@ def _merge_kernel(
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer."""
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0)
     pair = tl.program_id(1)
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
@@ -869,7 +879,9 @@ def cached_attention_triton(
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads, value_dim)
     log2e = 1 / math.log(2)
-    overlap = query.is_cuda
+    overlap = launches_overlap(query.device)
+    # The interpreter does not know the option.
+    options = {"launch_pdl": True} if overlap else {}
     _attend_kernel[(splits, pairs, row_blocks)](
         query,
         key,
@@ -921,6 +933,7 @@ def cached_attention_triton(
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
+        **options,
     )
     _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
         partial,
@@ -937,7 +950,7 @@ def cached_attention_triton(
         HAS_SINKS=sinks is not None,
         OVERLAP=overlap,
         num_warps=4,
-        launch_pdl=overlap,
+        **options,
     )
     return out
 

@@ -7,6 +7,8 @@ instruction. The interpreter cannot run inline assembly: without ``USE_ASM`` the
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -202,3 +204,9 @@ def exact_dot(a, b, USE_ASM: tl.constexpr):
 def use_inline_asm(device: torch.device) -> bool:
     """Whether kernels launched on this device are compiled, rather than interpreted on the CPU."""
     return device.type == "cuda"
+
+
+@lru_cache
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a kernel may be launched before those it follows have ended, which it then awaits itself."""
+    return use_inline_asm(device) and torch.cuda.get_device_capability(device)[0] >= 9

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .inline_asm import biased_quarters, exact_dot, nibble_bias, ones_like, split_pair, use_inline_asm
+from .inline_asm import biased_quarters, exact_dot, launches_overlap, nibble_bias, ones_like, split_pair, use_inline_asm
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
@@ -227,20 +227,27 @@ class LinearConfig(NamedTuple):
 def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
     """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
 
-    ``share`` is what the outputs alone leave of them. Where K is long, more warps walk over it with loads further ahead
-    and nothing is left to sum; otherwise K is split. Smaller chunks are loaded further ahead. Rows beyond 8 are read by
-    fewer programs, of two tiles, since x then is what the caches are busy with; so is x beside groups of 32.
+    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
+    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
+    x is what the caches are busy with.
     """
-    outputs = triton.cdiv(out_features, 16)
+    outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
     share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
-    if in_features > 8192:
-        warps, unroll, splits = (8 if share == 4 else 4), min(share, 2), 1
-    else:
-        warps, unroll, splits = 4, 1, min(share, max(1, in_features // 1024))
-    if group == 32 and rows <= 8:
-        warps = 8
-    tiles = 2 if rows > 8 or group == 32 else 1
-    return LinearConfig(tiles, warps, 2 if tiles == 2 or group < 128 else unroll, splits)
+    splits = min(share, max(1, in_features // 1024))
+    if rows > 8:
+        return LinearConfig(2, 2, 2, splits)
+    if share == 1:
+        if group == 32:
+            return LinearConfig(2, 4 if outputs > 1024 else 8, 2, 1)
+        return LinearConfig(2, 2, 2, 1) if group == 128 and outputs > 1024 else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
+    if group == 32:
+        return LinearConfig(1, 4, 2, min(4, 2 * splits))
+    if in_features > 8192 and chunks % (4 * splits):
+        # Splits would end in half-empty steps.
+        return LinearConfig(1, 8, 2, 1)
+    if share == 2 and group == 128 and chunks >= 8:
+        return LinearConfig(1, 8, 1, 1)
+    return LinearConfig(1, 4, 1 if share == 4 else 2, splits)
 
 
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
@@ -254,8 +261,7 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
     tiles, warps, unroll, splits = linear_config(rows, out_features, in_features, group)
     chunk = min(group, 128)
     use_asm = use_inline_asm(x.device)
-    # Launched before the kernels it follows have ended, which it awaits itself; launches without the option await it.
-    pdl = use_asm and torch.cuda.get_device_capability(x.device)[0] >= 9
+    pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
     has_bias = bias is not None
     out = x.new_empty(*x.shape[:-1], out_features)

@@ -5,6 +5,7 @@ from .fuse_linears import FuseSharedInputLinears
 from .int4_weights import GROUP_SIZES, Int4Source, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
 from .logit_rows import SelectLogitRows
 from .plain_int4 import plain_int4_weights
+from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .remove_no_ops import RemoveNoOps
 from .support import CheckTokenMixing, TokenMixingError
@@ -18,6 +19,7 @@ __all__ = [
     "Int4Source",
     "LinearReport",
     "LowerAttention",
+    "MaterializePositionTables",
     "PrepackInt4ForCpu",
     "QuantizeWeights",
     "RemoveNoOps",

@@ -154,21 +154,32 @@ class HierarchicalCache:
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
 
-    def accept(self, num_tokens: Tensor) -> Tensor:
+    def accept(self, num_tokens: Tensor) -> bool:
         """Keep ``num_tokens`` (B,) of the tokens just verified; the rest is abandoned. Flushes where it is due.
 
         Returns:
-            Bool tensor on the device: whether anything was flushed.
+            Whether anything was flushed.
         """
+        due = bool(self.keep(num_tokens))
+        if due:
+            self.flush()
+        return due
+
+    def keep(self, num_tokens: Tensor) -> Tensor:
+        """:meth:`accept` without the flush; returns a bool tensor on the device: whether one is due now."""
         self.length += num_tokens
-        due = self.length - self.quantized_len >= 2 * self.group_size
-        flushes = due.any()
-        # On a GPU the op itself looks at the lengths, so that the host need not wait for them.
-        if self.length.is_cuda or bool(flushes):
-            for layer in self.layers:
-                flush(*layer.parts(), self.quantized_len, self.length)
+        return self._due().any()
+
+    def flush(self) -> None:
+        """Move a group into the planes in every sequence whose recent buffer holds at least 2G tokens."""
+        due = self._due()
+        # The op looks at the lengths itself.
+        for layer in self.layers:
+            flush(*layer.parts(), self.quantized_len, self.length)
         self.quantized_len += due * self.group_size
-        return flushes
+
+    def _due(self) -> Tensor:
+        return self.length - self.quantized_len >= 2 * self.group_size
 
     def rewind(self, num_tokens: Tensor) -> None:
         """Keep the first ``num_tokens`` (B,) tokens; back to a group boundary where that cuts into the planes."""

@@ -1,13 +1,14 @@
-"""One speculative cycle as device work: draft, verify, accept, count, flush.
+"""One speculative cycle as device work: draft, verify, accept, count; and the flush that follows some of them.
 
 Nothing here waits for the host, so on a GPU a cycle is captured once as a CUDA graph and replayed; the host reads one
-small tensor per cycle. Lengths, tokens, temperatures and seeds live in tensors that the graph reads.
+small tensor per cycle, which also says whether the flush, a graph of its own, is due. Lengths, tokens, temperatures and
+seeds live in tensors that the graphs read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ class CycleResult(NamedTuple):
     """What a cycle did to each of B sequences, on the host.
 
     ``drafts (B, T)`` proposed tokens, of which the first ``accepted (B,)`` stand, followed by ``next_tokens (B,)``;
-    ``flushed`` tells whether any sequence moved a group into the planes, ``has_nan`` whether any logit was NaN.
+    ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``has_nan``
+    whether any logit was NaN.
     """
 
     drafts: list[list[int]]
     accepted: list[int]
     next_tokens: list[int]
-    flushed: bool
+    flush_due: bool
     has_nan: bool
 
     @classmethod
@@ -79,6 +81,10 @@ class Cycle:
         self.on_draft = on_draft
         self.pending = cache.length.new_zeros(cache.batch_size)
         self.running = torch.ones_like(self.pending, dtype=torch.bool)
+        # Fused, what reads the whole vocabulary is a few kernels instead of many.
+        compiled: Callable[..., Any] = torch.compile if qs.compiles and qs.device.type == "cuda" else lambda f: f
+        self._argmax, self._has_nan = compiled(_argmax), compiled(_has_nan)
+        self._accept_greedy = compiled(accept_greedy)
 
     @torch.no_grad()
     def __call__(self, num_drafts: int) -> tuple[Tensor, Tensor]:
@@ -94,11 +100,10 @@ class Cycle:
         if self.do_sample:
             accepted, next_tokens = accept_sampled(drafts, draft_probs, scores.softmax(-1), self.generator)
         else:
-            accepted, next_tokens = accept_greedy(drafts, scores)
-        flushed = self.cache.accept(torch.where(self.running, accepted + 1, 0))
+            accepted, next_tokens = self._accept_greedy(drafts, scores)
+        due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
         self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
-        has_nan = logits.isnan().any(-1).any(-1)
-        columns = (accepted, next_tokens, flushed.expand_as(accepted), has_nan & self.running)
+        columns = (accepted, next_tokens, due.expand_as(accepted), self._has_nan(logits) & self.running)
         return torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1), scores
 
     def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +119,7 @@ class Cycle:
                 probs.append(scores.softmax(-1))
                 current = sample(probs[-1], self.generator)
             else:
-                current = scores.argmax(-1)
+                current = self._argmax(scores)
             tokens.append(current)
             if self.on_draft is not None:
                 self.on_draft(step, current)
@@ -133,6 +138,15 @@ class Cycle:
     def _positions(self, positions: Tensor) -> Tensor:
         """``positions`` within the model's table: drafts may run past the end, where nothing of them is kept."""
         return positions.clamp(max=self.cache.max_len - 1)
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    return scores.argmax(-1)
+
+
+def _has_nan(logits: Tensor) -> Tensor:
+    """Whether any of ``(B, T, V)`` logits is NaN, ``(B,)``."""
+    return logits.isnan().flatten(1).any(-1)
 
 
 class GraphedCycle:
@@ -155,7 +169,7 @@ class GraphedCycle:
         self.cycle = Cycle(qs, cache, self.processors, do_sample, self.generator)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.flush_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
         stream = torch.cuda.Stream(qs.device)
         stream.wait_stream(torch.cuda.current_stream(qs.device))
@@ -167,10 +181,13 @@ class GraphedCycle:
         ):
             for _ in range(_WARM_UPS):
                 self.cycle(num_drafts)
+                cache.flush()
                 bar.update()
             torch.cuda.synchronize(qs.device)
             with torch.cuda.graph(self.graph, stream=stream):
                 self.packed, _ = self.cycle(num_drafts)
+            with torch.cuda.graph(self.flush_graph, stream=stream), torch.no_grad():
+                cache.flush()
             bar.update()
         torch.cuda.current_stream(qs.device).wait_stream(stream)
 
@@ -187,6 +204,10 @@ class GraphedCycle:
         """Replay; returns the packed result, overwritten by the next replay."""
         self.graph.replay()
         return self.packed
+
+    def flush(self) -> None:
+        """Flush where it is due."""
+        self.flush_graph.replay()
 
     def _source(self, generator: torch.Generator | None) -> torch.Generator:
         if generator is not None:

@@ -348,7 +348,10 @@ class SpeculativeLoop:
             start = self._now()
             cycle.running.copy_(torch.tensor(self.progress.running))
             packed, scores = cycle(min(draft_count.choose(), self.progress.remaining - 1))
-            self._finish(CycleResult.read(packed), scores, start, draft_count)
+            result = CycleResult.read(packed)
+            if result.flush_due:
+                self.cache.flush()
+            self._finish(result, scores, start, draft_count)
 
     def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
         graphed: GraphedCycle | None = None
@@ -367,7 +370,10 @@ class SpeculativeLoop:
                 if running != self.progress.running:
                     running = self.progress.running
                     graphed.cycle.running.copy_(torch.tensor(running))
-                self._finish(CycleResult.read(graphed()), None, start, draft_count)
+                result = CycleResult.read(graphed())
+                if result.flush_due:
+                    graphed.flush()
+                self._finish(result, None, start, draft_count)
         finally:
             if graphed is not None:
                 graphed.end(self.generator)
@@ -378,7 +384,7 @@ class SpeculativeLoop:
             raise FloatingPointError(_NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
-        self.stats.flushes += result.flushed
+        self.stats.flushes += result.flush_due
         for row, count in enumerate(result.accepted):
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import Int4Source, LinearReport, Role, cache_parts
+from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
 from .capture import capture
@@ -23,6 +23,7 @@ from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
 from .pair import build_pair, unique_tensors
 from .pictures import plot
+from .regions import compile_graph
 from .saving import save_pretrained
 from .scores import graph_key
 from .self_check import self_check
@@ -43,6 +44,7 @@ class QuantSpecModel:
         target, draft, prefill: ``torch.fx.GraphModule`` of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
+        compiles: whether the target's and the draft's graphs go through torch.compile.
         last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
     """
 
@@ -67,10 +69,10 @@ class QuantSpecModel:
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
-        self._compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self.compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
-            Role.TARGET: _compiled(self.target, Role.TARGET) if compiles else self.target.forward,
-            Role.DRAFT: _compiled(self.draft, Role.DRAFT) if compiles else self.draft.forward,
+            Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
+            Role.DRAFT: compile_graph(self.draft) if compiles else self.draft.forward,
             # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
             Role.PREFILL: self.prefill.forward,
         }
@@ -144,7 +146,7 @@ class QuantSpecModel:
 
     def graphs_cycles(self, processors: LogitsProcessorList) -> bool:
         """Whether cycles are CUDA graphs: compiled, on a GPU, and no processor reads the text or keeps state."""
-        return self._compiles and self.device.type == "cuda" and graph_key(processors) is not None
+        return self.compiles and self.device.type == "cuda" and graph_key(processors) is not None
 
     def graphed_cycle(
         self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
@@ -302,27 +304,6 @@ def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
     """Number of tokens that both begin with."""
     shorter = min(len(text), len(prompt))
     return (text[:shorter] == prompt[:shorter]).long().cumprod(0).sum()
-
-
-def _compiled(graph_module: fx.GraphModule, role: Role) -> Callable[..., Tensor]:
-    """The graph under torch.compile, not compiled again when the cache grows or when T changes from 2 or more.
-
-    Only those sizes are symbols: with all of them compilation takes twice as long.
-    """
-    # torch.compile refuses an exported GraphModule object, but takes its forward.
-    compiled = torch.compile(graph_module.forward)
-    parts = cache_parts(role)
-
-    def call(*inputs: Tensor) -> Tensor:
-        split = len(inputs) % len(parts)
-        for tensor in inputs[:3]:
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for index, tensor in enumerate(inputs[split:]):
-            if not parts[index % len(parts)].endswith("recent"):
-                torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        return compiled(*inputs)
-
-    return call
 
 
 def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:

@@ -16,6 +16,7 @@ from quantspec.passes import (
     Int4Source,
     LinearReport,
     LowerAttention,
+    MaterializePositionTables,
     PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
@@ -72,7 +73,7 @@ def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, sour
     base = clone(captured.graph_module)
     quantize, weight_passes = draft_weight_passes(config, source)
     try:
-        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows()])
+        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
     graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}

@@ -20,6 +20,7 @@ from quantspec.passes import (
     CheckTokenMixing,
     FuseSharedInputLinears,
     LowerAttention,
+    MaterializePositionTables,
     PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
@@ -538,3 +539,33 @@ def test_without_attention_every_token_keeps_its_own_value():
         both = _WithoutAttention(gm, keep=False).run(*inputs)
         first = _WithoutAttention(gm, keep=False).run(*(t[:, :1] for t in inputs))
     torch.testing.assert_close(both[:, :1], first, rtol=1e-5, atol=1e-5)
+
+
+# --- position tables -------------------------------------------------------------------------------------------------
+
+
+def test_position_tables_are_materialized_once() -> None:
+    """Cosines and sines, which every layer reads, and nothing else; a second run finds nothing to do."""
+    captured = capture(tiny_model("llama"))
+    gm = clone(captured.graph_module)
+    ids, positions = torch.tensor([[5, 7, 11]]), torch.tensor([[0, 1, 2]])
+    before = gm(ids, positions)
+    result = MaterializePositionTables()(gm)
+    assert result is not None
+    assert result.modified
+    copies = list(find_calls(gm.graph, ops.materialize.default))
+    assert len(copies) == 2
+    # Two layers read each.
+    assert all(len(node.users) == 2 for node in copies)
+    assert all(isinstance(node.meta["val"], Tensor) for node in copies)
+    assert torch.equal(gm(ids, positions), before)
+    again = MaterializePositionTables()(gm)
+    assert again is not None
+    assert not again.modified
+
+
+def test_learned_positions_are_read_once_and_left_alone() -> None:
+    gm = clone(capture(tiny_model("gpt2")).graph_module)
+    result = MaterializePositionTables()(gm)
+    assert result is not None
+    assert not result.modified

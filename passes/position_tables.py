@@ -1,0 +1,77 @@
+"""Compute what depends on positions alone once, not in every layer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .graph import add_call, finish
+
+INPUT_NAME = "position_ids"
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node is another view of what it reads; ``aten.to`` claims so even when it converts."""
+    if node.target is operator.getitem:
+        return True
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view and node.all_input_nodes):
+        return False
+    before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    return not (isinstance(before, Tensor) and isinstance(after, Tensor)) or before.dtype == after.dtype
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of a value, through its views."""
+    for user in node.users:
+        if _is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+class MaterializePositionTables(PassBase):
+    """Matches a value computed from ``position_ids`` and constants that two or more other nodes read, such as rotary
+    cosines; writes ``materialize(value)``, which a compiler computes once.
+
+    Requires nothing. Ensures the same outputs, bit for bit.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        tables = self._from_positions(graph)
+        shared = [
+            node
+            for node in tables
+            if node.op == "call_function"
+            and not _is_view(node)
+            and node.target is not torch.ops.quantspec.materialize.default
+            and len({user for user in _readers(node) if user not in tables}) > 1
+        ]
+        for node in shared:
+            users = list(node.users)
+            with graph.inserting_after(node):
+                copy = add_call(graph, torch.ops.quantspec.materialize.default, (node,), node)
+            for user in users:
+                user.replace_input_with(node, copy)
+        if shared:
+            finish(graph_module)
+        return PassResult(graph_module, bool(shared))
+
+    @staticmethod
+    def _from_positions(graph: fx.Graph) -> set[fx.Node]:
+        """Nodes that positions determine."""
+        constant: set[fx.Node] = set()
+        found: set[fx.Node] = set()
+        for node in graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder" and node.target == INPUT_NAME:
+                found.add(node)
+            elif node.op == "get_attr" or node.target is torch.ops.aten.sym_size.int:
+                constant.add(node)
+            elif node.op == "call_function" and all(i in constant or i in found for i in inputs):
+                (found if any(i in found for i in inputs) else constant).add(node)
+        return found

@@ -1,0 +1,72 @@
+"""Cutting a graph at its layers: equal layers are found equal, and the pieces compute what the whole does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import fx
+
+import quantspec
+from quantspec.passes import Role
+from quantspec.passes.graph import get_tensor
+from quantspec.regions import _signature, region_graph, split_regions
+
+LAYERS = {
+    "llama": ({"num_hidden_layers": 5}, 1),
+    "gpt2": ({"n_layer": 5}, 1),
+    "mixtral": ({"num_hidden_layers": 5}, 1),
+    # Windowed and full layers take turns.
+    "gemma2": (
+        {"num_hidden_layers": 5, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
+@torch.no_grad()
+def test_regions_compute_the_graph_and_equal_layers_are_one(name: str, role: Role) -> None:
+    overrides, kinds = LAYERS[name]
+    options = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
+    qs = quantspec.convert(tiny_model(name, **overrides), **options)
+    gm: fx.GraphModule = getattr(qs, role.value)
+    regions = split_regions(gm.graph)
+    assert regions is not None
+    # What precedes the first layer is with it; what follows the last is by itself.
+    assert len(regions) == 6
+    assert len({_signature(gm, region, region_graph(region)) for region in regions[1:-1]}) == kinds
+
+    cache = qs.new_cache(1, 4)
+    cache.reserve(64)
+    ids = torch.tensor([[5, 7, 11]])
+    rows = torch.arange(3)[None]
+    inputs = (ids, rows, rows, cache.quantized_len, cache.length, *cache.inputs(role))
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = dict(zip(placeholders, inputs, strict=True))
+    for region in regions:
+        run = fx.GraphModule(torch.nn.Module(), region_graph(region))
+        tensors = [get_tensor(gm, node) for node in region.tensors]
+        values.update(zip(region.outputs, run(*(values[n] for n in region.inputs), *tensors), strict=True))
+    assert torch.equal(values[regions[-1].outputs[0]], gm(*inputs))
+
+
+def test_layers_of_other_sizes_are_not_one() -> None:
+    """A linear of another width in one layer gives that layer a signature of its own."""
+    model = tiny_model("llama", num_hidden_layers=5)
+    mlp = model.model.layers[2].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(64, 128, bias=False))
+    mlp.down_proj = torch.nn.Linear(128, 64, bias=False)
+    qs = quantspec.convert(model, weight_group_size=32, self_check=False)
+    regions = split_regions(qs.target.graph)
+    assert regions is not None
+    signatures = [_signature(qs.target, region, region_graph(region)) for region in regions]
+    assert signatures[1] == signatures[3] == signatures[4]
+    assert signatures[2] != signatures[1]
+
+
+def test_few_layers_are_left_whole() -> None:
+    qs = quantspec.convert(tiny_model("llama", num_hidden_layers=2), self_check=False)
+    assert split_regions(qs.target.graph) is None
