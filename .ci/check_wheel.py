@@ -18,6 +18,8 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "wheel"
+# Belongs to the repository alone.
+FIGURES = "benchmarks/results/"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from doc_blocks import STAND_INS, blocks, fill_hub_cache  # noqa: E402
@@ -35,7 +37,7 @@ def build_wheel() -> Path:
 
 
 def check_contents(wheel: Path, settings: dict) -> None:
-    """Nothing but ``quantspec`` and its metadata at the top level, and every file that belongs to it."""
+    """Nothing but ``quantspec`` and its metadata at the top level, every file of its packages and no figures."""
     names = set(zipfile.ZipFile(wheel).namelist())
     version = settings["project"]["version"]
     tops = {name.split("/")[0] for name in names}
@@ -46,10 +48,12 @@ def check_contents(wheel: Path, settings: dict) -> None:
         package.replace(".", "/") + path.removeprefix(folder)
         for package, folder in packages.items()
         for path in tracked
-        if path.startswith(f"{folder}/") and not path.endswith(".md")
+        if path.startswith(f"{folder}/") and not path.endswith(".md") and not path.startswith(FIGURES)
     }
     missing = expected - names
     assert not missing, f"missing from the wheel: {sorted(missing)}"
+    figures = [name for name in names if name.startswith(f"quantspec/{FIGURES}")]
+    assert not figures, f"measured figures in the wheel: {figures}"
 
 
 def fresh_environment(wheel: Path) -> Path:

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from quantspec.evals.environment import environment as measured_environment
 
 RESULTS = Path(__file__).parent / "results"
+# Steps at level INFO and what they measured at DEBUG; the command line shows the former in its progress bar.
+LOG = logging.getLogger("quantspec.benchmarks")
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Device, core count, versions and commit of this run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {**measured_environment(device), "commit": commit.stdout.strip() or None}
+def print_progress() -> None:
+    """Print steps and figures as they come; for scripts."""
+    LOG.addHandler(logging.StreamHandler(sys.stdout))
+    LOG.setLevel(logging.DEBUG)
+
+
+def current_commit() -> str | None:
+    """Commit of the checkout this file is in; None where the package is installed."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def results(device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``{"environment": ..., "rows": ...}``: the rows with device, core count, versions and commit of this run."""
+    return {"environment": {**measured_environment(device), "commit": current_commit()}, "rows": rows}
 
 
 def write_results(path: Path, device: str, rows: list[dict[str, Any]]) -> None:
-    """Write ``{"environment": ..., "rows": ...}`` as JSON."""
+    """Write :func:`results` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(results(device, rows), indent=1) + "\n")

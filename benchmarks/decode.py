@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from quantspec.passes import Role
 from quantspec.passes.graph import clone, find_calls
 from quantspec.regions import compile_graph
 
-from .common import RESULTS, write_results
-from .generate import timed
+from .common import LOG, RESULTS, print_progress, write_results
+from .generate import PROMPT_START, timed
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -58,10 +59,41 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 RATES = (0.85, 0.90, 0.93, 0.95)
+# Tokens a cache has room for beyond the context, for the cycles that are timed.
+CYCLE_TOKENS = 1024
 # Slots of the dense cache beyond the context, so that a token has somewhere to go.
 _SLACK = 64
 # Replays timed at once.
 _ROW = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; the defaults are those of the published tables.
+
+    Attributes:
+        model: a name of :data:`SHAPES`, or "smollm2".
+        contexts: tokens of the prompts.
+        gammas: drafted tokens per cycle; ``generate`` uses the first.
+        rates: synthetic acceptance rates.
+        new_tokens: of ``generate``.
+        layers: fewer than the shape has; None for all.
+        baseline: measure the strong baseline and Hugging Face too.
+        generate_at: contexts at which ``generate`` runs.
+        target_only: run it without drafts too.
+        quantize_lm_head: as in ``convert``.
+    """
+
+    model: str
+    contexts: Sequence[int] = (4096, 32768, 131072)
+    gammas: Sequence[int] = (4, 6)
+    rates: Sequence[float] = RATES
+    new_tokens: int = 128
+    layers: int | None = None
+    baseline: bool = True
+    generate_at: Sequence[int] = (4096, 32768)
+    target_only: bool = False
+    quantize_lm_head: bool = False
 
 
 @torch.library.custom_op("quantspec_benchmark::dense_attention", mutates_args=("k_cache", "v_cache"))
@@ -201,7 +233,7 @@ def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tenso
 
 
 def synthetic_rows(
-    qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rates: list[float], cycles: int = 40
+    qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rates: Sequence[float], cycles: int = 40
 ) -> Iterator[dict[str, Any]]:
     """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
     drawn = torch.zeros((), device="cuda")
@@ -241,35 +273,38 @@ def synthetic_rows(
 
 
 def measure_context(
-    qs: QuantSpecModel, baseline: Baseline | None, prompt: Tensor, arguments: argparse.Namespace
+    qs: QuantSpecModel, baseline: Baseline | None, prompt: Tensor, settings: Settings
 ) -> dict[str, Any]:
     """Everything at one context length; ``prompt (1, context)``."""
     context = prompt.shape[1]
     row: dict[str, Any] = {"context": context}
     if baseline is not None:
+        LOG.info("%d tokens: baseline", context)
         row["baseline_token_ms"] = baseline.token_milliseconds(context)
-        print(row, flush=True)
+        LOG.debug(row)
     free()
     torch.cuda.reset_peak_memory_stats()
-    cache = filled_cache(qs, context, 1024)
+    LOG.info("%d tokens: draft step and verification", context)
+    cache = filled_cache(qs, context, CYCLE_TOKENS)
     row["draft_step_ms"] = step_milliseconds(qs, cache, Role.DRAFT, 1)
-    row["verify_ms"] = {gamma + 1: step_milliseconds(qs, cache, Role.TARGET, gamma + 1) for gamma in arguments.gammas}
-    print(row, flush=True)
+    row["verify_ms"] = {gamma + 1: step_milliseconds(qs, cache, Role.TARGET, gamma + 1) for gamma in settings.gammas}
+    LOG.debug(row)
     row["synthetic"] = []
-    for gamma in arguments.gammas:
-        for result in synthetic_rows(qs, cache, context, gamma, arguments.rates):
+    for gamma in settings.gammas if settings.rates else ():
+        LOG.info("%d tokens: cycles of %d drafts, synthetic acceptance", context, gamma)
+        for result in synthetic_rows(qs, cache, context, gamma, settings.rates):
             # Few cycles make the drawn number of tokens noisy; its expectation is known.
             result["tokens_per_second"] = 1000 * result["expected_acceptance_length"] / result["cycle_ms"]
             if baseline is not None:
                 result["speedup"] = result["tokens_per_second"] * row["baseline_token_ms"] / 1000
-            print(result, flush=True)
+            LOG.debug(result)
             row["synthetic"].append(result)
     row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
     del cache
     free()
-    if context in arguments.generate_at:
+    if context in settings.generate_at:
         row |= measure_generate(
-            qs, prompt, arguments.gammas[0], arguments.new_tokens, arguments.target_only, baseline is not None
+            qs, prompt, settings.gammas[0], settings.new_tokens, settings.target_only, baseline is not None
         )
     return row
 
@@ -291,6 +326,7 @@ def measure_generate(
     if target_only:
         calls = {"generate_target_only": (qs.generate, {"num_speculative_tokens": 0}), **calls}
     for name, (generate, options) in calls.items():
+        LOG.info("%d tokens: %s", prompt.shape[1], name)
         if name == "hugging_face":
             qs.reset()
             free()
@@ -303,7 +339,7 @@ def measure_generate(
     new = {name: ids[0, prompt.shape[1] :] for name, ids in texts.items()}
     for name in new.keys() - {"generate"}:
         row[f"tokens_equal_to_{name}"] = int((new["generate"] == new[name]).long().cumprod(0).sum())
-    print(row, flush=True)
+    LOG.debug(row)
     free()
     return row
 
@@ -314,41 +350,52 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """One row per context."""
+    LOG.info("loading the model")
+    if settings.model == "smollm2":
+        model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
+        text = tokenizer(python_reference(), return_tensors="pt").input_ids[:, PROMPT_START:].cuda()
+    else:
+        model = random_model(settings.model, settings.layers)
+        text = torch.randint(0, model.config.vocab_size, (1, max(settings.contexts)), device="cuda")
+    LOG.info("converting")
+    start = time.perf_counter()
+    size = 64 if settings.model == "smollm2" else 128
+    options = {"weight_group_size": size, "quantize_lm_head": settings.quantize_lm_head, "self_check": False}
+    qs = quantspec.convert(model, **options)
+    seconds = time.perf_counter() - start
+    LOG.debug("%s\nconverted in %.1f s", qs, seconds)
+    baseline = Baseline(qs) if settings.baseline else None
+    for context in settings.contexts:
+        row = measure_context(qs, baseline, text[:, :context], settings)
+        row |= {"model": settings.model, "weights": "real" if settings.model == "smollm2" else "random", **options}
+        row |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
+        yield row
+
+
 def main() -> None:
     """Run and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[*SHAPES, "smollm2"], required=True)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
-    parser.add_argument("--gammas", type=int, nargs="+", default=[4, 6])
-    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--contexts", type=int, nargs="+", default=Settings.contexts)
+    parser.add_argument("--gammas", type=int, nargs="+", default=Settings.gammas)
+    parser.add_argument("--rates", type=float, nargs="*", default=Settings.rates)
+    parser.add_argument("--new-tokens", type=int, default=Settings.new_tokens)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, to try the script")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="where its cache does not fit")
-    parser.add_argument("--generate-at", type=int, nargs="*", default=[4096, 32768], help="contexts to generate from")
+    parser.add_argument(
+        "--generate-at", type=int, nargs="*", default=Settings.generate_at, help="contexts to generate from"
+    )
     parser.add_argument("--target-only", action="store_true", help="generate with 0 drafts too")
     parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    out = arguments.out or RESULTS / f"decode-{arguments.model}.json"
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out") or RESULTS / f"decode-{arguments['model']}.json"
     transformers.logging.set_verbosity_error()
-    if arguments.model == "smollm2":
-        model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
-        text = tokenizer(python_reference(), return_tensors="pt").input_ids[:, 5000:].cuda()
-    else:
-        model = random_model(arguments.model, arguments.layers)
-        text = torch.randint(0, model.config.vocab_size, (1, max(arguments.contexts)), device="cuda")
-    start = time.perf_counter()
-    size = 64 if arguments.model == "smollm2" else 128
-    options = {"weight_group_size": size, "quantize_lm_head": arguments.quantize_lm_head, "self_check": False}
-    qs = quantspec.convert(model, **options)
-    seconds = time.perf_counter() - start
-    print(qs, f"\nconverted in {seconds:.1f} s", flush=True)
-    baseline = Baseline(qs) if arguments.baseline else None
+    print_progress()
     rows = []
-    for context in arguments.contexts:
-        row = measure_context(qs, baseline, text[:, :context], arguments)
-        row |= {"model": arguments.model, "weights": "real" if arguments.model == "smollm2" else "random", **options}
-        row |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
+    for row in measure(Settings(**arguments)):
         rows.append(row)
         write_results(out, "cuda", rows)
 

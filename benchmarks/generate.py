@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import transformers
 import quantspec
 from quantspec.evals import load_smollm2, python_reference
 
-from .common import RESULTS, write_results
+from .common import LOG, RESULTS, print_progress, write_results
 
 PROMPT_START = 5000
+# Of the published table.
+CONTEXTS = (2000, 4000)
+NEW_TOKENS = 64
 
 
 class TokenTimes:
@@ -49,38 +53,35 @@ def timed(
     return ids, {"prefill_seconds": arrivals[0] - start, "tokens_per_second": rate}
 
 
-def main() -> None:
-    """Run and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2000, 4000])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--compile", action="store_true", help="run the pair through torch.compile")
-    parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
-    arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
-    ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(arguments.device)
+def measure(
+    dtype: str, device: str, contexts: Sequence[int], new_tokens: int, compile: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Two rows per context, with drafts and without, each beside Hugging Face's figures."""
+    LOG.info("loading the model")
+    model, tokenizer = load_smollm2(getattr(torch, dtype), device)
+    ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(device)
+    LOG.info("converting")
     start = time.perf_counter()
-    qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
+    qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=compile)
     convert_seconds = time.perf_counter() - start
-    rows: list[dict[str, Any]] = []
-    for context in arguments.contexts:
+    for context in contexts:
         prompt = ids[:, PROMPT_START : PROMPT_START + context]
+        LOG.info("%d tokens: warm-up", context)
         # Kernels, thread pools and (with --compile) graphs warm up on both sides.
         for generate in (qs.generate, model.generate):
             generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
-        plain_ids, plain = timed(model.generate, prompt, arguments.new_tokens)
+        LOG.info("%d tokens: Hugging Face", context)
+        plain_ids, plain = timed(model.generate, prompt, new_tokens)
         for name, options in (("speculative", {}), ("target only", {"num_speculative_tokens": 0})):
-            ours_ids, ours = timed(qs.generate, prompt, arguments.new_tokens, **options)
+            LOG.info("%d tokens: %s", context, name)
+            ours_ids, ours = timed(qs.generate, prompt, new_tokens, **options)
             assert qs.last_stats is not None
             agree = (plain_ids == ours_ids)[0, context:].long().cumprod(0).sum().item()
             row = {
                 "prompt_tokens": context,
-                "new_tokens": arguments.new_tokens,
-                "dtype": arguments.dtype,
-                "compiled": arguments.compile,
+                "new_tokens": new_tokens,
+                "dtype": dtype,
+                "compiled": compile,
                 "mode": name,
                 **ours,
                 **{f"hugging_face_{key}": value for key, value in plain.items()},
@@ -89,9 +90,24 @@ def main() -> None:
                 "tokens_equal_to_hugging_face": agree,
                 "convert_seconds": convert_seconds,
             }
-            print(row, flush=True)
-            rows.append(row)
-    write_results(arguments.out, arguments.device, rows)
+            LOG.debug(row)
+            yield row
+
+
+def main() -> None:
+    """Run and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--compile", action="store_true", help="run the pair through torch.compile")
+    parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    transformers.logging.set_verbosity_error()
+    print_progress()
+    write_results(out, arguments["device"], list(measure(**arguments)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quantspec.kernels import cached_attention, flush, int4_linear
 from quantspec.kernels.encode import encode_oldest_groups
 
+from .common import LOG, current_commit, print_progress
+
 HEAD_DIM, GROUP = 128, 128
 LAYOUTS = [(32, 32), (32, 8), (28, 4), (64, 8)]
 CONTEXTS = [4096, 16384, 32768, 65536, 131072, 262144]
@@ -31,6 +33,31 @@ LINEAR_SHAPES = [(4096, 14336), (14336, 4096), (4096, 4096), (4096, 1024)]
 L2_BYTES = 50 * 2**20
 # Of the device's memory, for all the sets of one case.
 MEMORY_BYTES = 60 * 2**30
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Shapes to measure; the defaults are those of the published tables.
+
+    Attributes:
+        layouts: query and key/value heads.
+        contexts: tokens attended to.
+        batches: sequences.
+        linears: input and output channels.
+        rows: of the linears' input.
+        groups: input channels that share a scale.
+    """
+
+    layouts: Sequence[tuple[int, int]] = tuple(LAYOUTS)
+    contexts: Sequence[int] = tuple(CONTEXTS)
+    batches: Sequence[int] = (1, 8)
+    linears: Sequence[tuple[int, int]] = tuple(LINEAR_SHAPES)
+    rows: Sequence[int] = (1, 8, 16)
+    groups: Sequence[int] = (128, 64, 32)
+
+
+# One layer of Llama-3.1-8B.
+QUICK = Cases(layouts=((32, 8),), contexts=(32768,), batches=(1,), linears=((4096, 14336),), rows=(1, 8), groups=(128,))
 
 
 def measure(calls: list[Callable[[], Any]], replays: int = 20) -> dict[str, float]:
@@ -108,11 +135,11 @@ def rotation(size: int) -> int:
     return max(1, min(2 + 2 * L2_BYTES // size, MEMORY_BYTES // size))
 
 
-def attention_rows() -> Iterator[dict[str, Any]]:
+def attention_rows(cases: Cases) -> Iterator[dict[str, Any]]:
     """Draft (1 token, INT4) and verify (7 tokens, INT8) attention beside FlashAttention, over layouts and contexts."""
-    for batch in (1, 8):
-        for heads, kv_heads in LAYOUTS:
-            for context in CONTEXTS:
+    for batch in cases.batches:
+        for heads, kv_heads in cases.layouts:
+            for context in cases.contexts:
                 for op, tokens in (("draft_attention", 1), ("verify_attention", 7)):
                     shape = {"op": op, "heads": heads, "kv_heads": kv_heads, "tokens": tokens}
                     shape |= {"batch": batch, "context": context, "dtype": "float16"}
@@ -149,11 +176,11 @@ def attention_rows() -> Iterator[dict[str, Any]]:
                         )
 
 
-def linear_rows() -> Iterator[dict[str, Any]]:
+def linear_rows(cases: Cases) -> Iterator[dict[str, Any]]:
     """INT4 linear beside bfloat16 cuBLAS and torch's tinygemm kernel."""
-    for in_features, out_features in LINEAR_SHAPES:
-        for rows in (1, 8, 16):
-            for group in (128, 64, 32):
+    for in_features, out_features in cases.linears:
+        for rows in cases.rows:
+            for group in cases.groups:
                 shape = {"op": "int4_linear", "in_features": in_features, "out_features": out_features, "rows": rows}
                 shape |= {"group": group, "dtype": "bfloat16"}
                 x = torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
@@ -215,7 +242,7 @@ def encode_rows() -> Iterator[dict[str, Any]]:
         yield shape | {"op": op, "implementation": "quantspec"} | measure(calls)
 
 
-def plot(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time against context of both attention ops per head layout, with FlashAttention and the bandwidth floor."""
     import matplotlib
 
@@ -229,7 +256,7 @@ def plot(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
             for batch, style in ((1, "-"), (8, "--")):
                 for implementation, color in (("flash_attention", "tab:gray"), ("quantspec", "tab:blue")):
                     points = [
-                        (row["context"], row["median_us"], row["bytes"] / bandwidth / 1e3)
+                        (row["context"], row["median_us"], row["floor_us"])
                         for row in rows
                         if (row["op"], row["implementation"]) == (op, implementation)
                         and (row["heads"], row["kv_heads"], row["batch"]) == (heads, kv_heads, batch)
@@ -253,10 +280,25 @@ def plot(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def current_commit() -> str:
-    """Commit of the checkout this file is in."""
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+def measured_rows(cases: Cases, commit: str | None = None) -> Iterator[dict[str, Any]]:
+    """Every op, with its floor and the environment; ``commit`` to record is this checkout's if None."""
+    LOG.info("copy bandwidth")
+    bandwidth = copy_bandwidth()
+    environment = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or current_commit(),
+        "copy_gb_per_s": round(bandwidth, 1),
+    }
+    LOG.debug(environment)
+    for rows in (linear_rows(cases), encode_rows(), attention_rows(cases)):
+        for row in rows:
+            if "bytes" in row:
+                row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
+            LOG.info(" ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+            yield row | environment
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -266,28 +308,12 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to record; by default that of this checkout")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    bandwidth = copy_bandwidth()
-    environment = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": options.commit or current_commit(),
-        "copy_gb_per_s": round(bandwidth, 1),
-    }
-    print(environment, flush=True)
+    print_progress()
     rows = []
-    for producer in (linear_rows, encode_rows, attention_rows):
-        for row in producer():
-            if "bytes" in row:
-                row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)
-            print(
-                " ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()),
-                flush=True,
-            )
-            rows.append(row | environment)
-            (options.out / "kernels.json").write_text(json.dumps(rows, indent=1))
-        torch.cuda.empty_cache()
-    plot(rows, bandwidth, options.out / "kernels.png")
+    for row in measured_rows(Cases(), options.commit):
+        rows.append(row)
+        (options.out / "kernels.json").write_text(json.dumps(rows, indent=1))
+    plot(rows, options.out / "kernels.png")
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def parity(
     text: str | None = None,
     options: ParityOptions | None = None,
     include_path: Path | None = None,
-    output: Path | None = None,
+    output: Path | str | None = None,
     name: str | None = None,
     **conversion: Any,
 ) -> ParityReport:
@@ -177,13 +177,15 @@ def parity(
         text: the long text; Python's language reference if None, no text and no continuations if empty.
         options: amounts and thresholds.
         include_path: folder with further lm-eval tasks.
-        output: folder for the report's files; they are written after every task, so an interrupted run leaves some.
+        output: folder for the report's files, made if it is not there; they are written after every task, so an
+            interrupted run leaves some.
         name: the model's in the report; where it was loaded from if None.
         **conversion: options of :func:`quantspec.convert`, for a model that is not converted.
 
     Raises:
         ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
         ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
+        OSError: ``output`` cannot be made a folder.
     """
     options = options or ParityOptions()
     if not tasks and text == "":
@@ -194,6 +196,9 @@ def parity(
         raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
     if not isinstance(model, QuantSpecModel):
         QuantSpecConfig.from_options(None, conversion)
+    if output is not None:
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
     ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
     with _lm_eval_warnings_hidden(), tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -355,6 +360,8 @@ def main(arguments: list[str]) -> int:
     try:
         options = ParityOptions(**chosen)
         QuantSpecConfig.from_options(None, conversion)
+        if tasks:
+            require_lm_eval()
         if text:
             text = Path(text).read_text(encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(pretrained, gguf_file=gguf_file)

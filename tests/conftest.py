@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from step_by_step import random_prompt
 from tiny_models import tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import quantspec
+from quantspec.cli import main
 
 # Converting and generating make examples slow and uneven; shared models are stateless between calls, as tests show.
 _COMMON = {
@@ -122,3 +126,21 @@ def tiny_tasks(tmp_path_factory) -> Path:
         # JSON is YAML.
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
     return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """``run(*arguments, stdin=...)`` gives exit status, stdout and stderr of the command line."""
+
+    # A process of its own finds this in its environment when it imports transformers, which these tests have done.
+    disable_progress_bar()
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield call
+    enable_progress_bar()

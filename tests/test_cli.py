@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -9,12 +10,13 @@ import signal
 import subprocess
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
+from cli_errors import assert_error
 from tiny_models import tiny_model
 from transformers import T5Config, TextStreamer
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import quantspec
 from quantspec import QuantSpecConfig
@@ -48,33 +50,18 @@ def pair(folder):
     return out
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """``run(*arguments, stdin=...)`` gives exit status, stdout and stderr."""
+@pytest.fixture(scope="module", autouse=True)
+def load_each_pair_once():
+    """Every call is a program of its own, but loading the same pair for each takes most of the time."""
+    load_once = functools.cache(quantspec.from_pretrained)
 
-    # A process of its own finds this in its environment when it imports transformers, which these tests have done.
-    disable_progress_bar()
+    def load(*arguments, **options):
+        qs = load_once(*arguments, **options)
+        qs.reset()
+        return qs
 
-    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    yield call
-    enable_progress_bar()
-
-
-def assert_error(result: tuple[int, str, str], *parts: str) -> None:
-    """Exit status 2, nothing on stdout, and one line with a hint on stderr that holds ``parts``."""
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
-    assert err.startswith("error: ")
-    assert err.rstrip().endswith(")")
-    for part in parts:
-        assert part in err
+    with mock.patch("quantspec.from_pretrained", load):
+        yield
 
 
 def expected_text(folder, tokenizer, prompt: str, count: int) -> str:
@@ -126,7 +113,8 @@ def test_debug_shows_the_traceback(run):
 
 def test_piped_output_is_the_data_alone(folder, tokenizer):
     """A process of its own, stdin to stdout: no warnings, bars or colours on either stream."""
-    command = [sys.executable, "-m", "quantspec", "generate", str(folder), "--max-new-tokens", "6", "--greedy"]
+    options = ["--max-new-tokens", "6", "--greedy", "--no-self-check"]
+    command = [sys.executable, "-m", "quantspec", "generate", str(folder), *options]
     done = subprocess.run(command, input="Hello", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected_text(folder, tokenizer, "Hello", 6) + "\n"
@@ -143,13 +131,13 @@ def test_colour_unless_no_color(run, monkeypatch):
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_prompt_from_argument_file_and_stdin(run, folder, tokenizer, tmp_path):
+def test_prompt_from_argument_file_and_stdin(run, pair, folder, tokenizer, tmp_path):
     (tmp_path / "prompt.txt").write_text("Hello")
-    options = ("--max-new-tokens", 6, "--greedy", "--no-self-check")
+    options = ("--max-new-tokens", 6, "--greedy")
     expected = (0, expected_text(folder, tokenizer, "Hello", 6) + "\n", "")
-    assert run("generate", folder, "Hello", *options) == expected
-    assert run("generate", folder, "--file", tmp_path / "prompt.txt", *options) == expected
-    assert run("generate", folder, "-", *options, stdin="Hello") == expected
+    assert run("generate", folder, "Hello", *options, "--no-self-check") == expected
+    assert run("generate", pair, "--file", tmp_path / "prompt.txt", *options) == expected
+    assert run("generate", pair, "-", *options, stdin="Hello") == expected
 
 
 def test_json(run, folder, tokenizer):
@@ -258,6 +246,7 @@ def test_end_of_stdin_ends_a_chat_and_system_message_counts(run, pair, folder, t
 def test_ctrl_c_ends_the_answer_alone(run, pair, monkeypatch):
     puts = []
     put = TextStreamer.put
+    handler = signal.getsignal(signal.SIGINT)
 
     def press_at_the_third(self, value):
         puts.append(value)
@@ -272,7 +261,7 @@ def test_ctrl_c_ends_the_answer_alone(run, pair, monkeypatch):
     assert status == 0
     assert "3 generated" in lines[0]
     assert "of them cached" in lines[1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_while_reading_the_message(run, pair, monkeypatch):
@@ -304,7 +293,7 @@ def test_a_message_too_long_is_an_error_of_its_own(run, pair):
 def test_chat_needs_a_template(run, tmp_path, tokenizer):
     tiny_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert_error(run("chat", tmp_path), "no chat template", "instruction-tuned")
+    assert_error(run("chat", tmp_path, "--no-self-check"), "no chat template", "instruction-tuned")
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

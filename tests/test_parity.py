@@ -50,9 +50,8 @@ def failures(report) -> set[str]:
 
 
 def test_a_pair_has_parity_with_its_model_and_the_report_says_how_much(qs, tokenizer, tiny_tasks, tmp_path):
-    report = parity(
-        qs, tokenizer=tokenizer, tasks=TASKS, text=TEXT, options=OPTIONS, include_path=tiny_tasks, output=tmp_path
-    )
+    asked = {"tasks": TASKS, "text": TEXT, "options": OPTIONS, "include_path": tiny_tasks}
+    report = parity(qs, tokenizer=tokenizer, **asked, output=str(tmp_path))
     assert report.passed, report
     written = json.loads((tmp_path / "parity.json").read_text())
     assert written["passed"]
@@ -78,6 +77,16 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
     spoilt = parity(qs, tokenizer=tokenizer, **asked)
     assert not spoilt.passed
     assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantspec.evals.parity.compare_text", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    asked = {"tokenizer": tokenizer, "text": TEXT, "options": OPTIONS}
+    with pytest.raises(FileExistsError):
+        parity(qs, **asked, output=str(tmp_path / "file"))
+    with pytest.raises(TypeError):
+        parity(qs, **asked, output=7)
 
 
 def test_the_commands_status_is_the_verdict(saved_model, tiny_tasks, tmp_path, capsys):

