@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -75,10 +74,11 @@ def command(
         name, (figures, table) = "generate", _bench_generate(lengths, full)
     if out is not None:
         (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    if as_json or not sys.stdout.isatty():
+    console = stdout()
+    if as_json or not console.is_terminal:
         print(json.dumps(figures, indent=1))
     else:
-        stdout().print(table)
+        console.print(table)
 
 
 def _lengths(contexts: str | None, model: BenchModel) -> tuple[int, ...]:
