@@ -184,7 +184,7 @@ def task_parity(name: str) -> str:
         passed = all(verdict["passed"] for verdict in by_role.values())
         rows.append([what, *cells, ", ".join(sorted(thresholds)), "yes" if passed else "**no**"])
     header = ["what", "target", "speculative", "threshold", "passed"]
-    return _table(header, rows) + _source(data, name)
+    return _table(header, rows) + _documents(data) + _source(data, name).lstrip()
 
 
 def needle(name: str) -> str:
@@ -200,7 +200,13 @@ def needle(name: str) -> str:
     rows = [
         [task, f"{length:,}", *(f"{found[task, length][role]:.2f}" for role in roles)] for task, length in sorted(found)
     ]
-    return _table(["task", "tokens", *roles], rows) + _source(data, name)
+    return _table(["task", "tokens", *roles], rows) + _documents(data) + _source(data, name).lstrip()
+
+
+def _documents(report: dict[str, Any]) -> str:
+    """How much the tasks of a parity report hold."""
+    limit = report["options"]["limit"]
+    return f"\n\n{'All' if limit is None else limit} documents per task, "
 
 
 TABLES = {
