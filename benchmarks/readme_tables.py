@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 from .common import RESULTS
+from .plot_decode import NAMES, best_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -119,15 +120,15 @@ def attention_kernels(name: str) -> str:
             ]
         )
     header = ["attention", "heads, query/KV", "context", "quantspec, µs", "floor, µs", "FlashAttention, µs", "ratio"]
-    return _table(header, rows) + _kernel_source(data[0], name)
+    return _table(header, rows) + _kernel_source(next(iter(times.values())), name)
 
 
 def linear_kernels(name: str) -> str:
     """INT4 linears by shape, rows and group size, against tinygemm and bfloat16 cuBLAS."""
-    data = _load(name)
+    data = [row for row in _load(name) if row["op"] == "int4_linear"]
     cases: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
     for row in data:
-        if row["op"] == "int4_linear" and row["rows"] in (1, 8):
+        if row["rows"] in (1, 8):
             key = (row["in_features"], row["out_features"], row["rows"], row["group"])
             cases.setdefault(key, {})[row["implementation"]] = row
     rows = []
@@ -145,6 +146,31 @@ def _kernel_source(row: dict[str, Any], name: str) -> str:
     return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
 
 
+def decoding(*names: str) -> str:
+    """Cycle parts and speed-up of shapes with random weights, by context; drafts per cycle as 0.93 likes best."""
+    rows = []
+    for name in names:
+        for context in _load(name)["rows"]:
+            best = best_rows(context)
+            drafts = best[0.93]["num_speculative_tokens"]
+            rows.append(
+                [
+                    NAMES[context["model"]].removesuffix(" shape"),
+                    f"{context['context'] // 1024}k",
+                    f"{context['baseline_token_ms']:.2f}",
+                    f"{context['draft_step_ms']:.2f}",
+                    f"{context['verify_ms'][str(drafts + 1)]:.2f} ({drafts + 1})",
+                    *(f"{best[rate]['speedup']:.2f}x" for rate in sorted(best)),
+                    f"{best[0.93]['tokens_per_second']:.0f}",
+                    f"{context['decode_peak_bytes'] / 2**30:.1f}",
+                ]
+            )
+    header = ["shape", "context", "baseline token, ms", "draft step, ms", "verification, ms (tokens)"]
+    header += [f"at {rate:.2f}" for rate in (0.85, 0.90, 0.93, 0.95)] + ["tokens/s at 0.93", "peak, GiB"]
+    sources = [_source(_load(name), name).rsplit(", ", 1) for name in names]
+    return _table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources)
+
+
 def task_parity(name: str) -> str:
     """Every figure that was held against a threshold, for the target and for both together."""
     data = _load(name)
@@ -158,7 +184,7 @@ def task_parity(name: str) -> str:
         passed = all(verdict["passed"] for verdict in by_role.values())
         rows.append([what, *cells, ", ".join(sorted(thresholds)), "yes" if passed else "**no**"])
     header = ["what", "target", "speculative", "threshold", "passed"]
-    return _table(header, rows) + _source(data, name)
+    return _table(header, rows) + _documents(data) + _source(data, name).lstrip()
 
 
 def needle(name: str) -> str:
@@ -174,7 +200,13 @@ def needle(name: str) -> str:
     rows = [
         [task, f"{length:,}", *(f"{found[task, length][role]:.2f}" for role in roles)] for task, length in sorted(found)
     ]
-    return _table(["task", "tokens", *roles], rows) + _source(data, name)
+    return _table(["task", "tokens", *roles], rows) + _documents(data) + _source(data, name).lstrip()
+
+
+def _documents(report: dict[str, Any]) -> str:
+    """How much the tasks of a parity report hold."""
+    limit = report["options"]["limit"]
+    return f"\n\n{'All' if limit is None else limit} documents per task, "
 
 
 TABLES = {
@@ -183,6 +215,7 @@ TABLES = {
     "task-parity": lambda: task_parity("parity/parity.json"),
     "needle": lambda: needle("parity/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
+    "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
     "linear-kernels": lambda: linear_kernels("kernels.json"),
 }

@@ -1,6 +1,6 @@
 """What the API reference is made from: a copy of the packages under their import names, docstrings without roles.
 
-MkDocs runs :func:`on_pre_build`; mkdocstrings loads the extension.
+MkDocs runs :func:`on_startup`; mkdocstrings loads the extension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "reference"
 
 
-def on_pre_build(config: Any) -> None:
+def on_startup(command: str, dirty: bool) -> None:
     """Lay the folders out as they are installed, so that they are read and not imported."""
     shutil.rmtree(COPY, ignore_errors=True)
     settings = read_configuration(ROOT / "pyproject.toml")

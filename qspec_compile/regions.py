@@ -23,6 +23,8 @@ aten = torch.ops.aten
 _HEAVY = (aten.linear.default, aten.addmm.default, aten.mm.default, aten._weight_int4pack_mm_for_cpu.default)
 # Fewer than this would not be worth the cuts.
 _LEAST_LAYERS = 3
+# Batch sizes and caches that one function is compiled for; torch.compile's own limit of 8 would end in slow eager code.
+_MOST_SHAPES = 64
 # Besides pointwise ops, views and our own, what inductor turns into kernels that read something.
 _READING = (
     *_HEAVY,
@@ -156,7 +158,8 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
     symbols = _varying_symbols(placeholders)
     regions = split_regions(graph_module.graph)
     if regions is None:
-        return _Marked(torch.compile(graph_module.forward), [_dims_with(symbols, node) for node in placeholders])
+        whole = _Marked(torch.compile(graph_module.forward), [_dims_with(symbols, node) for node in placeholders])
+        return _with_many_shapes(whole)
     device = placeholders[0].meta["val"].device
     functions: dict[Hashable, Callable] = {}
     calls = []
@@ -181,7 +184,15 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
             values.update(zip(region.outputs, outputs, strict=True))
         return values[result]
 
-    return forward
+    return _with_many_shapes(forward)
+
+
+def _with_many_shapes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*inputs: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+            return function(*inputs)
+
+    return call
 
 
 def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., Any]:

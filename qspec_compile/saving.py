@@ -61,6 +61,9 @@ def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_s
             linears=qs.linears,
             files=fingerprints(written, sorted(path.name for path in written.iterdir())),
         ).write(written)
+        for path in written.iterdir():
+            # safetensors makes its files readable by their owner only.
+            shutil.copymode(written / DESCRIPTION_FILE, path)
         _publish(written, folder, earlier)
 
 

@@ -1,4 +1,4 @@
-"""``quantspec bench`` and ``quantspec parity``: what they print and write, their errors and their exit status."""
+"""``quantspec bench``: what it prints and writes, and its errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from cli_errors import assert_error
-from conftest import GROUP
 from tiny_models import tiny_model
 
 from quantspec.benchmarks import decode, generate, kernels
@@ -35,6 +34,7 @@ def terminal(monkeypatch):
     """What is no terminal is taken for one, without colours."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 def cells(table: str, first: str) -> list[str]:
@@ -284,45 +284,3 @@ def test_kernels_are_measured_on_a_gpu(run):
     ops = {"int4_linear", "encode", "flush_due", "flush_not_due", "draft_attention", "verify_attention"}
     assert {row["op"] for row in rows} == ops
     assert all(row["median_us"] > row.get("floor_us", 0) / 2 > -1 for row in rows)
-
-
-# --- parity ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_status_of_parity_is_the_verdict(run, saved_model, tiny_tasks, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
-    arguments = [
-        *("parity", saved_model, "--device", "cpu", "--kv-group-size", GROUP, "--text", "", "--limit", 2),
-        *("--tasks", "tiny_rolling", "--include-path", tiny_tasks),
-    ]
-    status, out, _ = run(*arguments, "--output", tmp_path / "report")
-    assert status == 0
-    assert out.startswith("# Parity of")
-    assert json.loads((tmp_path / "report" / "parity.json").read_text())["passed"]
-    status, out, _ = run(*arguments, "--max-perplexity-change", 0)
-    assert status == 1
-    assert "**FAILED**" in out
-
-
-def test_parity_takes_its_own_options(run, saved_model):
-    status, out, _ = run("parity", "--help")
-    assert status == 0
-    assert "--min-argmax-agreement" in out
-    status, out, err = run("parity", saved_model, "--gama", "4")
-    assert (status, out) == (2, "")
-    assert "unrecognized arguments: --gama 4" in err
-    status, out, err = run("parity", saved_model, "--text", "no-such-file.txt")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "no-such-file.txt" in err
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_parity_needs_lm_eval_for_tasks_before_it_loads_a_model(run, monkeypatch, installed):
-    if installed:
-        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
-    else:
-        monkeypatch.setitem(sys.modules, "lm_eval", None)
-    status, out, err = run("parity", "./no-such-model", "--tasks", "reference_choice")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert ("pip install 'quantspec[eval]'" in err) != installed
-    assert ("no-such-model" in err) == installed

@@ -62,7 +62,10 @@ def concrete(value, qs):
 
 
 def test_every_field_is_classified():
-    assert set(vars(GenerationConfig())) == set(OPTIONS)
+    fields = set(vars(GenerationConfig()))
+    assert fields <= set(OPTIONS)
+    # Private fields come and go between transformers' versions.
+    assert {name for name in OPTIONS if not name.startswith("_")} <= fields
 
 
 def test_every_argument_is_classified():

@@ -9,6 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
@@ -123,8 +125,42 @@ ATTENTION_CASES = {
 }
 
 
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    """Any shape the op promises; each sequence has whole groups in the planes and any filling of its recent buffer."""
+    kv_heads, repeat = draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    head_dim = draw(st.sampled_from([64, 80, 96, 128, 256]))
+    group = draw(st.sampled_from([16, 32, 64]))
+    length = st.tuples(st.integers(0, 2).map(lambda n: n * group), st.integers(0, 2 * group))
+    return Case(
+        heads=kv_heads * repeat,
+        kv_heads=kv_heads,
+        tokens=draw(st.integers(1, 8)),
+        head_dim=head_dim,
+        value_dim=draw(st.sampled_from([head_dim, 64, 128])),
+        group=group,
+        lengths=tuple(draw(st.lists(length, min_size=1, max_size=2))),
+        window=draw(st.one_of(st.just(0), st.integers(1, 5 * group))),
+        softcap=draw(st.sampled_from([0.0, 0.0, 4.0])),
+        sinks=draw(st.booleans()),
+        lower=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        transposed_values=draw(st.booleans()),
+    )
+
+
+@given(drawn_cases())
+def test_cached_attention_matches_float64_for_drawn_shapes(case: Case) -> None:
+    torch.manual_seed(0)
+    check_cached_attention(case)
+
+
 @pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
 def test_cached_attention_matches_float64(case: Case) -> None:
+    check_cached_attention(case)
+
+
+def check_cached_attention(case: Case) -> None:
     arguments = cache_arguments(case)
     options = {"scale": case.head_dim**-0.5, "window": case.window, "softcap": case.softcap}
     widened = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()}
@@ -144,6 +180,20 @@ def int4_arguments(rows: int, out_features: int, in_features: int, group: int, b
     offset = random(out_features, dtype=dtype) if bias else None
     expected = x.double() @ dequantize_int4(qdata, scale_and_zero, torch.float64).t()
     return (x, qdata, scale_and_zero, offset), expected if offset is None else expected + offset.double()
+
+
+@given(
+    rows=st.integers(1, 16),
+    out_features=st.integers(1, 80),
+    chunks=st.integers(1, 24),
+    group=st.sampled_from([32, 64, 128, 256]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_int4_linear_matches_float64_for_drawn_shapes(rows, out_features, chunks, group, bias, dtype) -> None:
+    torch.manual_seed(0)
+    arguments, expected = int4_arguments(rows, out_features, chunks * group, group, bias, dtype)
+    assert relative_error(int4_linear_triton(*arguments), expected) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

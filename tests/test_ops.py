@@ -571,6 +571,7 @@ def op_cases() -> dict[str, tuple]:
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
+    cases["materialize"] = kernels.materialize, (x.t(),)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
 

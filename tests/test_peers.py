@@ -112,16 +112,15 @@ def test_5_eos_and_criteria_inside_an_accepted_block(qs, monkeypatch):
 def test_6_a_group_is_quantized_once(qs, monkeypatch):
     """transformers#34096: later flushes leave the codes of earlier groups bit-identical. See test_cache.py."""
     states = []
-    accept = HierarchicalCache.accept
+    flush = HierarchicalCache.flush
 
-    def recorded(self, num_tokens):
-        flushed = accept(self, num_tokens)
+    def recorded(self):
+        flush(self)
         groups = int(self.quantized_len[0]) // GROUP
         planes = [part[:, :, :groups].clone() for layer in self.layers for part in layer.parts()[2:]]
         states.append((groups, planes))
-        return flushed
 
-    monkeypatch.setattr(HierarchicalCache, "accept", recorded)
+    monkeypatch.setattr(HierarchicalCache, "flush", recorded)
     generate(qs, random_prompt(LONG), 4 * GROUP)
     assert states[-1][0] - states[0][0] >= 3
     for (_, earlier), (_, later) in itertools.pairwise(states):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import fx
+from torch._dynamo.utils import counters
 
 import quantspec
 from quantspec.passes import Role
 from quantspec.passes.graph import get_tensor
-from quantspec.regions import _signature, region_graph, split_regions
+from quantspec.regions import _signature, compile_graph, region_graph, split_regions
 
 LAYERS = {
     "llama": ({"num_hidden_layers": 5}, 1),
@@ -70,3 +71,22 @@ def test_layers_of_other_sizes_are_not_one() -> None:
 def test_few_layers_are_left_whole() -> None:
     qs = quantspec.convert(tiny_model("llama", num_hidden_layers=2), self_check=False)
     assert split_regions(qs.target.graph) is None
+
+
+@torch.no_grad()
+def test_more_shapes_are_compiled_than_torch_allows_by_itself() -> None:
+    """Each batch size is a compilation of its own; torch.compile would give up at its limit and run eagerly."""
+    torch._dynamo.reset()
+    qs = quantspec.convert(tiny_model("llama", num_hidden_layers=1), self_check=False)
+    forward = compile_graph(qs.draft)
+
+    def compilations(batch: int) -> int:
+        cache = qs.new_cache(batch, 1)
+        cache.reserve(300)
+        zeros = torch.zeros(batch, 1, dtype=torch.long)
+        forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(Role.DRAFT))
+        return counters["stats"]["unique_graphs"]
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        first = compilations(2)
+        assert compilations(3) > first

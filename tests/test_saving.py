@@ -115,6 +115,8 @@ def test_round_trip(architecture, dtype, tmp_path):
     original.save_pretrained(tmp_path)
     loaded = quantspec.from_pretrained(tmp_path)
     assert_same_pair(original, loaded)
+    # Whoever may read one file may read them all.
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     heads = [
         model.get_output_embeddings().weight is model.get_input_embeddings().weight
         for model in (original.model, loaded.model)

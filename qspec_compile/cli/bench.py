@@ -66,6 +66,7 @@ def command(
         _check_decode(gpu, model)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    figures: Any
     if what is What.KERNELS:
         name, (figures, table) = "kernels", _bench_kernels(full, out)
     elif gpu:

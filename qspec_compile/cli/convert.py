@@ -23,6 +23,12 @@ def command(
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy the folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"cannot write to '{out}': {error.strerror}", "choose a folder that can be written to"
+        ) from error
     qs, tokenizer = load_pair(model, run)
     with working("saving"):
         qs.save_pretrained(out)
