@@ -34,7 +34,6 @@ def terminal(monkeypatch):
     """What is no terminal is taken for one, without colours."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def cells(table: str, first: str) -> list[str]:

@@ -75,4 +75,9 @@ class _ProgressHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show ``record``."""
         done, total = getattr(record, "done", 0), getattr(record, "total", None)
-        self.progress.update(self.task, description=record.getMessage(), completed=done, total=total)
+        if total is None:
+            # update() would keep the total of what was shown before.
+            self.progress.remove_task(self.task)
+            self.task = self.progress.add_task(record.getMessage(), total=None)
+        else:
+            self.progress.update(self.task, description=record.getMessage(), completed=done, total=total)
