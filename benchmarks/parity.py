@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=40, help="documents per task")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="*", default=NEEDLE_LENGTHS, help="of the needle tasks, in tokens")
+    parser.add_argument("--context-tokens", type=int, default=7168, help="of the long text")
+    parser.add_argument("--prompts", type=int, default=16, help="continued greedily")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="of each of them")
     parser.add_argument("--compile", action="store_true", help="through torch.compile, which takes minutes by itself")
     parser.add_argument("--out", type=Path, default=RESULTS / "parity")
     arguments = parser.parse_args()
@@ -41,9 +44,8 @@ def main() -> int:
     model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
     qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
     tasks = [*OFFLINE_TASKS, *(f"{task}@{length}" for task in NEEDLE_TASKS for length in arguments.lengths)]
-    options = ParityOptions(
-        limit=arguments.limit, batch_size=arguments.batch_size, context_tokens=7168, prompts=16, prompt_tokens=4096
-    )
+    names = ("limit", "batch_size", "context_tokens", "prompts", "prompt_tokens")
+    options = ParityOptions(**{name: getattr(arguments, name) for name in names})
     report = parity(
         qs, tokenizer=tokenizer, tasks=tasks, options=options, output=arguments.out, name="SmolLM2-135M-Instruct"
     )
