@@ -10,6 +10,7 @@ The attention-lowering pass replaces it by an op that reads the hierarchical cac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-# Query rows scored at a time on the general path; bounds its score matrix to this many rows.
+# Query rows that are scored at a time where scores or masks are written out; at least, for windows.
 QUERY_BLOCK = 256
 
 
@@ -46,40 +47,104 @@ def masked_attention(
 ) -> Tensor:
     """Causal attention of ``(B, H, T, D)`` queries whose first sits at position ``offset`` of ``(B, K, S, D)`` keys.
 
-    Returns ``(B, T, H, Dv)`` in the query's dtype. Scores are formed in blocks of ``QUERY_BLOCK`` rows, so memory is
-    linear in S.
+    Returns ``(B, T, H, Dv)`` in the query's dtype. Through torch's fused kernels unless scores are soft-capped, which
+    those do not offer.
     """
-    num_tokens, num_keys = query.shape[2], key.shape[2]
-    if softcap == 0 and sinks is None and window == 0 and key.shape[-1] == value.shape[-1]:
-        # Half precision is emulated by most CPUs, several times slower than float32.
-        dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
-        q, k, v = (x.to(dtype) for x in (query, key[:, :, : offset + num_tokens], value[:, :, : offset + num_tokens]))
-        if offset == 0:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        else:
-            mask: Any = causal_lower_right(num_tokens, offset + num_tokens)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).to(query.dtype).contiguous()
+    num_keys = offset + query.shape[2]
+    key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    window = 0 if window >= num_keys else window
+    if softcap == 0:
+        return _fused_attention(query, key, value, offset, scale, window, sinks)
+    return _soft_capped_attention(query, key, value, offset, scale, window, softcap, sinks)
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, offset: int, scale: float, window: int, sinks: Tensor | None
+) -> Tensor:
+    """:func:`masked_attention` by ``scaled_dot_product_attention``.
+
+    A window is a mask over the keys that a block of as many queries sees. A sink is one more key, before all others,
+    that two more dims of the query multiply by the head's logit: its two halves, for dtypes of few bits.
+    """
+    num_tokens, value_dim = query.shape[2], value.shape[-1]
+    # Half precision is emulated by most CPUs, several times slower than float32.
+    dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    if sinks is not None:
+        logit = (sinks.to(torch.float64) / scale).view(1, -1, 1, 1)
+        high = logit.to(dtype)
+        low = (logit - high).to(dtype)
+        q = torch.cat((q, *(half.expand(*q.shape[:3], 1) for half in (high, low))), -1)
+        k, v = F.pad(k, (0, 2, 1, 0)), F.pad(v, (0, 0, 1, 0))
+        k[:, :, 0, -2:] = 1
+    # Flash attention wants one head dim, a multiple of 8.
+    dim = max(q.shape[-1], value_dim)
+    if not q.shape[-1] == k.shape[-1] == value_dim:
+        dim += -dim % 8
+    q, k, v = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (q, k, v))
+    if window:
+        out = _windowed(q, k, v, offset, scale, window, sinks is not None)
+    elif num_tokens == k.shape[2]:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        mask: Any = causal_lower_right(num_tokens, k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out[..., :value_dim].transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, offset: int, scale: float, window: int, has_sink: bool) -> Tensor:
+    """``(B, H, T, D)`` outputs of queries from position ``offset`` on; a sink is key 0 and seen by all."""
+    num_tokens, repeat = q.shape[2], q.shape[1] // k.shape[1]
+    sink = slice(0, int(has_sink))
+    out = torch.empty_like(q)
+    for rows in _blocks(num_tokens, max(QUERY_BLOCK, window)):
+        first, last = max(0, offset + rows.start - window + 1), offset + rows.stop
+        visible = ~_hidden(slice(offset + rows.start, last), slice(first, last), window, q.device)
+        visible = F.pad(visible, (sink.stop, 0), value=True)
+        seen = slice(sink.stop + first, sink.stop + last)
+        # The fused kernel that takes a mask wants as many key heads as query heads.
+        keys, values = (torch.cat((x[:, :, sink], x[:, :, seen]), 2).repeat_interleave(repeat, 1) for x in (k, v))
+        out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], keys, values, attn_mask=visible, scale=scale)
+    return out
+
+
+def _soft_capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offset: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """:func:`masked_attention`, scored ``QUERY_BLOCK`` rows at a time so that memory is linear in S."""
     dtype = compute_dtype(query.dtype)
     repeat = query.shape[1] // key.shape[1]
     key_t = key.to(dtype).repeat_interleave(repeat, 1).transpose(-1, -2)
     value_r = value.to(dtype).repeat_interleave(repeat, 1)
-    out = query.new_empty(query.shape[0], num_tokens, query.shape[1], value.shape[-1])
-    positions = torch.arange(num_keys, device=query.device)
-    for start in range(0, num_tokens, QUERY_BLOCK):
-        rows = query[:, :, start : start + QUERY_BLOCK].to(dtype)
-        first = 0 if window == 0 else max(0, offset + start - window + 1)
-        last = min(num_keys, offset + start + rows.shape[2])
-        row_positions = offset + start + torch.arange(rows.shape[2], device=query.device)[:, None]
-        scores = (rows * scale) @ key_t[..., first:last]
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        hidden = positions[first:last] > row_positions
-        if window > 0:
-            hidden |= positions[first:last] <= row_positions - window
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    for rows in _blocks(query.shape[2], QUERY_BLOCK):
+        first, last = max(0, offset + rows.start - window + 1) if window else 0, offset + rows.stop
+        scores = (query[:, :, rows].to(dtype) * scale) @ key_t[..., first:last]
+        scores = softcap * torch.tanh(scores / softcap)
+        hidden = _hidden(slice(offset + rows.start, last), slice(first, last), window, query.device)
         probs = softmax_with_sinks(scores.masked_fill(hidden, float("-inf")), sinks)
-        out[:, start : start + rows.shape[2]] = (probs @ value_r[..., first:last, :]).transpose(1, 2)
+        out[:, rows] = (probs @ value_r[..., first:last, :]).transpose(1, 2)
     return out
+
+
+def _blocks(num_tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def _hidden(rows: slice, columns: slice, window: int, device: torch.device) -> Tensor:
+    """Keys at positions ``columns`` that queries at positions ``rows`` do not see: newer, or before the window."""
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    column = torch.arange(columns.start, columns.stop, device=device)
+    hidden = column > row
+    return hidden | (column <= row - window) if window else hidden
 
 
 @torch.library.custom_op("quantspec::attention", mutates_args=())

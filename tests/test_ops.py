@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
+from quantspec.kernels.attention import QUERY_BLOCK, masked_attention
 from quantspec.kernels.hierarchical import (
     decode_keys,
     decode_values,
@@ -264,12 +265,28 @@ def test_attention_marker_is_causal_attention(case):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_attention_over_more_rows_than_one_block():
-    # Longer than QUERY_BLOCK, so that windowed scores come from several blocks.
-    query, key, value = (randn(1, 1, 300, 8, seed=s) for s in range(3))
-    opts = Options(0.3, 20, 0.0, None)
-    out = kernels.attention(query, key, value, 0, *opts.args())
-    torch.testing.assert_close(out[0], plain_attention(query[0], key[0], value[0], 0, opts), rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [(16, 16), (24, 16), (8, 16)], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize(("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5)])
+def test_attention_over_more_rows_than_one_block(dtype, bound, dims, softcap, with_sinks, window, offset):
+    """Several blocks of rows, more query heads than key heads; relative to the whole output."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = QUERY_BLOCK + 50
+    query = randn(1, 2, tokens, dims[0], seed=0, dtype=dtype)
+    key, value = (randn(1, 1, offset + tokens, dim, seed=1 + i, dtype=dtype) for i, dim in enumerate(dims))
+    opts = Options(0.3, window, softcap, 3 * randn(2, seed=3, dtype=dtype) if with_sinks else None)
+    expected = plain_attention(query[0], key[0], value[0], offset, opts)
+    sinks = None if opts.sinks is None else opts.sinks.to(device)
+    out = masked_attention(*(x.to(device) for x in (query, key, value)), offset, 0.3, window, softcap, sinks)
+    assert out.dtype == dtype
+    error = (out[0].cpu().double() - expected).norm() / expected.norm()
+    assert float(error) < bound
 
 
 @dataclass
