@@ -45,8 +45,10 @@ class MaterializePositionTables(PassBase):
         tables = self._from_positions(graph)
         shared = [
             node
-            for node in tables
-            if node.op == "call_function"
+            # In the graph's order, so that compilers recognize the graph in the next process.
+            for node in graph.nodes
+            if node in tables
+            and node.op == "call_function"
             and not _is_view(node)
             and node.target is not torch.ops.quantspec.materialize.default
             and len({user for user in _readers(node) if user not in tables}) > 1

@@ -44,6 +44,18 @@ def test_compiled_generation_equals_eager_and_never_recompiles(pair) -> None:
     assert not counters["graph_break"]
 
 
+def test_another_conversion_finds_every_graph_in_the_compilers_cache(pair) -> None:
+    """As the next process does: the graphs that conversion writes depend on the model alone."""
+    _, compiled = pair
+    expected = compiled.generate(_prompt(20), max_new_tokens=30, do_sample=False)
+    torch._dynamo.reset()
+    counters.clear()
+    again = quantspec.convert(compiled.model, config=compiled.config)
+    assert torch.equal(again.generate(_prompt(20), max_new_tokens=30, do_sample=False), expected)
+    assert counters["aot_autograd"]["autograd_cache_hit"] > 0
+    assert counters["aot_autograd"]["autograd_cache_miss"] == 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
 def test_compiled_code_copies_no_cache(pair, role: Role) -> None:
