@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=40, help="documents per task")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="*", default=NEEDLE_LENGTHS, help="of the needle tasks, in tokens")
+    parser.add_argument("--needles-only", action="store_true", help="no other task, and no text")
     parser.add_argument("--context-tokens", type=int, default=7168, help="of the long text")
     parser.add_argument("--prompts", type=int, default=16, help="continued greedily")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="of each of them")
@@ -43,11 +44,19 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
     qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
-    tasks = [*OFFLINE_TASKS, *(f"{task}@{length}" for task in NEEDLE_TASKS for length in arguments.lengths)]
+    tasks = [f"{task}@{length}" for length in arguments.lengths for task in NEEDLE_TASKS]
+    if not arguments.needles_only:
+        tasks = [*OFFLINE_TASKS, *tasks]
     names = ("limit", "batch_size", "context_tokens", "prompts", "prompt_tokens")
     options = ParityOptions(**{name: getattr(arguments, name) for name in names})
     report = parity(
-        qs, tokenizer=tokenizer, tasks=tasks, options=options, output=arguments.out, name="SmolLM2-135M-Instruct"
+        qs,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        text="" if arguments.needles_only else None,
+        options=options,
+        output=arguments.out,
+        name="SmolLM2-135M-Instruct",
     )
     print(report)
     return 0 if report.passed else 1
