@@ -4,22 +4,37 @@
 
 Capture leaves two of them per layer with the model's own activation between; INT4 weights use the plain layout of
 ``quantspec::int4_linear`` with a leading expert axis.
+
+On CUDA, as many rows as decoding has are multiplied by kernels that look each row's expert up on the device, so that a
+CUDA graph serves every choice of experts. More, as a prompt has, are sorted by expert with the host's help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .int4_linear import dequantize_int4
 
+# Rows, each read with a weight of its own: 16 sequences of 16 tokens with 8 experts each.
+MAX_KERNEL_ROWS = 2048
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def _rows_by_expert(expert_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+
+def _expert_by_expert(
+    x: Tensor, expert_ids: Tensor, out_features: int, matrix: Callable[[int], Tensor], bias: Tensor | None
+) -> Tensor:
+    """The rows of one expert at a time; ``matrix(e)`` is its ``(N, K)`` weight."""
+    out = x.new_empty(x.shape[0], out_features)
     for expert in expert_ids.unique().tolist():
-        yield expert, (expert_ids == expert).nonzero().squeeze(-1)
+        rows = (expert_ids == expert).nonzero().squeeze(-1)
+        out[rows] = F.linear(x[rows], matrix(expert), None if bias is None else bias[expert])
+    return out
 
 
 @torch.library.custom_op("quantspec::expert_linear", mutates_args=())
@@ -35,11 +50,8 @@ def expert_linear(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | 
     Returns:
         ``(S, N)`` in the dtype of ``x``.
     """
-    out = x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
-    for expert, rows in _rows_by_expert(expert_ids):
-        matrix = weight[expert].t() if transposed else weight[expert]
-        out[rows] = F.linear(x[rows], matrix, None if bias is None else bias[expert])
-    return out
+    matrices = weight.transpose(1, 2) if transposed else weight
+    return _expert_by_expert(x, expert_ids, matrices.shape[1], matrices.__getitem__, bias)
 
 
 @expert_linear.register_fake
@@ -47,18 +59,152 @@ def _(x, expert_ids, weight, bias, transposed):
     return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
 
 
+@triton.jit
+def _expert_kernel(
+    x,
+    expert_ids,
+    weight,
+    bias,
+    out,
+    N,
+    K,
+    stride_e,
+    stride_n,
+    stride_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """``BLOCK_N`` outputs of one row: ``weight[e, n, k]`` lies at the three strides."""
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.load(expert_ids + row)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    tile = weight + expert * stride_e + n.to(tl.int64)[:, None] * stride_n
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        values = tl.load(x + row * K + k, k < K, other=0).to(tl.float32)
+        matrix = tl.load(tile + k.to(tl.int64)[None, :] * stride_k, inside[:, None] & (k < K)[None, :], other=0)
+        total += matrix.to(tl.float32) * values[None, :]
+    result = tl.sum(total, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + expert * N + n, inside, other=0).to(tl.float32)
+    tl.store(out + row * N + n, result.to(out.dtype.element_ty), inside)
+
+
+@expert_linear.register_kernel("cuda")
+def expert_linear_triton(
+    x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """As ``quantspec::expert_linear``."""
+    num_rows, width = x.shape
+    matrices = weight.transpose(1, 2) if transposed else weight
+    out_features = matrices.shape[1]
+    if num_rows > MAX_KERNEL_ROWS or x.dtype not in _KERNEL_DTYPES:
+        return _expert_by_expert(x, expert_ids, out_features, matrices.__getitem__, bias)
+    out = x.new_empty(num_rows, out_features)
+    # Neighbouring threads read neighbouring numbers.
+    block_n, block_k = (128, 32) if matrices.stride(1) == 1 else (16, 256)
+    if num_rows:
+        _expert_kernel[(num_rows, triton.cdiv(out_features, block_n))](
+            x.contiguous(),
+            expert_ids.contiguous(),
+            weight,
+            bias,
+            out,
+            out_features,
+            width,
+            *matrices.stride(),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            HAS_BIAS=bias is not None,
+        )
+    return out
+
+
 @torch.library.custom_op("quantspec::int4_expert_linear", mutates_args=())
 def int4_expert_linear(
     x: Tensor, expert_ids: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None
 ) -> Tensor:
     """As ``quantspec::expert_linear`` with ``qdata (E, N, K/2)`` uint8 and ``scale_and_zero (E, K/g, N, 2)``."""
-    out = x.new_empty(x.shape[0], qdata.shape[1])
-    for expert, rows in _rows_by_expert(expert_ids):
-        matrix = dequantize_int4(qdata[expert], scale_and_zero[expert], x.dtype)
-        out[rows] = F.linear(x[rows], matrix, None if bias is None else bias[expert])
-    return out
+    return _int4_expert_by_expert(x, expert_ids, qdata, scale_and_zero, bias)
+
+
+def _int4_expert_by_expert(
+    x: Tensor, expert_ids: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None
+) -> Tensor:
+    def matrix(expert: int) -> Tensor:
+        return dequantize_int4(qdata[expert], scale_and_zero[expert], x.dtype)
+
+    return _expert_by_expert(x, expert_ids, qdata.shape[1], matrix, bias)
 
 
 @int4_expert_linear.register_fake
 def _(x, expert_ids, qdata, scale_and_zero, bias):
     return x.new_empty(x.shape[0], qdata.shape[1])
+
+
+@triton.jit
+def _int4_expert_kernel(
+    x,
+    expert_ids,
+    qdata,
+    scale_and_zero,
+    bias,
+    out,
+    N,
+    K,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """``BLOCK_N`` outputs of one row, a group of k at a time; ``scale_and_zero`` (E, K/GROUP, N, 2)."""
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.load(expert_ids + row)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    byte = tl.arange(0, GROUP // 2)
+    codes = qdata + (expert * N + n.to(tl.int64))[:, None] * (K // 2) + byte[None, :]
+    numbers = scale_and_zero + (expert * (K // GROUP) * N + n) * 2
+    result = tl.zeros((BLOCK_N,), tl.float32)
+    for group in range(0, K // GROUP):
+        pair = tl.load(codes + group * (GROUP // 2), inside[:, None], other=0).to(tl.int32)
+        even = tl.load(x + row * K + group * GROUP + 2 * byte).to(tl.float32)
+        odd = tl.load(x + row * K + group * GROUP + 2 * byte + 1).to(tl.float32)
+        low = ((pair & 15) - 8).to(tl.float32)
+        high = ((pair >> 4) - 8).to(tl.float32)
+        scale = tl.load(numbers + group * 2 * N, inside, other=0).to(tl.float32)
+        zero = tl.load(numbers + group * 2 * N + 1, inside, other=0).to(tl.float32)
+        result += scale * tl.sum(low * even[None, :] + high * odd[None, :], 1) + zero * tl.sum(even + odd, 0)
+    if HAS_BIAS:
+        result += tl.load(bias + expert * N + n, inside, other=0).to(tl.float32)
+    tl.store(out + row * N + n, result.to(out.dtype.element_ty), inside)
+
+
+@int4_expert_linear.register_kernel("cuda")
+def int4_expert_linear_triton(
+    x: Tensor, expert_ids: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None
+) -> Tensor:
+    """As ``quantspec::int4_expert_linear``."""
+    num_rows, width = x.shape
+    group = width // scale_and_zero.shape[1]
+    if num_rows > MAX_KERNEL_ROWS or x.dtype not in _KERNEL_DTYPES or group & (group - 1):
+        return _int4_expert_by_expert(x, expert_ids, qdata, scale_and_zero, bias)
+    out = x.new_empty(num_rows, qdata.shape[1])
+    block_n = max(16, 4096 // group)
+    if num_rows:
+        _int4_expert_kernel[(num_rows, triton.cdiv(qdata.shape[1], block_n))](
+            x.contiguous(),
+            expert_ids.contiguous(),
+            qdata,
+            scale_and_zero,
+            bias,
+            out,
+            qdata.shape[1],
+            width,
+            GROUP=group,
+            BLOCK_N=block_n,
+            HAS_BIAS=bias is not None,
+        )
+    return out

@@ -84,13 +84,16 @@ def test_nan_logits_are_an_error_and_the_object_survives(qs, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def gpu_qs():
-    """A compiled pair on a GPU."""
-    model = tiny_model("llama", torch.bfloat16, hidden_size=256, num_attention_heads=4, head_dim=64).cuda()
+def gpu_qs(request):
+    """A compiled pair on a GPU, of an architecture that a test may name."""
+    model = tiny_model(
+        getattr(request, "param", "llama"), torch.bfloat16, hidden_size=256, num_attention_heads=4, head_dim=64
+    ).cuda()
     return quantspec.convert(model, kv_group_size=GROUP, weight_group_size=32, self_check=False)
 
 
 @needs_cuda
+@pytest.mark.parametrize("gpu_qs", ["llama", "mixtral"], indirect=True)
 @pytest.mark.parametrize("gamma", [0, 4])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_graph_replay_equals_eager(gpu_qs, monkeypatch, gamma, do_sample):

@@ -108,3 +108,18 @@ def test_one_graph_multiplies_whatever_its_input_holds() -> None:
         x.normal_()
         graph.replay()
         torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["expert_linear", "expert_linear transposed", "int4_expert_linear"])
+def test_one_graph_serves_every_choice_of_experts(name: str) -> None:
+    op, args = OP_CASES[name]
+    args = on_device(args)
+    ids, num_experts = args[1], args[2].shape[0]
+    op(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*args)
+    for _ in range(3):
+        ids.random_(num_experts)
+        graph.replay()
+        torch.testing.assert_close(captured, op(*args), rtol=0, atol=0)

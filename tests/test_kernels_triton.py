@@ -15,6 +15,12 @@ from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.expert_linear import (
+    expert_linear,
+    expert_linear_triton,
+    int4_expert_linear,
+    int4_expert_linear_triton,
+)
 from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
 from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred_nibbles, nibble_bias
@@ -249,6 +255,45 @@ def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, 
 def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_features, in_features) -> None:
     config = linear_config(rows, out_features, in_features, group)
     assert config.splits * config.warps <= max(4, in_features // min(group, 128))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(1, 5, 64), (7, 150, 96), (12, 64, 512)])
+def test_expert_linears_match_float64(rows, out_features, in_features, bias, dtype) -> None:
+    num_experts = 3
+    x, offset = random(rows, in_features, dtype=dtype), random(num_experts, out_features, dtype=dtype)
+    ids = torch.randint(0, num_experts, (rows,), device=DEVICE)
+
+    def expected(weight: Tensor) -> Tensor:
+        each = torch.einsum("sk,snk->sn", x.double(), weight.double()[ids])
+        return each + offset.double()[ids] if bias else each
+
+    weight = random(num_experts, out_features, in_features, dtype=dtype)
+    for stored, transposed in ((weight, False), (weight.transpose(1, 2).contiguous(), True)):
+        actual = expert_linear_triton(x, ids, stored, offset if bias else None, transposed)
+        assert actual.dtype == dtype
+        assert relative_error(actual, expected(weight)) < max(torch.finfo(dtype).eps, 1e-6)
+    for group in (16, 32):
+        stack = (num_experts, out_features, in_features // 2)
+        qdata = torch.randint(0, 256, stack, dtype=torch.uint8, device=DEVICE)
+        params = random(num_experts, in_features // group, out_features, 2, dtype=dtype)
+        actual = int4_expert_linear_triton(x, ids, qdata, params, offset if bias else None)
+        assert actual.dtype == dtype
+        dense = dequantize_int4(qdata, params, torch.float64)
+        assert relative_error(actual, expected(dense)) < max(torch.finfo(dtype).eps, 1e-6)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(0, torch.float32), (9, torch.float32), (3, torch.float64)])
+def test_rows_that_the_experts_kernels_do_not_take(rows: int, dtype: torch.dtype, monkeypatch) -> None:
+    """None, more than MAX_KERNEL_ROWS, and float64 are multiplied as by the reference."""
+    monkeypatch.setattr(import_module("quantspec.kernels.expert_linear"), "MAX_KERNEL_ROWS", 8)
+    x, ids = random(rows, 32, dtype=dtype), torch.randint(0, 3, (rows,), device=DEVICE)
+    weight = random(3, 24, 32, dtype=dtype)
+    assert torch.equal(expert_linear_triton(x, ids, weight, None, False), expert_linear(x, ids, weight, None, False))
+    qdata = torch.randint(0, 256, (3, 24, 16), dtype=torch.uint8, device=DEVICE)
+    stored = (qdata, random(3, 2, 24, 2, dtype=dtype), None)
+    assert torch.equal(int4_expert_linear_triton(x, ids, *stored), int4_expert_linear(x, ids, *stored))
 
 
 def random_cache(batch: int, kv_heads: int, groups: int, slots: int, head_dim: int, value_dim: int, group: int, dtype):
