@@ -360,7 +360,6 @@ def test_cached_attention_equals_its_reference(case, draft):
         if part is not None:
             assert torch.equal(part, reference)
             # Only the recent buffers are written.
-            assert part.is_floating_point() == (part.dtype in (torch.float64, torch.float16))
             if part.dtype != torch.float64:
                 assert torch.equal(part, before)
 
