@@ -45,6 +45,8 @@ from .inline_asm import (
     use_inline_asm,
 )
 
+# Of keys and values, on CUDA: a program holds two value groups at most.
+MAX_HEAD_DIM = 256
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)
 # Tokens that are decoded to dense ones at a time.
@@ -881,8 +883,8 @@ def cached_attention_triton(
     """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv)."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
-    if parts > 2:
-        raise ValueError(f"value head dim {value_dim} has {parts} quantization groups, at most 2 are supported on CUDA")
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
     groups, half = k_upper.shape[2:4]
     rows = heads // kv_heads * tokens
     # More columns than this spill registers.
