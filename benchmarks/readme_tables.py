@@ -69,7 +69,7 @@ def rate_of(tokens: float, num_drafts: int) -> float:
 
 
 def acceptance(name: str) -> str:
-    """Accepted over drafted tokens per prompt length; over all lengths, the same by position, tokens per cycle and a."""
+    """Accepted over drafted tokens per prompt length; over all lengths the same by position, tokens per cycle, a."""
     data = _load(name)
     cases: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in data["rows"]:

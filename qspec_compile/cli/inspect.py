@@ -33,7 +33,7 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
-    """Show attention layers, linears and the expected memory of a conversion or a saved pair, without loading weights."""
+    """Show attention layers, linears and the memory of a conversion or a saved pair, without loading weights."""
     source = find_source(model.model)
     with working("importing"):
         import torch
