@@ -1,7 +1,8 @@
 """lm-eval's model ``quantspec``: tasks answered by the target, the draft, both together, or the original model.
 
-    lm_eval --model quantspec --model_args pretrained=PATH_OR_ID,role=speculative,num_speculative_tokens=4 --tasks ...
+    quantspec eval --model_args pretrained=PATH_OR_ID,role=speculative,num_speculative_tokens=4 --tasks ...
 
+Plain ``lm_eval --model quantspec`` knows the model only where :mod:`quantspec.evals` is imported.
 Loading, tokenization, chat templates and stop sequences are lm-eval's own (:class:`HFLM`). What differs is that
 log-likelihoods are scored and text is generated through the quantized cache.
 """
