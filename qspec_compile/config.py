@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from quantspec.passes import GROUP_SIZES, WeightQuantizer
@@ -44,7 +43,7 @@ class QuantSpecConfig:
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
         compile: run the pair through torch.compile; None compiles on GPUs only.
         adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,
-            None for those left in full precision.
+            None for those left in full precision; a dict of the config's own.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -58,9 +57,10 @@ class QuantSpecConfig:
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None
-    adapted_group_sizes: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
+    adapted_group_sizes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapted_group_sizes", dict(self.adapted_group_sizes))
         check_num_speculative_tokens(self.num_speculative_tokens)
         for name in ("kv_group_size", "weight_group_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
