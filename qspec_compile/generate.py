@@ -257,9 +257,7 @@ def decode(
     check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
 
     draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
-    qs.last_stats = stats = GenerationStats(
-        draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts))
-    )
+    stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
     progress = Progress(
@@ -271,16 +269,20 @@ def decode(
         returns_dict and bool(generation_config.output_scores),
         slack=draft_count.most + 1,
     )
-    with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
-        cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
-        cache.reserve(longest + max_new_tokens)
-        stats.continued_tokens = int(cache.length.sum())
-        do_sample = bool(generation_config.do_sample)
-        loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        loop.run(prompts, draft_count)
-    qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+    with qs.exclusive():
+        try:
+            with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
+                cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
+                cache.reserve(longest + max_new_tokens)
+                stats.continued_tokens = int(cache.length.sum())
+                do_sample = bool(generation_config.do_sample)
+                loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
+                if streamer is not None:
+                    streamer.put(input_ids.cpu())
+                loop.run(prompts, draft_count)
+            qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+        finally:
+            qs.last_stats = stats
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -298,7 +300,7 @@ def _out_of_memory_releases(qs: QuantSpecModel, num_sequences: int, num_tokens: 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        qs.reset()
+        qs.release_cache()
         raise torch.OutOfMemoryError(
             f"out of memory with {num_sequences} sequence(s) of up to {num_tokens} tokens; use a smaller batch, a "
             f"shorter prompt or fewer max_new_tokens (the cache has been released): {error}"

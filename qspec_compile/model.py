@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,32 @@ if TYPE_CHECKING:
 _PREFILL_STEP = 1024
 
 
+class _Turns:
+    """Lets one call at a time use what the calls of a pair share; a copy of the pair takes turns of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._taken = False
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        with self._lock:
+            # Other threads wait above, so this one asks a second time.
+            if self._taken:
+                raise RuntimeError(
+                    "the pair is generating: a streamer, logits processor or stopping criterion cannot use its cache; "
+                    "call it after generate(), or convert a second pair"
+                )
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
+
+
 class QuantSpecModel:
     """A converted decoder. Create it with :func:`convert`.
 
@@ -46,7 +73,8 @@ class QuantSpecModel:
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
-        last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
+        last_stats: :class:`GenerationStats` of the ``generate`` call that ended last, also if it was interrupted; None
+            before the first.
     """
 
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
@@ -61,7 +89,7 @@ class QuantSpecModel:
         limit = config.max_cache_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.config = replace(
             config,
-            adapted_group_sizes=MappingProxyType(adapted),
+            adapted_group_sizes=adapted,
             max_cache_len=limit or torch.iinfo(torch.int32).max,
         )
         self.last_stats: GenerationStats | None = None
@@ -70,6 +98,7 @@ class QuantSpecModel:
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
+        self._turns = _Turns()
         self.compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
             Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
@@ -108,10 +137,18 @@ class QuantSpecModel:
             self.device,
         )
 
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
+
+        Raises:
+            RuntimeError: this thread holds them already.
+        """
+        return self._turns.take()
+
     def acquire_cache(
         self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False
     ) -> HierarchicalCache:
-        """The cache of the previous call if it fits, else a new one in its place.
+        """The cache of the previous call if it fits, else a new one in its place; for :meth:`exclusive` use.
 
         It is empty, or with ``continue_cache`` holds what the previous text and the prompts begin with, except for the
         last token of a prompt, whose logits are needed.
@@ -135,7 +172,16 @@ class QuantSpecModel:
             self._kept = texts
 
     def reset(self) -> None:
-        """Release the cache and its CUDA graphs; the next call allocates anew."""
+        """Release the cache and its CUDA graphs; the next call allocates anew.
+
+        Raises:
+            RuntimeError: called while this thread generates, as by a streamer.
+        """
+        with self.exclusive():
+            self.release_cache()
+
+    def release_cache(self) -> None:
+        """:meth:`reset` for those with :meth:`exclusive` use."""
         self._cache = self._kept = None
         self._graphed.clear()
 
@@ -201,6 +247,8 @@ class QuantSpecModel:
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Generate text as ``model.generate`` would, several tokens per reading of the target.
+
+        Calls from several threads are safe: they share one cache, so each waits for the one before it.
 
         Args:
             input_ids: ``(B, S)`` int64 prompts, padded left or right where ``attention_mask`` is 0.
