@@ -361,7 +361,7 @@ class SpeculativeLoop:
             result = CycleResult.read(packed)
             if result.flush_due:
                 self.cache.flush()
-            self._finish(result, scores, start, draft_count)
+            self._finish(result, scores, draft_count, start, start)
 
     def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
         graphed: GraphedCycle | None = None
@@ -369,7 +369,9 @@ class SpeculativeLoop:
         try:
             while any(self.progress.running):
                 start = time.perf_counter()
-                chosen = self.qs.graphed_cycle(self.cache, draft_count.choose(), self.processors, self.do_sample)
+                chosen, is_new = self.qs.graphed_cycle(
+                    self.cache, draft_count.choose(), self.processors, self.do_sample
+                )
                 if chosen is not graphed:
                     if graphed is not None:
                         graphed.end(self.generator)
@@ -380,16 +382,29 @@ class SpeculativeLoop:
                 if running != self.progress.running:
                     running = self.progress.running
                     graphed.cycle.running.copy_(torch.tensor(running))
+                # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
+                replay = time.perf_counter()
                 result = CycleResult.read(graphed())
                 if result.flush_due:
                     graphed.flush()
-                self._finish(result, None, start, draft_count)
+                self._finish(result, None, draft_count, start, None if is_new else replay)
         finally:
             if graphed is not None:
                 graphed.end(self.generator)
 
-    def _finish(self, result: CycleResult, scores: Tensor | None, start: float, draft_count: DraftCount) -> None:
-        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one."""
+    def _finish(
+        self,
+        result: CycleResult,
+        scores: Tensor | None,
+        draft_count: DraftCount,
+        start: float,
+        typical_start: float | None,
+    ) -> None:
+        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one.
+
+        The cycle began at ``start``, and at ``typical_start`` what every cycle of so many drafts does; None if this one
+        is unlike others.
+        """
         if result.has_nan:
             raise FloatingPointError(_NAN_LOGITS)
         running = self.progress.running
@@ -399,9 +414,9 @@ class SpeculativeLoop:
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
-        seconds = self._now() - start
-        self.stats.record_cycle(len(result.drafts[0]), accepted, seconds)
-        draft_count.record(len(result.drafts[0]), accepted, seconds)
+        now = self._now()
+        self.stats.record_cycle(len(result.drafts[0]), accepted, now - start)
+        draft_count.record(len(result.drafts[0]), accepted, None if typical_start is None else now - typical_start)
         self._judge()
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:

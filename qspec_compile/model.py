@@ -197,16 +197,17 @@ class QuantSpecModel:
 
     def graphed_cycle(
         self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
-    ) -> GraphedCycle:
-        """The CUDA graph of such a cycle, captured if it is new."""
+    ) -> tuple[GraphedCycle, bool]:
+        """The CUDA graph of such a cycle, and whether it is new and was captured for this."""
         storage = (id(cache), cache.capacity)
         if self._graphed_storage != storage:
             self._graphed.clear()
             self._graphed_storage = storage
         key = (num_drafts, do_sample, graph_key(processors))
-        if key not in self._graphed:
+        is_new = key not in self._graphed
+        if is_new:
             self._graphed[key] = GraphedCycle(self, cache, num_drafts, processors, do_sample)
-        return self._graphed[key]
+        return self._graphed[key], is_new
 
     def prefill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per prefill pass: all of them on a CPU; on a GPU what half the free memory holds, in 1,024s.
@@ -255,11 +256,13 @@ class QuantSpecModel:
             attention_mask: ``(B, S)`` of 0 and 1; all ones if None (and no padding token is found).
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
-            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes.
+            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
+                by measured times, so that sampled texts differ from run to run whatever the seed.
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: randomness for sampling, on the model's device; the global one if None.
-            seed: shorthand for a fresh generator with this seed.
+            seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
+                except with ``num_speculative_tokens="auto"``.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows.
 
