@@ -32,6 +32,8 @@ def rate(n: int, acceptance: float, draft: float, verify: float) -> float:
     return sum(acceptance**i for i in range(n + 1)) / (verify + n * draft)
 
 
+# Seconds.
+STALL = 30.0
 MACHINES = [(0.95, 0.3, 1.0), (0.8, 0.3, 1.0), (0.5, 0.2, 1.0), (0.9, 0.9, 1.0), (0.97, 0.02, 1.0)]
 
 
@@ -43,7 +45,7 @@ def test_auto_finds_the_fastest_number(machine):
 
 @pytest.mark.parametrize("machine", MACHINES[::2])
 @pytest.mark.parametrize("stalled", AUTO_CHOICES)
-def test_auto_recovers_from_slow_cycles(machine, stalled, seconds=30.0):
+def test_auto_recovers_from_slow_cycles(machine, stalled):
     """Whichever cycle of a number takes long, from the first on, and be it two in a row."""
     # Acceptance is an average of the last tokens, so the number that is chosen varies a little.
     enough = 0.9 * max(rate(n, *machine) for n in AUTO_CHOICES)
@@ -53,10 +55,10 @@ def test_auto_recovers_from_slow_cycles(machine, stalled, seconds=30.0):
             for _ in range(earlier):
                 auto.record(stalled, [stalled], machine[2] + stalled * machine[1])
             for _ in range(stalls):
-                auto.record(stalled, [stalled], seconds)
+                auto.record(stalled, [stalled], STALL)
             assert rate(run(auto, *machine, cycles=1500).fastest(), *machine) > enough
     auto = run(AutoDraftCount(), *machine)
-    auto.record(stalled, [stalled], seconds)
+    auto.record(stalled, [stalled], STALL)
     assert rate(auto.fastest(), *machine) > enough
 
 
