@@ -40,6 +40,11 @@ _NAN_LOGITS = (
     "float32 if it overflows float16"
 )
 
+_NO_DISTRIBUTION = (
+    "no token can be sampled: after logits processors and temperature every score is -inf, or one is NaN or inf; check "
+    "the processors (a constraint that leaves no token, a tiny temperature) and whether the model's logits are NaN"
+)
+
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
@@ -333,7 +338,7 @@ class SpeculativeLoop:
         """Generate after ``prompts`` until every sequence is done; what the cache holds of them is not prefilled.
 
         Raises:
-            FloatingPointError: the model's logits are NaN.
+            FloatingPointError: the model's logits are NaN, or no token can be sampled from the processed scores.
         """
         pending = self._prefill(prompts)
         if not any(self.progress.running):
@@ -406,7 +411,7 @@ class SpeculativeLoop:
         is unlike others.
         """
         if result.has_nan:
-            raise FloatingPointError(_NAN_LOGITS)
+            raise FloatingPointError(_NO_DISTRIBUTION if self.do_sample else _NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
         self.stats.flushes += result.flush_due
@@ -429,7 +434,13 @@ class SpeculativeLoop:
         if bool(logits.isnan().any()):
             raise FloatingPointError(_NAN_LOGITS)
         scores = self.process(logits, self.progress)
-        pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
+        if self.do_sample:
+            probs = scores[:, 0].softmax(-1)
+            if bool(probs.isnan().any()):
+                raise FloatingPointError(_NO_DISTRIBUTION)
+            pending = sample(probs, self.generator)
+        else:
+            pending = scores[:, 0].argmax(-1)
         for row, token in enumerate(pending.tolist()):
             self.progress.append(row, [token], scores[row])
         self._judge()

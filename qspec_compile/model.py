@@ -272,6 +272,7 @@ class QuantSpecModel:
         Raises:
             ValueError, TypeError: an input or option that cannot be honoured, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
+            FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
         """
         if seed is not None:
             if generator is not None:
