@@ -40,7 +40,7 @@ class QuantSpecConfig:
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (README, Figures).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
-            ``max_position_embeddings``.
+            ``max_position_embeddings``. At most the rows of a learned table of positions.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
         compile: run the pair through torch.compile; None compiles on GPUs only.
         adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,

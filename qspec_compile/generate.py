@@ -239,7 +239,13 @@ def decode(
     """
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+    qs.check_unmoved()
     _refuse_unsupported(generation_config, model_kwargs)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(
+            f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
+            f"{type(streamer).__name__}"
+        )
     _check_input_ids(qs, input_ids)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")

@@ -19,10 +19,11 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
-from .capture import capture
+from .capture import Capture, capture
 from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
+from .learned_positions import learned_positions
 from .pair import build_pair, unique_tensors
 from .pictures import plot
 from .regions import compile_graph
@@ -81,17 +82,14 @@ class QuantSpecModel:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
         self.model = model
+        self._converted_as = (model.device, model.dtype)
+        self.config = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
         pair = build_pair(captured, config, self.vocab_size, source)
         self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
-        limit = config.max_cache_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.config = replace(
-            config,
-            adapted_group_sizes=adapted,
-            max_cache_len=limit or torch.iinfo(torch.int32).max,
-        )
+        self.config = replace(self.config, adapted_group_sizes=adapted)
         self.last_stats: GenerationStats | None = None
         self._cache: HierarchicalCache | None = None
         self._kept: list[Tensor] | None = None
@@ -137,6 +135,22 @@ class QuantSpecModel:
             self.device,
         )
 
+    def check_unmoved(self) -> None:
+        """Refuse work if the model was cast or moved since its conversion, which leaves the draft and cache behind.
+
+        Raises:
+            ValueError: naming what changed.
+        """
+        device, dtype = self._converted_as
+        if self.model.dtype != dtype:
+            raise ValueError(
+                f"the model was cast from {dtype} to {self.model.dtype} after conversion; convert it again"
+            )
+        if self.model.device != device:
+            raise ValueError(
+                f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
+            )
+
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
 
@@ -152,7 +166,11 @@ class QuantSpecModel:
 
         It is empty, or with ``continue_cache`` holds what the previous text and the prompts begin with, except for the
         last token of a prompt, whose logits are needed.
+
+        Raises:
+            ValueError: the model was cast or moved since its conversion.
         """
+        self.check_unmoved()
         cache, self._kept, kept = self._cache, None, self._kept
         if cache is None or cache.batch_size != len(prompts) or cache.num_speculative_tokens < num_speculative_tokens:
             # The old storage is released before the new one is taken.
@@ -270,10 +288,12 @@ class QuantSpecModel:
             ``(B, S + new)`` token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError, TypeError: an input or option that cannot be honoured, before any work is done.
+            ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast or moved since
+                its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
         """
+        self.check_unmoved()
         if seed is not None:
             if generator is not None:
                 raise ValueError("pass either generator or seed, not both")
@@ -363,6 +383,21 @@ class QuantSpecModel:
         ]
         lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
         return "\n".join(lines)
+
+
+def _max_cache_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:
+    """The option, or the model's limit; no more than the positions that the model has learned."""
+    learned = learned_positions(captured.graph_module)
+    if config.max_cache_len is None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = limit or torch.iinfo(torch.int32).max
+        return limit if learned is None else min(limit, learned[1])
+    if learned is not None and config.max_cache_len > learned[1]:
+        raise ValueError(
+            f"max_cache_len={config.max_cache_len} is more than the {learned[1]} positions that the model has learned "
+            f"('{learned[0]}'); set max_cache_len to at most {learned[1]}, or leave it None"
+        )
+    return config.max_cache_len
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
