@@ -44,16 +44,17 @@ def decode_with_draft(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prompts = [ids[keep] for ids, keep in zip(input_ids, mask, strict=True)]
     new_tokens = cast(int, generation_config.max_length) - input_ids.shape[1]
-    cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], [new_tokens] * len(prompts)).restored()
     pad = generation_config._pad_token_tensor
     newest = torch.stack([prompt[-1] for prompt in prompts])
     running = torch.ones_like(newest, dtype=torch.bool)
-    while bool(running.any()):
-        (block,) = forced_blocks(qs, cache, list(newest[:, None]), Role.DRAFT)
-        cache.accept(running.long())
-        scores = logits_processor(input_ids, block.logits[:, 0].float())  # type: ignore[arg-type]
-        newest = sample(scores.softmax(-1), None) if generation_config.do_sample else scores.argmax(-1)
-        newest = newest if pad is None else torch.where(running, newest, pad)
-        input_ids = torch.cat((input_ids, newest[:, None]), 1)
-        running &= ~stopping_criteria(input_ids, cast(Any, scores))
+    with qs.exclusive():
+        cache = PrefilledContexts(qs, [prompt[:-1] for prompt in prompts], [new_tokens] * len(prompts)).restored()
+        while bool(running.any()):
+            (block,) = forced_blocks(qs, cache, list(newest[:, None]), Role.DRAFT)
+            cache.accept(running.long())
+            scores = logits_processor(input_ids, block.logits[:, 0].float())  # type: ignore[arg-type]
+            newest = sample(scores.softmax(-1), None) if generation_config.do_sample else scores.argmax(-1)
+            newest = newest if pad is None else torch.where(running, newest, pad)
+            input_ids = torch.cat((input_ids, newest[:, None]), 1)
+            running &= ~stopping_criteria(input_ids, cast(Any, scores))
     return input_ids

@@ -38,6 +38,7 @@ from .texts import python_reference
 
 # The thresholds of a verdict; each is an option of :class:`ParityOptions` too.
 MAX_STANDARD_ERRORS = 1.0
+MAX_PAIRED_STANDARD_ERRORS = 2.0
 MAX_PERPLEXITY_CHANGE = 0.005
 MIN_ARGMAX_AGREEMENT = 0.99
 MIN_SPECULATIVE_MATCH = 1.0
@@ -56,6 +57,8 @@ class ParityOptions:
         context_tokens, scored_tokens: of the long text: what is prefilled, and what is then read token by token.
         prompts, prompt_tokens, new_tokens: of the greedy continuations, from places all over the text; 0 prompts skip.
         max_standard_errors: a task's metric is equal if it differs from the reference's by at most so many.
+        max_paired_standard_errors: and, where two documents or more differ, by at most so many of the mean difference
+            (a perplexity may be within ``max_perplexity_change`` instead).
         max_perplexity_change: relative, of the text and of tasks that report perplexities.
         min_argmax_agreement: of the target on the text.
         min_speculative_match: fraction of greedy texts that must be the same with and without drafting.
@@ -73,6 +76,7 @@ class ParityOptions:
     prompt_tokens: int = 1024
     new_tokens: int = 64
     max_standard_errors: float = MAX_STANDARD_ERRORS
+    max_paired_standard_errors: float = MAX_PAIRED_STANDARD_ERRORS
     max_perplexity_change: float = MAX_PERPLEXITY_CHANGE
     min_argmax_agreement: float = MIN_ARGMAX_AGREEMENT
     min_speculative_match: float = MIN_SPECULATIVE_MATCH
@@ -285,6 +289,7 @@ def _measure_tasks(
                         runs[role],
                         runs[EvalRole.REFERENCE],
                         options.max_standard_errors,
+                        options.max_paired_standard_errors,
                         options.max_perplexity_change,
                     )
                 )
@@ -299,13 +304,15 @@ def _measure_tasks(
 def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) -> None:
     options = report.options
     for row in report.tasks:
-        if row.task == name and row.role != EvalRole.DRAFT.value:
+        if row.task == name and row.role != EvalRole.DRAFT.value and row.equal is not None:
             if row.standard_error is None:
                 value = f"{row.difference:+.3%}"
                 threshold = f"perplexity within {options.max_perplexity_change:.1%}"
             else:
                 value = f"{row.paired_difference:+.4f}"
                 threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
+                if row.paired_standard_error:
+                    threshold += f" and {options.max_paired_standard_errors:g} paired ({row.paired_standard_error:.4f})"
             report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
     texts = runs[EvalRole.SPECULATIVE].texts
     if texts is not None:
@@ -425,7 +432,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=_batch_size, default=defaults.batch_size, help="a number or auto")
     for name in ("context_tokens", "scored_tokens", "prompts", "prompt_tokens", "new_tokens"):
         parser.add_argument(_flag(name), type=int, default=getattr(defaults, name), help="(default: %(default)s)")
-    for name in ("max_standard_errors", "max_perplexity_change", "min_argmax_agreement", "min_speculative_match"):
+    for name in (
+        "max_standard_errors",
+        "max_paired_standard_errors",
+        "max_perplexity_change",
+        "min_argmax_agreement",
+        "min_speculative_match",
+    ):
         parser.add_argument(_flag(name), type=float, default=getattr(defaults, name), help="(default: %(default)s)")
     return parser
 

@@ -115,16 +115,18 @@ def _verdict(passed: bool) -> str:
 
 def _task_row(row: dict[str, Any]) -> list[str]:
     numbers = row["standard_error"] is not None
+    # Of metrics without samples only perplexities are judged, by their relative change.
+    relative = not numbers and row["equal"] is not None
     return [
         row["task"],
         row["metric"],
         row["role"],
         f"{row['value']:.4f}",
         f"{row['reference']:.4f}",
-        f"{row['difference']:+.4f}" if numbers else f"{row['difference']:+.3%}",
+        f"{row['difference']:+.3%}" if relative else f"{row['difference']:+.4f}",
         f"{row['standard_error']:.4f}" if numbers else "",
         f"{row['paired_difference']:+.4f} ± {row['paired_standard_error']:.4f}" if numbers else "",
-        "yes" if row["equal"] else "no",
+        {True: "yes", False: "no", None: "not judged"}[row["equal"]],
     ]
 
 

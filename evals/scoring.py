@@ -46,7 +46,7 @@ class Score(NamedTuple):
 class PrefilledContexts:
     """A batch of contexts in the cache of ``qs``, put back as it was before each use.
 
-    Valid until ``qs`` generates or other contexts are made.
+    Valid within the :meth:`QuantSpecModel.exclusive` use of ``qs`` that it was made in, until others are made.
     """
 
     def __init__(self, qs: QuantSpecModel, contexts: Sequence[Tensor], num_following: Sequence[int]) -> None:
@@ -104,15 +104,19 @@ def forced_blocks(
 
 
 def forced_text(qs: QuantSpecModel, ids: Tensor, context_len: int, role: Role) -> Iterator[Block]:
-    """Blocks of the tokens of 1-D ``ids`` from ``context_len`` on, after the context before them is prefilled."""
-    prefilled = PrefilledContexts(qs, [ids[:context_len]], [len(ids) - context_len])
-    return forced_blocks(qs, prefilled.restored(), [ids[context_len:]], role)
+    """Blocks of the tokens of 1-D ``ids`` from ``context_len`` on, after the context before them is prefilled.
+
+    Other threads' calls of ``qs`` wait until the last block has been taken.
+    """
+    with qs.exclusive():
+        prefilled = PrefilledContexts(qs, [ids[:context_len]], [len(ids) - context_len])
+        yield from forced_blocks(qs, prefilled.restored(), [ids[context_len:]], role)
 
 
 def score_continuations(
     qs: QuantSpecModel, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], role: Role
 ) -> list[list[Score]]:
-    """Scores of several continuations of each of B contexts; contexts are prefilled once.
+    """Scores of several continuations of each of B contexts; contexts are prefilled once, other threads wait.
 
     Args:
         contexts: token ids, at least one each.
@@ -121,6 +125,13 @@ def score_continuations(
     Raises:
         CacheFullError: a context and its continuation would exceed ``max_cache_len``.
     """
+    with qs.exclusive():
+        return _score_continuations(qs, contexts, continuations, role)
+
+
+def _score_continuations(
+    qs: QuantSpecModel, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], role: Role
+) -> list[list[Score]]:
     device = qs.device
     longest = [max(map(len, row)) for row in continuations]
     prefilled = PrefilledContexts(

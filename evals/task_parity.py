@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 # Separates a task's name from the length in tokens that its documents are made for: niah_single_1@4096.
 LENGTH_MARK = "@"
 _SEED = 0
+# Numbers of documents below which a rule says nothing: documents at all, and documents that differ.
+_FEWEST_DOCUMENTS = 2
+_FEWEST_CHANGES = 2
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Metric:
     Attributes:
         value: as lm-eval aggregates it.
         samples: one number per document, or None where a document's contribution is not a number of its own
-            (perplexities weighted by length).
+            (perplexities weighted by length, F1).
     """
 
     value: float
@@ -60,10 +65,13 @@ class MetricComparison:
     """A metric of one role beside the reference's.
 
     Attributes:
-        difference: value minus the reference's; of perplexities, relative to the reference's.
+        difference: value minus the reference's; of perplexities without samples, relative to the reference's.
         standard_error: the larger of the two runs' own, in the unit of the samples; None without samples.
         paired_difference, paired_standard_error: of the mean over documents; None without samples.
-        equal: within ``max_standard_errors`` of each other; without samples within ``max_perplexity_change``.
+        equal: with samples, within ``max_standard_errors`` of the standard error and, where two documents or more
+            differ, within ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within
+            ``max_perplexity_change``); a perplexity or bits per byte without samples, within
+            ``max_perplexity_change``. None, not judged, of one document and of other metrics.
     """
 
     task: str
@@ -76,7 +84,7 @@ class MetricComparison:
     standard_error: float | None
     paired_difference: float | None
     paired_standard_error: float | None
-    equal: bool
+    equal: bool | None
 
 
 def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | None = None) -> dict[str, Task]:
@@ -138,13 +146,13 @@ def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_t
     metrics = {}
     for key, value in results["results"][name].items():
         metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
         values = [sample[metric] for sample in samples if sample["filter"] == chosen]
         # RULER marks the lengths that a document was not made for with -1.
         if all(sample == -1 for sample in values):
             continue
-        numbers = all(isinstance(sample, int | float) for sample in values)
+        numbers = all(isinstance(sample, Real) for sample in values)
         label = metric if chosen == "none" else f"{metric} ({chosen})"
         metrics[label] = Metric(float(value), [float(sample) for sample in values] if numbers else None)
     texts = None
@@ -159,50 +167,54 @@ def compare(
     run: TaskRun,
     reference: TaskRun,
     max_standard_errors: float,
+    max_paired_standard_errors: float,
     max_perplexity_change: float,
 ) -> list[MetricComparison]:
     """Every metric of ``run`` beside the reference's."""
     comparisons = []
     for name, ours in run.metrics.items():
         theirs = reference.metrics[name]
+        named = (task, role.value, name)
+        difference, equal = ours.value - theirs.value, None
+        # No perplexity is 0, but bits per byte may be.
+        change = difference / theirs.value if theirs.value else difference
+        small_change = _is_perplexity(name) and abs(change) <= max_perplexity_change
         if ours.samples is None or theirs.samples is None:
-            change = ours.value / theirs.value - 1
+            if _is_perplexity(name):
+                difference, equal = change, small_change
             comparisons.append(
-                MetricComparison(
-                    task,
-                    role.value,
-                    name,
-                    None,
-                    ours.value,
-                    theirs.value,
-                    change,
-                    None,
-                    None,
-                    None,
-                    abs(change) <= max_perplexity_change,
-                )
+                MetricComparison(*named, None, ours.value, theirs.value, difference, None, None, None, equal)
             )
             continue
         pairs = [a - b for a, b in zip(ours.samples, theirs.samples, strict=True)]
         error = max(standard_error(ours.samples), standard_error(theirs.samples))
         # Means of the samples, since an aggregate (a perplexity) may have another unit than its samples.
-        difference = fmean(pairs)
+        paired_difference, paired_error = fmean(pairs), standard_error(pairs)
+        if len(pairs) >= _FEWEST_DOCUMENTS:
+            equal = abs(paired_difference) <= max_standard_errors * error + _ROUNDING
+            # A tiny shift of every document's log-probability is certain, but small.
+            if not small_change and sum(abs(pair) > _ROUNDING for pair in pairs) >= _FEWEST_CHANGES:
+                equal = equal and abs(paired_difference) <= max_paired_standard_errors * paired_error + _ROUNDING
         comparisons.append(
             MetricComparison(
-                task,
-                role.value,
-                name,
+                *named,
                 len(pairs),
                 ours.value,
                 theirs.value,
-                ours.value - theirs.value,
-                error,
                 difference,
-                standard_error(pairs),
-                abs(difference) <= max_standard_errors * error + 1e-9,
+                error,
+                paired_difference,
+                paired_error,
+                equal,
             )
         )
     return comparisons
+
+
+def _is_perplexity(name: str) -> bool:
+    """Whether a metric's label is that of a perplexity or of bits per byte, whatever lm-eval's filter behind it."""
+    metric = name.partition(" ")[0]
+    return metric == "bits_per_byte" or metric.endswith("perplexity")
 
 
 def standard_error(samples: Sequence[float]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from quantspec.passes import GROUP_SIZES, WeightQuantizer
@@ -32,7 +31,8 @@ class QuantSpecConfig:
 
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
-            fastest, plain decoding included. Can be overridden per ``generate`` call.
+            fastest, plain decoding included; sampled texts then depend on times and no seed repeats them. Can be
+            overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
@@ -40,11 +40,11 @@ class QuantSpecConfig:
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (docs/benchmarks.md).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
-            ``max_position_embeddings``.
+            ``max_position_embeddings``. At most the rows of a learned table of positions.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
         compile: run the pair through torch.compile; None compiles on GPUs only.
         adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,
-            None for those left in full precision.
+            None for those left in full precision; a dict of the config's own.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -58,9 +58,10 @@ class QuantSpecConfig:
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None
-    adapted_group_sizes: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
+    adapted_group_sizes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapted_group_sizes", dict(self.adapted_group_sizes))
         check_num_speculative_tokens(self.num_speculative_tokens)
         for name in ("kv_group_size", "weight_group_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):

@@ -33,7 +33,7 @@ class CycleResult(NamedTuple):
 
     ``drafts (B, T)`` proposed tokens, of which the first ``accepted (B,)`` stand, followed by ``next_tokens (B,)``;
     ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``has_nan``
-    whether any logit was NaN.
+    whether any logit was NaN or, in sampling, the distribution that a next token was to be drawn from.
     """
 
     drafts: list[list[int]]
@@ -98,12 +98,16 @@ class Cycle:
         logits = self._verify(drafts)
         scores = self.process(logits, 0)
         if self.do_sample:
-            accepted, next_tokens = accept_sampled(drafts, draft_probs, scores.softmax(-1), self.generator)
+            probs = scores.softmax(-1)
+            accepted, next_tokens = accept_sampled(drafts, draft_probs, probs, self.generator)
+            # Nothing is accepted where a softmax is NaN, which it is in all places or none.
+            has_nan = probs[..., 0].gather(1, accepted[:, None])[:, 0].isnan()
         else:
             accepted, next_tokens = self._accept_greedy(drafts, scores)
+            has_nan = self._has_nan(logits)
         due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
         self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
-        columns = (accepted, next_tokens, due.expand_as(accepted), self._has_nan(logits) & self.running)
+        columns = (accepted, next_tokens, due.expand_as(accepted), has_nan & self.running)
         return torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1), scores
 
     def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:

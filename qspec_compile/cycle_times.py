@@ -51,14 +51,20 @@ def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes
     The draft steps, the verification and the whole cycle are timed one after the other, each as it runs in
     ``generate`` (as CUDA graphs where cycles are), and the median of several runs is taken; ``rest`` is what the whole
     takes beyond the two. Flushes, one in G tokens, logits processors and the host's part are not in it. The cached text
-    stays as it is.
+    stays as it is; other threads' calls wait.
 
     Args:
         num_drafts: the latest call's ``num_speculative_tokens`` if None.
 
     Raises:
         ValueError: nothing has been generated, or the cache has no room for that many drafts.
+        RuntimeError: called while this thread generates, as by a streamer.
     """
+    with qs.exclusive():
+        return _cycle_times(qs, num_drafts)
+
+
+def _cycle_times(qs: QuantSpecModel, num_drafts: int | None) -> CycleTimes:
     cache = qs._cache
     if cache is None or qs.last_stats is None or not bool(cache.length.any()):
         raise ValueError("no cache to measure on: call generate() first")

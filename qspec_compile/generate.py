@@ -40,6 +40,11 @@ _NAN_LOGITS = (
     "float32 if it overflows float16"
 )
 
+_NO_DISTRIBUTION = (
+    "no token can be sampled: after logits processors and temperature every score is -inf, or one is NaN or inf; check "
+    "the processors (a constraint that leaves no token, a tiny temperature) and whether the model's logits are NaN"
+)
+
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
@@ -234,7 +239,13 @@ def decode(
     """
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+    qs.check_unmoved()
     _refuse_unsupported(generation_config, model_kwargs)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(
+            f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
+            f"{type(streamer).__name__}"
+        )
     _check_input_ids(qs, input_ids)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
@@ -257,9 +268,7 @@ def decode(
     check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
 
     draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
-    qs.last_stats = stats = GenerationStats(
-        draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts))
-    )
+    stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
     progress = Progress(
@@ -271,16 +280,20 @@ def decode(
         returns_dict and bool(generation_config.output_scores),
         slack=draft_count.most + 1,
     )
-    with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
-        cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
-        cache.reserve(longest + max_new_tokens)
-        stats.continued_tokens = int(cache.length.sum())
-        do_sample = bool(generation_config.do_sample)
-        loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        loop.run(prompts, draft_count)
-    qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+    with qs.exclusive():
+        try:
+            with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
+                cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
+                cache.reserve(longest + max_new_tokens)
+                stats.continued_tokens = int(cache.length.sum())
+                do_sample = bool(generation_config.do_sample)
+                loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
+                if streamer is not None:
+                    streamer.put(input_ids.cpu())
+                loop.run(prompts, draft_count)
+            qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+        finally:
+            qs.last_stats = stats
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -298,7 +311,7 @@ def _out_of_memory_releases(qs: QuantSpecModel, num_sequences: int, num_tokens: 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        qs.reset()
+        qs.release_cache()
         raise torch.OutOfMemoryError(
             f"out of memory with {num_sequences} sequence(s) of up to {num_tokens} tokens; use a smaller batch, a "
             f"shorter prompt or fewer max_new_tokens (the cache has been released): {error}"
@@ -331,7 +344,7 @@ class SpeculativeLoop:
         """Generate after ``prompts`` until every sequence is done; what the cache holds of them is not prefilled.
 
         Raises:
-            FloatingPointError: the model's logits are NaN.
+            FloatingPointError: the model's logits are NaN, or no token can be sampled from the processed scores.
         """
         pending = self._prefill(prompts)
         if not any(self.progress.running):
@@ -359,7 +372,7 @@ class SpeculativeLoop:
             result = CycleResult.read(packed)
             if result.flush_due:
                 self.cache.flush()
-            self._finish(result, scores, start, draft_count)
+            self._finish(result, scores, draft_count, start, start)
 
     def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
         graphed: GraphedCycle | None = None
@@ -367,7 +380,9 @@ class SpeculativeLoop:
         try:
             while any(self.progress.running):
                 start = time.perf_counter()
-                chosen = self.qs.graphed_cycle(self.cache, draft_count.choose(), self.processors, self.do_sample)
+                chosen, is_new = self.qs.graphed_cycle(
+                    self.cache, draft_count.choose(), self.processors, self.do_sample
+                )
                 if chosen is not graphed:
                     if graphed is not None:
                         graphed.end(self.generator)
@@ -378,18 +393,31 @@ class SpeculativeLoop:
                 if running != self.progress.running:
                     running = self.progress.running
                     graphed.cycle.running.copy_(torch.tensor(running))
+                # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
+                replay = time.perf_counter()
                 result = CycleResult.read(graphed())
                 if result.flush_due:
                     graphed.flush()
-                self._finish(result, None, start, draft_count)
+                self._finish(result, None, draft_count, start, None if is_new else replay)
         finally:
             if graphed is not None:
                 graphed.end(self.generator)
 
-    def _finish(self, result: CycleResult, scores: Tensor | None, start: float, draft_count: DraftCount) -> None:
-        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one."""
+    def _finish(
+        self,
+        result: CycleResult,
+        scores: Tensor | None,
+        draft_count: DraftCount,
+        start: float,
+        typical_start: float | None,
+    ) -> None:
+        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one.
+
+        The cycle began at ``start``, and at ``typical_start`` what every cycle of so many drafts does; None if this one
+        is unlike others.
+        """
         if result.has_nan:
-            raise FloatingPointError(_NAN_LOGITS)
+            raise FloatingPointError(_NO_DISTRIBUTION if self.do_sample else _NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
         self.stats.flushes += result.flush_due
@@ -397,9 +425,9 @@ class SpeculativeLoop:
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
-        seconds = self._now() - start
-        self.stats.record_cycle(len(result.drafts[0]), accepted, seconds)
-        draft_count.record(len(result.drafts[0]), accepted, seconds)
+        now = self._now()
+        self.stats.record_cycle(len(result.drafts[0]), accepted, now - start)
+        draft_count.record(len(result.drafts[0]), accepted, None if typical_start is None else now - typical_start)
         self._judge()
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
@@ -412,7 +440,13 @@ class SpeculativeLoop:
         if bool(logits.isnan().any()):
             raise FloatingPointError(_NAN_LOGITS)
         scores = self.process(logits, self.progress)
-        pending = sample(scores[:, 0].softmax(-1), self.generator) if self.do_sample else scores[:, 0].argmax(-1)
+        if self.do_sample:
+            probs = scores[:, 0].softmax(-1)
+            if bool(probs.isnan().any()):
+                raise FloatingPointError(_NO_DISTRIBUTION)
+            pending = sample(probs, self.generator)
+        else:
+            pending = scores[:, 0].argmax(-1)
         for row, token in enumerate(pending.tolist()):
             self.progress.append(row, [token], scores[row])
         self._judge()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,11 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
-from .capture import capture
+from .capture import Capture, capture
 from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
+from .learned_positions import learned_positions
 from .pair import build_pair, unique_tensors
 from .pictures import plot
 from .regions import compile_graph
@@ -39,6 +41,32 @@ _PREFILL_STEP = 1024
 _MOST_GRAPHS = 16
 
 
+class _Turns:
+    """Lets one call at a time use what the calls of a pair share; a copy of the pair takes turns of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._taken = False
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        with self._lock:
+            # Other threads wait above, so this one asks a second time.
+            if self._taken:
+                raise RuntimeError(
+                    "the pair is generating: a streamer, logits processor or stopping criterion cannot use its cache; "
+                    "call it after generate(), or convert a second pair"
+                )
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
+
+
 class QuantSpecModel:
     """A converted decoder. Create it with :func:`convert`.
 
@@ -48,30 +76,29 @@ class QuantSpecModel:
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
-        last_stats: :class:`GenerationStats` of the latest ``generate`` call, also if it was interrupted; else None.
+        last_stats: :class:`GenerationStats` of the ``generate`` call that ended last, also if it was interrupted; None
+            before the first.
     """
 
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
         self.model = model
+        self._converted_as = (model.device, model.dtype)
+        self.config = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
         pair = build_pair(captured, config, self.vocab_size, source)
         self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
-        limit = config.max_cache_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.config = replace(
-            config,
-            adapted_group_sizes=MappingProxyType(adapted),
-            max_cache_len=limit or torch.iinfo(torch.int32).max,
-        )
+        self.config = replace(self.config, adapted_group_sizes=adapted)
         self.last_stats: GenerationStats | None = None
         self._cache: HierarchicalCache | None = None
         self._kept: list[Tensor] | None = None
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
+        self._turns = _Turns()
         self.compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
             Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
@@ -110,14 +137,42 @@ class QuantSpecModel:
             self.device,
         )
 
+    def check_unmoved(self) -> None:
+        """Refuse work if the model was cast or moved since its conversion, which leaves the draft and cache behind.
+
+        Raises:
+            ValueError: naming what changed.
+        """
+        device, dtype = self._converted_as
+        if self.model.dtype != dtype:
+            raise ValueError(
+                f"the model was cast from {dtype} to {self.model.dtype} after conversion; convert it again"
+            )
+        if self.model.device != device:
+            raise ValueError(
+                f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
+            )
+
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
+
+        Raises:
+            RuntimeError: this thread holds them already.
+        """
+        return self._turns.take()
+
     def acquire_cache(
         self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False
     ) -> HierarchicalCache:
-        """The cache of the previous call if it fits, else a new one in its place.
+        """The cache of the previous call if it fits, else a new one in its place; for :meth:`exclusive` use.
 
         It is empty, or with ``continue_cache`` holds what the previous text and the prompts begin with, except for the
         last token of a prompt, whose logits are needed.
+
+        Raises:
+            ValueError: the model was cast or moved since its conversion.
         """
+        self.check_unmoved()
         cache, self._kept, kept = self._cache, None, self._kept
         if cache is None or cache.batch_size != len(prompts) or cache.num_speculative_tokens < num_speculative_tokens:
             # The old storage is released before the new one is taken.
@@ -137,7 +192,16 @@ class QuantSpecModel:
             self._kept = texts
 
     def reset(self) -> None:
-        """Release the cache and its CUDA graphs; the next call allocates anew."""
+        """Release the cache and its CUDA graphs; the next call allocates anew.
+
+        Raises:
+            RuntimeError: called while this thread generates, as by a streamer.
+        """
+        with self.exclusive():
+            self.release_cache()
+
+    def release_cache(self) -> None:
+        """:meth:`reset` for those with :meth:`exclusive` use."""
         self._cache = self._kept = None
         self._graphed.clear()
 
@@ -153,19 +217,20 @@ class QuantSpecModel:
 
     def graphed_cycle(
         self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
-    ) -> GraphedCycle:
-        """The CUDA graph of such a cycle, captured if it is new."""
+    ) -> tuple[GraphedCycle, bool]:
+        """The CUDA graph of such a cycle, and whether it is new and was captured for this."""
         storage = (id(cache), cache.capacity)
         if self._graphed_storage != storage:
             self._graphed.clear()
             self._graphed_storage = storage
         key = (num_drafts, do_sample, graph_key(processors))
+        is_new = key not in self._graphed
         graphed = self._graphed.pop(key, None) or GraphedCycle(self, cache, num_drafts, processors, do_sample)
         # The latest used is the last.
         self._graphed[key] = graphed
         if len(self._graphed) > _MOST_GRAPHS:
             del self._graphed[next(iter(self._graphed))]
-        return graphed
+        return graphed, is_new
 
     def prefill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per prefill pass: all of them on a CPU; on a GPU what half the free memory holds, in 1,024s.
@@ -207,16 +272,20 @@ class QuantSpecModel:
     ) -> Tensor | GenerateOutput:
         """Generate text as ``model.generate`` would, several tokens per reading of the target.
 
+        Calls from several threads are safe: they share one cache, so each waits for the one before it.
+
         Args:
             input_ids: ``(B, S)`` int64 prompts, padded left or right where ``attention_mask`` is 0.
             attention_mask: ``(B, S)`` of 0 and 1; all ones if None (and no padding token is found).
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
-            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes.
+            num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
+                by measured times, so that sampled texts differ from run to run whatever the seed.
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: randomness for sampling, on the model's device; the global one if None.
-            seed: shorthand for a fresh generator with this seed.
+            seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
+                except with ``num_speculative_tokens="auto"``.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows.
 
@@ -224,9 +293,12 @@ class QuantSpecModel:
             ``(B, S + new)`` token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError, TypeError: an input or option that cannot be honoured, before any work is done.
+            ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast or moved since
+                its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
+            FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
         """
+        self.check_unmoved()
         if seed is not None:
             if generator is not None:
                 raise ValueError("pass either generator or seed, not both")
@@ -316,6 +388,21 @@ class QuantSpecModel:
         ]
         lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
         return "\n".join(lines)
+
+
+def _max_cache_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:
+    """The option, or the model's limit; no more than the positions that the model has learned."""
+    learned = learned_positions(captured.graph_module)
+    if config.max_cache_len is None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = limit or torch.iinfo(torch.int32).max
+        return limit if learned is None else min(limit, learned[1])
+    if learned is not None and config.max_cache_len > learned[1]:
+        raise ValueError(
+            f"max_cache_len={config.max_cache_len} is more than the {learned[1]} positions that the model has learned "
+            f"('{learned[0]}'); set max_cache_len to at most {learned[1]}, or leave it None"
+        )
+    return config.max_cache_len
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:

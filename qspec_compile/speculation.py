@@ -6,16 +6,23 @@ and takes verify + n * draft seconds, so tokens per second have a best n; n = 0 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median_low
 from typing import Protocol
 
 AUTO = "auto"
 # Each number has a CUDA graph of its own, so there are few.
 AUTO_CHOICES = (0, 1, 2, 4, 6, 8)
-# Cycles after which plain decoding is timed again, or while decoding plainly the acceptance.
+# Timed before anything is chosen; the times of other numbers are extrapolated from these two until they are known.
+_STARTS = (4, 0)
+# With three times, one that something else delayed is not the median.
+_STARTING_TIMES = 3
+# Newest durations of a number whose median counts: delays are forgotten, and growing contexts followed.
+_TIMES_KEPT = 9
+# Cycles after which another number is tried: plain decoding and the fastest number's neighbours, in turn.
 _PROBE_EVERY = 100
-# Weight of the newest cycle's duration, and of the newest accepted or rejected token, in running averages.
-_NEWEST = 0.1
+# Weight of the newest accepted or rejected token in the running average.
 _NEWEST_TRIAL = 0.02
 _PRIOR_ACCEPTANCE = 0.8
 
@@ -28,8 +35,8 @@ class DraftCount(Protocol):
     def choose(self) -> int:
         """Tokens to draft in the next cycle."""
 
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float) -> None:
-        """Learn from a cycle: drafts accepted by each running sequence, and its duration."""
+    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
+        """Learn from a cycle: drafts accepted by each running sequence, and its duration if that is like others'."""
 
 
 class FixedDraftCount:
@@ -42,52 +49,65 @@ class FixedDraftCount:
         """The number given."""
         return self.most
 
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float) -> None:
+    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
         """Nothing is learnt."""
 
 
 class AutoDraftCount:
     """The number that is fastest by what was seen so far.
 
+    It follows measured times, so two runs may draft differently, also with equal seeds.
+
     Attributes:
         acceptance: running probability that the next draft token is accepted, given that those before it were.
-        seconds: running duration of a cycle by number of drafts.
     """
 
     most = max(AUTO_CHOICES)
 
     def __init__(self) -> None:
         self.acceptance = _PRIOR_ACCEPTANCE
-        self.seconds: dict[int, float] = {}
+        self._seconds: dict[int, deque[float]] = {}
         self._warm: set[int] = set()
         self._since_probe = 0
-        self._probes = False
+        self._num_probes = 0
 
     def choose(self) -> int:
-        """4 drafts and plain decoding until both have been timed, then the fastest; now and then the other kind."""
-        for start in (4, 0):
-            if start not in self.seconds:
+        """The numbers to start with until both have been timed, then the fastest; now and then another one."""
+        for start in _STARTS:
+            if len(self._seconds.get(start, ())) < _STARTING_TIMES:
                 return start
-        best = max(AUTO_CHOICES, key=self.tokens_per_second)
-        self._probes = self._since_probe >= _PROBE_EVERY
-        return best if not self._probes else 2 if best == 0 else 0
+        fastest = self.fastest()
+        if self._since_probe < _PROBE_EVERY:
+            return fastest
+        place = AUTO_CHOICES.index(fastest)
+        others = {0, *AUTO_CHOICES[max(0, place - 1) : place + 2]} - {fastest}
+        return sorted(others)[self._num_probes % len(others)]
+
+    def fastest(self) -> int:
+        """The number with the most tokens per second, once those to start with have been timed."""
+        return max(AUTO_CHOICES, key=self.tokens_per_second)
 
     def tokens_per_second(self, num_drafts: int) -> float:
-        """Expected yield of cycles of ``num_drafts`` tokens, once 4 drafts and plain decoding have been timed."""
+        """Expected yield of cycles of ``num_drafts`` tokens, once those to start with have been timed."""
         tokens = sum(self.acceptance**n for n in range(num_drafts + 1))
-        verify = self.seconds[0]
-        timed = num_drafts if num_drafts in self.seconds else 4
-        per_draft = (self.seconds[timed] - verify) / timed if timed else 0.0
-        return tokens / max(verify + num_drafts * per_draft, 1e-9)
+        if num_drafts in self._seconds:
+            seconds = self._median(num_drafts)
+        else:
+            some = _STARTS[0]
+            seconds = self._median(0) + num_drafts / some * (self._median(some) - self._median(0))
+        return tokens / max(seconds, 1e-9)
 
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float) -> None:
-        """Update the averages; the first cycle of a number, which may compile, is not timed."""
-        if num_drafts in self._warm:
-            known = self.seconds.get(num_drafts, seconds)
-            self.seconds[num_drafts] = known + _NEWEST * (seconds - known)
+    def _median(self, num_drafts: int) -> float:
+        return median_low(self._seconds[num_drafts])
+
+    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
+        """Update what is known; the first cycle of a number, which may compile, is not timed."""
+        if seconds is not None and num_drafts in self._warm:
+            self._seconds.setdefault(num_drafts, deque(maxlen=_TIMES_KEPT)).append(seconds)
         self._warm.add(num_drafts)
-        self._since_probe = 0 if self._probes else self._since_probe + 1
-        self._probes = False
+        probed = self._since_probe >= _PROBE_EVERY
+        self._num_probes += probed
+        self._since_probe = 0 if probed else self._since_probe + 1
         for count in accepted if num_drafts else ():
             # Each token up to the first rejected one is one trial.
             for success in [1.0] * count + [0.0] * (count < num_drafts):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import GROUP
 from step_by_step import decode_step_by_step, random_prompt
+from tiny_models import tiny_model
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, WatermarkingConfig
 
 import quantspec
@@ -140,6 +141,7 @@ CALLS = [
     generates("custom_generate", ValueError, "custom_generate=qs.decode", custom_generate=lambda: None),
     generates("unknown generation option", ValueError, "max_tokens", max_tokens=5),
     generates("stop strings alone", ValueError, "stop_strings need the tokenizer", stop_strings=["a"]),
+    generates("a function as streamer", TypeError, "BaseStreamer.*not builtin_function", streamer=print),
     generates("two seeds", ValueError, "either generator or seed", seed=1, generator=torch.Generator()),
     generates("generator as a number", TypeError, "a number goes to seed", generator=3, do_sample=True),
     generates("two gammas", TypeError, "same option", num_assistant_tokens=2, num_speculative_tokens=2),
@@ -203,6 +205,42 @@ def _counting(forward: Callable, calls: list) -> Callable:
         return forward(*args, **options)
 
     return counted
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_a_cache_longer_than_the_learned_positions_is_refused(architecture):
+    model = tiny_model(architecture)
+    with pytest.raises(ValueError, match="max_cache_len=513 is more than the 512 positions that the model has learned"):
+        quantspec.convert(model, max_cache_len=513)
+    # The last position is there, also with an offset in the table.
+    converted = quantspec.convert(model, max_cache_len=512, kv_group_size=GROUP, self_check=False)
+    ids = torch.tensor([random_prompt(505)])
+    assert converted.generate(ids, max_new_tokens=7, eos_token_id=None).shape == (1, 512)
+
+
+def test_without_learned_positions_a_cache_may_be_longer_than_the_models_context():
+    assert quantspec.convert(tiny_model("llama"), max_cache_len=2000, self_check=False).config.max_cache_len == 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "cast from torch.float32 to torch.bfloat16 after conversion; convert it again"),
+        ({"device": "meta"}, "moved from cpu to meta after conversion; convert it again"),
+    ],
+    ids=["cast", "moved"],
+)
+def test_a_model_changed_after_conversion_is_refused(change, message):
+    converted = quantspec.convert(tiny_model("llama"), kv_group_size=GROUP, self_check=False)
+    converted.model.to(**change)
+    ids = IDS.to(converted.device)
+    with pytest.raises(ValueError, match=message):
+        converted.generate(ids, max_new_tokens=3)
+    if "dtype" in change:
+        with pytest.raises(ValueError, match=message):
+            converted.model.generate(ids, custom_generate=converted.decode, max_new_tokens=3)
+        converted.model.to(torch.float32)
+        assert converted.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, IDS.shape[1] + 3)
 
 
 def test_odd_but_good_calls(qs, expected):

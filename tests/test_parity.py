@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from unittest import mock
 
 import pytest
@@ -161,10 +162,19 @@ def test_a_model_that_cannot_be_loaded_ends_with_status_2(tmp_path, capsys):
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("parity: ")
 
 
+THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
+
+
 def runs(ours: list[float], theirs: list[float]) -> list:
     """The comparison of one metric's samples."""
     made = [TaskRun({"acc": Metric(sum(x) / len(x), x)}, None, None) for x in (ours, theirs)]
-    return compare("task", EvalRole.TARGET, *made, max_standard_errors=1.0, max_perplexity_change=0.005)
+    return compare("task", EvalRole.TARGET, *made, **THRESHOLDS)
+
+
+def aggregates(name: str, ours: float, theirs: float):
+    """The comparison of one metric that has no number per document."""
+    made = [TaskRun({name: Metric(number, None)}, None, None) for number in (ours, theirs)]
+    return compare("task", EvalRole.TARGET, *made, **THRESHOLDS)[0]
 
 
 def test_a_metric_is_equal_within_its_standard_error():
@@ -179,11 +189,72 @@ def test_a_metric_is_equal_within_its_standard_error():
     assert not two_less.equal
 
 
+@pytest.mark.parametrize(
+    ("lost", "gained", "equal"), [(0, 0, True), (1, 0, True), (2, 0, True), (7, 0, False), (8, 5, True)]
+)
+def test_documents_that_are_lost_one_and_all_are_a_difference(lost, gained, equal):
+    """Of 200 documents, half right: within the standard error of the accuracy, but no accident."""
+    theirs = [1.0] * 100 + [0.0] * 100
+    ours = [0.0] * lost + [1.0] * (100 - lost + gained) + [0.0] * (100 - gained)
+    (row,) = runs(ours, theirs)
+    assert abs(row.paired_difference) <= row.standard_error
+    assert row.equal is equal
+
+
+def test_a_shift_of_every_document_is_a_difference():
+    (row,) = runs([-1.1, -2.1, -3.1], [-1.0, -2.0, -3.0])
+    assert row.paired_standard_error == pytest.approx(0)
+    assert row.equal is False
+
+
+@pytest.mark.parametrize(("shift", "equal"), [(0.001, True), (0.01, False)])
+def test_a_shift_of_every_log_probability_may_be_within_the_change_of_a_perplexity(shift, equal):
+    samples = [-1.0, -2.0, -3.0]
+    made = [
+        TaskRun({"perplexity": Metric(math.exp(2 + moved), [sample - moved for sample in samples])}, None, None)
+        for moved in (shift, 0.0)
+    ]
+    (row,) = compare("task", EvalRole.TARGET, *made, **THRESHOLDS)
+    assert row.equal is equal
+
+
+def test_one_document_is_not_judged(qs, tokenizer, tiny_tasks):
+    assert runs([0.0], [1.0])[0].equal is None
+    options = ParityOptions(limit=1)
+    report = parity(qs, tokenizer=tokenizer, tasks=["tiny_choice"], text="", options=options, include_path=tiny_tasks)
+    assert report.tasks
+    assert not report.verdicts
+    assert "not judged" in str(report)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.51), (float("nan"), 0.5)])
+def test_an_aggregate_that_is_no_perplexity_is_reported_and_not_judged(ours, theirs):
+    row = aggregates("f1", ours, theirs)
+    assert row.equal is None
+    assert row.difference == pytest.approx(ours - theirs, nan_ok=True)
+
+
+def test_an_f1_task_is_compared_without_a_verdict(qs, tokenizer, tiny_tasks, tmp_path):
+    """lm-eval's f1 keeps a pair per document, and may be 0 for the reference."""
+    task = json.loads((tiny_tasks / "tiny_choice.yaml").read_text())
+    task |= {"task": "tiny_f1", "metric_list": [{"metric": "f1"}]}
+    (tmp_path / "tiny_f1.yaml").write_text(json.dumps(task))
+    report = parity(qs, tokenizer=tokenizer, tasks=["tiny_f1"], text="", include_path=tmp_path)
+    assert {(row.metric, row.standard_error, row.equal) for row in report.tasks} == {("f1", None, None)}
+    assert not report.verdicts
+
+
+@pytest.mark.parametrize("name", ["word_perplexity", "perplexity (strict)", "bits_per_byte"])
+def test_perplexities_and_bits_per_byte_are_judged_by_their_relative_change(name):
+    assert aggregates(name, 2.004, 2.0).equal is True
+    assert aggregates(name, 2.02, 2.0).equal is False
+    assert aggregates(name, 0.0, 0.0).equal is True
+    assert aggregates(name, float("inf"), float("nan")).equal is False
+
+
 @pytest.mark.parametrize(("value", "equal"), [(10.04, True), (9.96, True), (10.06, False), (9.94, False)])
 def test_a_perplexity_is_equal_within_half_a_percent(value, equal):
-    made = [TaskRun({"word_perplexity": Metric(number, None)}, None, None) for number in (value, 10.0)]
-    (row,) = compare("task", EvalRole.TARGET, *made, max_standard_errors=1.0, max_perplexity_change=0.005)
-    assert row.equal is equal
+    assert aggregates("word_perplexity", value, 10.0).equal is equal
 
 
 def test_divergence_and_agreement_are_those_of_the_full_forward(qs):

@@ -248,3 +248,74 @@ def test_real_pair_follows_hugging_faces_distribution(small_qs):
         rows = probs.argmax(-1) == likeliest
         if rows.sum() > 1000:
             assert conditional_pvalue(tokens[rows], probs[rows]) > ALPHA / VOCAB
+
+
+# --- Scores that nothing can be drawn from ---------------------------------------------------------------------------
+
+
+class Fill(hf.LogitsProcessor):
+    """Writes ``value`` over the scores of ``tokens`` once the text has ``length`` tokens."""
+
+    def __init__(self, value: float, tokens: slice = slice(None), length: int = 0) -> None:
+        self.value, self.tokens, self.length = value, tokens, length
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        if input_ids.shape[1] >= self.length:
+            scores[:, self.tokens] = self.value
+        return scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": list(range(VOCAB))},
+        {"temperature": 1e-40},
+        {"logits_processor": [Fill(float("-inf"))]},
+        {"logits_processor": [Fill(float("inf"), slice(3, 4))]},
+        {"logits_processor": [Fill(float("nan"), slice(3, 4))]},
+        {"logits_processor": [Fill(float("-inf"), length=14)]},
+        {"logits_processor": [Fill(float("nan"), slice(3, 4), length=14)]},
+        {"logits_processor": [Fill(float("inf"), slice(3, 4), length=14)], "num_speculative_tokens": 0},
+    ],
+    ids=["suppressed", "temperature", "-inf", "inf", "NaN", "-inf later", "NaN later", "inf later, no drafts"],
+)
+def test_scores_that_leave_no_distribution_are_an_error_as_in_hugging_face(small_qs, options):
+    ids = torch.tensor([[3, 4, 5, 6, 7, 3, 4, 5]])
+    common = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "eos_token_id": None}
+    plain = {name: value for name, value in options.items() if name != "num_speculative_tokens"}
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        small_qs.model.generate(ids, **common, **plain)
+    with pytest.raises(FloatingPointError, match=r"no token can be sampled.*processors"):
+        small_qs.generate(ids, **common, **options)
+    assert small_qs.generate(ids, seed=1, **common).shape == (1, 20)
+
+
+def test_scores_past_the_end_of_a_text_may_leave_nothing(small_qs):
+    """Only where Hugging Face would draw: not behind a draft token that is rejected or not awaited."""
+    ids = torch.tensor([[3, 4, 5, 6, 7, 3, 4, 5]])
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "eos_token_id": None, "seed": 1}
+    processors = [Fill(float("-inf"), length=20)]
+    assert small_qs.generate(ids, logits_processor=processors, **options).shape == (1, 20)
+
+
+def test_a_constraint_that_nothing_meets_behind_rejected_drafts_is_no_error(small_qs, monkeypatch):
+    """Token 3 is forbidden by the target alone, and after it nothing is allowed: the text never gets there."""
+    forward = type(small_qs).forward
+
+    def opposed(self, role, *inputs, cache):
+        logits = forward(self, role, *inputs, cache=cache)
+        logits[..., 3] = 30.0 if role is Role.DRAFT else float("-inf")
+        return logits
+
+    class NothingAfter(hf.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill((input_ids[:, -1:] == 3), float("-inf"))
+
+    monkeypatch.setattr(type(small_qs), "forward", opposed)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 3, 4, 5]])
+    tokens = small_qs.generate(
+        ids, do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=None, logits_processor=[NothingAfter()]
+    )
+    assert 3 not in tokens[0, 8:]
+    assert small_qs.last_stats.drafted > 0
