@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import find_source, load_config
-from .options import Dtype, ModelOptions
+from .loading import dtype_to_load, find_device, find_source, load_config
+from .options import ModelOptions
 
 if TYPE_CHECKING:
     from quantspec.config import QuantSpecConfig
@@ -35,8 +35,6 @@ def command(
     """Show attention layers, linears and the expected memory of a conversion, without loading weights."""
     source = find_source(model.model)
     with working("importing"):
-        import torch
-
         from quantspec.cache import check_cache_len
         from quantspec.config import QuantSpecConfig
         from quantspec.structure import structure_of
@@ -44,7 +42,7 @@ def command(
     options = QuantSpecConfig.from_options(None, model.conversion())
     config = load_config(source)
     with working("building the model without weights"):
-        dtype = None if model.dtype is Dtype.AUTO else getattr(torch, model.dtype.value)
+        dtype = dtype_to_load(source, model.dtype, find_device(None))
         structure = structure_of(config, options, dtype)
     limit = options.max_cache_len or structure.max_len
     num_tokens = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
