@@ -15,7 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A CPU build of torch where the package index offers one; set TORCH= to use another.
+# pip takes the CUDA build on Linux, which runs on CPUs too; set TORCH= to use another.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint types docs figures tables wheel hooks clean
@@ -32,8 +32,11 @@ demo: $(VENV)/installed
 	$(BIN)/python -W ignore examples/demo.py
 
 # One process per core, each with one thread: threads of several processes on one core wait for each other.
+# With a GPU one process in all: several would compete for the device.
+WORKERS := $(if $(wildcard /dev/nvidiactl),0,auto)
+
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

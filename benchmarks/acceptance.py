@@ -1,6 +1,6 @@
 """Acceptance and parity of SmolLM2-135M on Python's language reference.
 
-    python -m benchmarks.acceptance --dtype float32 --out benchmarks/results/acceptance-cpu.json
+    python -m benchmarks.acceptance
 
 Acceptance: greedy and sampled generation after prompts of several lengths, for each weight quantizer. Parity: the
 target (full-precision weights, INT8 cache) and the draft (INT4 weights, INT4 cache) against the original model on the
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--drafts", nargs="+", default=list(DRAFTS), choices=DRAFTS, help="INT4 weights to try")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance.json")
     arguments = parser.parse_args()

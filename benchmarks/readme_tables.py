@@ -9,13 +9,29 @@ import json
 import re
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import LlamaConfig
+
+from quantspec.memory import expected_memory, full_precision_bytes
 
 from .common import RESULTS
+from .decode import SHAPES
 from .plot_decode import NAMES, best_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+# Acceptance nearer to that of small models than the drawn rates; their speed-up follows from the measured cycles.
+RECKONED_RATES = (0.75, 0.80)
+
+
+class LayerShape(NamedTuple):
+    """One attention layer, as :mod:`quantspec.memory` takes them; ``window`` 0 is none."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int = 0
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -29,15 +45,31 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _source(data: dict[str, Any], name: str) -> str:
     env = data["environment"]
-    return f"\n\n{env['device']}, {env['threads']} threads, torch {env['torch']}, `benchmarks/results/{name}`"
+    threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
+    commit = f" (commit {env['commit'][:7]})" if env.get("commit") else ""
+    return f"\n\n{env['device']}, {threads}, torch {env['torch']}, `benchmarks/results/{name}`{commit}"
 
 
 def _draft(row: dict[str, Any]) -> str:
     return row["weight_quantizer"] + (", INT4 lm_head" if row["lm_head"] == "INT4" else "")
 
 
+def cycle_tokens(rate: float, num_drafts: int) -> float:
+    """Expected tokens of a cycle where a draft is accepted with ``rate``, given that those before it were."""
+    return sum(rate**drafts for drafts in range(num_drafts + 1))
+
+
+def rate_of(tokens: float, num_drafts: int) -> float:
+    """The rate at which a cycle yields ``tokens``: :func:`cycle_tokens` inverted, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cycle_tokens(middle, num_drafts) < tokens else (low, middle)
+    return low
+
+
 def acceptance(name: str) -> str:
-    """Acceptance rate per prompt length, and the mean over lengths by position and of the tokens a cycle yields."""
+    """Accepted over drafted tokens per prompt length; over all lengths the same by position, tokens per cycle, a."""
     data = _load(name)
     cases: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in data["rows"]:
@@ -48,16 +80,19 @@ def acceptance(name: str) -> str:
     for (mode, draft), by_length in sorted(cases.items()):
         measured = [by_length[length] for length in lengths]
         positions = zip(*(row["acceptance_rate_per_position"] for row in measured), strict=True)
+        tokens = mean(row["mean_acceptance_length"] for row in measured)
         rows.append(
             [
                 mode,
                 draft,
                 *(f"{row['draft_acceptance_rate']:.3f}" for row in measured),
                 " ".join(f"{mean(rates):.2f}" for rates in positions),
-                f"{mean(row['mean_acceptance_length'] for row in measured):.2f}",
+                f"{tokens:.2f}",
+                f"{rate_of(tokens, measured[0]['num_speculative_tokens']):.2f}",
             ]
         )
-    header = ["mode", "INT4 weights", *(f"{length:,} tokens" for length in lengths), "by position", "tokens per cycle"]
+    header = ["mode", "INT4 weights", *(f"{length:,} tokens" for length in lengths)]
+    header += ["by position", "tokens per cycle", "a"]
     return _table(header, rows) + _source(data, name)
 
 
@@ -146,29 +181,63 @@ def _kernel_source(row: dict[str, Any], name: str) -> str:
     return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
 
 
+def reckoned_speedup(context: dict[str, Any], rate: float) -> float:
+    """Speed-up at a rate that was not drawn: expected tokens over the mean time of measured cycles, best of drafts."""
+    cycle_ms: dict[int, list[float]] = {}
+    for row in context["synthetic"]:
+        cycle_ms.setdefault(row["num_speculative_tokens"], []).append(row["cycle_ms"])
+    return max(
+        cycle_tokens(rate, drafts) * context["baseline_token_ms"] / mean(times) for drafts, times in cycle_ms.items()
+    )
+
+
 def decoding(*names: str) -> str:
     """Cycle parts and speed-up of shapes with random weights, by context; drafts per cycle as 0.93 likes best."""
-    rows = []
+    rows, plain = [], []
     for name in names:
         for context in _load(name)["rows"]:
             best = best_rows(context)
             drafts = best[0.93]["num_speculative_tokens"]
+            shape, length = NAMES[context["model"]].removesuffix(" shape"), f"{context['context'] // 1024}k"
+            if "hugging_face" in context:
+                plain.append(f"{context['hugging_face']['tokens_per_second']:.0f} ({shape}, {length})")
             rows.append(
                 [
-                    NAMES[context["model"]].removesuffix(" shape"),
-                    f"{context['context'] // 1024}k",
+                    shape,
+                    length,
                     f"{context['baseline_token_ms']:.2f}",
                     f"{context['draft_step_ms']:.2f}",
                     f"{context['verify_ms'][str(drafts + 1)]:.2f} ({drafts + 1})",
+                    *(f"{reckoned_speedup(context, rate):.2f}x" for rate in RECKONED_RATES),
                     *(f"{best[rate]['speedup']:.2f}x" for rate in sorted(best)),
                     f"{best[0.93]['tokens_per_second']:.0f}",
                     f"{context['decode_peak_bytes'] / 2**30:.1f}",
                 ]
             )
     header = ["shape", "context", "baseline token, ms", "draft step, ms", "verification, ms (tokens)"]
-    header += [f"at {rate:.2f}" for rate in (0.85, 0.90, 0.93, 0.95)] + ["tokens/s at 0.93", "peak, GiB"]
+    header += [f"speed-up at a = {rate:.2f}" for rate in (*RECKONED_RATES, 0.85, 0.90, 0.93, 0.95)]
+    header += ["tokens/s at a = 0.93", "peak, GiB"]
     sources = [_source(_load(name), name).rsplit(", ", 1) for name in names]
-    return _table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources)
+    slower = f". Hugging Face's `generate` with the same weights, tokens/s: {', '.join(plain)}."
+    return _table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources) + slower
+
+
+def memory(name: str) -> str:
+    """Weights and cache of a shape, as converted and as transformers holds them, at the contexts of its results."""
+    contexts = _load(name)["rows"]
+    shape = LlamaConfig(**SHAPES[contexts[0]["model"]])
+    dim = shape.hidden_size // shape.num_attention_heads
+    layers = [LayerShape(shape.num_key_value_heads, dim, dim)] * shape.num_hidden_layers
+    weights = next(row["statistics"]["weight_bytes"] for row in contexts if "statistics" in row)
+    rows = []
+    for context in contexts:
+        tokens = context["context"]
+        cache, dense = sum(expected_memory(layers, tokens).values()), full_precision_bytes(layers, tokens)
+        sizes = (weights["target"], weights["draft_int4"], cache, sum(weights.values()) + cache, dense)
+        cells = [f"{size / 2**30:.1f}" for size in (*sizes, weights["target"] + dense)]
+        rows.append([f"{tokens // 1024}k", *cells])
+    header = ["context", "model's weights", "draft's INT4 weights", "cache", "together"]
+    return _table([*header, "transformers' cache", "with the model's weights"], rows)
 
 
 def task_parity(name: str) -> str:
@@ -183,8 +252,17 @@ def task_parity(name: str) -> str:
         cells = [by_role[role]["value"] if role in by_role else "" for role in ("target", "speculative")]
         passed = all(verdict["passed"] for verdict in by_role.values())
         rows.append([what, *cells, ", ".join(sorted(thresholds)), "yes" if passed else "**no**"])
+    apart = {row["role"]: _continuations(row) for row in data["generation"] if row["against"] == "reference"}
+    rows.append(["continuations as the original's", apart["target"], apart["speculative"], "not judged", ""])
     header = ["what", "target", "speculative", "threshold", "passed"]
     return _table(header, rows) + _documents(data) + _source(data, name).lstrip()
+
+
+def _continuations(row: dict[str, Any]) -> str:
+    """How many greedy texts are equal, and by what logit margin the others first part."""
+    margins = ", ".join(f"{divergence['margin']:.3f}" for divergence in row["divergences"])
+    equal = f"{row['prompts'] - len(row['divergences'])} of {row['prompts']}"
+    return f"{equal}; logit margins {margins}" if margins else equal
 
 
 def needle(name: str) -> str:
@@ -216,6 +294,7 @@ TABLES = {
     "needle": lambda: needle("parity/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
+    "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
     "linear-kernels": lambda: linear_kernels("kernels.json"),
 }

@@ -107,7 +107,7 @@ def flow() -> Figure:
     arrow(axes, (21, 45), (32.8, 45))
     note(axes, 27, 46.2, "capture")
     columns = {
-        "prefill": (3, RECENT, "reads a prompt at full\nprecision, fills the cache"),
+        "prefill": (3, RECENT, "reads a prompt in chunks,\nfills the cache"),
         "target": (36, LOWER, "the model's own weights,\ncache read at 8 bits"),
         "draft": (69, UPPER, "INT4 weights,\ncache read at 4 bits"),
     }

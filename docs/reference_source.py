@@ -26,14 +26,20 @@ def on_startup(command: str, dirty: bool) -> None:
         shutil.copytree(ROOT / folder, COPY / name.replace(".", "/"), ignore=ignored, dirs_exist_ok=True)
 
 
+# An entry of several names: its indentation, the names, and what they share, with the lines that go on with it.
+_SHARED = re.compile(r"^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +\S.*)*)", re.MULTILINE)
+
+
+def _one_entry_each(shared: re.Match[str]) -> str:
+    return "\n".join(shared[1] + name + shared[3] for name in shared[2].split(", "))
+
+
 class PlainDocstrings(griffe.Extension):
-    """Turns what Markdown does not know into what it does."""
+    """Turns what Markdown and the parser of docstrings do not know into what they do."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Roles become code; names that share a description are one name to the parser."""
+        """Roles become code; names that share a description get it each, since the parser looks their types up."""
         if obj.docstring is None:
             return
         text = re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
-        obj.docstring.value = re.sub(
-            r"^ *\w+(, \w+)+(?=: )", lambda names: names[0].replace(", ", ",\u00a0"), text, flags=re.MULTILINE
-        )
+        obj.docstring.value = _SHARED.sub(_one_entry_each, text)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel, SelfCheckError
+from quantspec.saved_format import DESCRIPTION_FILE
 
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
@@ -355,7 +356,7 @@ def main(arguments: list[str]) -> int:
     dtype, text, output = (chosen.pop(name) for name in ("dtype", "text", "output"))
     tasks = [name for names in chosen.pop("tasks") for name in names.split(",") if name]
     include_path = chosen.pop("include_path")
-    conversion = {name: chosen.pop(name) for name in _CONVERSION_FLAGS}
+    conversion = {name: chosen.pop(name) for name in (*_CONVERSION_FLAGS, "quantize_lm_head")}
     conversion = {name: value for name, value in conversion.items() if value is not None}
     try:
         options = ParityOptions(**chosen)
@@ -364,8 +365,17 @@ def main(arguments: list[str]) -> int:
             require_lm_eval()
         if text:
             text = Path(text).read_text(encoding="utf-8")
+        if pretrained.endswith(".gguf"):
+            pretrained, gguf_file = str(Path(pretrained).parent), Path(pretrained).name
         tokenizer = AutoTokenizer.from_pretrained(pretrained, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(pretrained, gguf_file=gguf_file, dtype=dtype).to(device).eval()
+        model: PreTrainedModel | QuantSpecModel
+        if (Path(pretrained) / DESCRIPTION_FILE).is_file():
+            saved_dtype = None if dtype == "auto" else dtype
+            model = quantspec.from_pretrained(pretrained, device=device, dtype=saved_dtype, **conversion)
+            conversion = {}
+        else:
+            model = AutoModelForCausalLM.from_pretrained(pretrained, gguf_file=gguf_file, dtype=dtype)
+            model = model.to(device).eval()
         report = parity(
             model,
             tokenizer=tokenizer,
@@ -397,8 +407,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantspec parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="path or id of a Hugging Face decoder")
-    parser.add_argument("--gguf-file", help="weights inside that folder")
+    parser.add_argument("model", help="Hub id, local folder, saved pair or GGUF file")
+    parser.add_argument("--gguf-file", help="weights inside a repository of the Hub")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -409,6 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="folder for parity.json, parity.md and parity.png")
     for name, kind in _CONVERSION_FLAGS.items():
         parser.add_argument(_flag(name), type=kind, help="as in quantspec.convert")
+    parser.add_argument("--quantize-lm-head", action="store_true", default=None, help="as in quantspec.convert")
     parser.add_argument("--apply-chat-template", action="store_true", help="for the tasks")
     parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--batch-size", type=_batch_size, default=defaults.batch_size, help="a number or auto")

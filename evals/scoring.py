@@ -2,7 +2,8 @@
 
 A context is prefilled into the cache but for its last token. That token and what follows go through the decoding graph
 of a role in blocks, and each block's keys and values enter the cache as verified tokens do. So every scored logit comes
-from the target's INT8 or the draft's INT4 read of the cache.
+from the target's INT8 or the draft's INT4 read of what lies in the planes. Of texts below 2G tokens nothing does: they
+are read in full precision.
 """
 
 from __future__ import annotations

@@ -20,11 +20,18 @@ from torch.nn.attention.bias import causal_lower_right
 
 # Query rows that are scored at a time where scores or masks are written out; at least, for windows.
 QUERY_BLOCK = 256
+# At most, for windows: the mask of a block has this many rows and as many columns more than the window.
+_MOST_WINDOW_ROWS = 2048
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision inputs are attended in float32, float64 stays."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """What a prompt like ``x`` is attended in: most CPUs emulate half precision, several times slower than float32."""
+    return compute_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -67,8 +74,7 @@ def _fused_attention(
     that two more dims of the query multiply by the head's logit: its two halves, for dtypes of few bits.
     """
     num_tokens, value_dim = query.shape[2], value.shape[-1]
-    # Half precision is emulated by most CPUs, several times slower than float32.
-    dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
+    dtype = attention_dtype(query)
     q, k, v = (x.to(dtype) for x in (query, key, value))
     if sinks is not None:
         logit = (sinks.to(torch.float64) / scale).view(1, -1, 1, 1)
@@ -97,7 +103,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, offset: int, scale: float, window
     num_tokens, repeat = q.shape[2], q.shape[1] // k.shape[1]
     sink = slice(0, int(has_sink))
     out = torch.empty_like(q)
-    for rows in _blocks(num_tokens, max(QUERY_BLOCK, window)):
+    for rows in _blocks(num_tokens, min(max(QUERY_BLOCK, window), _MOST_WINDOW_ROWS)):
         first, last = max(0, offset + rows.start - window + 1), offset + rows.stop
         visible = ~_hidden(slice(offset + rows.start, last), slice(first, last), window, q.device)
         visible = F.pad(visible, (sink.stop, 0), value=True)

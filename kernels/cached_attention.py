@@ -5,11 +5,14 @@
 where tokens ``j < quantized_len[b]`` come from the planes and the rest, the new tokens included, from the recent
 buffer. With the lower planes it is the target's INT8 read (verification), without them the draft's INT4 read.
 
-Scales are folded so that only codes are converted (on CUDA c is u - 8 for the draft, 16u + l - 128 for the target, with
-s and z adjusted to match, so that both sums stay small):
+Scales are folded so that only codes are converted:
 
-    q . (s*c + z)        = (q*s) . c + q . z               one scaled q per key group
+    q . (s*c + z)             = (q*s) . c + q . z          one scaled q per key group
     sum_t p_t (s_t c_t + z_t) = (p*s) . c + sum_t p_t z_t  one scaled p per value group
+
+On CUDA only values are: a query scaled anew would change its layout in every group, while keys are scaled in the
+registers where their product wants them. There codes are centred (u - 8 for the draft, 16u + l - 128 for the target,
+with s and z adjusted to match), so that both sums stay small.
 
 On CUDA one program attends to one stretch of one sequence's cache, for all query heads of a KV head and all T tokens at
 once (they are the columns of its matrix products, so the cache is read once); a second kernel merges the stretches by
@@ -19,6 +22,7 @@ their log-sum-exp. Both kernels read the lengths on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,6 +33,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import compute_dtype, masked_attention, softmax_with_sinks
+from .current_device import on_tensors_device
 from .hierarchical import decode_keys, decode_values
 from .inline_asm import (
     centred_bytes,
@@ -40,8 +45,12 @@ from .inline_asm import (
     use_inline_asm,
 )
 
+# Of keys and values, on CUDA: a program holds two value groups at most.
+MAX_HEAD_DIM = 256
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)
+# Tokens that are decoded to dense ones at a time.
+_DECODED_TOKENS = 8192
 # Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
 _WEIGHT_SHIFT = tl.constexpr(15.0)
 
@@ -61,13 +70,33 @@ def dense_key_value(
     k_recent: Tensor,
     v_recent: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The first ``length`` cached tokens of one sequence (no batch axis) as dense ``(K, length, D)`` tensors."""
-    groups = slice(quantized_len // (2 * k_upper.shape[-2]))
-    tail = slice(length - quantized_len)
-    lower = (None, None) if k_lower is None or v_lower is None else (k_lower[:, groups], v_lower[:, groups])
-    keys = decode_keys(k_upper[:, groups], lower[0], k_scale[:, groups], k_zero[:, groups], dtype).flatten(1, 2)
-    values = decode_values(v_upper[:, groups], lower[1], v_scale[:, groups], v_zero[:, groups], dtype).flatten(1, 2)
-    return torch.cat((keys, k_recent[:, tail].to(dtype)), 1), torch.cat((values, v_recent[:, tail].to(dtype)), 1)
+    """The first ``length`` cached tokens of one sequence (no batch axis) as dense ``(K, length, D)`` tensors.
+
+    Decoded in float32 at least, some groups at a time, so that little more memory is taken than the result's.
+    """
+    keys = _dense(decode_keys, (k_upper, k_lower, k_scale, k_zero), k_recent, quantized_len, length, dtype)
+    values = _dense(decode_values, (v_upper, v_lower, v_scale, v_zero), v_recent, quantized_len, length, dtype)
+    return keys, values
+
+
+def _dense(
+    decode: Callable[..., Tensor],
+    planes: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    recent: Tensor,
+    quantized_len: int,
+    length: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = recent.new_empty(recent.shape[0], length, recent.shape[2], dtype=dtype)
+    group_size = 2 * planes[0].shape[-2]
+    step = max(1, _DECODED_TOKENS // group_size) * group_size
+    for start in range(0, quantized_len, step):
+        end = min(start + step, quantized_len)
+        groups = slice(start // group_size, end // group_size)
+        part = [None if plane is None else plane[:, groups] for plane in planes]
+        out[:, start:end] = decode(*part, compute_dtype(dtype)).flatten(1, 2)
+    out[:, quantized_len:] = recent[:, : length - quantized_len]
+    return out
 
 
 def append_recent(
@@ -829,6 +858,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_tensors_device
 def cached_attention_triton(
     query: Tensor,
     key: Tensor,
@@ -853,8 +883,8 @@ def cached_attention_triton(
     """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv)."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
-    if parts > 2:
-        raise ValueError(f"value head dim {value_dim} has {parts} quantization groups, at most 2 are supported on CUDA")
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
     groups, half = k_upper.shape[2:4]
     rows = heads // kv_heads * tokens
     # More columns than this spill registers.

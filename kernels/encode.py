@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .current_device import on_tensors_device
+
 # Adding 1.5 * 2^23 to a small float32 rounds it to the nearest even integer and leaves that in the low bits.
 _ROUND = tl.constexpr(12582912.0)
 
@@ -303,6 +305,7 @@ def _move_kernel(
         tl.store(recent + slot * WIDTH + channel, x, mask)
 
 
+@on_tensors_device
 def encode_oldest_groups(
     new: tuple[Tensor, Tensor, Tensor] | None,
     k_recent: Tensor,

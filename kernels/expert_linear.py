@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .current_device import on_tensors_device
 from .int4_linear import dequantize_int4
 
-# Rows, each read with a weight of its own: 16 sequences of 16 tokens with 8 experts each.
-MAX_KERNEL_ROWS = 2048
+# Most bytes of weights that rows read in all, each its own expert's: a hundredth of a second, and more rows than
+# cycles of 16 sequences have with experts of any model known.
+MOST_BYTES = 32 * 2**30
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -94,6 +96,7 @@ def _expert_kernel(
 
 
 @expert_linear.register_kernel("cuda")
+@on_tensors_device
 def expert_linear_triton(
     x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
 ) -> Tensor:
@@ -101,7 +104,7 @@ def expert_linear_triton(
     num_rows, width = x.shape
     matrices = weight.transpose(1, 2) if transposed else weight
     out_features = matrices.shape[1]
-    if num_rows > MAX_KERNEL_ROWS or x.dtype not in _KERNEL_DTYPES:
+    if num_rows * matrices[0].nbytes > MOST_BYTES or x.dtype not in _KERNEL_DTYPES:
         return _expert_by_expert(x, expert_ids, out_features, matrices.__getitem__, bias)
     out = x.new_empty(num_rows, out_features)
     # Neighbouring threads read neighbouring numbers.
@@ -183,13 +186,14 @@ def _int4_expert_kernel(
 
 
 @int4_expert_linear.register_kernel("cuda")
+@on_tensors_device
 def int4_expert_linear_triton(
     x: Tensor, expert_ids: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None
 ) -> Tensor:
     """As ``quantspec::int4_expert_linear``."""
     num_rows, width = x.shape
     group = width // scale_and_zero.shape[1]
-    if num_rows > MAX_KERNEL_ROWS or x.dtype not in _KERNEL_DTYPES or group & (group - 1):
+    if num_rows * qdata[0].nbytes > MOST_BYTES or x.dtype not in _KERNEL_DTYPES or group & (group - 1):
         return _int4_expert_by_expert(x, expert_ids, qdata, scale_and_zero, bias)
     out = x.new_empty(num_rows, qdata.shape[1])
     block_n = max(16, 4096 // group)
@@ -197,8 +201,8 @@ def int4_expert_linear_triton(
         _int4_expert_kernel[(num_rows, triton.cdiv(qdata.shape[1], block_n))](
             x.contiguous(),
             expert_ids.contiguous(),
-            qdata,
-            scale_and_zero,
+            qdata.contiguous(),
+            scale_and_zero.contiguous(),
             bias,
             out,
             qdata.shape[1],

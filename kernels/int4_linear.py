@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .current_device import on_tensors_device
 from .inline_asm import biased_quarters, exact_dot, launches_overlap, nibble_bias, ones_like, split_pair, use_inline_asm
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
@@ -254,6 +255,7 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int) ->
     return LinearConfig(1, 4, 1 if share == 4 else 2, splits)
 
 
+@on_tensors_device
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
@@ -272,8 +274,8 @@ def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: T
     partial = out if splits == 1 else x.new_empty(splits, rows, out_features, dtype=torch.float32)
     _linear_kernel[(triton.cdiv(out_features, 16 * tiles), splits)](
         x.contiguous(),
-        qdata.view(torch.uint16),
-        scale_and_zero.to(x.dtype).view(torch.int32),
+        qdata.contiguous().view(torch.uint16),
+        scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
         bias if has_bias else out,
         partial,
         rows,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention import masked_attention
+from .attention import attention_dtype, masked_attention
 from .cached_attention import dense_key_value
 from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values
@@ -54,14 +54,16 @@ def _attend_prompts(
     if all(start == 0 and new == tokens for _, start, new in state):
         return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
     out = query.new_zeros(batch, tokens, heads, value.shape[3])
+    dtype = attention_dtype(query)
     for b, (quantized, start, new) in enumerate(state):
         if new == 0:
             continue
         keys, values = key[b, :, :new], value[b, :, :new]
         if start:
-            cached = dense_key_value(quantized, start, key.dtype, *(part[b] for part in cache))
-            keys, values = (torch.cat(pair, 1) for pair in zip(cached, (keys, values), strict=True))
-        rows = query[b : b + 1, :, :new]
+            cached = dense_key_value(quantized, start, dtype, *(part[b] for part in cache))
+            pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
+            keys, values = (torch.cat(pair, 1) for pair in pairs)
+        rows = query[b : b + 1, :, :new].to(keys.dtype)
         out[b, :new] = masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks)[0]
     return out
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -127,6 +128,8 @@ class QuantizeWeights(PassBase):
         head = logits_linear(graph)
         plans = []
         for node in find_calls(graph, *LINEAR_TARGETS, *_ADDMM_TARGETS, torch.ops.quantspec.expert_linear.default):
+            if node.target in _ADDMM_TARGETS and not _is_linear(node):
+                continue
             _, weight, _, transposed = _operands(node)
             if weight.op == "get_attr" and get_tensor(graph_module, weight).is_floating_point():
                 plans.append((node, weight, transposed))
@@ -205,13 +208,27 @@ class QuantizeWeights(PassBase):
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:
     """Input, weight, bias and whether the weight is stored (K, N) instead of (N, K)."""
-    args = node.args
     if node.target in _ADDMM_TARGETS:
-        return args[1], args[2], args[0], True  # type: ignore[return-value]
+        bias, x, weight = (_argument(node, *operand) for operand in enumerate(("input", "mat1", "mat2")))
+        return x, weight, bias, True
     if node.target is torch.ops.quantspec.expert_linear.default:
+        args = node.args
         return args[0], args[2], args[3], bool(args[4])  # type: ignore[return-value]
-    bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
-    return args[0], args[1], bias, False  # type: ignore[return-value]
+    x, weight, bias = (_argument(node, *operand) for operand in enumerate(("input", "weight", "bias")))
+    return x, weight, bias, False
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument that a traced program may have passed either way."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _is_linear(addmm: fx.Node) -> bool:
+    """Whether an ``addmm`` adds the whole product to a bias vector."""
+    factors = [_argument(addmm, position, name, 1) for position, name in ((3, "beta"), (4, "alpha"))]
+    bias = _argument(addmm, 0, "input")
+    value = bias.meta.get("val", bias.meta.get("example_value"))
+    return factors == [1, 1] and (value is None or value.dim() == 1)
 
 
 def _is_router(node: fx.Node, depth: int = _ROUTER_DEPTH) -> bool:

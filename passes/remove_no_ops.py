@@ -39,7 +39,8 @@ class RemoveNoOps(PassBase):
     @staticmethod
     def _returns_input(node: fx.Node) -> bool:
         if node.target is aten.slice.Tensor:
-            start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
+            given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False)) | node.kwargs
+            start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
             return bool(start in (0, None) and (end is None or end == sys.maxsize) and step == 1)
         if node.target is aten.dropout.default:
             return node.args[2] is False

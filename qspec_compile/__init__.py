@@ -1,4 +1,4 @@
-"""quantspec: quantized self-speculative decoding for any Hugging Face decoder (QuantSpec, arXiv 2502.10424)."""
+"""quantspec: quantized self-speculative decoding for Hugging Face decoders (QuantSpec, arXiv 2502.10424)."""
 
 from __future__ import annotations
 

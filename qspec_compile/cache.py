@@ -43,7 +43,7 @@ class LayerCache:
         k_upper, k_lower, v_upper, v_lower: ``(B, K, N, G/2, D)`` uint8, two 4-bit codes a byte. On CUDA the value
             planes are stored as ``(B, K, N, D, G/2)``, since tokens are what the product with them sums over.
         k_scale, k_zero: ``(B, K, N, D)`` float16, per channel of a group.
-        v_scale, v_zero: ``(B, K, N, G, D/128)`` float16, per token.
+        v_scale, v_zero: ``(B, K, N, G, num_value_groups(D))`` float16, per token.
     """
 
     k_recent: Tensor

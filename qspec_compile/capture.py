@@ -12,7 +12,7 @@ import contextlib
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantspec.kernels import attention, expert_linear
+from quantspec.kernels.cached_attention import MAX_HEAD_DIM
 
 from .errors import UnsupportedModelError
 
@@ -358,6 +359,15 @@ def _mask_problem(spec: MaskSpec) -> str | None:
     return None
 
 
+def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:
+    """Raise ``UnsupportedModelError`` for heads that the kernels of ``device`` do not decode."""
+    for layer in layers:
+        dim = max(layer.key_dim, layer.value_dim)
+        if device.type == "cuda" and dim > MAX_HEAD_DIM:
+            reason = f"it has heads of {dim} dims; a GPU decodes at most {MAX_HEAD_DIM}, a CPU any number"
+            raise UnsupportedModelError(f"cannot convert module '{layer.module}': {reason}")
+
+
 def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
     """Export ``model`` once, with dynamic batch and token axes.
 
@@ -393,6 +403,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
             "interface, so its key/value cache cannot be replaced"
         )
+    check_head_dims(recorder.layers, model.device)
     for spec, module in recorder.masks.items():
         problem = _mask_problem(spec)
         if problem is not None:

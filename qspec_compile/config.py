@@ -38,7 +38,7 @@ class QuantSpecConfig:
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
         weight_quantizer: ``"tinygemm"`` (min/max) or ``"hqq"``, torchao's two choices of scales.
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
-            accepted tokens (README, Figures).
+            accepted tokens (docs/benchmarks.md).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.

@@ -24,7 +24,7 @@ from .scores import GraphedProcessors
 if TYPE_CHECKING:
     from .model import QuantSpecModel
 
-# Replays before capture: compilation, autotuning and workspace allocation happen in the first.
+# Cycles before capture: compilation, autotuning and workspace allocation happen in the first.
 _WARM_UPS = 2
 
 
@@ -155,6 +155,9 @@ class GraphedCycle:
     Valid while the cache's storage stays where it is.
     """
 
+    # Kept for later calls, which may be outside of this one's inference mode, and written by them.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         qs: QuantSpecModel,

@@ -64,8 +64,8 @@ def from_pretrained(
             "with huggingface_hub.snapshot_download)"
         )
     description = Description.read(folder)
-    config = _changed_options(description.options, options)
-    target_dtype = _resolve_dtype(description, dtype)
+    config = changed_options(description.options, options)
+    target_dtype = resolve_dtype(description, dtype)
     placement = _check_device(device)
     check_files(folder, description, hashes=verify)
     model = _load_model(folder, description, target_dtype, trust_remote_code)
@@ -86,7 +86,8 @@ def from_pretrained(
     return qs
 
 
-def _changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpecConfig:
+def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpecConfig:
+    """The saved options with ``options`` on top; those that the INT4 weights were made with cannot change."""
     config = QuantSpecConfig.from_options(saved, options)
     for name in _FIXED_OPTIONS:
         value = getattr(saved, name)
@@ -98,7 +99,8 @@ def _changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSp
     return config
 
 
-def _resolve_dtype(description: Description, dtype: str | torch.dtype | None) -> torch.dtype:
+def resolve_dtype(description: Description, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype to load in, the saved one if None; refused where the saved scales do not fit it."""
     saved = getattr(torch, description.dtype)
     resolved: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or saved
     # Scales are float16 where the model is, else bfloat16.

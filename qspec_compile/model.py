@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFILL_STEP = 1024
+# CUDA graphs that are kept, of numbers of drafts and kinds of sampling; each holds memory of its own.
+_MOST_GRAPHS = 16
 
 
 class QuantSpecModel:
@@ -158,9 +160,12 @@ class QuantSpecModel:
             self._graphed.clear()
             self._graphed_storage = storage
         key = (num_drafts, do_sample, graph_key(processors))
-        if key not in self._graphed:
-            self._graphed[key] = GraphedCycle(self, cache, num_drafts, processors, do_sample)
-        return self._graphed[key]
+        graphed = self._graphed.pop(key, None) or GraphedCycle(self, cache, num_drafts, processors, do_sample)
+        # The latest used is the last.
+        self._graphed[key] = graphed
+        if len(self._graphed) > _MOST_GRAPHS:
+            del self._graphed[next(iter(self._graphed))]
+        return graphed
 
     def prefill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per prefill pass: all of them on a CPU; on a GPU what half the free memory holds, in 1,024s.

@@ -51,6 +51,8 @@ def graph_key(processors: LogitsProcessorList) -> tuple | None:
 class GraphedProcessors:
     """Copies of processors with equal :func:`graph_key` whose temperature, top_p and min_p are tensors."""
 
+    # Later calls, in inference mode or not, write the parameters.
+    @torch.inference_mode(False)
     def __init__(self, processors: LogitsProcessorList, device: torch.device) -> None:
         self.processors = LogitsProcessorList(copy.copy(processor) for processor in processors)
         self.parameters: list[Tensor | None] = []

@@ -374,6 +374,19 @@ def test_inspect_tells_what_convert_makes(run, folder):
     assert facts["memory"]["cache"] == expected
 
 
+def test_inspect_shows_a_saved_pair_as_it_was_saved(run, pair):
+    """Its KV groups of 16 and INT4 groups of 64 are options of the pair, not defaults."""
+    status, out, _ = run("inspect", pair, "--json")
+    facts = json.loads(out)
+    qs = quantspec.from_pretrained(pair, self_check=False)
+    assert (status, facts["kv_group_size"], facts["dtype"]) == (0, 16, "float32")
+    assert [(row["name"], row["group_size"], row["note"]) for row in facts["linears"]] == [
+        (report.name, report.group_size, report.note) for report in qs.linears
+    ]
+    assert json.loads(run("inspect", pair, "--kv-group-size", 32, "--json")[1])["kv_group_size"] == 32
+    assert_error(run("inspect", pair, "--weight-group-size", 32), "weight_group_size cannot change on loading")
+
+
 def test_inspect_prints_tables(run, tmp_path):
     tiny_model("gemma2").config.save_pretrained(tmp_path)
     status, out, _ = run("inspect", tmp_path)

@@ -11,6 +11,7 @@ import torch
 from cli_errors import assert_error
 from tiny_models import tiny_model
 
+from benchmarks.common import RESULTS
 from quantspec.benchmarks import decode, generate, kernels
 from quantspec.cli.bench import BenchModel
 
@@ -63,11 +64,11 @@ def test_generate_is_measured_on_a_cpu(run, no_gpu, monkeypatch, tokenizer, tmp_
         assert (row["draft_acceptance_rate"] is None) == (row["mode"] == "target only")
 
 
-def generate_row(context: int, new_tokens: int) -> dict:
+def generate_row(context: int, new_tokens: int, dtype: str) -> dict:
     return {
         "prompt_tokens": context,
         "new_tokens": new_tokens,
-        "dtype": "float32",
+        "dtype": dtype,
         "mode": "speculative",
         "tokens_per_second": 20.0,
         "prefill_seconds": 1.5,
@@ -79,20 +80,24 @@ def generate_row(context: int, new_tokens: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("options", "contexts", "new_tokens"), [((), [512], 16), (("--full",), [2000, 4000], 64)], ids=["quick", "full"]
+    ("options", "dtypes", "context", "new_tokens"),
+    [((), ["float32"], 512, 16), (("--full",), ["bfloat16", "float32"], 2000, 48)],
+    ids=["quick", "full"],
 )
-def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, contexts, new_tokens):
+def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, dtypes, context, new_tokens):
     def measure(dtype, device, lengths, new_tokens):
-        return (generate_row(length, new_tokens) for length in lengths)
+        return (generate_row(length, new_tokens, dtype) for length in lengths)
 
     monkeypatch.setattr(generate, "measure", measure)
+    monkeypatch.setattr("quantspec.passes.cpu_lacks_half_matmul", lambda: True)
     status, out, _ = run("bench", "decode", *options)
     assert status == 0
-    assert f"SmolLM2-135M, real weights, float32, {new_tokens} new tokens" in out
-    for context in contexts:
-        expected = [f"{context:,}", "speculative", "50.0", "100.0", "2.00x", "0.88", "1.5", "1.2"]
-        assert cells(out, f"{context:,}") == expected
-    assert json.loads(run("bench", "--json", *options)[1])["rows"] == [generate_row(n, new_tokens) for n in contexts]
+    assert f"SmolLM2-135M, real weights, {new_tokens} new tokens" in out
+    assert cells(out, f"{context:,}") == [
+        *(f"{context:,}", dtypes[0], "speculative", "50.0", "100.0", "2.00x", "0.88", "1.5", "1.2")
+    ]
+    rows = [generate_row(context, new_tokens, dtype) for dtype in dtypes]
+    assert json.loads(run("bench", "--json", *options)[1])["rows"] == rows
 
 
 @pytest.mark.parametrize(
@@ -198,21 +203,36 @@ def test_full_settings_are_the_published_ones(run, measured, tmp_path):
     assert json.loads((tmp_path / "decode-llama-2-7b.json").read_text()) == json.loads(out)
     run("bench", "--full", "--model", "llama-2-7b", "--contexts", "65536")
     run("bench", "--full")
-    published = decode.Settings("llama-2-7b")
-    assert measured == [
-        published,
-        replace(published, contexts=(65536,)),
-        # Longer ones do not fit the model.
-        decode.Settings("smollm2", contexts=(4096,)),
-    ]
+    published = decode.published("llama-2-7b")
+    assert measured == [published, replace(published, contexts=(65536,)), decode.published("smollm2")]
+
+
+@pytest.mark.parametrize("model", decode.SHAPES)
+def test_published_settings_are_those_of_the_results(model):
+    settings = decode.published(model)
+    rows = json.loads((RESULTS / f"decode-{model}.json").read_text())["rows"]
+    assert tuple(row["context"] for row in rows) == settings.contexts
+    assert tuple(row["context"] for row in rows if "generate" in row) == settings.generate_at
+    for row in rows:
+        assert row["quantize_lm_head"] == settings.quantize_lm_head
+        cases = [(case["num_speculative_tokens"], case["synthetic_acceptance_rate"]) for case in row["synthetic"]]
+        assert cases == [(gamma, rate) for gamma in settings.gammas for rate in settings.rates]
+        if "statistics" in row:
+            assert row["statistics"]["generated_tokens"] == settings.new_tokens
+
+
+def test_published_settings_of_generate_are_those_of_the_results():
+    rows = json.loads((RESULTS / "generate-cpu.json").read_text())["rows"]
+    assert tuple(dict.fromkeys(row["dtype"] for row in rows)) == generate.DTYPES
+    assert {(row["prompt_tokens"], row["new_tokens"]) for row in rows} == {(generate.CONTEXTS[0], generate.NEW_TOKENS)}
 
 
 def test_the_script_takes_its_options(gpu, measured, monkeypatch, tmp_path):
-    options = "--model llama-3.1-8b --gammas 3 4 5 --quantize-lm-head --generate-at 32768 --out"
+    options = "--model llama-3.1-8b --gammas 2 4 --no-quantize-lm-head --no-baseline --generate-at --out"
     monkeypatch.setattr(sys, "argv", ["decode", *options.split(), str(tmp_path / "figures.json")])
     decode.main()
-    expected = decode.Settings("llama-3.1-8b", gammas=[3, 4, 5], generate_at=[32768], quantize_lm_head=True)
-    assert measured == [expected]
+    changes = {"gammas": [2, 4], "generate_at": [], "baseline": False, "quantize_lm_head": False}
+    assert measured == [replace(decode.published("llama-3.1-8b"), **changes)]
     written = json.loads((tmp_path / "figures.json").read_text())
     assert [row["context"] for row in written["rows"]] == [4096, 32768, 131072]
 

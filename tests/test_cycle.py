@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import GROUP
@@ -30,10 +32,12 @@ def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> Logit
     )
 
 
-def test_graphed_processors_follow_new_parameters():
-    """Captured once, they give what fresh processors with other parameters give."""
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_graphed_processors_follow_new_parameters(inference_mode):
+    """Captured once, they give what fresh processors with other parameters give, outside of inference mode too."""
     logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
-    captured = GraphedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
+    with torch.inference_mode(inference_mode):
+        captured = GraphedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
     ids = torch.zeros(2, 4, dtype=torch.long)
     for parameters in ((0.5, 20, 0.9, 0.1), (2.0, 20, 0.3, 0.0)):
         processors = warpers(*parameters)
@@ -93,7 +97,7 @@ def gpu_qs(request):
 
 
 @needs_cuda
-@pytest.mark.parametrize("gpu_qs", ["llama", "mixtral"], indirect=True)
+@pytest.mark.parametrize("gpu_qs", ["llama", "gemma2", "gpt_oss", "mixtral"], indirect=True)
 @pytest.mark.parametrize("gamma", [0, 4])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_graph_replay_equals_eager(gpu_qs, monkeypatch, gamma, do_sample):
@@ -122,6 +126,38 @@ def test_graphs_sample_reproducibly_and_are_kept(gpu_qs):
     assert counters["stats"]["unique_graphs"] == compiled
     unseeded = [gpu_qs.generate(ids, temperature=5.0, **options) for _ in range(2)]
     assert not torch.equal(*unseeded)
+
+
+@needs_cuda
+def test_graphs_of_inference_mode_serve_calls_outside_of_it(gpu_qs):
+    ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
+    options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": True, "top_k": 30, "seed": 3}
+    gpu_qs.reset()
+    with torch.inference_mode():
+        inside = gpu_qs.generate(ids, temperature=0.9, **options)
+    assert torch.equal(gpu_qs.generate(ids, temperature=0.9, **options), inside)
+
+
+@needs_cuda
+def test_graphs_take_turns(gpu_qs, monkeypatch):
+    """Numbers of drafts that change within a text, each with a graph of its own, say what eager cycles say."""
+    ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
+    options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": True, "temperature": 2.0, "seed": 3}
+    counts = itertools.cycle([4, 1, 4, 0, 2])
+    monkeypatch.setattr("quantspec.model.FixedDraftCount.choose", lambda self: next(counts))
+    # Eager cycles draft less at the end, which draws other random numbers.
+    graphed = gpu_qs.generate(ids, **options)[:, :-5]
+    counts = itertools.cycle([4, 1, 4, 0, 2])
+    monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
+    assert torch.equal(gpu_qs.generate(ids, **options)[:, :-5], graphed)
+
+
+@needs_cuda
+def test_graphs_that_are_not_used_are_released(gpu_qs):
+    ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
+    for top_k in range(1, 20):
+        gpu_qs.generate(ids, max_new_tokens=2, eos_token_id=None, do_sample=True, top_k=top_k)
+    assert len(gpu_qs._graphed) == 16
 
 
 @pytest.mark.parametrize("turn", [3, GROUP, 4 * GROUP])

@@ -128,6 +128,11 @@ ATTENTION_CASES = {
     "float16 verify": Case(dtype=torch.float16, tokens=7, heads=4, lower=True),
     "bfloat16": Case(dtype=torch.bfloat16, lengths=((96, 40),)),
     "bfloat16 verify": Case(dtype=torch.bfloat16, tokens=5, lower=True, sinks=True),
+    # Halves of a group as long as a block of the kernel, or longer, with a few columns and with many.
+    "group 128, window": Case(group=128, window=150, lengths=((256, 140),), lower=True, tokens=3),
+    "group 128, two parts": Case(group=128, head_dim=256, value_dim=256, lengths=((256, 20),), lower=True),
+    "group 128, many rows": Case(heads=8, tokens=8, group=128, lengths=((256, 9),), lower=True, dtype=torch.float16),
+    "group 256": Case(group=256, lengths=((512, 3), (256, 300)), tokens=2),
 }
 
 
@@ -136,7 +141,7 @@ def drawn_cases(draw: st.DrawFn) -> Case:
     """Any shape the op promises; each sequence has whole groups in the planes and any filling of its recent buffer."""
     kv_heads, repeat = draw(st.integers(1, 2)), draw(st.integers(1, 5))
     head_dim = draw(st.sampled_from([64, 80, 96, 128, 256]))
-    group = draw(st.sampled_from([16, 32, 64]))
+    group = draw(st.sampled_from([16, 32, 64, 128]))
     length = st.tuples(st.integers(0, 2).map(lambda n: n * group), st.integers(0, 2 * group))
     return Case(
         heads=kv_heads * repeat,
@@ -229,6 +234,12 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
 
 
+def test_int4_linear_takes_weights_of_any_layout() -> None:
+    (x, qdata, scale_and_zero, bias), expected = int4_arguments(3, 48, 256, 64, True, torch.float16)
+    transposed = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (qdata, scale_and_zero)]
+    assert relative_error(int4_linear_triton(x, *transposed, bias), expected) < torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("k_width", [2, 4])
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_int4_linear_at_every_number_of_rows(rows: int, k_width: int, monkeypatch) -> None:
@@ -259,7 +270,7 @@ def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_featur
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(1, 5, 64), (7, 150, 96), (12, 64, 512)])
+@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(1, 5, 64), (3, 150, 96), (7, 20, 288)])
 def test_expert_linears_match_float64(rows, out_features, in_features, bias, dtype) -> None:
     num_experts = 3
     x, offset = random(rows, in_features, dtype=dtype), random(num_experts, out_features, dtype=dtype)
@@ -286,8 +297,8 @@ def test_expert_linears_match_float64(rows, out_features, in_features, bias, dty
 
 @pytest.mark.parametrize(("rows", "dtype"), [(0, torch.float32), (9, torch.float32), (3, torch.float64)])
 def test_rows_that_the_experts_kernels_do_not_take(rows: int, dtype: torch.dtype, monkeypatch) -> None:
-    """None, more than MAX_KERNEL_ROWS, and float64 are multiplied as by the reference."""
-    monkeypatch.setattr(import_module("quantspec.kernels.expert_linear"), "MAX_KERNEL_ROWS", 8)
+    """None, those that read more than MOST_BYTES, and float64 are multiplied as by the reference."""
+    monkeypatch.setattr(import_module("quantspec.kernels.expert_linear"), "MOST_BYTES", 1000)
     x, ids = random(rows, 32, dtype=dtype), torch.randint(0, 3, (rows,), device=DEVICE)
     weight = random(3, 24, 32, dtype=dtype)
     assert torch.equal(expert_linear_triton(x, ids, weight, None, False), expert_linear(x, ids, weight, None, False))

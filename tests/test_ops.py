@@ -360,7 +360,6 @@ def test_cached_attention_equals_its_reference(case, draft):
         if part is not None:
             assert torch.equal(part, reference)
             # Only the recent buffers are written.
-            assert part.is_floating_point() == (part.dtype in (torch.float64, torch.float16))
             if part.dtype != torch.float64:
                 assert torch.equal(part, before)
 
@@ -482,6 +481,29 @@ def test_prefill_in_chunks_reads_the_planes_at_eight_bits(chunks, window):
         start += count
         # The planes are those of the original tokens: nothing is ever quantized twice.
         check_stored(cache, key, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_prefill_reads_the_planes_as_precisely_as_they_are(dtype):
+    """A half-precision model's later chunks see the INT8 read, not a rounding of it at every step of decoding."""
+    tokens, opts = 4 * GROUP, Options(1.0, 0, 0.0, None)
+    query, key, value = (randn(1, h, tokens, 24, seed=s, dtype=dtype) for s, h in enumerate((4, 2, 2)))
+    # Zeros of the code far from 0 are what low precision loses codes against.
+    key += 8
+    cache = empty_cache(1, 2, (24, 24), 5)
+    for name in ("k_recent", "v_recent"):
+        cache.parts[name] = cache.parts[name].to(dtype)
+    planes = 3 * GROUP
+    prefill(cache, tuple(x[:, :, :planes] for x in (query, key, value)), [planes], opts)
+    dense = [x[0].double() for x in (key, value)]
+    quantized = int(cache.quantized_len)
+    for x, encode, decode in zip(dense, (encode_keys, encode_values), (decode_keys, decode_values), strict=True):
+        coded = encode(x[:, :quantized].unflatten(1, (-1, GROUP)))
+        x[:, :quantized] = decode(*coded, torch.float64).flatten(1, 2)
+    out = prefill(cache, tuple(x[:, :, planes:] for x in (query, key, value)), [GROUP], opts)
+    expected = plain_attention(query[0, :, planes:], *dense, planes, opts)
+    error = (out[0].double() - expected).norm() / expected.norm()
+    assert float(error) < torch.finfo(dtype).eps
 
 
 # --- flush -----------------------------------------------------------------------------------------------------------

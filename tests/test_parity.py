@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from cache_changes import change_cache_after_prefill
 from conftest import GROUP, characters
 from step_by_step import random_prompt
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import quantspec
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
@@ -101,6 +105,37 @@ def test_the_commands_status_is_the_verdict(saved_model, tiny_tasks, tmp_path, c
     assert json.loads((tmp_path / "report" / "parity.json").read_text())["options"]["limit"] == 2
     assert main([*arguments, "--max-perplexity-change", "0"]) == 1
     assert "**FAILED**" in capsys.readouterr().out
+
+
+def test_a_saved_pair_is_measured_as_it_was_saved(saved_model, tokenizer, tmp_path):
+    """Its options hold, those that may change are taken, and nothing is converted again."""
+    options = {"kv_group_size": GROUP, "weight_group_size": 64, "quantize_lm_head": True, "self_check": False}
+    quantspec.convert(AutoModelForCausalLM.from_pretrained(saved_model), **options).save_pretrained(tmp_path / "pair")
+    tokenizer.save_pretrained(tmp_path / "pair")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = [
+        *(str(tmp_path / "pair"), "--device", "cpu", "--output", str(tmp_path / "report"), "--prompts", "0"),
+        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "50", "--scored-tokens", "10"),
+    ]
+    with mock.patch("quantspec.convert", side_effect=AssertionError("converted again")):
+        assert main([*arguments, "--num-speculative-tokens", "2", "--min-argmax-agreement", "0"]) in (0, 1)
+        assert main([*arguments, "--weight-group-size", "32"]) == 2
+    config = json.loads((tmp_path / "report" / "parity.json").read_text())["config"]
+    kept = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "quantize_lm_head")
+    assert [config[name] for name in kept] == ["2", str(GROUP), "64", "True"]
+
+
+def test_a_gguf_file_is_a_model(monkeypatch, tmp_path):
+    """Its folder and name go to transformers."""
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        raise OSError("there is no such file")
+
+    monkeypatch.setattr("quantspec.evals.parity.AutoTokenizer.from_pretrained", load)
+    assert main([str(tmp_path / "model.gguf"), "--text", ""]) == 2
+    assert asked == [((str(tmp_path),), {"gguf_file": "model.gguf"})]
 
 
 @pytest.mark.parametrize(

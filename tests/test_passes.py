@@ -142,6 +142,18 @@ def test_remove_no_ops_keeps_casts_without_metadata():
     assert count(gm, aten.to.dtype) == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "no_op"),
+    [((), {}, True), ((1,), {"end": 2}, False), ((1, 0, sys.maxsize, 1), {}, True), ((1, None, None, 2), {}, False)],
+)
+def test_remove_no_ops_reads_a_slice_however_it_is_written(args, kwargs, no_op):
+    graph = fx.Graph()
+    graph.output(graph.call_function(aten.slice.Tensor, (graph.placeholder("x"), *args), kwargs))
+    x = randn(3, 5)
+    gm = apply(fx.GraphModule(nn.Module(), graph), RemoveNoOps(), modifies=no_op)
+    assert torch.equal(gm(x), aten.slice.Tensor(x, *args, **kwargs))
+
+
 def test_remove_no_ops_leaves_a_clean_graph_alone():
     gm = exported(nn.Linear(4, 4), randn(2, 4))
     apply(gm, RemoveNoOps(), modifies=False)
@@ -321,6 +333,38 @@ def test_quantize_weights_leaves_the_head_if_told_to():
     assert count(gm, ops.int4_linear.default) == 3
     head = rewrite.report[4]
     assert (head.name, head.group_size, head.note) == ("head", None, "language-model head, quantize_lm_head=False")
+
+
+def test_quantize_weights_takes_operands_by_name():
+    """As dynamo records them where the program passes them so; here weights are get_attr nodes from the start."""
+    module = _Linears()
+    graph = fx.Graph()
+    x, weight, bias = graph.placeholder("x"), graph.get_attr("q.weight"), graph.get_attr("q.bias")
+    for node in (weight, bias):
+        node.meta["val"] = get_tensor(module, node)
+    graph.output(graph.call_function(nn.functional.linear, (x,), {"weight": weight, "bias": bias}))
+    gm = QuantizeWeights(64, WeightQuantizer.TINYGEMM, True)(fx.GraphModule(module, graph)).graph_module
+    (node,) = find_calls(gm.graph, ops.int4_linear.default)
+    x = randn(2, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), nn.functional.linear(x, dequantized(gm, node), module.q.bias))
+
+
+def test_quantize_weights_leaves_an_addmm_that_is_no_linear():
+    """Scaled, or adding a matrix."""
+
+    class Addmm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.empty(64, 48)), nn.Parameter(torch.empty(48))
+
+        def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+            scaled = torch.addmm(self.bias, x, self.weight, beta=0, alpha=3)
+            return scaled + torch.addmm(matrix, x, self.weight)
+
+    gm = apply(exported(Addmm(), randn(3, 64), randn(3, 48)), rewrite := quantizer(), modifies=False)
+    assert count(gm, aten.addmm.default) == 2
+    assert "read by aten.addmm.default" in rewrite.report[0].note
 
 
 def test_quantize_weights_takes_transposed_weights_of_addmm():

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from unsupported_models import UNSUPPORTED
 
 from quantspec import UnsupportedModelError, convert
-from quantspec.capture import IMPLEMENTATION, capture
+from quantspec.capture import IMPLEMENTATION, capture, check_head_dims
 
 
 def state(model: nn.Module) -> dict[str, tuple]:
@@ -96,3 +96,10 @@ def test_the_captures_attention_does_not_run_outside_a_capture():
     model.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(RuntimeError, match="for quantspec's capture only"):
         model(torch.tensor([[3, 4, 5]]))
+
+
+def test_heads_that_a_gpu_does_not_decode_are_refused_by_module():
+    layers = capture(tiny_model("llama", head_dim=512)).layers
+    check_head_dims(layers, torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers\.0\.self_attn': it has heads of 512 dims"):
+        check_head_dims(layers, torch.device("cuda"))

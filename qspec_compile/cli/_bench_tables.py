@@ -56,15 +56,16 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def generate_table(figures: dict[str, Any]) -> Table:
-    """``generate`` beside Hugging Face's: a row per context, with drafts and without."""
+    """``generate`` beside Hugging Face's: a row per dtype and context, with drafts and without."""
     first = figures["rows"][0]
-    title = f"SmolLM2-135M, real weights, {first['dtype']}, {first['new_tokens']} new tokens"
-    columns = ("prompt tokens", "quantspec", "ms per token", "Hugging Face, ms", "speed-up", "acceptance")
+    title = f"SmolLM2-135M, real weights, {first['new_tokens']} new tokens"
+    columns = ("prompt tokens", "dtype", "quantspec", "ms per token", "Hugging Face, ms", "speed-up", "acceptance")
     table = _table(title, figures["environment"], *columns, "prefill, s", "Hugging Face, s")
     for row in figures["rows"]:
         rate = row["draft_acceptance_rate"]
         table.add_row(
             f"{row['prompt_tokens']:,}",
+            row["dtype"],
             row["mode"],
             f"{1000 / row['tokens_per_second']:.1f}",
             f"{1000 / row['hugging_face_tokens_per_second']:.1f}",

@@ -35,7 +35,7 @@ def _root(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error, and the warnings of libraries.")
     ] = False,
 ) -> None:
-    """Quantized self-speculative decoding for any Hugging Face decoder."""
+    """Quantized self-speculative decoding for Hugging Face decoders."""
 
 
 def build_app() -> typer.Typer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,19 +132,19 @@ def _bench_kernels(full: bool, out: Path | None) -> tuple[list[dict[str, Any]], 
 def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Table]:
     """Decoding on a GPU: the figures and their table."""
     from quantspec.benchmarks.common import results
-    from quantspec.benchmarks.decode import Settings, measure
+    from quantspec.benchmarks.decode import measure, published
 
     from ._bench_tables import decode_table
 
-    real = model is BenchModel.SMOLLM2
-    if full:
-        fitting = tuple(length for length in Settings.contexts if not real or length <= _SMOLLM2_CONTEXT)
-        settings = Settings(model.value, contexts=lengths or fitting)
-    else:
-        lengths = lengths or (_QUICK_CONTEXT,)
+    settings = published(model.value)
+    if not full:
+        real = model is BenchModel.SMOLLM2
+        quick = (_QUICK_CONTEXT,)
         # Random weights accept nothing, so for them acceptance is drawn and generate() would tell nothing.
-        rates, generate_at = ((), lengths) if real else ((0.9,), ())
-        settings = Settings(model.value, lengths, gammas=(4,), rates=rates, new_tokens=64, generate_at=generate_at)
+        rates, generate_at = ((), lengths or quick) if real else ((0.9,), ())
+        settings = replace(settings, contexts=quick, gammas=(4,), rates=rates, generate_at=generate_at)
+    if lengths:
+        settings = replace(settings, contexts=lengths)
     figures = results("cuda", _measured(measure(settings)))
     return figures, decode_table(figures)
 
@@ -158,10 +159,12 @@ def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any
 
     note = "no GPU here: generate() is measured on the CPU; draft steps, verification and the strong baseline need one"
     stderr().print(note, soft_wrap=True)
-    dtype = "float32" if cpu_lacks_half_matmul() else "bfloat16"
+    usual = "float32" if cpu_lacks_half_matmul() else "bfloat16"
+    dtypes = generate.DTYPES if full else (usual,)
     lengths = lengths or (generate.CONTEXTS if full else (_QUICK_CPU_CONTEXT,))
     new_tokens = generate.NEW_TOKENS if full else _QUICK_CPU_NEW_TOKENS
-    figures = results("cpu", _measured(generate.measure(dtype, "cpu", lengths, new_tokens)))
+    rows = (row for dtype in dtypes for row in generate.measure(dtype, "cpu", lengths, new_tokens))
+    figures = results("cpu", _measured(rows))
     return figures, generate_table(figures)
 
 

@@ -18,7 +18,7 @@ def command(
     run: RunOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
 ) -> None:
-    """Convert a model and save the pair, so that loading it quantizes nothing."""
+    """Convert a model (no saved pair) and save the pair, so that loading it quantizes nothing."""
     if find_source(model.model).kind is Kind.PAIR:
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import dtype_to_load, find_device, find_source, load_config
+from .loading import Kind, dtype_to_load, find_device, find_source, load_config
 from .options import ModelOptions
 
 if TYPE_CHECKING:
@@ -32,17 +33,23 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
-    """Show attention layers, linears and the expected memory of a conversion, without loading weights."""
+    """Show attention layers, linears and the memory of a conversion or a saved pair, without loading weights."""
     source = find_source(model.model)
     with working("importing"):
         from quantspec.cache import check_cache_len
         from quantspec.config import QuantSpecConfig
+        from quantspec.loading import changed_options, resolve_dtype
+        from quantspec.saved_format import Description
         from quantspec.structure import structure_of
 
-    options = QuantSpecConfig.from_options(None, model.conversion())
+    dtype = dtype_to_load(source, model.dtype, find_device(None))
+    if source.kind is Kind.PAIR:
+        saved = Description.read(Path(source.name))
+        options, dtype = changed_options(saved.options, model.conversion()), resolve_dtype(saved, dtype)
+    else:
+        options = QuantSpecConfig.from_options(None, model.conversion())
     config = load_config(source)
     with working("building the model without weights"):
-        dtype = dtype_to_load(source, model.dtype, find_device(None))
         structure = structure_of(config, options, dtype)
     limit = options.max_cache_len or structure.max_len
     num_tokens = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
