@@ -2,9 +2,10 @@
 
     quantspec eval --model_args pretrained=PATH_OR_ID,role=speculative,num_speculative_tokens=4 --tasks ...
 
-Plain ``lm_eval --model quantspec`` knows the model only where :mod:`quantspec.evals` is imported.
-Loading, tokenization, chat templates and stop sequences are lm-eval's own (:class:`HFLM`). What differs is that
-log-likelihoods are scored and text is generated through the quantized cache.
+``quantspec eval`` is lm-eval's command line with this model known to it. ``lm_eval`` itself looks for no models in
+other packages; in Python, ``import quantspec.evals`` adds this one. Loading, tokenization, chat templates and stop
+sequences are lm-eval's own (:class:`HFLM`). What differs is that log-likelihoods are scored and text is generated
+through the quantized cache, and that a folder which ``save_pretrained`` wrote is loaded as the pair that was saved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +25,16 @@ from transformers import PreTrainedModel
 import quantspec
 from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
 from quantspec.config import check_num_speculative_tokens
+from quantspec.saved_format import DESCRIPTION_FILE
 
 from .roles import EvalRole, decoding_method
 from .scoring import Score, score_continuations, sequences_that_fit
 
 _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)) - {"adapted_group_sizes"}
+# How a pair is run and checked, not what it is: a saved one takes these.
+_RUN_OPTIONS = frozenset({"compile", "self_check"})
+# Of HFLM's options for loading, those that leave a saved pair as it is.
+_ANY_MODELS_OPTIONS = frozenset({"trust_remote_code", "revision", "gpus", "offload_folder"})
 # A request of lm-eval: the texts (None for a window of a rolling one), context and continuation as token ids.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -51,7 +58,8 @@ class QuantSpecLM(HFLM):
         """Load and convert.
 
         Args:
-            pretrained: path or id for :class:`HFLM` to load, or a model (with ``tokenizer``), converted or not.
+            pretrained: path or id for :class:`HFLM` to load, folder of a saved pair, or a model (with ``tokenizer``),
+                converted or not. A saved pair keeps its options and, unless ``dtype`` says otherwise, its dtype.
             role: ``reference``, ``target``, ``speculative`` or ``draft``.
             num_speculative_tokens: drafted per cycle, 0..15 or "auto"; the config's number if None.
             **options: fields of :class:`QuantSpecConfig`, which the reference does without; all else goes to
@@ -59,6 +67,7 @@ class QuantSpecLM(HFLM):
 
         Raises:
             ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded.
+            SavedModelError: the folder of a saved pair is damaged.
         """
         self.role = EvalRole.parse(role)
         self.statistics: list[GenerationStats] = []
@@ -67,17 +76,38 @@ class QuantSpecLM(HFLM):
             check_num_speculative_tokens(num_speculative_tokens)
         conversion = {name: options.pop(name) for name in _CONVERT_OPTIONS & options.keys()}
         QuantSpecConfig.from_options(None, conversion)
-        converted = pretrained if isinstance(pretrained, QuantSpecModel) else None
-        if converted is not None and conversion:
-            raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
+        # What HFLM loads is a saved pair, see _create_model.
+        saved = isinstance(pretrained, str) and (Path(pretrained) / DESCRIPTION_FILE).is_file()
+        self.qs: QuantSpecModel | None = pretrained if isinstance(pretrained, QuantSpecModel) else None
+        self._loading_options = conversion if saved else None
+        fixed = conversion.keys() - (_RUN_OPTIONS if saved else ())
+        if (saved or self.qs is not None) and fixed:
+            raise ValueError(f"the model is converted already; {', '.join(sorted(fixed))} cannot be chosen any more")
         if self.role is not EvalRole.REFERENCE:
             _refuse_unsupported(options)
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(pretrained if converted is None else converted.model, **options)
-        self.qs: QuantSpecModel | None = None
-        if self.role is not EvalRole.REFERENCE:
-            self.qs = converted or quantspec.convert(self.model, **conversion)
+        super().__init__(pretrained if self.qs is None else self.qs.model, **options)
+        if self.role is EvalRole.REFERENCE:
+            self.qs = None
+        else:
+            self.qs = self.qs or quantspec.convert(self.model, **conversion)
             self._max_length = min(self.max_length, self.qs.config.max_cache_len or self.max_length)
+
+    def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:
+        """Load the model, or the saved pair whose folder ``pretrained`` is; HFLM has loaded the tokenizer before."""
+        if self._loading_options is None:
+            return super()._create_model(pretrained, dtype=dtype, **options)
+        refused = [name for name, value in options.items() if value and name not in _ANY_MODELS_OPTIONS]
+        if refused:
+            raise ValueError(f"a saved pair is evaluated as it was saved; leave out {', '.join(refused)}")
+        self.qs = quantspec.from_pretrained(
+            pretrained,
+            device=self.device,
+            dtype=None if dtype == "auto" else dtype,
+            trust_remote_code=bool(options["trust_remote_code"]),
+            **self._loading_options,
+        )
+        self._model = self.qs.model
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -22,7 +22,10 @@ from .self_check import self_check
 
 # The saved INT4 weights were made with these.
 _FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")
-_CONVERT_AGAIN = "convert the model again: quantspec.convert(AutoModelForCausalLM.from_pretrained(directory), ...)"
+_CONVERT_AGAIN = (
+    "convert the model again: quantspec.convert(AutoModelForCausalLM.from_pretrained(directory), ...), or in a shell "
+    "`quantspec convert` of the original"
+)
 
 
 def from_pretrained(
@@ -87,10 +90,11 @@ def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpe
     """The saved options with ``options`` on top; those that the INT4 weights were made with cannot change."""
     config = QuantSpecConfig.from_options(saved, options)
     for name in _FIXED_OPTIONS:
-        if getattr(config, name) != getattr(saved, name):
+        value = getattr(saved, name)
+        if getattr(config, name) != value:
             raise ValueError(
-                f"{name} cannot change on loading, the saved INT4 weights were made with {getattr(saved, name)!r}; "
-                f"{_CONVERT_AGAIN}"
+                f"{name} cannot change on loading, the saved INT4 weights were made with "
+                f"{getattr(value, 'value', value)!r}; {_CONVERT_AGAIN}"
             )
     return config
 

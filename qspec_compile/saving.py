@@ -1,11 +1,10 @@
-"""``QuantSpecModel.save_pretrained``: the folder of :mod:`quantspec.saved_format`, whole or not at all."""
+"""``QuantSpecModel.save_pretrained``: the folder of :mod:`quantspec.saved_format`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from quantspec.passes import plain_int4_weights
 
@@ -28,50 +28,68 @@ from .saved_format import (
     Description,
     fingerprints,
 )
+from .staging import is_staged, locked, publish, staged
 
 if TYPE_CHECKING:
     from .model import QuantSpecModel
-
-_STAGING_PREFIX = ".quantspec-saving-"
 
 
 def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
     """See :meth:`QuantSpecModel.save_pretrained`."""
     folder = Path(directory)
-    earlier = _files_to_replace(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
+    check_generation_config(qs.model.generation_config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=_STAGING_PREFIX, dir=folder)
-    except OSError as error:
+        with locked(folder):
+            _files_to_replace(folder)
+        with staged(folder) as written:
+            _check_space(qs, folder)
+            _write(qs, written, max_shard_size)
+            publish(written, folder, _files_to_replace)
+    except (OSError, SafetensorError) as error:
         raise SavedModelError(
-            f"cannot save to '{folder}': {error.strerror}; choose a folder that can be written to"
+            f"cannot save to '{folder}': {getattr(error, 'strerror', None) or error}; choose a folder that can be "
+            "written to"
         ) from error
-    with staging as name:
-        written = Path(name)
-        _check_space(qs, folder)
-        with _as_dense(qs.model):
-            qs.model.save_pretrained(written, max_shard_size=max_shard_size)
-        save_torch_state_dict(_tensors(qs), written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
-        Description(
-            format_version=FORMAT_VERSION,
-            versions={package: version(package) for package in ("quantspec", "torch", "transformers")},
-            model_class=type(qs.model).__name__,
-            dtype=str(qs.model.dtype).removeprefix("torch."),
-            options=qs.config,
-            linears=qs.linears,
-            files=fingerprints(written, sorted(path.name for path in written.iterdir())),
-        ).write(written)
-        for path in written.iterdir():
-            # safetensors makes its files readable by their owner only.
-            shutil.copymode(written / DESCRIPTION_FILE, path)
-        _publish(written, folder, earlier)
+
+
+def check_generation_config(config: GenerationConfig | None) -> None:
+    """Raise ``SavedModelError`` for a generation config that transformers refuses to save."""
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError as error:
+        # The lines between transformers' introduction and its advice.
+        reasons = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        raise SavedModelError(
+            f"the model's generation config cannot be saved ({' '.join(reasons) or error}): correct "
+            "model.generation_config, or its file generation_config.json"
+        ) from error
+
+
+def _write(qs: QuantSpecModel, written: Path, max_shard_size: int | str) -> None:
+    with _as_dense(qs.model):
+        qs.model.save_pretrained(written, max_shard_size=max_shard_size)
+    save_torch_state_dict(_tensors(qs), written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
+    Description(
+        format_version=FORMAT_VERSION,
+        versions={package: version(package) for package in ("quantspec", "torch", "transformers")},
+        model_class=type(qs.model).__name__,
+        dtype=str(qs.model.dtype).removeprefix("torch."),
+        options=qs.config,
+        linears=qs.linears,
+        files=fingerprints(written, sorted(path.name for path in written.iterdir())),
+    ).write(written)
+    for path in written.iterdir():
+        # safetensors makes its files readable by their owner only.
+        shutil.copymode(written / DESCRIPTION_FILE, path)
 
 
 def _files_to_replace(folder: Path) -> list[str]:
     """Names of an earlier save's files in ``folder``, its description first."""
-    if folder.exists() and not folder.is_dir():
-        raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
-    names = sorted(path.name for path in folder.glob("*") if not path.name.startswith(_STAGING_PREFIX))
+    names = sorted(path.name for path in folder.iterdir() if not is_staged(path))
     if not names:
         return []
     if DESCRIPTION_FILE not in names:
@@ -137,15 +155,3 @@ def _not_restored_by_transformers(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if name not in saved or (tensor.is_floating_point() and tensor.dtype != model.dtype)
     }
-
-
-def _publish(written: Path, folder: Path, earlier: list[str]) -> None:
-    """Move the files to their place; until the description has come last, the folder cannot be loaded."""
-    for name in earlier:
-        (folder / name).unlink(missing_ok=True)
-    names = sorted(path.name for path in written.iterdir() if path.name != DESCRIPTION_FILE)
-    for name in (*names, DESCRIPTION_FILE):
-        (written / name).replace(folder / name)
-    for leftover in folder.glob(f"{_STAGING_PREFIX}*"):
-        if leftover != written:
-            shutil.rmtree(leftover)

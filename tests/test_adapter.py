@@ -151,6 +151,65 @@ def test_lm_evals_command_line(saved_model, tiny_tasks, tmp_path, capsys):
         assert 0 < len(row["resps"][0][0]) <= 7
 
 
+@pytest.fixture(scope="module")
+def saved_pair(qs, tokenizer, tmp_path_factory):
+    """Folder of the shared pair, whose groups are not the default's, with the test tokenizer."""
+    folder = tmp_path_factory.mktemp("pair")
+    qs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_saved_pair_is_evaluated_as_it_was_saved(saved_pair, evaluated, role, monkeypatch):
+    monkeypatch.setattr(quantspec, "convert", lambda *_, **__: pytest.fail("converted anew"))
+    lm = QuantSpecLM(str(saved_pair), role=role, device="cpu", self_check=False)
+    expected = evaluated(role)
+    ours, theirs = (model.loglikelihood(SCORED, disable_tqdm=True) for model in (lm, expected))
+    # Attention is another implementation than the shared model's.
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-4)
+    written = requests("generate_until", WRITTEN[0])
+    assert lm.generate_until(written, disable_tqdm=True) == expected.generate_until(written, disable_tqdm=True)
+    options = lm.get_model_info().get("quantspec")
+    assert options == (None if role == "reference" else {**options, "kv_group_size": str(GROUP)})
+
+
+def test_a_saved_pairs_dtype_is_chosen_as_from_pretrained_does(saved_pair):
+    lm = QuantSpecLM(str(saved_pair), role="target", device="cpu", dtype="bfloat16", self_check=False)
+    assert lm.model.dtype == lm.qs.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("role", ["speculative", "reference"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_group_size": 32}, "converted already; kv_group_size cannot"),
+        ({"compile": False, "weight_quantizer": "hqq", "max_cache_len": 64}, "max_cache_len, weight_quantizer cannot"),
+        ({"dtype": "float16"}, "loads in float32 or bfloat16, not in float16"),
+        ({"peft": "adapter"}, "saved; leave out peft"),
+        ({"attn_implementation": "sdpa"}, "saved; leave out attn_implementation"),
+    ],
+    ids=str,
+)
+def test_a_saved_pair_cannot_be_another_one(saved_pair, monkeypatch, role, options, message):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        QuantSpecLM(str(saved_pair), role=role, device="cpu", **options)
+
+
+def test_lm_evals_command_line_evaluates_a_saved_pair(saved_pair, tiny_tasks, tmp_path):
+    """The results tell the options that were saved."""
+    status = run_lm_eval(
+        [
+            *("--model_args", f"pretrained={saved_pair}", "--tasks", "tiny_choice", "--include_path", str(tiny_tasks)),
+            *("--limit", "1", "--device", "cpu", "--output_path", str(tmp_path)),
+        ]
+    )
+    assert status == 0
+    (results,) = tmp_path.rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["quantspec"]["kv_group_size"] == str(GROUP)
+
+
 def test_lm_evals_command_line_refuses_as_lm_eval_does(capsys):
     assert run_lm_eval(["run", "--no-such-option"]) == 2
     assert "--no-such-option" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.cli import main
 from quantspec.cli import options as cli_options
+from quantspec.generate import SpeculativeLoop
 from quantspec.memory import expected_memory
 from quantspec.passes import WeightQuantizer
+from quantspec.saved_format import Description
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
@@ -223,6 +226,59 @@ def test_prompt_longer_than_the_context(run, pair):
     assert_error(run("generate", pair, "a" * 600), "more than max_cache_len=512")
 
 
+@pytest.fixture
+def loops(monkeypatch) -> list[tuple]:
+    """What each decoding loop ran on and, last, how many tokens it made; of pairs that only seem to be compiled."""
+    seen = []
+    run_loop = SpeculativeLoop.run
+
+    def run(loop, prompts, draft_count):
+        run_loop(loop, prompts, draft_count)
+        chosen = (loop.cache.capacity, loop.do_sample, [type(one) for one in loop.processors], draft_count.most)
+        seen.append((*chosen, [prompt.tolist() for prompt in prompts], loop.progress.num_generated()))
+
+    monkeypatch.setattr(SpeculativeLoop, "run", run)
+    monkeypatch.setattr("quantspec.model.compile_graph", lambda graph: graph.forward)
+    return seen
+
+
+def test_warm_up_is_the_call_itself_cut_short(run, pair, loops):
+    """What is compiled depends on all of these; a stop string or EOS does not end it sooner."""
+    call = ("generate", pair, "Hello" * 8, "--compile", "--temperature", 0.9, "--seed", 1, "--gamma", 2)
+    text = run(*call, "--max-new-tokens", 100)[1]
+    status, _, err = run(*call, "--max-new-tokens", 100, "--stop", text[2], "--stats")
+    warm_up, timed = loops[-2:]
+    assert (status, warm_up[:-1]) == (0, timed[:-1])
+    assert warm_up[:-1] == loops[0][:-1]
+    assert timed[-1] <= 3
+    assert 20 <= warm_up[-1] <= 22
+    assert f"{timed[-1]} generated" in err
+
+
+def test_warm_up_fits_where_the_call_does(run, pair, folder, tokenizer, loops):
+    options = ("--max-cache-len", 10, "--max-new-tokens", 5, "--greedy", "--compile")
+    assert run("generate", pair, "Hello", *options) == (0, expected_text(folder, tokenizer, "Hello", 5) + "\n", "")
+    assert [loop[-1] for loop in loops] == [5, 5]
+
+
+def test_warm_up_of_a_chat_samples_as_the_chat_does(run, pair, loops):
+    status, _, err = run("chat", pair, "--compile", "--top-k", 5, "--max-new-tokens", 30, stdin="/stats\nHello\n")
+    assert status == 0
+    assert "nothing said yet" in err
+    assert len(loops) == 2
+    assert loops[0][:-2] == loops[1][:-2]
+    assert loops[0][1]
+
+
+def test_stop_strings_of_the_models_generation_config(run, pair, folder, tokenizer, tmp_path):
+    text = expected_text(folder, tokenizer, "Hello", 6)
+    stopping = shutil.copytree(folder, tmp_path / "stopping")
+    path = stopping / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stop_strings": [text[2]]}))
+    status, out, err = run("generate", stopping, "Hello", "--greedy", "--max-new-tokens", 6, "--no-self-check")
+    assert (status, out, err) == (0, text[: text.index(text[2]) + 1] + "\n", "")
+
+
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +419,48 @@ def test_convert_overwrites_nothing(run, pair, folder, tmp_path):
 
 def test_options_a_saved_pair_cannot_change(run, pair):
     assert_error(run("generate", pair, "Hi", "--weight-group-size", 32), "weight_group_size cannot change")
+    result = run("generate", pair, "Hi", "--weight-quantizer", "hqq")
+    assert_error(result, "weights were made with 'tinygemm'; convert", "`quantspec convert`")
+
+
+@pytest.fixture
+def weak_cpu(monkeypatch):
+    """No GPU, and a CPU that does not multiply in half precision."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("quantspec.passes.cpu_lacks_half_matmul", lambda: True)
+
+
+@pytest.mark.parametrize(("dtype", "runs_in"), [("bfloat16", "float32"), ("float16", "float16")])
+def test_convert_keeps_the_checkpoints_dtype(run, weak_cpu, tokenizer, tmp_path, monkeypatch, dtype, runs_in):
+    """Wherever it runs; what such a CPU runs is float32, unless the pair allows no other."""
+    tiny_model("llama", getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    status, out, err = run("convert", tmp_path / "model", tmp_path / "pair", "--no-self-check")
+    assert (status, out, err) == (0, "", f"saved to {tmp_path / 'pair'} in {dtype}\n")
+    assert Description.read(tmp_path / "pair").dtype == dtype
+    ran_in = []
+    monkeypatch.setattr("quantspec.cli.generate._generate", lambda qs, *_, **__: ran_in.append(qs.model.dtype))
+    for source in ("model", "pair"):
+        assert run("generate", tmp_path / source, "Hi", "--no-self-check")[0] == 0
+    assert ran_in == [torch.float32, getattr(torch, runs_in)]
+    assert run("convert", tmp_path / "model", tmp_path / "asked", "--no-self-check", "--dtype", "float32")[0] == 0
+    assert Description.read(tmp_path / "asked").dtype == "float32"
+
+
+def test_inspect_tells_the_dtype_that_generate_runs(run, weak_cpu, tmp_path, monkeypatch):
+    config = tiny_model("llama").config
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    assert json.loads(run("inspect", tmp_path, "--json")[1])["dtype"] == "float32"
+    monkeypatch.setattr("quantspec.passes.cpu_lacks_half_matmul", lambda: False)
+    assert json.loads(run("inspect", tmp_path, "--json")[1])["dtype"] == "bfloat16"
+
+
+def test_convert_refuses_what_cannot_be_saved_before_loading(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantspec.cli.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5}')
+    assert_error(run("convert", odd, tmp_path / "pair"), "generation config cannot be saved (`temperature`: ")
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pickle
+import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -414,12 +423,27 @@ def test_saving_over_a_damaged_save(copy, qs):
     assert files_of(copy) == before
 
 
-def test_saving_after_a_process_was_killed(qs, tmp_path):
-    """What it left behind is no foreign file, and goes."""
-    (tmp_path / ".quantspec-saving-abc").mkdir()
-    (tmp_path / ".quantspec-saving-abc" / "model.safetensors").write_text("half of it")
+def leftover(folder: Path, host: str, process: int | str) -> Path:
+    """What a save leaves that was killed while it wrote."""
+    path = folder / f".quantspec-saving-{host}-{process}-abcd_efg"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_text("half of it")
+    return path
+
+
+def test_what_dead_processes_left_goes(qs, tmp_path):
+    """It is no foreign file; what may belong to a live process stays for a day."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = leftover(tmp_path, platform.node(), ended.pid)
+    live = [leftover(tmp_path, platform.node(), os.getppid()), leftover(tmp_path, "another-host", ended.pid)]
     with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
         quantspec.from_pretrained(tmp_path)
+    qs.save_pretrained(tmp_path)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == set(live)
+    assert not dead.exists()
+    for path in live:
+        os.utime(path, (0, time.time() - 25 * 3600))
     qs.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
@@ -471,20 +495,147 @@ def test_interrupted_while_writing(copy, qs, monkeypatch):
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
-@pytest.mark.parametrize("after", range(4))
-def test_interrupted_while_moving(copy, qs, monkeypatch, after):
-    """However far it came, a mixture of old and new files does not load."""
-    moved = []
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@contextmanager
+def failing_moves(first: int, count: int, error: BaseException) -> Iterator[list[Path]]:
+    """Moves of files number ``first`` to ``first + count - 1`` raise ``error``; gives the targets of all."""
+    targets: list[Path] = []
     move = Path.replace
 
-    def interrupted(self, target):
-        if len(moved) == after:
-            raise KeyboardInterrupt
-        moved.append(target)
+    def replace(self, target):
+        targets.append(target)
+        if first < len(targets) <= first + count:
+            raise error
         return move(self, target)
 
-    monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(Path, "replace", replace):
+        yield targets
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_an_error_at_any_move(copy, qs, tokenizer, error):
+    """The earlier save is as it was, and nothing is left behind."""
+    tokenizer.save_pretrained(copy)
+    before = contents(copy)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SavedModelError
+    for step in range(len(Description.read(copy).files) + 6):
+        with failing_moves(step, 1, error), pytest.raises(expected):
+            qs.save_pretrained(copy)
+        assert contents(copy) == before, step
+        assert not any(path.is_dir() for path in copy.iterdir())
+    qs.save_pretrained(copy)
+    assert_same_pair(qs, quantspec.from_pretrained(copy))
+
+
+def test_an_error_at_any_move_of_a_first_save(qs, tmp_path):
+    for step in range(5):
+        with (
+            failing_moves(step, 1, OSError(errno.EIO, "Input/output error")),
+            pytest.raises(SavedModelError, match="Inp"),
+        ):
+            qs.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+    qs.save_pretrained(tmp_path)
+    assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
+
+
+def test_killed_at_any_move(copy, qs, tokenizer):
+    """A mixture of old and new files does not load; the next save puts the earlier one back before it begins."""
+    tokenizer.save_pretrained(copy)
+    before = contents(copy)
+    for step in range(1, len(Description.read(copy).files) + 6):
+        with failing_moves(step, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            qs.save_pretrained(copy)
+        with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
+            quantspec.from_pretrained(copy)
+        # Killed once more, while it puts back.
+        with failing_moves(step // 2, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            qs.save_pretrained(copy)
+        with mock.patch.object(saving, "_write", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            qs.save_pretrained(copy)
+        assert contents(copy) == before, step
+        assert not any(path.is_dir() for path in copy.iterdir())
+    with failing_moves(step, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         qs.save_pretrained(copy)
-    with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
-        quantspec.from_pretrained(copy)
+    qs.save_pretrained(copy)
+    assert_same_pair(qs, quantspec.from_pretrained(copy))
+    assert "tokenizer.json" in contents(copy)
+
+
+def test_a_save_while_another_writes(qs, tmp_path, monkeypatch):
+    """The last to end is the one that is there, whole."""
+    fingerprints = saving.fingerprints
+
+    def save_another_first(*arguments):
+        monkeypatch.setattr(saving, "fingerprints", fingerprints)
+        qs.save_pretrained(tmp_path, max_shard_size="30KB")
+        assert (tmp_path / "model.safetensors.index.json").is_file()
+        return fingerprints(*arguments)
+
+    monkeypatch.setattr(saving, "fingerprints", save_another_first)
+    qs.save_pretrained(tmp_path)
+    assert files_of(tmp_path) == ["config.json", "generation_config.json", "model.safetensors", "quantspec.safetensors"]
+    assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
+
+
+def test_a_save_while_another_moves(qs, tmp_path, monkeypatch):
+    """It waits for the other's last move."""
+    lock, move = fcntl.flock, Path.replace
+    waits = threading.Event()
+    other = threading.Thread(target=qs.save_pretrained, args=(tmp_path,), kwargs={"max_shard_size": "30KB"})
+
+    def note_and_lock(*arguments):
+        if threading.current_thread() is other:
+            waits.set()
+        lock(*arguments)
+
+    def start_other_and_move(self, target):
+        if not moved_by:
+            other.start()
+            assert waits.wait(60)
+        moved_by.append(threading.current_thread().name)
+        return move(self, target)
+
+    moved_by: list[str] = []
+    monkeypatch.setattr(fcntl, "flock", note_and_lock)
+    monkeypatch.setattr(Path, "replace", start_other_and_move)
+    qs.save_pretrained(tmp_path)
+    other.join()
+    ours = moved_by.count(threading.current_thread().name)
+    assert set(moved_by[:ours]) == {threading.current_thread().name}
+    assert len(moved_by) > ours == 5
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(qs, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    qs.save_pretrained(tmp_path)
+    assert Description.read(tmp_path).options == dataclasses.replace(qs.config, adapted_group_sizes={})
+
+
+def test_a_folder_that_vanishes(qs, tmp_path, monkeypatch):
+    fingerprints = saving.fingerprints
+
+    def remove(folder, names):
+        found = fingerprints(folder, names)
+        shutil.rmtree(tmp_path / "new")
+        return found
+
+    monkeypatch.setattr(saving, "fingerprints", remove)
+    with pytest.raises(SavedModelError, match=r"cannot save to '.*new': No such file or directory"):
+        qs.save_pretrained(tmp_path / "new")
+
+
+def test_a_generation_config_that_cannot_be_saved(qs, tmp_path, monkeypatch):
+    """transformers refuses it; here before anything is written."""
+    monkeypatch.setattr(qs.model.generation_config, "temperature", -1.0)
+    with pytest.raises(
+        SavedModelError, match=r"generation config cannot be saved \(.*temperature.*generation_config.json"
+    ):
+        qs.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

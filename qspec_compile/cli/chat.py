@@ -32,11 +32,10 @@ def command(
     qs, tokenizer = load_pair(model, run)
     # A model without a chat template is refused before the first message.
     inputs = apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]).to(qs.device)
-    warm_up(qs, dict(inputs))
     if model.num_speculative_tokens is not None:
         arguments["num_speculative_tokens"] = model.num_speculative_tokens
-    if "stop_strings" in arguments:
-        arguments["tokenizer"] = tokenizer
+    arguments["tokenizer"] = tokenizer
+    warm_up(qs, {**inputs, **arguments})
     from ._conversation import Conversation
 
     talk(Conversation(qs, tokenizer, system, arguments))

@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Convert a model (no saved pair) and save the pair, so that loading it quantizes nothing."""
     if find_source(model.model).kind is Kind.PAIR:
-        raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy the folder")
+        raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
     try:
@@ -29,8 +29,9 @@ def command(
         raise CommandError(
             f"cannot write to '{out}': {error.strerror}", "choose a folder that can be written to"
         ) from error
-    qs, tokenizer = load_pair(model, run)
+    qs, tokenizer = load_pair(model, run, to_save=True)
     with working("saving"):
         qs.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    stderr().print(f"saved to {out}", markup=False)
+    dtype = str(qs.model.dtype).removeprefix("torch.")
+    stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)

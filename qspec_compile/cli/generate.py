@@ -14,6 +14,9 @@ from .errors import CommandError
 from .loading import load_pair
 from .options import ModelOptions, RunOptions, SamplingOptions
 
+# Cycles of the number of drafts that is timed, and with --gamma auto of those it begins with.
+_WARM_UP_TOKENS = 20
+
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -41,9 +44,7 @@ def command(
     inputs = encode(tokenizer, text, chat).to(qs.device)
     if inputs.input_ids.shape[1] == 0:
         raise CommandError("the prompt has no tokens", "give some text")
-    arguments = {**inputs, **arguments, "num_speculative_tokens": model.num_speculative_tokens}
-    if "stop_strings" in arguments:
-        arguments["tokenizer"] = tokenizer
+    arguments = {**inputs, **arguments, "num_speculative_tokens": model.num_speculative_tokens, "tokenizer": tokenizer}
     warm_up(qs, arguments)
     new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
     if as_json:
@@ -97,13 +98,21 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 
 
 def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
-    """Compile the pair, if it is to be compiled, on the prompt's first token, before anything is timed."""
-    compiles = qs.config.compile
-    if compiles is False or (compiles is None and qs.device.type != "cuda"):
+    """Compile the pair, if it is to be compiled, before anything is timed.
+
+    It begins the very call that ``arguments`` make, since what is compiled depends on the length of the cache, on the
+    prompt and on how tokens are sampled, and ends it after a few tokens.
+    """
+    if not qs.compiles:
         return
-    first = {name: arguments[name][:, :1] for name in ("input_ids", "attention_mask")}
+    from transformers import MaxLengthCriteria, StoppingCriteriaList
+
+    new_tokens = min(_WARM_UP_TOKENS, arguments["max_new_tokens"])
+    few = MaxLengthCriteria(arguments["input_ids"].shape[1] + new_tokens)
+    started = {name: value for name, value in arguments.items() if name != "stop_strings"}
     with working("compiling (once)"):
-        qs.generate(**first, max_new_tokens=20, eos_token_id=None, do_sample=False)
+        qs.generate(**started, eos_token_id=None, stopping_criteria=StoppingCriteriaList([few]))
+    qs.last_stats = None
 
 
 def _generate(

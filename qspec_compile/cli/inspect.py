@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, find_source, load_config
-from .options import Dtype, ModelOptions
+from .loading import Kind, dtype_to_load, find_device, find_source, load_config
+from .options import ModelOptions
 
 if TYPE_CHECKING:
     from quantspec.config import QuantSpecConfig
@@ -36,15 +36,13 @@ def command(
     """Show attention layers, linears and the memory of a conversion or a saved pair, without loading weights."""
     source = find_source(model.model)
     with working("importing"):
-        import torch
-
         from quantspec.cache import check_cache_len
         from quantspec.config import QuantSpecConfig
         from quantspec.loading import changed_options, resolve_dtype
         from quantspec.saved_format import Description
         from quantspec.structure import structure_of
 
-    dtype = None if model.dtype is Dtype.AUTO else getattr(torch, model.dtype.value)
+    dtype = dtype_to_load(source, model.dtype, find_device(None))
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))
         options, dtype = changed_options(saved.options, model.conversion()), resolve_dtype(saved, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -121,26 +122,42 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise CommandError(f"no tokenizer found with '{source.name}'", hint) from error
 
 
-def load_model(source: Source, dtype: Dtype, device: torch.device) -> PreTrainedModel:
-    """The original model on ``device``, in eval mode."""
+def dtype_to_load(source: Source, dtype: Dtype, device: torch.device | None) -> torch.dtype | None:
+    """Precision of the weights where ``--dtype`` says ``dtype``; None is the checkpoint's own.
+
+    Args:
+        device: where the model shall run; None for one that is only saved.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from quantspec.passes import cpu_lacks_half_matmul
+    from quantspec.saved_format import Description
 
-    resolved: torch.dtype | str = "auto"
     if dtype is not Dtype.AUTO:
-        resolved = getattr(torch, dtype.value)
-    elif device.type == "cpu" and cpu_lacks_half_matmul():
-        resolved = torch.float32
-    elif source.kind is Kind.GGUF:
-        resolved = torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=resolved, **source.arguments)
+        return getattr(torch, dtype.value)
+    # A pair saved in float16 loads in nothing else.
+    is_fixed = source.kind is Kind.PAIR and Description.read(Path(source.name)).dtype == "float16"
+    if device is not None and device.type == "cpu" and cpu_lacks_half_matmul() and not is_fixed:
+        return torch.float32
+    return torch.bfloat16 if source.kind is Kind.GGUF else None
+
+
+def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """The original model on ``device``, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype or "auto", **source.arguments)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
+def load_pair(
+    model: ModelOptions, run: RunOptions, *, to_save: bool = False
+) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
     """Load and convert the model, or load a saved pair, and its tokenizer.
+
+    Args:
+        to_save: the pair is saved, not run: its dtype does not depend on this machine, and what saving would refuse is
+            refused here.
 
     Raises:
         CommandError, ValueError, TypeError: something is wrong with the arguments; before weights are read.
@@ -148,26 +165,30 @@ def load_pair(model: ModelOptions, run: RunOptions) -> tuple[QuantSpecModel, Pre
     source = find_source(model.model)
     device = find_device(run.device)
     options = {**model.conversion(), **run.conversion()}
-    if source.kind is Kind.PAIR:
-        return _load_saved_pair(source, model.dtype, device, options)
     with working("importing"):
         import quantspec
 
-        config = quantspec.QuantSpecConfig.from_options(None, options)
+    dtype = dtype_to_load(source, model.dtype, None if to_save else device)
+    if source.kind is Kind.PAIR:
+        tokenizer = load_tokenizer(source)
+        with working("loading"):
+            return quantspec.from_pretrained(source.name, device=device, dtype=dtype, **options), tokenizer
+    config = quantspec.QuantSpecConfig.from_options(None, options)
     # The cheapest thing that can be missing, first; transformers draws the bars of downloading and loading itself.
     load_config(source)
+    if to_save:
+        _check_can_be_saved(source)
     tokenizer = load_tokenizer(source)
-    loaded = load_model(source, model.dtype, device)
+    loaded = load_model(source, dtype, device)
     with working("converting"):
         return quantspec.convert(loaded, config), tokenizer
 
 
-def _load_saved_pair(
-    source: Source, dtype: Dtype, device: torch.device, options: dict[str, Any]
-) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
-    import quantspec
+def _check_can_be_saved(source: Source) -> None:
+    from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(source)
-    name = None if dtype is Dtype.AUTO else dtype.value
-    with working("loading"):
-        return quantspec.from_pretrained(source.name, device=device, dtype=name, **options), tokenizer
+    from quantspec.saving import check_generation_config
+
+    # Most models have the file; without it transformers makes a config by itself.
+    with contextlib.suppress(OSError):
+        check_generation_config(GenerationConfig.from_pretrained(source.name))

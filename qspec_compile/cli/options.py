@@ -48,7 +48,8 @@ class ModelOptions:
         str, typer.Argument(metavar="MODEL", show_default=False, help="Hub id, local folder, saved pair or GGUF file.")
     ]
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: the checkpoint's own, but float32 on a CPU without half-precision matmuls.")
+        Dtype,
+        typer.Option(help="auto: the checkpoint's own; to run on a CPU without half-precision matmuls, float32."),
     ] = Dtype.AUTO
     num_speculative_tokens: Annotated[
         int | None,
