@@ -43,7 +43,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/installed
-	$(BIN)/mypy qspec_compile passes kernels evals
+	$(BIN)/mypy qspec_compile passes kernels evals benchmarks
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -130,7 +130,8 @@ def random_model(name: str, layers: int | None) -> PreTrainedModel:
     shape = dict(SHAPES[name])
     if layers is not None:
         shape["num_hidden_layers"] = layers
-    config = LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_theta=5e5)
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    config = LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_parameters=rope)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
@@ -329,7 +330,7 @@ def measure_generate(
     texts = {}
     calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "generate": (qs.generate, {"num_speculative_tokens": gamma}),
-        "hugging_face": (qs.model.generate, {}),  # type: ignore[dict-item]
+        "hugging_face": (qs.model.generate, {}),
     }
     if not baseline:
         # Hugging Face's cache would not fit either.

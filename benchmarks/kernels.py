@@ -60,7 +60,7 @@ class Cases:
 QUICK = Cases(layouts=((32, 8),), contexts=(32768,), batches=(1,), linears=((4096, 14336),), rows=(1, 8), groups=(128,))
 
 
-def measure(calls: list[Callable[[], Any]], replays: int = 20) -> dict[str, float]:
+def measure(calls: Sequence[Callable[[], Any]], replays: int = 20) -> dict[str, float]:
     """Median, 10% and 90% quantiles in microseconds per call, over replays of a graph that makes each call in turn."""
     rounds = max(1, 8 // len(calls))
     stream = torch.cuda.Stream()
@@ -169,8 +169,8 @@ def attention_rows(cases: Cases) -> Iterator[dict[str, Any]]:
                             | {"implementation": "flash_attention", "bytes": size}
                             | measure(
                                 [
-                                    functools.partial(F.scaled_dot_product_attention, query, *kv, enable_gqa=True)
-                                    for kv in pairs
+                                    functools.partial(F.scaled_dot_product_attention, query, k, v, enable_gqa=True)
+                                    for k, v in pairs
                                 ]
                             )
                         )
@@ -189,8 +189,8 @@ def linear_rows(cases: Cases) -> Iterator[dict[str, Any]]:
                     torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device="cuda")
                     for _ in range(count)
                 ]
-                scales = torch.randn(in_features // group, out_features, 2, dtype=torch.bfloat16, device="cuda")
-                scales = [scales.clone() for _ in range(count)]
+                parameters = torch.randn(in_features // group, out_features, 2, dtype=torch.bfloat16, device="cuda")
+                scales = [parameters.clone() for _ in range(count)]
                 size = data[0].nbytes + scales[0].nbytes
                 yield (
                     shape

@@ -34,7 +34,7 @@ class LayerShape(NamedTuple):
     window: int = 0
 
 
-def _load(name: str) -> dict[str, Any]:
+def _load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
@@ -227,7 +227,7 @@ def memory(name: str) -> str:
     contexts = _load(name)["rows"]
     shape = LlamaConfig(**SHAPES[contexts[0]["model"]])
     dim = shape.hidden_size // shape.num_attention_heads
-    layers = [LayerShape(shape.num_key_value_heads, dim, dim)] * shape.num_hidden_layers
+    layers = [LayerShape(shape.num_key_value_heads or shape.num_attention_heads, dim, dim)] * shape.num_hidden_layers
     weights = next(row["statistics"]["weight_bytes"] for row in contexts if "statistics" in row)
     rows = []
     for context in contexts:
