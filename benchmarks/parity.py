@@ -22,8 +22,10 @@ from quantspec.evals.parity import ParityOptions, parity
 from .common import RESULTS
 
 OFFLINE_TASKS = ("reference_choice", "reference_cloze", "reference_cloze@6000", "reference_perplexity")
-NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")
-NEEDLE_LENGTHS = (1024, 2048, 4096, 8192)
+NEEDLE_TASKS = [
+    f"{task}@{length}" for length in (1024, 2048, 4096, 8192) for task in ("niah_single_1", "niah_multikey_2")
+]
+TASKS = (*OFFLINE_TASKS, *NEEDLE_TASKS)
 
 
 def main() -> int:
@@ -33,8 +35,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=int, default=40, help="documents per task")
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--lengths", type=int, nargs="*", default=NEEDLE_LENGTHS, help="of the needle tasks, in tokens")
-    parser.add_argument("--needles-only", action="store_true", help="no other task, and no text")
+    parser.add_argument(
+        "--tasks", nargs="+", default=TASKS, help="all offline ones, and needles at four lengths, if not given"
+    )
+    parser.add_argument("--no-text", dest="text", action="store_false", help="no long text, no continuations")
     parser.add_argument("--context-tokens", type=int, default=7168, help="of the long text")
     parser.add_argument("--prompts", type=int, default=16, help="continued greedily")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="of each of them")
@@ -44,16 +48,13 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
     qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
-    tasks = [f"{task}@{length}" for length in arguments.lengths for task in NEEDLE_TASKS]
-    if not arguments.needles_only:
-        tasks = [*OFFLINE_TASKS, *tasks]
     names = ("limit", "batch_size", "context_tokens", "prompts", "prompt_tokens")
     options = ParityOptions(**{name: getattr(arguments, name) for name in names})
     report = parity(
         qs,
         tokenizer=tokenizer,
-        tasks=tasks,
-        text="" if arguments.needles_only else None,
+        tasks=arguments.tasks,
+        text=None if arguments.text else "",
         options=options,
         output=arguments.out,
         name="SmolLM2-135M-Instruct",
