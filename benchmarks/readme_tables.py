@@ -291,7 +291,7 @@ TABLES = {
     "acceptance": lambda: acceptance("acceptance.json"),
     "parity": lambda: parity("acceptance.json"),
     "task-parity": lambda: task_parity("parity/parity.json"),
-    "needle": lambda: needle("parity/parity.json"),
+    "needle": lambda: needle("parity-needles/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
