@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_generate_is_measured_on_a_cpu(run, no_gpu, monkeypatch, tokenizer, tmp_
     assert "no GPU here" in err
     figures = json.loads(out)
     assert json.loads((tmp_path / "new" / "generate.json").read_text()) == figures
-    assert figures["environment"]["torch"] == torch.__version__
+    assert figures["environment"]["torch"] == version("torch")
     rows = figures["rows"]
     assert [(row["prompt_tokens"], row["mode"]) for row in rows] == [
         (length, mode) for length in (40, 60) for mode in ("speculative", "target only")

@@ -106,10 +106,12 @@ def test_graph_replay_equals_eager(gpu_qs, monkeypatch, gamma, do_sample):
     ids, mask = (x.cuda() for x in pad_batch(prompts, [0, 7, 0][: len(prompts)], 5 * GROUP))
     options = {"max_new_tokens": 5 * GROUP + 1, "eos_token_id": None, "num_speculative_tokens": gamma, "seed": 1}
     options |= {"do_sample": do_sample, "temperature": 2.0, "top_k": 0} if do_sample else {"do_sample": False}
-    ours = gpu_qs.generate(ids, mask, **options)
+    # At the end eager cycles draft fewer tokens, which draws other random numbers.
+    compared = slice(None, -gamma - 1 if do_sample else None)
+    ours = gpu_qs.generate(ids, mask, **options)[:, compared]
     assert gpu_qs._graphed
     monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
-    assert torch.equal(gpu_qs.generate(ids, mask, **options), ours)
+    assert torch.equal(gpu_qs.generate(ids, mask, **options)[:, compared], ours)
 
 
 @needs_cuda

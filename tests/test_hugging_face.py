@@ -25,14 +25,16 @@ def pipe(qs, tokenizer):
 
 
 def test_pipeline_generates_with_the_pair(qs, tokenizer, pipe):
-    expected = pipeline("text-generation", model=qs.model, tokenizer=tokenizer)(TEXT, **GREEDY)
+    expected = pipeline("text-generation", model=qs.model, device=qs.device, tokenizer=tokenizer)(TEXT, **GREEDY)
     qs.last_stats = None
     assert pipe(TEXT, **GREEDY) == expected
     assert qs.last_stats.drafted > 0
 
 
 def test_pipeline_with_custom_generate(qs, tokenizer, pipe):
-    other = pipeline("text-generation", model=qs.model, tokenizer=tokenizer, custom_generate=qs.decode)
+    other = pipeline(
+        "text-generation", model=qs.model, device=qs.device, tokenizer=tokenizer, custom_generate=qs.decode
+    )
     qs.last_stats = None
     assert other(TEXT, **GREEDY) == pipe(TEXT, **GREEDY)
     assert qs.last_stats.drafted > 0

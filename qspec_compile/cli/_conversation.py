@@ -48,7 +48,8 @@ class Conversation:
             output = self.qs.generate(
                 **inputs,
                 **self.arguments,
-                continue_cache=True,
+                # What the cache holds before the first answer is a warm-up's.
+                continue_cache=any(message["role"] == "assistant" for message in messages),
                 stopping_criteria=StoppingCriteriaList([interrupt]),
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
