@@ -31,6 +31,8 @@ LAYOUTS = [(32, 32), (32, 8), (28, 4), (64, 8)]
 CONTEXTS = [4096, 16384, 32768, 65536, 131072, 262144]
 LINEAR_SHAPES = [(4096, 14336), (14336, 4096), (4096, 4096), (4096, 1024)]
 L2_BYTES = 50 * 2**20
+# Launching a graph takes some microseconds, which a shorter one would add to its kernels.
+GRAPH_US = 1000
 # Of the device's memory, for all the sets of one case.
 MEMORY_BYTES = 60 * 2**30
 
@@ -60,29 +62,43 @@ class Cases:
 QUICK = Cases(layouts=((32, 8),), contexts=(32768,), batches=(1,), linears=((4096, 14336),), rows=(1, 8), groups=(128,))
 
 
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that makes each call in turn; they have been made before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay, the graph's own launch included."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1000
+
+
 def measure(calls: Sequence[Callable[[], Any]], replays: int = 20) -> dict[str, float]:
-    """Median, 10% and 90% quantiles in microseconds per call, over replays of a graph that makes each call in turn."""
-    rounds = max(1, 8 // len(calls))
+    """Median, 10% and 90% quantiles in microseconds per call, over replays of a graph that makes each call in turn.
+
+    The calls are repeated until the graph takes about :data:`GRAPH_US`.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = []
-    for replay in range(replays + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if replay >= 2:
-            times.append(start.elapsed_time(end) * 1000 / (rounds * len(calls)))
+    once = capture(calls)
+    replay_us(once)
+    many = [*calls] * max(1, round(GRAPH_US / replay_us(once)))
+    graph = capture(many)
+    for _ in range(2):
+        replay_us(graph)
+    times = [replay_us(graph) / len(many) for _ in range(replays)]
     quantiles = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     return dict(zip(("p10_us", "median_us", "p90_us"), quantiles, strict=True))
 

@@ -97,6 +97,32 @@ def gpu_qs(request):
 
 
 @needs_cuda
+@pytest.mark.parametrize("rows", [2, 16])
+def test_graph_replay_equals_eager_in_batches(gpu_qs, monkeypatch, rows):
+    """Ragged prompts, and acceptance of their own for each row."""
+    lengths = [1 + 7 * row for row in range(rows)]
+    prompts = [random_prompt(length, length) for length in lengths]
+    ids, mask = (x.cuda() for x in pad_batch(prompts, [0] * rows, lengths[-1]))
+    options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": False}
+    ours = gpu_qs.generate(ids, mask, **options)
+    monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
+    assert torch.equal(gpu_qs.generate(ids, mask, **options), ours)
+
+
+@needs_cuda
+def test_graph_replay_equals_eager_at_32k(monkeypatch):
+    """Over three flushes of groups of 128, some of the drafts accepted."""
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 2**16}
+    qs = quantspec.convert(tiny_model("llama", torch.bfloat16, **shape).cuda(), weight_group_size=64, self_check=False)
+    ids = torch.tensor([random_prompt(2**15, 1)], device="cuda")
+    options = {"max_new_tokens": 400, "eos_token_id": None, "do_sample": False}
+    ours = qs.generate(ids, **options)
+    assert qs.last_stats.accepted
+    monkeypatch.setattr(type(qs), "graphs_cycles", lambda self, processors: False)
+    assert torch.equal(qs.generate(ids, **options), ours)
+
+
+@needs_cuda
 @pytest.mark.parametrize("gpu_qs", ["llama", "gemma2", "gpt_oss", "mixtral"], indirect=True)
 @pytest.mark.parametrize("gamma", [0, 4])
 @pytest.mark.parametrize("do_sample", [False, True])
