@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from quantspec import QuantSpecModel
@@ -13,7 +13,7 @@ from quantspec.passes import Role
 from .draft_decoding import decode_with_draft
 
 
-class EvalRole(str, Enum):
+class EvalRole(StrEnum):
     """``reference``: the untouched Hugging Face model; ``speculative``: drafted, verified and emitted by the target."""
 
     REFERENCE = "reference"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import fx
@@ -13,7 +13,7 @@ from quantspec.kernels.hierarchical import num_value_groups
 from .graph import add_call, add_placeholder, fake_mode_of, find_calls, finish
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a lowered graph does with the cache."""
 
     TARGET = "target"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _NOT_AS_WEIGHT = {
 _ROUTER_DEPTH = 8
 
 
-class WeightQuantizer(str, Enum):
+class WeightQuantizer(StrEnum):
     """How torchao chooses scales and zeros: min/max of the group, or HQQ's half-quadratic fit."""
 
     TINYGEMM = "tinygemm"

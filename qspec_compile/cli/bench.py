@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,14 +25,14 @@ _QUICK_CPU_CONTEXT = 512
 _QUICK_CPU_NEW_TOKENS = 16
 
 
-class What(str, Enum):
+class What(StrEnum):
     """What is measured."""
 
     DECODE = "decode"
     KERNELS = "kernels"
 
 
-class BenchModel(str, Enum):
+class BenchModel(StrEnum):
     """SmolLM2 with its weights, and the names of :data:`quantspec.benchmarks.decode.SHAPES`, without importing it."""
 
     SMOLLM2 = "smollm2"

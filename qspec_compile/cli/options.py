@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -15,7 +15,7 @@ from rich.markup import escape
 from .errors import CommandError
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Precision of the weights."""
 
     AUTO = "auto"
@@ -24,7 +24,7 @@ class Dtype(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
-class Quantizer(str, Enum):
+class Quantizer(StrEnum):
     """The names of :class:`quantspec.passes.WeightQuantizer`, without importing torch."""
 
     TINYGEMM = "tinygemm"
