@@ -39,7 +39,8 @@ def main() -> int:
         "--tasks", nargs="+", default=TASKS, help="all offline ones, and needles at four lengths, if not given"
     )
     parser.add_argument("--no-text", dest="text", action="store_false", help="no long text, no continuations")
-    parser.add_argument("--context-tokens", type=int, default=7168, help="of the long text")
+    parser.add_argument("--context-tokens", type=int, default=4096, help="of the long text, before those scored")
+    parser.add_argument("--scored-tokens", type=int, default=4096)
     parser.add_argument("--prompts", type=int, default=16, help="continued greedily")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="of each of them")
     parser.add_argument("--compile", action="store_true", help="through torch.compile, which takes minutes by itself")
@@ -48,7 +49,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
     qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=arguments.compile)
-    names = ("limit", "batch_size", "context_tokens", "prompts", "prompt_tokens")
+    names = ("limit", "batch_size", "context_tokens", "scored_tokens", "prompts", "prompt_tokens")
     options = ParityOptions(**{name: getattr(arguments, name) for name in names})
     report = parity(
         qs,
