@@ -266,7 +266,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     ops = ("draft_attention", "verify_attention")
-    figure, axes = pyplot.subplots(len(ops), len(LAYOUTS), figsize=(4 * len(LAYOUTS), 7), sharex=True, sharey="row")
+    figure, axes = pyplot.subplots(len(ops), len(LAYOUTS), figsize=(2.6 * len(LAYOUTS), 5.6), sharex=True, sharey="row")
     for row_axes, op in zip(axes, ops, strict=True):
         for axis, (heads, kv_heads) in zip(row_axes, LAYOUTS, strict=True):
             for batch, style in ((1, "-"), (8, "--")):
@@ -285,15 +285,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                         axis.plot(
                             contexts, floors, ":", color="black", linewidth=1, label="floor" if batch == 1 else None
                         )
-            axis.set(xscale="log", yscale="log", title=f"{op}, {heads}/{kv_heads}")
-            axis.set_xticks(CONTEXTS, [f"{context // 1024}k" for context in CONTEXTS])
+            axis.set(xscale="log", yscale="log", title=f"{op.removesuffix('_attention')}, {heads}/{kv_heads}")
+            axis.set_xticks(CONTEXTS[::2], [f"{context // 1024}k" for context in CONTEXTS[::2]])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("cached tokens")
     for row_axes in axes:
         row_axes[0].set_ylabel("microseconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    # Handles long enough to tell dashes.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, handlelength=3)
+    figure.savefig(path, dpi=150)
 
 
 def measured_rows(cases: Cases, commit: str | None = None) -> Iterator[dict[str, Any]]:

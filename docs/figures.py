@@ -271,8 +271,9 @@ def draft_tokens() -> Figure:
     speeds.axhline(1, color=MUTED, linewidth=1)
     speeds.plot([], [], "-", color=INK, label="a draft step takes 0.35 of a target step")
     speeds.plot([], [], ":", color=INK, label="a draft step takes 0.7 of a target step")
-    speeds.legend(loc="lower left", fontsize=9.5)
-    speeds.set_ylim(0)
+    speeds.legend(loc="upper right", fontsize=9.5)
+    # The legend stands above the highest curve.
+    speeds.set_ylim(0, 2.4)
     yields.set_ylim(0)
     for axes, title in ((yields, "tokens per cycle, acceptance rate a"), (speeds, "speed against the target alone")):
         axes.set_title(title, loc="left", fontsize=11.5, weight="bold", pad=10)

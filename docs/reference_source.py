@@ -34,12 +34,25 @@ def _one_entry_each(shared: re.Match[str]) -> str:
     return "\n".join(shared[1] + name + shared[3] for name in shared[2].split(", "))
 
 
+_ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
+
+
+def _link(obj: griffe.Object, name: str) -> str:
+    """``name`` as code, linked to its entry if the reference has one."""
+    first, *rest = name.split(".")
+    try:
+        path = ".".join([obj.resolve(first), *rest])
+    except griffe.NameResolutionError:
+        path = name
+    return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+
+
 class PlainDocstrings(griffe.Extension):
     """Turns what Markdown and the parser of docstrings do not know into what they do."""
 
-    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Roles become code; names that share a description get it each, since the parser looks their types up."""
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Roles become links; names that share a description get it each, since the parser looks their types up."""
         if obj.docstring is None:
             return
-        text = re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
-        obj.docstring.value = _SHARED.sub(_one_entry_each, text)
+        text = _SHARED.sub(_one_entry_each, obj.docstring.value)
+        obj.docstring.value = _ROLE.sub(lambda role: _link(obj, role[1]), text)

@@ -69,7 +69,7 @@ class QuantSpecLM(HFLM):
             ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded.
             SavedModelError: the folder of a saved pair is damaged.
         """
-        self.role = EvalRole.parse(role)
+        self.role: EvalRole = EvalRole.parse(role)
         self.statistics: list[GenerationStats] = []
         self.num_speculative_tokens = num_speculative_tokens
         if num_speculative_tokens is not None:

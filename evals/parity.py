@@ -113,7 +113,8 @@ class ParityReport:
         model: its name.
         config: the conversion's options.
         tasks: every metric of every role but the reference; ``acceptance`` by task.
-        text, generation: see :mod:`.text_parity` and :mod:`.generation_parity`.
+        text: one comparison per role on the long text.
+        generation: comparisons of greedy continuations.
         verdicts: one per threshold that applied.
     """
 

@@ -14,12 +14,16 @@ from .draft_decoding import decode_with_draft
 
 
 class EvalRole(StrEnum):
-    """``reference``: the untouched Hugging Face model; ``speculative``: drafted, verified and emitted by the target."""
+    """Who answers."""
 
     REFERENCE = "reference"
+    """The untouched Hugging Face model."""
     TARGET = "target"
+    """The model's weights over the 8-bit cache."""
     SPECULATIVE = "speculative"
+    """Drafted and verified, so emitted by the target."""
     DRAFT = "draft"
+    """INT4 weights over the 4-bit cache."""
 
     @classmethod
     def parse(cls, name: str) -> EvalRole:

@@ -17,11 +17,13 @@ class Role(StrEnum):
     """What a lowered graph does with the cache."""
 
     TARGET = "target"
+    """Reads both planes, at 8 bits."""
     DRAFT = "draft"
+    """Reads the upper planes alone, at 4 bits."""
     PREFILL = "prefill"
+    """Reads a prompt in chunks and fills the cache; earlier chunks at 8 bits."""
 
 
-# Parts of one layer's cache in the order the attention ops take them.
 CACHE_PARTS = (
     "k_recent",
     "v_recent",
@@ -34,6 +36,7 @@ CACHE_PARTS = (
     "v_scale",
     "v_zero",
 )
+"""Parts of one layer's cache in the order the attention ops take them."""
 _LOWER = ("k_lower", "v_lower")
 
 

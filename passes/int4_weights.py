@@ -20,11 +20,13 @@ from .logit_rows import LINEAR_TARGETS, logits_linear
 _LOGGER = logging.getLogger(__name__)
 
 GROUP_SIZES = (32, 64, 128, 256)
+"""Numbers of input channels that may share an INT4 scale."""
 # Node metadata: names and rows of the linears whose INT4 weights a call holds, in the order of their rows.
 INT4_LINEARS = "int4_linears"
-# Looks up ready INT4 weights: name of a linear, shape (..., N, K) of its weight and group size g to plain-layout
-# ``qdata (..., N, K/2)`` and ``scale_and_zero (..., K/g, N, 2)``, on any device.
 Int4Source = Callable[[str, tuple[int, ...], int], tuple[Tensor, Tensor]]
+"""Looks up ready INT4 weights: name of a linear, shape ``(..., N, K)`` of its weight and group size g to plain-layout
+``qdata (..., N, K/2)`` and ``scale_and_zero (..., K/g, N, 2)``, on any device.
+"""
 _ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
 # Readers of a matrix that is a lookup table or holds the experts' biases.
 _NOT_AS_WEIGHT = {
@@ -37,10 +39,12 @@ _ROUTER_DEPTH = 8
 
 
 class WeightQuantizer(StrEnum):
-    """How torchao chooses scales and zeros: min/max of the group, or HQQ's half-quadratic fit."""
+    """How torchao chooses scales and zeros."""
 
     TINYGEMM = "tinygemm"
+    """By minimum and maximum of the group."""
     HQQ = "hqq"
+    """By HQQ's half-quadratic fit."""
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,11 @@ class HierarchicalCache:
         self.max_len = max_len
         self.batch_size = batch_size
         recent = recent_slots(group_size, num_speculative_tokens)
-        self.layers = [LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers]
-        self.quantized_len = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.layers: list[LayerCache] = [
+            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
+        ]
+        self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:

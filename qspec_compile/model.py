@@ -72,7 +72,7 @@ class QuantSpecModel:
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
-        target, draft, prefill: ``torch.fx.GraphModule`` of each role, see :class:`quantspec.pair.Pair`.
+        target, draft, prefill: the graph of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
@@ -83,12 +83,14 @@ class QuantSpecModel:
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
-        self.model = model
+        self.model: PreTrainedModel = model
         self._converted_as = (model.device, model.dtype)
-        self.config = replace(config, max_cache_len=_max_cache_len(model, config, captured))
+        self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
         pair = build_pair(captured, config, self.vocab_size, source)
-        self.target, self.draft, self.prefill = pair.target, pair.draft, pair.prefill
+        self.target: torch.fx.GraphModule = pair.target
+        self.draft: torch.fx.GraphModule = pair.draft
+        self.prefill: torch.fx.GraphModule = pair.prefill
         self.linears: tuple[LinearReport, ...] = pair.linears
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config = replace(self.config, adapted_group_sizes=adapted)
@@ -99,10 +101,10 @@ class QuantSpecModel:
         self._graphed: dict[Hashable, GraphedCycle] = {}
         self._graphed_storage: tuple[int, int] | None = None
         self._turns = _Turns()
-        self.compiles = compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
         self._graphs = {
-            Role.TARGET: compile_graph(self.target) if compiles else self.target.forward,
-            Role.DRAFT: compile_graph(self.draft) if compiles else self.draft.forward,
+            Role.TARGET: compile_graph(self.target) if self.compiles else self.target.forward,
+            Role.DRAFT: compile_graph(self.draft) if self.compiles else self.draft.forward,
             # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
             Role.PREFILL: self.prefill.forward,
         }

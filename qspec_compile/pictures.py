@@ -152,7 +152,7 @@ def plot_memory(
 
     Args:
         layers: attention layers, such as ``qs.layers``; no weights are needed.
-        max_context: tokens per sequence at the right end.
+        max_context: tokens per sequence at the right end; 131,072 by default.
         context: tokens per sequence to mark.
     """
     axes = _prepared(axes, "Cache memory")
