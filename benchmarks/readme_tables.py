@@ -265,20 +265,40 @@ def _continuations(row: dict[str, Any]) -> str:
     return f"{equal}; logit margins {margins}" if margins else equal
 
 
-def needle(name: str) -> str:
-    """Needles found at each length by the four roles."""
-    data = _load(name)
+def continuations(*names: str) -> str:
+    """Greedy texts of two roles side by side, by dtype: how many are equal, and where the others first part."""
+    rows = []
+    for name in names:
+        data = _load(name)
+        for row in data["generation"]:
+            if row["role"] != "draft":
+                equal, _, margins = _continuations(row).partition("; logit margins ")
+                tokens = str(row["new_tokens"])
+                rows.append([data["environment"]["dtype"], row["role"], row["against"], tokens, equal, margins])
+    sources = ", ".join(f"`benchmarks/results/{name}`" for name in names)
+    header = ["dtype", "role", "against", "tokens", "equal texts", "logit margins where the others part"]
+    return _table(header, rows) + f"\n\n{_load(names[0])['environment']['device']}, {sources}"
+
+
+def needle(*names: str) -> str:
+    """Needles found at each length by the four roles, each case from the first report that has it."""
     found: dict[tuple[str, int], dict[str, float]] = {}
-    for row in data["tasks"]:
-        task, mark, length = row["task"].partition("@")
-        if task.startswith("niah") and mark:
-            cell = found.setdefault((task, int(length)), {"reference": row["reference"]})
-            cell[row["role"]] = row["value"]
+    for name in reversed(names):
+        data = _load(name)
+        cases: dict[tuple[str, int], dict[str, float]] = {}
+        for row in data["tasks"]:
+            task, mark, length = row["task"].partition("@")
+            if task.startswith("niah") and mark:
+                case = {"documents": data["options"]["limit"], "reference": row["reference"]}
+                cases.setdefault((task, int(length)), case)[row["role"]] = row["value"]
+        found |= cases
     roles = ("reference", "target", "speculative", "draft")
     rows = [
-        [task, f"{length:,}", *(f"{found[task, length][role]:.2f}" for role in roles)] for task, length in sorted(found)
+        [task, f"{length:,}", str(case["documents"]), *(f"{case[role]:.2f}" for role in roles)]
+        for (task, length), case in sorted(found.items())
     ]
-    return _table(["task", "tokens", *roles], rows) + _documents(data) + _source(data, name).lstrip()
+    sources = "; ".join(_source(_load(name), name).lstrip() for name in names)
+    return _table(["task", "tokens", "documents", *roles], rows) + f"\n\n{sources}"
 
 
 def _documents(report: dict[str, Any]) -> str:
@@ -291,7 +311,8 @@ TABLES = {
     "acceptance": lambda: acceptance("acceptance.json"),
     "parity": lambda: parity("acceptance.json"),
     "task-parity": lambda: task_parity("parity/parity.json"),
-    "needle": lambda: needle("parity-needles/parity.json"),
+    "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
+    "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
