@@ -146,11 +146,19 @@ def _exists(name: str) -> Callable[[list[str]], None]:
     return check
 
 
+def _sanitizer(words: list[str]) -> None:
+    """``compute-sanitizer --tool TOOL python ...``."""
+    assert words[0] == "--tool"
+    assert words[2] == "python"
+    _python(words[3:])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quantspec": _quantspec,
     "make": _make,
     "pip": _pip,
     "python": _python,
+    "compute-sanitizer": _sanitizer,
     ".ci/run": _exists(".ci/run"),
     "pre-commit": _exists(".pre-commit-config.yaml"),
     "git": _exists(".gitignore"),
