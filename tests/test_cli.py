@@ -173,7 +173,8 @@ def test_chat_template_of_a_prompt(run, pair, tokenizer, folder):
         (["Hi", "--gamma", "16"], ["num_speculative_tokens must be between 0 and 15, not 16"]),
         (["Hi", "--kv-group-size", "48"], ["kv_group_size must be a power of two"]),
         (["Hi", "--weight-quantizer", "awq"], ["--weight-quantizer", "tinygemm"]),
-        (["Hi", "--dtype", "int8"], ["--dtype"]),
+        (["Hi", "--dtype", "int8"], ["error: Invalid value for '--dtype': 'int8' is not one of 'auto'"]),
+        (["Hi", "--seed", "-1"], ["--seed"]),
         (["Hi", "--device", "toaster"], ["'toaster' is not a device"]),
         (["Hi", "--device", "cuda:99"], ["there is no device 'cuda:99'"]),
         (["Hi", "--greedy", "--top-k", "3"], ["greedy search does not sample"]),
@@ -208,7 +209,20 @@ def test_models_that_are_not_there(run, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").touch()
     assert_error(run("generate", tmp_path / "notes.txt", "Hi"), "is not a GGUF file")
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
-    assert_error(run("generate", tmp_path / "broken.gguf", "Hi"))
+    assert_error(run("generate", tmp_path / "broken.gguf", "Hi"), "broken.gguf", "is it complete?")
+
+
+def test_weights_that_are_cut_short(run, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_error(run("generate", copy, "Hi"), f"cannot read '{copy}'", "is it complete?")
+
+
+def test_without_arguments_it_says_what_there_is(run):
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    assert "generate" in out
 
 
 def test_unsupported_models(run, tmp_path, tokenizer):

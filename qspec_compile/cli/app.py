@@ -40,7 +40,7 @@ def _root(
 
 def build_app() -> typer.Typer:
     """The application with a subcommand for each module of this package that defines ``command``."""
-    app = typer.Typer(name="quantspec", add_completion=False, no_args_is_help=True, callback=_root)
+    app = typer.Typer(name="quantspec", add_completion=False, callback=_root)
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module_info.name.startswith("_"):
             continue
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet_libraries()
     try:
         command = typer.main.get_command(build_app())
-        return int(command.main(remaining, prog_name="quantspec", standalone_mode=False) or 0)
+        return int(command.main(remaining or ["--help"], prog_name="quantspec", standalone_mode=False) or 0)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

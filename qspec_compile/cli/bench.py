@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import stderr, stdout, working
-from .errors import CommandError
+from .errors import CommandError, make_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +66,7 @@ def command(
     else:
         _check_decode(gpu, model)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     figures: Any
     if what is What.KERNELS:
         name, (figures, table) = "kernels", _bench_kernels(full, out)

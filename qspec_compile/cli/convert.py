@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import stderr, working
-from .errors import CommandError
+from .errors import CommandError, make_folder
 from .loading import Kind, find_source, load_pair
 from .options import ModelOptions, RunOptions
 
@@ -23,12 +23,7 @@ def command(
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(
-            f"cannot write to '{out}': {error.strerror}", "choose a folder that can be written to"
-        ) from error
+    make_folder(out)
     qs, tokenizer = load_pair(model, run, to_save=True)
     with working("saving"):
         qs.save_pretrained(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.markup import escape
 
 from .console import stderr
@@ -36,7 +38,8 @@ def describe(error: Exception) -> tuple[str, str]:
     """Message and hint of ``error``, one line each, safe to print as rich markup; the hint may be ''."""
     # typer's usage errors name the option only in this method.
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    lines = text.strip().splitlines()
+    # A wrong choice comes as "Value error, ..." from what checks it for typer.
+    lines = text.replace("Value error, ", "").strip().splitlines()
     message = lines[0] if lines else type(error).__name__
     names = [kind.__name__ for kind in type(error).__mro__]
     if lines and not isinstance(error, (*_PLAIN, CommandError)) and not set(names) & set(_HINTS):
@@ -46,6 +49,19 @@ def describe(error: Exception) -> tuple[str, str]:
     if not hint and not isinstance(error, CommandError):
         hint = "--debug shows where"
     return escape(message), escape(hint)
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and those above it where they are missing.
+
+    Raises:
+        CommandError: it cannot be written to, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot write to '{folder}': {error.strerror}"
+        raise CommandError(message, "choose a folder that can be written to") from error
 
 
 def print_error(error: Exception) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -91,12 +93,28 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Turns what libraries make of damaged files into an error that names the file or folder."""
+    from safetensors import SafetensorError
+
+    # The reader of GGUF files trusts the numbers in them.
+    damage = (ValueError, IndexError, KeyError, struct.error) if source.kind is Kind.GGUF else ()
+    try:
+        yield
+    except (SafetensorError, *damage) as error:
+        name = str(Path(source.name, source.gguf_file or ""))
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CommandError(f"cannot read '{name}': {reason}", "is it complete? fetch or save it again") from error
+
+
 def load_config(source: Source) -> PreTrainedConfig:
     """The model's configuration alone."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.name, **source.arguments)
+        with _reading(source):
+            return AutoConfig.from_pretrained(source.name, **source.arguments)
     except OSError as error:
         if source.kind is not Kind.HUB:
             raise
@@ -146,7 +164,8 @@ def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) 
     """The original model on ``device``, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype or "auto", **source.arguments)
+    with _reading(source):
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype or "auto", **source.arguments)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 

@@ -132,7 +132,7 @@ class SamplingOptions:
     top_p: Annotated[float | None, typer.Option(help="Implies --sample.")] = None
     min_p: Annotated[float | None, typer.Option(help="Implies --sample.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling reproducible.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
 
     def generate_arguments(self) -> dict[str, Any]:
