@@ -219,6 +219,13 @@ def test_weights_that_are_cut_short(run, folder, tmp_path):
     assert_error(run("generate", copy, "Hi"), f"cannot read '{copy}'", "is it complete?")
 
 
+def test_a_saved_pair_that_is_cut_short(run, pair, tmp_path):
+    copy = shutil.copytree(pair, tmp_path / "copy")
+    weights = copy / "quantspec.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_error(run("generate", copy, "Hi"), f"'{weights}' has", "(`quantspec convert` writes a new one)")
+
+
 def test_without_arguments_it_says_what_there_is(run):
     status, out, err = run()
     assert (status, err) == (0, "")

@@ -19,6 +19,7 @@ _HINTS = {
     "GatedRepoError": "accept its licence on the Hub, then run `hf auth login`",
     "LocalEntryNotFoundError": "check the network, or give a local folder",
     "ConnectionError": "check the network, or give a local folder",
+    "SavedModelError": "`quantspec convert` writes a new one",
     "UsageError": "`--help` after a command lists its options",
     "ModuleNotFoundError": "install what is missing with pip",
     "ValueError": "`--help` after a command lists its options",
@@ -44,10 +45,9 @@ def describe(error: Exception) -> tuple[str, str]:
     names = [kind.__name__ for kind in type(error).__mro__]
     if lines and not isinstance(error, (*_PLAIN, CommandError)) and not set(names) & set(_HINTS):
         message = f"{type(error).__name__}: {message}"
-    hint = error.hint if isinstance(error, CommandError) else ""
-    hint = hint or next((_HINTS[name] for name in names if name in _HINTS), "")
-    if not hint and not isinstance(error, CommandError):
-        hint = "--debug shows where"
+    if isinstance(error, CommandError):
+        return escape(message), escape(error.hint)
+    hint = next((_HINTS[name] for name in names if name in _HINTS), "--debug shows where")
     return escape(message), escape(hint)
 
 
