@@ -59,7 +59,7 @@ def main() -> None:
     print(f"Hugging Face  {plain:6.1f} s for prompt and answer ({dtype}, {plain / ours:.2f}x quantspec's time)")
     print(f"the two answers agree for {agreeing} of {new_tokens} tokens")
     if device == "cpu":
-        print("a CPU is for trying: speculation pays on a GPU, where reading weights and cache is the time (README, Figures)")
+        print("a CPU is for trying: speculation pays on a GPU, see Figures in the README")
 
 
 if __name__ == "__main__":
