@@ -18,7 +18,9 @@ from .scoring import forced_text
 class Divergence:
     """Where a continuation leaves the one it is compared with.
 
-    ``margin``: by how much the other role's logit of its own token there exceeds that of the token chosen instead.
+    Attributes:
+        prompt, index: of the prompt, and of the first new token that differs.
+        margin: by how much the other role's logit of its own token there exceeds that of the token chosen instead.
     """
 
     prompt: int
@@ -28,7 +30,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class GenerationComparison:
-    """Greedy continuations of ``role`` beside those of ``against``."""
+    """Greedy continuations of ``role`` beside those of ``against``.
+
+    Attributes:
+        role, against: the two roles.
+        prompts: how many were continued.
+        new_tokens: tokens of each continuation.
+        divergences: where a continuation leaves the other role's, one entry per pair that differs.
+    """
 
     role: str
     against: str

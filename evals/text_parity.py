@@ -21,9 +21,11 @@ class TextComparison:
     """Next-token distributions of one role on a text beside the reference's; everything per scored token in order.
 
     Attributes:
-        losses, reference_losses: negative log-probabilities of the text's own tokens, natural; one fewer than the rest.
+        role: whose distributions they are.
+        context_tokens: tokens that were prefilled before the scored ones.
+        losses, reference_losses: negative log-probabilities of the text's own tokens, in nats; one fewer than the rest.
         agrees: whether both have the same argmax.
-        divergences: KL(reference || role), natural.
+        divergences: KL(reference || role), in nats.
         distances: tokens of the recent buffer that lay between the scored token and the planes; None while the planes
             were empty.
     """

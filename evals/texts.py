@@ -6,6 +6,13 @@ import importlib
 
 
 def python_reference(*topics: str) -> str:
-    """Chapters of Python's language reference (``help()`` topics); all of them, in name order, if none are named."""
+    """Chapters of Python's language reference, with a blank line between them.
+
+    Args:
+        *topics: names of ``help()`` topics, such as ``"with"``; all of them, in name order, if none are named.
+
+    Raises:
+        KeyError: no topic of that name.
+    """
     texts: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return "\n\n".join(texts[topic] for topic in (topics or sorted(texts)))

@@ -166,15 +166,18 @@ def attention(
 ) -> Tensor:
     """Causal attention of a whole sequence; the reference that cached decoding must reproduce.
 
+    ``out[b, t, h] = sum_j p_j v[b, h // (H/K), j]`` over ``t - window < j <= t``, with
+    ``p = softmax_j(softcap(scale * q[b, h, t] . k[b, h // (H/K), j]))``.
+
     Args:
-        query: ``(B, H, T, D)``, after RoPE.
-        key: ``(B, K, T, D)``, after RoPE, with K dividing H.
-        value: ``(B, K, T, Dv)``.
+        query: ``(B, H, T, D)`` of a float dtype, after RoPE.
+        key: ``(B, K, T, D)`` of the query's dtype, after RoPE, with K dividing H.
+        value: ``(B, K, T, Dv)`` of the query's dtype.
         layer: index of this attention call in forward order; names its part of the cache.
         scale: factor on the scores.
         window: sliding window in tokens including the current one; 0 for none.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 for none.
-        sinks: ``(H,)`` sink logits, or None.
+        sinks: ``(H,)`` sink logits of a float dtype, or None.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.

@@ -130,7 +130,19 @@ def cached_attention_reference(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Decode the planes to dense keys and values and attend; the oracle of every implementation of this op."""
+    """Decode the planes to dense keys and values and attend; the oracle of every implementation of this op.
+
+    Args:
+        query, key, value: as in ``quantspec::cached_attention``; attended in float32, or float64 for a float64 query.
+        k_recent, v_recent: as there, mutated.
+        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there; without the lower planes the
+            draft's 4-bit read.
+        quantized_len, length: as there.
+        scale, window, softcap, sinks: as in ``quantspec::attention``.
+
+    Returns:
+        ``(B, T, H, Dv)``, float32, or float64 for a float64 query.
+    """
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     dtype = compute_dtype(query.dtype)
     outputs = []
@@ -240,22 +252,27 @@ def cached_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Append T new tokens to the recent buffer and attend from them to everything cached.
+    """Append T new tokens to the recent buffer and attend from them to everything cached, by the hierarchical code of
+    QuantSpec (arXiv 2502.10424, section 4.2).
 
     Args:
-        query: ``(B, H, T, D)`` after RoPE; token t of sequence b sits at position ``length[b] + t``.
-        key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer.
-        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)``, mutated; slot r holds position
+        query: ``(B, H, T, D)`` of a float dtype, after RoPE; token t of sequence b sits at position ``length[b] + t``.
+        key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer; K divides
+            H.
+        k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)`` in the model's dtype, mutated; slot r holds position
             ``quantized_len + r``.
         k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
         k_scale, k_zero: ``(B, K, N, D)`` float16.
-        v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes.
+        v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes; ``v_lower`` is None where ``k_lower`` is.
         v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16.
         quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached before this call.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
+
+    Raises:
+        ValueError: on CUDA, heads of more than 256 dims.
     """
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     batch, heads, tokens, head_dim = query.shape

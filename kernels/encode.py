@@ -326,7 +326,9 @@ def encode_oldest_groups(
     Args:
         new: ``key (B, K, T, D)``, ``value (B, K, T, Dv)`` and ``num_new (B,)`` int64 of tokens to take in after those
             of the recent buffer; None encodes at most one group of the recent buffer (a flush).
-        k_recent ... length: as in ``quantspec::cached_attention``; value planes may have any strides over (N, G/2, Dv).
+        k_recent, v_recent, quantized_len, length: as in ``quantspec::cached_attention``.
+        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, none of them None; value planes
+            may have any strides over (N, G/2, Dv).
     """
     key, value, num_new = (k_recent, v_recent, length) if new is None else new
     batch, kv_heads, slots, head_dim = k_recent.shape

@@ -44,10 +44,11 @@ def expert_linear(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | 
     """Apply each row's own expert.
 
     Args:
-        x: ``(S, K)`` rows.
+        x: ``(S, K)`` rows of a float dtype, that of ``weight`` and ``bias``.
         expert_ids: ``(S,)`` int64 in ``0..E-1``.
-        weight: ``(E, N, K)``, or ``(E, K, N)`` if ``transposed``.
+        weight: ``(E, N, K)``, or ``(E, K, N)`` if ``transposed``, of E experts.
         bias: ``(E, N)`` or None.
+        transposed: whether the weight is stored as ``(E, K, N)``.
 
     Returns:
         ``(S, N)`` in the dtype of ``x``.
@@ -130,7 +131,18 @@ def expert_linear_triton(
 def int4_expert_linear(
     x: Tensor, expert_ids: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """As ``quantspec::expert_linear`` with ``qdata (E, N, K/2)`` uint8 and ``scale_and_zero (E, K/g, N, 2)``."""
+    """Apply each row's own expert, with 4-bit weights.
+
+    Args:
+        x: ``(S, K)`` rows of a float dtype.
+        expert_ids: ``(S,)`` int64 in ``0..E-1``.
+        qdata: ``(E, N, K/2)`` uint8, the plain layout of ``quantspec::int4_linear`` for each of E experts.
+        scale_and_zero: ``(E, K/g, N, 2)`` float; the group size g follows from its second axis.
+        bias: ``(E, N)`` in the dtype of ``x``, or None.
+
+    Returns:
+        ``(S, N)`` in the dtype of ``x``.
+    """
     return _int4_expert_by_expert(x, expert_ids, qdata, scale_and_zero, bias)
 
 

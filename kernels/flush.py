@@ -43,10 +43,13 @@ def flush(
     quantized_len: Tensor,
     length: Tensor,
 ) -> None:
-    """Move one group of one layer from the recent buffer into the planes where it is due; shapes as in
-    ``quantspec::cached_attention``.
+    """Move the oldest group of one layer from the recent buffer into the planes, in sequences that hold 2G or more.
 
-    ``length`` counts verified tokens only, so nothing unverified is ever quantized.
+    Args:
+        k_recent, v_recent: as in ``quantspec::cached_attention``, mutated: what is left slides to the front.
+        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, mutated; none of them None.
+        quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached; ``length`` counts verified tokens
+            only, so nothing unverified is ever quantized. The caller moves ``quantized_len`` after the last layer.
     """
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, tokens) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):

@@ -58,13 +58,17 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_keys(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encode whole groups of keys, one scale per channel and group.
+    """Encode whole groups of keys, one scale per channel and group (QuantSpec, arXiv 2502.10424, section 4.2).
+
+    ``s = (max - min) / 15`` and ``z = min`` of a channel, ``u = clamp(round((x - z) / s), 0, 15)`` in the upper plane,
+    ``l = clamp(round((x - (s*u + z)) * 16 / s), -8, 7)`` in the lower one, as ``l + 8``.
 
     Args:
         keys: ``(..., G, D)`` any float dtype; coded in float32, or float64 for float64 input.
 
     Returns:
-        ``upper, lower``: ``(..., G/2, D)`` uint8; ``scale, zero``: ``(..., D)`` float16.
+        ``upper, lower``: ``(..., G/2, D)`` uint8, row r with token r in the low nibble and token r + G/2 in the high
+        one; ``scale, zero``: ``(..., D)`` float16.
     """
     x = keys if keys.dtype == torch.float64 else keys.float()
     scale, zero = _scale_and_zero(x, dim=-2)
@@ -73,10 +77,10 @@ def encode_keys(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def encode_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encode whole groups of values, one scale per token and at most 128 channels.
+    """Encode whole groups of values as :func:`encode_keys` does, but with one scale per token and at most 128 channels.
 
     Args:
-        values: ``(..., G, D)`` any float dtype.
+        values: ``(..., G, D)`` any float dtype; coded in float32, or float64 for float64 input.
 
     Returns:
         ``upper, lower``: ``(..., G/2, D)`` uint8; ``scale, zero``: ``(..., G, num_value_groups(D))`` float16.
@@ -96,12 +100,32 @@ def _code_values(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 def decode_keys(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decode keys ``(..., G/2, D)`` to ``(..., G, D)``; without ``lower`` this is the draft's 4-bit view."""
+    """Decode what :func:`encode_keys` made: ``s*(u + l/16) + z``, or ``s*u + z`` without ``lower``.
+
+    Args:
+        upper: ``(..., G/2, D)`` uint8.
+        lower: as ``upper``; None for the draft's 4-bit view.
+        scale, zero: ``(..., D)`` float16.
+        dtype: of the result, in which it is computed.
+
+    Returns:
+        Keys ``(..., G, D)`` in ``dtype``.
+    """
     codes = _code_values(upper, lower, dtype)
     return codes * scale.to(dtype).unsqueeze(-2) + zero.to(dtype).unsqueeze(-2)
 
 
 def decode_values(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decode values ``(..., G/2, D)`` to ``(..., G, D)``; without ``lower`` this is the draft's 4-bit view."""
+    """Decode what :func:`encode_values` made: ``s*(u + l/16) + z``, or ``s*u + z`` without ``lower``.
+
+    Args:
+        upper: ``(..., G/2, D)`` uint8.
+        lower: as ``upper``; None for the draft's 4-bit view.
+        scale, zero: ``(..., G, num_value_groups(D))`` float16.
+        dtype: of the result, in which it is computed.
+
+    Returns:
+        Values ``(..., G, D)`` in ``dtype``.
+    """
     codes = _code_values(upper, lower, dtype).unflatten(-1, (scale.shape[-1], -1))
     return (codes * scale.to(dtype).unsqueeze(-1) + zero.to(dtype).unsqueeze(-1)).flatten(-2)

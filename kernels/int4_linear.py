@@ -55,11 +55,14 @@ def dequantize_int4(qdata: Tensor, scale_and_zero: Tensor, dtype: torch.dtype) -
 def int4_linear(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer over 4-bit weights; this implementation dequantizes, then multiplies.
 
+    ``y = x W^T + bias`` with ``W[n, k] = (code[n, k] - 8) * scale[k // g, n] + zero[k // g, n]``, the convention of
+    torchao's tinygemm.
+
     Args:
-        x: ``(..., K)`` float.
-        qdata: ``(N, K/2)`` uint8, plain layout.
+        x: ``(..., K)`` of a float dtype.
+        qdata: ``(N, K/2)`` uint8, plain layout: byte j of a row has code 2j in its low nibble, 2j + 1 in the high one.
         scale_and_zero: ``(K/g, N, 2)`` float; the group size g follows from its first axis.
-        bias: ``(N,)`` or None.
+        bias: ``(N,)`` in the dtype of ``x``, or None.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.

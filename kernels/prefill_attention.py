@@ -105,13 +105,18 @@ def prefill_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend over right-padded new tokens and cache the valid ones; shapes as in ``quantspec::cached_attention``.
+    """Attend over right-padded new tokens and cache the valid ones.
 
     Args:
-        query, key, value: ``(B, H|K|K, T, D|D|Dv)``; rows from ``num_new[b]`` on are padding and are not cached.
+        query: ``(B, H, T, D)`` of a float dtype, after RoPE; token t of sequence b sits at position ``length[b] + t``,
+            and rows from ``num_new[b]`` on are padding.
+        key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the query's dtype; padding is not cached.
+        k_recent, v_recent: as in ``quantspec::cached_attention``, mutated.
+        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, mutated; none of them None.
         quantized_len, length: ``(B,)`` int64, the cache's state before this call; the caller advances them after the
             last layer (``HierarchicalCache.advance_prefill``).
         num_new: ``(B,)`` int64, valid new tokens per sequence.
+        scale, window, softcap, sinks: as in ``quantspec::attention``.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.

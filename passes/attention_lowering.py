@@ -55,10 +55,11 @@ class LowerAttention(PassBase):
     Adds the inputs ``quantized_len`` and ``length`` (B,) int64, for prefill ``num_new`` (B,) int64, and then for every
     layer in order its :func:`cache_parts`, named ``cache_{layer}_{part}``.
 
-    Requires one marker per layer index. Ensures that no marker is left.
+    Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
     """
 
     def __init__(self, role: Role, group_size: int) -> None:
+        """``role`` chooses the op, ``group_size`` is the cache's tokens per group (G)."""
         super().__init__()
         self.role = role
         self.group_size = group_size

@@ -25,7 +25,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 INT4_LINEARS = "int4_linears"
 Int4Source = Callable[[str, tuple[int, ...], int], tuple[Tensor, Tensor]]
 """Looks up ready INT4 weights: name of a linear, shape ``(..., N, K)`` of its weight and group size g to plain-layout
-``qdata (..., N, K/2)`` and ``scale_and_zero (..., K/g, N, 2)``, on any device.
+``qdata (..., N, K/2)`` uint8 and ``scale_and_zero (..., K/g, N, 2)`` float16 or bfloat16, on any device.
 """
 _ADDMM_TARGETS = (aten.addmm.default, torch.addmm)
 # Readers of a matrix that is a lookup table or holds the experts' biases.
@@ -51,8 +51,11 @@ class WeightQuantizer(StrEnum):
 class LinearReport:
     """What became of one linear (or one stack of experts) in the draft.
 
-    ``group_size`` is None where the weight stays in full precision, and ``note`` says why; it also tells of a group
-    size adapted to the input width.
+    Attributes:
+        name: of the linear's module in the model.
+        in_features, out_features: of the linear; of one expert for a stack of them.
+        group_size: input channels that share an INT4 scale; None where the weight stays in full precision.
+        note: why it does, or that the group size was adapted to the input width; else empty.
     """
 
     name: str
@@ -111,6 +114,9 @@ class QuantizeWeights(PassBase):
 
     Requires weights as ``get_attr`` nodes. Ensures that every such linear, and every other matrix that is no embedding,
     is in :attr:`report`.
+
+    Attributes:
+        report: one :class:`LinearReport` per linear, in graph order; filled by the call.
     """
 
     def __init__(
@@ -120,6 +126,15 @@ class QuantizeWeights(PassBase):
         quantize_lm_head: bool,
         source: Int4Source | None = None,
     ) -> None:
+        """What to quantize and how.
+
+        Args:
+            group_size: input channels that share an INT4 scale, one of :data:`GROUP_SIZES`; the most, where it does not
+                divide an input width.
+            quantizer: how torchao chooses scales and zeros.
+            quantize_lm_head: whether the language-model head is quantized too.
+            source: ready weights.
+        """
         super().__init__()
         self.group_size = group_size
         self.quantizer = quantizer

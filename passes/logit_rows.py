@@ -34,7 +34,8 @@ class SelectLogitRows(PassBase):
     Adds the input ``logit_rows`` (B, R) int64: the token positions of each sequence whose logits are wanted. The output
     becomes (B, R, V), so a long prompt never holds the logits of all its tokens.
 
-    Requires a head that :func:`logits_linear` finds. Ensures output row r equals the former row ``logit_rows[b, r]``.
+    Requires a language-model head that the output reaches through elementwise ops alone, else raises ``ValueError``.
+    Ensures output row r equals the former row ``logit_rows[b, r]``.
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:

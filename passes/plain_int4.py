@@ -18,10 +18,20 @@ _ARGUMENTS = {
 
 
 def plain_int4_weights(gm: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every linear's ``qdata (..., N, K/2)`` and ``scale_and_zero (..., K/g, N, 2)`` as ``QuantizeWeights`` made them.
+    """Every linear's INT4 weights as ``QuantizeWeights`` made them.
 
     Fused weights are views of their rows; what was laid out for the CPU's matmul is unpacked. A weight that serves
     several linears appears once.
+
+    Args:
+        gm: a draft's graph, whatever of the draft's passes it went through.
+
+    Returns:
+        By name of the linear, ``qdata (..., N, K/2)`` uint8 and ``scale_and_zero (..., K/g, N, 2)`` float16 or
+        bfloat16.
+
+    Raises:
+        RuntimeError: this CPU's packed layout cannot be read back.
     """
     weights = {}
     for node in gm.graph.nodes:

@@ -56,6 +56,7 @@ class CheckTokenMixing(PassBase):
     """
 
     def __init__(self, vocab_size: int) -> None:
+        """``vocab_size``: token ids that the embedding knows, of which some are drawn."""
         super().__init__()
         self.vocab_size = vocab_size
 

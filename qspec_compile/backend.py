@@ -28,11 +28,17 @@ def quantspec_backend(
     """Compile one dynamo graph; registered under the entry-point group ``torch_dynamo_backends``.
 
     Args:
+        graph_module: dynamo's graph of one compiled function.
+        example_inputs: one tensor per input of the graph, those that are parameters being the weights.
         options: ``role`` (``"draft"`` or ``"target"``, default ``"draft"``) and any field of
             :class:`quantspec.QuantSpecConfig` that concerns weights.
 
+    Returns:
+        The compiled function, which takes the graph's inputs and returns its outputs.
+
     Raises:
-        ValueError, TypeError: an unknown role or option.
+        ValueError, TypeError: an unknown role or option. ``torch.compile`` wraps it in
+            ``torch._dynamo.exc.BackendCompilerFailed``, which the first call of the compiled model raises.
     """
     settings = dict(options or {})
     role = settings.pop("role", Role.DRAFT.value)

@@ -100,6 +100,7 @@ class HierarchicalCache:
     """All layers' caches and the per-sequence lengths.
 
     Attributes:
+        group_size, num_speculative_tokens, max_len, batch_size: as given.
         layers: one :class:`LayerCache` per attention call, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
@@ -117,6 +118,18 @@ class HierarchicalCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """An empty cache without planes; :meth:`reserve` gives it room.
+
+        Args:
+            layers: heads and head dims of each attention call, in forward order.
+            batch_size: sequences (B).
+            group_size: tokens quantized together (G), a power of two.
+            num_speculative_tokens: most tokens drafted per cycle; recent buffers have room for a verification of one
+                more.
+            max_len: most tokens that a sequence may hold.
+            dtype: of the recent buffers, the model's.
+            device: of all tensors.
+        """
         self.group_size = group_size
         self.num_speculative_tokens = num_speculative_tokens
         self.max_len = max_len
@@ -148,16 +161,18 @@ class HierarchicalCache:
                 self.layers[index] = layer.grown(groups)
 
     def inputs(self, role: Role) -> list[Tensor]:
-        """The cache tensors that a role's graph takes after its other inputs, layer by layer."""
+        """The cache tensors that a role's graph takes after its other inputs, layer by layer, in the order of
+        :func:`quantspec.passes.cache_parts`.
+        """
         return [getattr(layer, part) for layer in self.layers for part in cache_parts(role)]
 
     def advance_prefill(self, num_new: Tensor) -> None:
-        """Count ``num_new`` (B,) tokens that every layer has stored through ``quantspec::prefill_attention``."""
+        """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
 
     def accept(self, num_tokens: Tensor) -> bool:
-        """Keep ``num_tokens`` (B,) of the tokens just verified; the rest is abandoned. Flushes where it is due.
+        """Keep ``num_tokens`` (B,) int64 of the tokens just verified; the rest is abandoned. Flushes where it is due.
 
         Returns:
             Whether anything was flushed.
@@ -168,7 +183,7 @@ class HierarchicalCache:
         return due
 
     def keep(self, num_tokens: Tensor) -> Tensor:
-        """:meth:`accept` without the flush; returns a bool tensor on the device: whether one is due now."""
+        """:meth:`accept` without the flush; returns a bool tensor ``()`` on the device: whether one is due now."""
         self.length += num_tokens
         return self._due().any()
 
@@ -184,7 +199,7 @@ class HierarchicalCache:
         return self.length - self.quantized_len >= 2 * self.group_size
 
     def rewind(self, num_tokens: Tensor) -> None:
-        """Keep the first ``num_tokens`` (B,) tokens; back to a group boundary where that cuts into the planes."""
+        """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes."""
         inside = num_tokens < self.quantized_len
         boundary = num_tokens // self.group_size * self.group_size
         self.length.copy_(torch.where(inside, boundary, num_tokens))

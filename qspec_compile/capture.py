@@ -94,7 +94,16 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """One attention call of the graph, in forward order."""
+    """One attention call of the graph, in forward order.
+
+    Attributes:
+        module: dotted name of the attention module in the model.
+        query_heads, kv_heads: query heads (H) and key/value heads (K).
+        key_dim, value_dim: channels of a query or key head, and of a value head.
+        window: sliding window in tokens including the current one; 0 for none.
+        softcap: bound of the soft-capped scores; 0 for none.
+        has_sinks: whether a learned logit per query head joins the softmax.
+    """
 
     module: str
     query_heads: int
@@ -110,8 +119,10 @@ class CapturedLayer:
 class Capture:
     """The captured decoder.
 
-    ``graph_module(input_ids, position_ids) -> logits`` with ``(B, T)`` int64 inputs and ``(B, T, V)`` logits, both B
-    and T dynamic; its parameters are the model's own tensors.
+    Attributes:
+        graph_module: ``graph_module(input_ids, position_ids) -> logits`` with ``(B, T)`` int64 inputs and ``(B, T, V)``
+            logits in the model's dtype, both B and T dynamic; its parameters are the model's own tensors.
+        layers: its attention calls, in forward order.
     """
 
     graph_module: fx.GraphModule
@@ -375,6 +386,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
         model: a loaded decoder with a language-model head, on one device, in float32, float16 or bfloat16. It is
             left as it was.
         structure_only: the weights may be on the meta device, for a graph that is looked at and not run.
+
+    Returns:
+        The graph, with one ``quantspec::attention`` marker per attention call.
 
     Raises:
         TypeError: not a transformers model.

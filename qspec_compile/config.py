@@ -89,7 +89,11 @@ class QuantSpecConfig:
 
     @classmethod
     def from_options(cls, config: QuantSpecConfig | None, options: Mapping[str, Any]) -> QuantSpecConfig:
-        """``config`` (or the defaults) with keyword options on top; unknown names are refused with the known ones."""
+        """``config`` (or the defaults) with keyword ``options`` on top, under their names here or Hugging Face's.
+
+        Raises:
+            TypeError, ValueError: an unknown name, which lists the known ones, or a bad value.
+        """
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config must be a QuantSpecConfig, not {type(config).__name__}")
         renamed = {ALIASES.get(name, name): value for name, value in options.items()}

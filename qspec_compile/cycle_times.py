@@ -54,7 +54,8 @@ def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes
     stays as it is; other threads' calls wait.
 
     Args:
-        num_drafts: the latest call's ``num_speculative_tokens`` if None.
+        qs: a pair that has generated.
+        num_drafts: draft steps of the cycle; the latest call's ``num_speculative_tokens`` if None.
 
     Raises:
         ValueError: nothing has been generated, or the cache has no room for that many drafts.

@@ -48,7 +48,13 @@ _NO_DISTRIBUTION = (
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
-    """``GenerateDecoderOnlyOutput`` (``sequences``, ``scores``) with the call's ``statistics``."""
+    """transformers' ``GenerateDecoderOnlyOutput`` with the call's statistics; its fields not named here are None.
+
+    Attributes:
+        sequences: ``(B, S + new)`` int64 token ids.
+        scores: with ``output_scores=True`` one ``(B, V)`` float32 per new token, after the logits processors.
+        statistics: the call's :class:`GenerationStats`, a copy.
+    """
 
     statistics: GenerationStats | None = None
 
@@ -228,14 +234,22 @@ def decode(
     """Decode prepared inputs; the ``custom_generate`` callable of ``model.generate`` with ``qs`` bound.
 
     Args:
+        qs: the pair.
         model: the Hugging Face model that calls; must be the converted one.
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
+        streamer, generator: as in :meth:`QuantSpecModel.generate`.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
         continue_cache: prefill only what the previous call's text does not begin with.
+        synced_gpus: Hugging Face's, for several GPUs; has no effect on one.
+        **model_kwargs: what Hugging Face prepared for the model's forward; only ``attention_mask`` is used.
 
     Returns:
         As :meth:`QuantSpecModel.generate`.
+
+    Raises:
+        ValueError, TypeError: another model than the converted one, or as :meth:`QuantSpecModel.generate`, which names
+            the other errors too.
     """
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")

@@ -52,6 +52,9 @@ def from_pretrained(
         **options: fields of :class:`QuantSpecConfig` that shall differ from the saved ones; those that the INT4 weights
             were made with cannot.
 
+    Returns:
+        The pair.
+
     Raises:
         SavedModelError: the folder is missing, incomplete, damaged, or of a later format; names the file.
         TypeError, ValueError: a bad option.

@@ -50,6 +50,10 @@ def cache_bytes_per_token(layers: Sequence[AttentionShape], kv_group_size: int =
     """Bytes that a quantized token takes in all layers, by part: ``upper``, ``lower`` and ``scales`` (with zeros).
 
     A draft step reads ``upper`` and ``scales``, a verification all three.
+
+    Args:
+        layers: the model's attention layers.
+        kv_group_size: tokens quantized together (G).
     """
     plane = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) / 2
     # Keys have a scale and a zero per channel of a group, values per 128 channels of a token.
@@ -71,8 +75,18 @@ def expected_memory(
 ) -> dict[str, int]:
     """Bytes of a new cache with room for ``context`` tokens per sequence, prompt and output.
 
-    Equal to :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``, by the same parts. ``max_cache_len`` is
-    ``context`` if None.
+    Args:
+        layers: the model's attention layers.
+        context: tokens per sequence, prompt and output.
+        batch_size: sequences.
+        kv_group_size: tokens quantized together (G).
+        num_speculative_tokens: most tokens drafted per cycle.
+        dtype: of the recent buffer, the model's.
+        max_cache_len: most tokens that a sequence may hold; ``context`` if None.
+
+    Returns:
+        Bytes by part, those of :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``: ``upper``,
+        ``lower``, ``scales`` (with zeros) and ``recent``.
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
     quantized = {
@@ -87,7 +101,14 @@ def expected_memory(
 def full_precision_bytes(
     layers: Sequence[AttentionShape], context: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of transformers' own cache of ``context`` tokens; its layers with a sliding window keep that many."""
+    """Bytes of transformers' own cache; its layers with a sliding window keep that many tokens.
+
+    Args:
+        layers: the model's attention layers.
+        context: tokens per sequence.
+        batch_size: sequences.
+        dtype: of keys and values.
+    """
     return sum(
         batch_size
         * min(context, layer.window or context)

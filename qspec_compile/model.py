@@ -74,6 +74,7 @@ class QuantSpecModel:
         model: the Hugging Face model, untouched; its tensors are the target's.
         target, draft, prefill: the graph of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
+        layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
         last_stats: :class:`GenerationStats` of the ``generate`` call that ended last, also if it was interrupted; None
@@ -250,7 +251,7 @@ class QuantSpecModel:
         return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the target's weights, and of what the draft adds to them."""
+        """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
         shared = unique_tensors(self.target, self.prefill, self.model)
         added = {address: t for address, t in unique_tensors(self.draft).items() if address not in shared}
         return {
@@ -292,13 +293,15 @@ class QuantSpecModel:
             **kwargs: any Hugging Face generation option that greedy search or sampling knows.
 
         Returns:
-            ``(B, S + new)`` token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
+            ``(B, S + new)`` int64 token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
             ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast or moved since
                 its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
+            RuntimeError: called while this thread generates with the pair, as by a streamer.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
+            torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
         """
         self.check_unmoved()
         if seed is not None:
@@ -359,6 +362,7 @@ class QuantSpecModel:
 
         Raises:
             ValueError: nothing has been generated, or ``path`` cannot be written.
+            RuntimeError: called while this thread generates, as by a streamer.
             ImportError: matplotlib is missing.
         """
         return plot(self, path)
@@ -425,7 +429,7 @@ def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **opt
         The pair, with ``generate``.
 
     Raises:
-        TypeError, ValueError: a bad option.
+        TypeError, ValueError: a bad option, or no transformers model.
         UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
         SelfCheckError: the pair does not reproduce the model's logits.
     """

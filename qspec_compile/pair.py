@@ -38,7 +38,13 @@ class Pair:
 
     Every graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
     ``length (B,)``, for prefill ``num_new (B,)``, all int64, then ``HierarchicalCache.inputs(role)``; it returns logits
-    ``(B, R, V)``. ``linears`` tells what became of each of the draft's weights.
+    ``(B, R, V)`` in the model's dtype.
+
+    Attributes:
+        target: reads a few tokens, and the cache at 8 bits; the model's own weights.
+        draft: reads a few tokens, and the cache at 4 bits; INT4 weights.
+        prefill: reads a prompt and fills the cache; the model's own weights.
+        linears: what became of each of the draft's weights.
     """
 
     target: fx.GraphModule

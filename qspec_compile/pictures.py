@@ -1,6 +1,7 @@
 """Pictures of acceptance, of a cycle's time and of the cache's memory, drawn with matplotlib.
 
-Every ``plot_*`` function draws into the ``axes`` it is given, or into those of a new figure, and returns them.
+Every ``plot_*`` function draws into the ``axes`` it is given, or into those of a new figure, and returns them. Without
+matplotlib it raises ``ImportError``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,18 @@ def plot(qs: QuantSpecModel, path: str | os.PathLike[str] | None) -> Figure:
 
 
 def plot_acceptance_by_position(stats: GenerationStats, axes: Axes | None = None) -> Axes:
-    """Acceptance rate at each place of the drafted block, as bars."""
+    """Acceptance rate at each place of the drafted block, as bars.
+
+    Args:
+        stats: of a ``generate`` call.
+        axes: matplotlib axes to draw into; those of a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     axes = _prepared(axes, "Acceptance by position")
     rates = stats.acceptance_rate_per_position
     if not stats.drafted:
@@ -80,7 +92,18 @@ def plot_acceptance_by_position(stats: GenerationStats, axes: Axes | None = None
 
 
 def plot_acceptance_over_time(stats: GenerationStats, axes: Axes | None = None) -> Axes:
-    """Acceptance rate from cycle to cycle: a running mean, with single cycles as dots while there are few of them."""
+    """Acceptance rate from cycle to cycle: a running mean, with single cycles as dots while there are few of them.
+
+    Args:
+        stats: of a ``generate`` call.
+        axes: matplotlib axes to draw into; those of a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     axes = _prepared(axes, "Acceptance over time")
     history = [
         (cycle, accepted, drafted)
@@ -116,7 +139,18 @@ def running_rate(counts: Sequence[tuple[int, int]], window: int) -> list[float]:
 
 
 def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
-    """Where one cycle's time goes, as one bar: each draft step, the verification, the rest."""
+    """Where one cycle's time goes, as one bar in milliseconds: each draft step, the verification, the rest.
+
+    Args:
+        times: of :func:`quantspec.cycle_times.cycle_times`.
+        axes: matplotlib axes to draw into; those of a new figure if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     axes = _prepared(axes, "One cycle")
     axes.spines["left"].set_visible(False)
     axes.set(xlabel="milliseconds", ylim=(-0.8, 0.8), yticks=[])
@@ -152,8 +186,20 @@ def plot_memory(
 
     Args:
         layers: attention layers, such as ``qs.layers``; no weights are needed.
+        axes: matplotlib axes to draw into; those of a new figure if None.
         max_context: tokens per sequence at the right end; 131,072 by default.
-        context: tokens per sequence to mark.
+        batch_size: sequences.
+        kv_group_size: tokens quantized together (G).
+        num_speculative_tokens: most tokens drafted per cycle.
+        dtype: the model's, of the recent buffer and of the cache it is compared with.
+        context: tokens per sequence to mark; none if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: ``max_context`` is below 1.
+        ImportError: matplotlib is missing.
     """
     axes = _prepared(axes, "Cache memory")
     if max_context < 1:

@@ -30,10 +30,17 @@ def incremental_logits(
     """A role's logits of the last prompt token and of every later one, decoded in blocks of ``steps`` tokens.
 
     Args:
-        ids: ``(1, prompt_len + sum(steps))``; the prompt is always prefilled by the target.
+        qs: the pair; a cache of its own is made for this.
+        ids: ``(1, prompt_len + sum(steps))`` int64; the prompt is always prefilled by the target.
+        prompt_len: tokens of the prompt, at least 1.
+        steps: tokens of each block, one block at least.
+        role: target or draft, whose graph decodes the blocks.
 
     Returns:
-        ``(1, 1 + sum(steps), V)``.
+        ``(1, 1 + sum(steps), V)`` in the model's dtype.
+
+    Raises:
+        CacheFullError: ``ids`` are more than ``max_cache_len``.
     """
     cache = qs.new_cache(1, max(steps))
     cache.reserve(ids.shape[1])
