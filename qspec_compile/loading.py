@@ -137,7 +137,8 @@ def _load_model(folder: Path, description: Description, dtype: torch.dtype, trus
         if problems[kind]:
             raise SavedModelError(
                 f"the weights in '{folder}', saved with {_versions(description)}, do not fit the installed "
-                f"{description.model_class} ({kind}: {', '.join(sorted(map(str, problems[kind])))}); install them"
+                f"{description.model_class} ({kind}: {', '.join(sorted(map(str, problems[kind])))}); "
+                "install those versions"
             )
     return model
 

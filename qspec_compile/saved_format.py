@@ -51,7 +51,8 @@ class Description:
     """Contents of ``quantspec_config.json``.
 
     Attributes:
-        format_version: of the folder's layout; what reads a later one does not read this one's successor.
+        format_version: of the folder's layout; a library refuses folders whose version is above its
+            :data:`FORMAT_VERSION`.
         versions: of quantspec, torch and transformers that saved, to tell in errors.
         model_class: transformers' class of the model.
         dtype: of the model, as in ``torch.float32`` without ``torch.``.
@@ -101,9 +102,12 @@ class Description:
         if type(version) is not int or version < 1:
             raise _damaged(path, "it has no format_version")
         if version > FORMAT_VERSION:
+            versions = values.get("versions")
+            saver = versions.get("quantspec") if isinstance(versions, dict) else None
+            saved_with = f" (it was saved with quantspec {saver})" if saver else ""
             raise SavedModelError(
                 f"'{path}' has format_version {version}, and this quantspec reads up to {FORMAT_VERSION}: "
-                "upgrade with pip install -U quantspec"
+                f"install a quantspec that reads format {version}{saved_with}"
             )
         try:
             return cls._parse(values)

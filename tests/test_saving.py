@@ -376,8 +376,11 @@ def test_description_with_bad_entries(copy, changes):
 
 
 def test_newer_format(copy):
-    edit_description(copy, format_version=2)
-    with pytest.raises(SavedModelError, match="format_version 2, and this quantspec reads up to 1: upgrade"):
+    edit_description(copy, format_version=2, versions={"quantspec": "9.8"})
+    with pytest.raises(SavedModelError, match=r"reads up to 1: install .* 2 \(it was saved with quantspec 9\.8\)$"):
+        quantspec.from_pretrained(copy)
+    edit_description(copy, versions=None)
+    with pytest.raises(SavedModelError, match=r"reads up to 1: install a quantspec that reads format 2$"):
         quantspec.from_pretrained(copy)
 
 
