@@ -1,4 +1,8 @@
-"""Custom ops: each file holds one op's formula, implementation, fake and reference. Importing registers them."""
+"""Custom ops, registered by importing: a file per op, or two of a kind, with formula, implementation, fake and kernels.
+
+What several ops share: ``hierarchical`` has the cache's code, ``encode`` the kernels that write it, ``inline_asm``
+device functions, ``current_device`` the guard around launches.
+"""
 
 # transformers looks for Hugging Face's library `kernels` and, where Python runs in the checkout, imports this folder
 # under that name. Registering the ops a second time would leave handles to the first registration dangling.

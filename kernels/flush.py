@@ -62,6 +62,11 @@ def flush(
             recent[b, :, :-group_size] = recent[b, :, group_size:].clone()
 
 
+@flush.register_fake
+def _(*cache):
+    return None
+
+
 @flush.register_kernel("cuda")
 def flush_triton(
     k_recent: Tensor,
@@ -80,8 +85,3 @@ def flush_triton(
     """Launch the kernels; as ``quantspec::flush``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     encode_oldest_groups(None, k_recent, v_recent, *planes, quantized_len, length)
-
-
-@flush.register_fake
-def _(*cache):
-    return None

@@ -139,6 +139,12 @@ def prefill_attention(
     return out
 
 
+@prefill_attention.register_fake
+def _(query, key, value, *cache_and_options):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])
+
+
 @prefill_attention.register_kernel("cuda")
 def prefill_attention_triton(
     query: Tensor,
@@ -171,9 +177,3 @@ def prefill_attention_triton(
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length)
     return out
-
-
-@prefill_attention.register_fake
-def _(query, key, value, *cache_and_options):
-    batch, heads, tokens, _ = query.shape
-    return query.new_empty(batch, tokens, heads, value.shape[-1])
