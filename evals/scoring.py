@@ -20,7 +20,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.passes import Role
 from quantspec.prefill import prefill
 
-# Most query tokens that the cached attention op takes on CUDA.
+# Tokens per scored block: as many as the largest verification (15 drafts + 1).
 MAX_BLOCK = 16
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from enum import StrEnum
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.kernels.hierarchical import num_value_groups
 
-from .graph import add_call, add_placeholder, fake_mode_of, find_calls, finish
+from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
 
 class Role(StrEnum):
@@ -65,9 +66,12 @@ class LowerAttention(PassBase):
         self.group_size = group_size
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        layers = [node.args[3] for node in find_calls(graph_module.graph, torch.ops.quantspec.attention.default)]
-        if len(set(layers)) != len(layers):
-            raise ValueError(f"attention markers share a layer index: {layers}")
+        markers: dict[object, list[fx.Node]] = defaultdict(list)
+        for node in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+            markers[node.args[3]].append(node)
+        for layer, nodes in markers.items():
+            if len(nodes) > 1:
+                raise ValueError(f"attention markers share layer index {layer}: {', '.join(map(describe, nodes))}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph

@@ -48,6 +48,11 @@ def module_path(node: fx.Node) -> str:
     return paths[-1].removeprefix("model.") if paths else ""
 
 
+def describe(node: fx.Node) -> str:
+    """A node's name, target and module, for error messages."""
+    return f"node '{node.name}' ({node.target}) of module '{module_path(node)}'"
+
+
 def add_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     """Register ``tensor`` as a buffer and return a ``get_attr`` node for it at the current insertion point."""
     name = name.replace(".", "_")

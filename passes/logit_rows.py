@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_call, add_placeholder, aten, finish
+from .graph import add_call, add_placeholder, aten, describe, finish
 
 INPUT_NAME = "logit_rows"
 LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.linear)
@@ -14,6 +14,12 @@ LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.
 
 def logits_linear(graph: fx.Graph) -> fx.Node | None:
     """The language-model head: the linear that the output reaches through one-tensor elementwise ops, or None."""
+    node = _before_elementwise(graph)
+    return node if node.target in LINEAR_TARGETS else None
+
+
+def _before_elementwise(graph: fx.Graph) -> fx.Node:
+    """The last node that is no one-tensor elementwise op; the output itself where that is several tensors."""
     node = graph.output_node().args[0]
     while isinstance(node, tuple | list) and len(node) == 1:
         node = node[0]
@@ -23,9 +29,9 @@ def logits_linear(graph: fx.Graph) -> fx.Node | None:
             torch.Tag.pointwise in node.target.tags or node.target is aten.to.dtype
         )
         if not pointwise or len(inputs) != 1:
-            return None
+            break
         node = inputs[0]
-    return node if isinstance(node, fx.Node) and node.target in LINEAR_TARGETS else None
+    return node if isinstance(node, fx.Node) else graph.output_node()
 
 
 class SelectLogitRows(PassBase):
@@ -40,9 +46,9 @@ class SelectLogitRows(PassBase):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if logits_linear(graph_module.graph) is None:
-            output = graph_module.graph.output_node().args[0]
             raise ValueError(
-                f"no language-model head found in front of the output {output}: logit rows cannot be selected"
+                "no language-model head in front of the output, so logit rows cannot be selected: "
+                f"{describe(_before_elementwise(graph_module.graph))} is neither a linear nor elementwise"
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

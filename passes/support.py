@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import module_path
+from .graph import describe
 
 # A prime that is no likely size of anything else, so that the token axis can be told by its length.
 _NUM_TOKENS = 13
@@ -31,8 +31,7 @@ class _WithoutAttention(fx.Interpreter):
             result = super().run_node(n)
         except Exception as error:
             raise TokenMixingError(
-                f"node '{n.name}' ({n.target}) of module '{module_path(n)}' does not run with another number of tokens "
-                f"than it was captured with: {error}"
+                f"{describe(n)} does not run with another number of tokens than it was captured with: {error}"
             ) from error
         if self.keep:
             self.values[n] = result
@@ -78,9 +77,9 @@ class CheckTokenMixing(PassBase):
             values = [run.values.get(node) for run in runs]
             if node.op == "call_function" and _differ(*values):
                 raise TokenMixingError(
-                    f"node '{node.name}' ({node.target}) of module '{module_path(node)}' mixes tokens outside "
-                    "attention or does not follow position_ids (convolution, recurrent state or attention computed by "
-                    "the model itself); its state is not in the key/value cache"
+                    f"{describe(node)} mixes tokens outside attention or does not follow position_ids (convolution, "
+                    "recurrent state or attention computed by the model itself); its state is not in the key/value "
+                    "cache"
                 )
         raise TokenMixingError("the model mixes tokens outside attention; its state is not in the key/value cache")
 
