@@ -36,6 +36,7 @@ from quantspec.evals import load_smollm2, python_reference
 from quantspec.passes import Role
 from quantspec.passes.graph import clone, find_calls
 from quantspec.regions import compile_graph
+from quantspec.speculation import cycle_tokens
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed
@@ -278,7 +279,7 @@ def synthetic_rows(
             "num_speculative_tokens": gamma,
             "synthetic_acceptance_rate": rate,
             "mean_acceptance_length": tokens / cycles,
-            "expected_acceptance_length": sum(rate**n for n in range(gamma + 1)),
+            "expected_acceptance_length": cycle_tokens(rate, gamma),
             "cycle_ms": 1000 * wall / cycles,
             "cycle_gpu_ms": sum(first.elapsed_time(last) for first, last in on_gpu) / cycles,
         }

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from transformers import LlamaConfig
 
+from quantspec.evals.parity_rendering import markdown_table
 from quantspec.memory import expected_memory, full_precision_bytes
+from quantspec.speculation import cycle_tokens
 
 from .common import RESULTS
 from .decode import SHAPES
@@ -38,11 +40,6 @@ def _load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _source(data: dict[str, Any], name: str) -> str:
     env = data["environment"]
     threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
@@ -52,11 +49,6 @@ def _source(data: dict[str, Any], name: str) -> str:
 
 def _draft(row: dict[str, Any]) -> str:
     return row["weight_quantizer"] + (", INT4 lm_head" if row["lm_head"] == "INT4" else "")
-
-
-def cycle_tokens(rate: float, num_drafts: int) -> float:
-    """Expected tokens of a cycle where a draft is accepted with ``rate``, given that those before it were."""
-    return sum(rate**drafts for drafts in range(num_drafts + 1))
 
 
 def rate_of(tokens: float, num_drafts: int) -> float:
@@ -93,7 +85,7 @@ def acceptance(name: str) -> str:
         )
     header = ["mode", "INT4 weights", *(f"{length:,} tokens" for length in lengths)]
     header += ["by position", "tokens per cycle", "a"]
-    return _table(header, rows) + _source(data, name)
+    return markdown_table(header, rows) + _source(data, name)
 
 
 def parity(name: str) -> str:
@@ -109,7 +101,7 @@ def parity(name: str) -> str:
         for row in data["rows"]
         if "role" in row
     ]
-    return _table(["role", "argmax agreement", "perplexity (change)", "mean KL"], rows) + _source(data, name)
+    return markdown_table(["role", "argmax agreement", "perplexity (change)", "mean KL"], rows) + _source(data, name)
 
 
 def speed(name: str) -> str:
@@ -127,7 +119,7 @@ def speed(name: str) -> str:
         for row in data["rows"]
     ]
     header = ["prompt tokens", "dtype", "quantspec", "tokens/s, ours / Hugging Face", "decode", "prefill, both"]
-    return _table(header, rows) + _source(data, name)
+    return markdown_table(header, rows) + _source(data, name)
 
 
 def attention_kernels(name: str) -> str:
@@ -155,7 +147,7 @@ def attention_kernels(name: str) -> str:
             ]
         )
     header = ["attention", "heads, query/KV", "context", "quantspec, µs", "floor, µs", "FlashAttention, µs", "ratio"]
-    return _table(header, rows) + _kernel_source(next(iter(times.values())), name)
+    return markdown_table(header, rows) + _kernel_source(next(iter(times.values())), name)
 
 
 def linear_kernels(name: str) -> str:
@@ -173,7 +165,7 @@ def linear_kernels(name: str) -> str:
         floor = f"{measured['quantspec']['floor_us']:.1f}"
         rows.append([f"{in_features}→{out_features}", str(num_rows), str(group), cells[0], floor, *cells[1:]])
     header = ["linear", "rows", "group", "quantspec, µs", "floor, µs", "tinygemm, µs", "bfloat16 cuBLAS, µs"]
-    return _table(header, rows) + _kernel_source(data[0], name)
+    return markdown_table(header, rows) + _kernel_source(data[0], name)
 
 
 def _kernel_source(row: dict[str, Any], name: str) -> str:
@@ -219,7 +211,7 @@ def decoding(*names: str) -> str:
     header += ["tokens/s at a = 0.93", "peak, GiB"]
     sources = [_source(_load(name), name).rsplit(", ", 1) for name in names]
     slower = f". Hugging Face's `generate` with the same weights, tokens/s: {', '.join(plain)}."
-    return _table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources) + slower
+    return markdown_table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources) + slower
 
 
 def memory(name: str) -> str:
@@ -237,7 +229,7 @@ def memory(name: str) -> str:
         cells = [f"{size / 2**30:.1f}" for size in (*sizes, weights["target"] + dense)]
         rows.append([f"{tokens // 1024}k", *cells])
     header = ["context", "model's weights", "draft's INT4 weights", "cache", "together"]
-    return _table([*header, "transformers' cache", "with the model's weights"], rows)
+    return markdown_table([*header, "transformers' cache", "with the model's weights"], rows)
 
 
 def task_parity(name: str) -> str:
@@ -255,7 +247,7 @@ def task_parity(name: str) -> str:
     apart = {row["role"]: _continuations(row) for row in data["generation"] if row["against"] == "reference"}
     rows.append(["continuations as the original's", apart["target"], apart["speculative"], "not judged", ""])
     header = ["what", "target", "speculative", "threshold", "passed"]
-    return _table(header, rows) + _documents(data) + _source(data, name).lstrip()
+    return markdown_table(header, rows) + _documents(data) + _source(data, name).lstrip()
 
 
 def _continuations(row: dict[str, Any]) -> str:
@@ -277,7 +269,7 @@ def continuations(*names: str) -> str:
                 rows.append([data["environment"]["dtype"], row["role"], row["against"], tokens, equal, margins])
     sources = ", ".join(f"`benchmarks/results/{name}`" for name in names)
     header = ["dtype", "role", "against", "tokens", "equal texts", "logit margins where the others part"]
-    return _table(header, rows) + f"\n\n{_load(names[0])['environment']['device']}, {sources}"
+    return markdown_table(header, rows) + f"\n\n{_load(names[0])['environment']['device']}, {sources}"
 
 
 def needle(*names: str) -> str:
@@ -298,7 +290,7 @@ def needle(*names: str) -> str:
         for (task, length), case in sorted(found.items())
     ]
     sources = "; ".join(_source(_load(name), name).lstrip() for name in names)
-    return _table(["task", "tokens", "documents", *roles], rows) + f"\n\n{sources}"
+    return markdown_table(["task", "tokens", "documents", *roles], rows) + f"\n\n{sources}"
 
 
 def _documents(report: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from quantspec.capture import CapturedLayer
 from quantspec.memory import expected_memory, full_precision_bytes
+from quantspec.speculation import cycle_tokens
 
 HERE = Path(__file__).resolve().parent
 
@@ -262,7 +263,7 @@ def draft_tokens() -> Figure:
     counts = list(range(16))
     colours = {0.6: REJECTED, 0.8: LOWER, 0.9: UPPER, 0.95: RECENT}
     for rate, colour in colours.items():
-        tokens = [sum(rate**n for n in range(count + 1)) for count in counts]
+        tokens = [cycle_tokens(rate, count) for count in counts]
         yields.plot(counts, tokens, color=colour, linewidth=2, marker="o", markersize=3.5)
         beside(yields, counts[-1], tokens[-1], f"a = {rate}", colour)
         for cost, dash in ((0.35, "-"), (0.7, ":")):

@@ -32,6 +32,21 @@ def get_tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     return value
 
 
+def from_positions(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that ``position_ids`` and constants determine, that input included; constants alone are not."""
+    constant: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder" and node.target == "position_ids":
+            found.add(node)
+        elif node.op == "get_attr" or node.target is aten.sym_size.int:
+            constant.add(node)
+        elif node.op == "call_function" and all(i in constant or i in found for i in inputs):
+            (found if any(i in found for i in inputs) else constant).add(node)
+    return found
+
+
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """The fake mode the graph's metadata was made with, or None where it carries none."""
     for node in graph.nodes:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_call, finish
-
-INPUT_NAME = "position_ids"
+from .graph import add_call, finish, from_positions
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -42,7 +40,7 @@ class MaterializePositionTables(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        tables = self._from_positions(graph)
+        tables = from_positions(graph)
         shared = [
             node
             # In the graph's order, so that compilers recognize the graph in the next process.
@@ -62,18 +60,3 @@ class MaterializePositionTables(PassBase):
         if shared:
             finish(graph_module)
         return PassResult(graph_module, bool(shared))
-
-    @staticmethod
-    def _from_positions(graph: fx.Graph) -> set[fx.Node]:
-        """Nodes that positions determine."""
-        constant: set[fx.Node] = set()
-        found: set[fx.Node] = set()
-        for node in graph.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "placeholder" and node.target == INPUT_NAME:
-                found.add(node)
-            elif node.op == "get_attr" or node.target is torch.ops.aten.sym_size.int:
-                constant.add(node)
-            elif node.op == "call_function" and all(i in constant or i in found for i in inputs):
-                (found if any(i in found for i in inputs) else constant).add(node)
-        return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-_POSITIONS = "position_ids"
+from quantspec.passes.graph import find_calls, from_positions, get_tensor
 
 
 def learned_positions(graph_module: fx.GraphModule) -> tuple[str, int] | None:
@@ -23,22 +22,14 @@ def learned_positions(graph_module: fx.GraphModule) -> tuple[str, int] | None:
     Returns:
         The table's name and the number, or None without such a table.
     """
-    known: set[fx.Node] = set()
-    positional: set[fx.Node] = set()
+    positional = from_positions(graph_module.graph)
     found = []
-    for node in graph_module.graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "placeholder" and node.target == _POSITIONS:
-            positional.add(node)
-        elif node.op == "get_attr" or node.target is torch.ops.aten.sym_size.int:
-            known.add(node)
-        elif node.op == "call_function" and all(i in known or i in positional for i in inputs):
-            if node.target is torch.ops.aten.embedding.default and node.args[1] in positional:
-                table = node.args[0]
-                assert isinstance(table, fx.Node)
-                count = _rows_in_order(graph_module, node.args[1], _attribute(graph_module, table).shape[0])
-                found.append((str(table.target), count))
-            (positional if any(i in positional for i in inputs) else known).add(node)
+    for node in find_calls(graph_module.graph, torch.ops.aten.embedding.default):
+        table, index = node.args[:2]
+        if node in positional and index in positional:
+            assert isinstance(table, fx.Node)
+            count = _rows_in_order(graph_module, index, get_tensor(graph_module, table).shape[0])
+            found.append((str(table.target), count))
     return min(((name, count) for name, count in found if count is not None), key=lambda pair: pair[1], default=None)
 
 
@@ -52,7 +43,7 @@ def _rows_in_order(graph_module: fx.GraphModule, index: Any, rows: int) -> int |
                 device = next(graph_module.parameters()).device
                 values[node] = torch.arange(rows + 1, device=device)[None]
             elif node.op == "get_attr":
-                values[node] = _attribute(graph_module, node)
+                values[node] = get_tensor(graph_module, node)
             else:
                 values[node] = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
         return values[node]
@@ -60,7 +51,3 @@ def _rows_in_order(graph_module: fx.GraphModule, index: Any, rows: int) -> int |
     indices = value(index).flatten()
     outside = ((indices < 0) | (indices >= rows)).nonzero()
     return int(outside[0]) if len(outside) else None
-
-
-def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
-    return operator.attrgetter(str(node.target))(graph_module)

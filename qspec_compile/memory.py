@@ -13,6 +13,8 @@ import torch
 
 from quantspec.kernels.hierarchical import num_value_groups
 
+from .config import QuantSpecConfig
+
 _SCALE_BYTES = torch.float16.itemsize
 
 
@@ -46,7 +48,9 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
     return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
 
 
-def cache_bytes_per_token(layers: Sequence[AttentionShape], kv_group_size: int = 128) -> dict[str, float]:
+def cache_bytes_per_token(
+    layers: Sequence[AttentionShape], kv_group_size: int = QuantSpecConfig.kv_group_size
+) -> dict[str, float]:
     """Bytes that a quantized token takes in all layers, by part: ``upper``, ``lower`` and ``scales`` (with zeros).
 
     A draft step reads ``upper`` and ``scales``, a verification all three.
@@ -68,8 +72,8 @@ def expected_memory(
     context: int,
     batch_size: int = 1,
     *,
-    kv_group_size: int = 128,
-    num_speculative_tokens: int = 4,
+    kv_group_size: int = QuantSpecConfig.kv_group_size,
+    num_speculative_tokens: int = QuantSpecConfig.num_speculative_tokens,  # type: ignore[assignment]
     dtype: torch.dtype = torch.bfloat16,
     max_cache_len: int | None = None,
 ) -> dict[str, int]:

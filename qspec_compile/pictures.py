@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .config import QuantSpecConfig
 from .cycle_times import CycleTimes, cycle_times
 from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
 from .stats import GenerationStats
@@ -177,8 +178,8 @@ def plot_memory(
     *,
     max_context: int = _MOST_CONTEXT,
     batch_size: int = 1,
-    kv_group_size: int = 128,
-    num_speculative_tokens: int = 4,
+    kv_group_size: int = QuantSpecConfig.kv_group_size,
+    num_speculative_tokens: int = QuantSpecConfig.num_speculative_tokens,  # type: ignore[assignment]
     dtype: torch.dtype = torch.bfloat16,
     context: int | None = None,
 ) -> Axes:

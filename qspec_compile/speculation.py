@@ -1,7 +1,7 @@
 """How many tokens to draft in the next cycle: a fixed number, or what measured times and acceptance make fastest.
 
-With a per-token acceptance rate a, a cycle of n drafts yields 1 + a + ... + a^n tokens (Leviathan et al. 2023, eq. 1)
-and takes verify + n * draft seconds, so tokens per second have a best n; n = 0 is plain decoding with the target.
+A cycle of n drafts yields :func:`cycle_tokens` and takes verify + n * draft seconds, so tokens per second have a best
+n; n = 0 is plain decoding with the target.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ _PROBE_EVERY = 100
 # Weight of the newest accepted or rejected token in the running average.
 _NEWEST_TRIAL = 0.02
 _PRIOR_ACCEPTANCE = 0.8
+
+
+def cycle_tokens(rate: float, num_drafts: int) -> float:
+    """Expected tokens of a cycle, 1 + a + ... + a^n (Leviathan et al. 2023, eq. 1).
+
+    Args:
+        rate: probability a that a draft token is accepted, given that those before it were.
+        num_drafts: tokens drafted (n).
+    """
+    return sum(rate**drafts for drafts in range(num_drafts + 1))
 
 
 class DraftCount(Protocol):
@@ -89,13 +99,12 @@ class AutoDraftCount:
 
     def tokens_per_second(self, num_drafts: int) -> float:
         """Expected yield of cycles of ``num_drafts`` tokens, once those to start with have been timed."""
-        tokens = sum(self.acceptance**n for n in range(num_drafts + 1))
         if num_drafts in self._seconds:
             seconds = self._median(num_drafts)
         else:
             some = _STARTS[0]
             seconds = self._median(0) + num_drafts / some * (self._median(some) - self._median(0))
-        return tokens / max(seconds, 1e-9)
+        return cycle_tokens(self.acceptance, num_drafts) / max(seconds, 1e-9)
 
     def _median(self, num_drafts: int) -> float:
         return median_low(self._seconds[num_drafts])

@@ -23,10 +23,11 @@ import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.cli import main
 from quantspec.cli import options as cli_options
+from quantspec.cli.loading import Kind, find_source
 from quantspec.generate import SpeculativeLoop
 from quantspec.memory import expected_memory
 from quantspec.passes import WeightQuantizer
-from quantspec.saved_format import Description
+from quantspec.saved_format import DESCRIPTION_FILE, Description
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
@@ -424,8 +425,16 @@ def test_inspect_refuses_a_context_that_does_not_fit(run, folder):
 # --- convert ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_pair_is_known_by_its_description(tmp_path):
+    """The command line has a name of its own for the file, so that it need not import torch."""
+    (tmp_path / "config.json").touch()
+    assert find_source(str(tmp_path)).kind is Kind.FOLDER
+    (tmp_path / DESCRIPTION_FILE).touch()
+    assert find_source(str(tmp_path)).kind is Kind.PAIR
+
+
 def test_converted_folder_loads_and_says_the_same(run, pair, folder, tokenizer):
-    assert (pair / "quantspec_config.json").is_file()
+    assert (pair / DESCRIPTION_FILE).is_file()
     status, out, err = run("generate", pair, "Hello", "--greedy", "--max-new-tokens", 6, "--gamma", 2)
     assert (status, out, err) == (0, expected_text(folder, tokenizer, "Hello", 6) + "\n", "")
 
