@@ -1,4 +1,4 @@
-"""What one ``generate`` call did, under the names vLLM and AIPerf use."""
+"""What one ``generate`` call did; ``draft_acceptance_rate`` and ``mean_acceptance_length`` are named as in vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class GenerationStats:
     """Counts, times and bytes of one ``generate`` call; ``print`` it for a table.
 
     Attributes:
-        num_speculative_tokens: tokens drafted per cycle, as asked for.
+        num_speculative_tokens: most tokens drafted per cycle: the number asked for; with "auto"
+            ``AutoDraftCount.most``, 8.
         num_sequences: batch size.
         prompt_tokens, generated_tokens: over all sequences.
         continued_tokens: prompt tokens that were in the cache already and not prefilled again.

@@ -1,4 +1,4 @@
-"""Statistics add up, carry vLLM's names, print as a table and go into JSON."""
+"""Statistics add up, print as a table and go into JSON, rates under vLLM's names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from quantspec import GenerationStats
 from quantspec.cache import HierarchicalCache
 from quantspec.pair import unique_tensors
 from quantspec.passes import Role
+from quantspec.speculation import AutoDraftCount
 
 LONG = 2 * GROUP + 8
 RATES = ("draft_acceptance_rate", "mean_acceptance_length", "acceptance_histogram", "acceptance_rate_per_position")
@@ -189,9 +190,15 @@ def test_bytes(qs):
     assert stats.weight_bytes["draft_int4"] == sum(tensor.nbytes for tensor in draft.values()) > 0
 
 
-def test_names_are_vllms(qs):
+def test_dictionary_has_the_rates(qs):
     stats = run(qs, [random_prompt(LONG)], 9)
     assert set(RATES) <= set(stats.as_dict())
+
+
+def test_auto_counts_up_to_its_largest_number(qs):
+    stats = run(qs, [random_prompt(LONG)], 9, num_speculative_tokens="auto")
+    assert stats.num_speculative_tokens == AutoDraftCount.most == 8
+    assert_consistent(stats)
 
 
 def test_as_dict_is_json(qs):
