@@ -393,7 +393,7 @@ class SpeculativeLoop:
         running: list[bool] = []
         try:
             while any(self.progress.running):
-                start = time.perf_counter()
+                start = self._clock()
                 chosen, is_new = self.qs.graphed_cycle(
                     self.cache, draft_count.choose(), self.processors, self.do_sample
                 )
@@ -408,7 +408,7 @@ class SpeculativeLoop:
                     running = self.progress.running
                     graphed.cycle.running.copy_(torch.tensor(running))
                 # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
-                replay = time.perf_counter()
+                replay = self._clock()
                 result = CycleResult.read(graphed())
                 if result.flush_due:
                     graphed.flush()
@@ -434,21 +434,21 @@ class SpeculativeLoop:
             raise FloatingPointError(_NO_DISTRIBUTION if self.do_sample else _NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
-        self.stats.flushes += result.flush_due
         for row, count in enumerate(result.accepted):
             if running[row]:
                 tokens = [*result.drafts[row][:count], result.next_tokens[row]]
                 self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
+        # Judging takes as long per token however many were drafted, so choosing their number does without it.
         now = self._now()
-        self.stats.record_cycle(len(result.drafts[0]), accepted, now - start)
         draft_count.record(len(result.drafts[0]), accepted, None if typical_start is None else now - typical_start)
         self._judge()
+        self.stats.flushes += result.flush_due
+        self.stats.record_cycle(len(result.drafts[0]), accepted, self._clock() - start)
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
         """Cache what is new of the prompts; emits and returns the first token of each, ``(B,)``."""
         start = self._now()
         logits = prefill(self.qs, self.cache, prompts)
-        self.stats.prefill_seconds = self._now() - start
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
         if bool(logits.isnan().any()):
@@ -464,14 +464,20 @@ class SpeculativeLoop:
         for row, token in enumerate(pending.tolist()):
             self.progress.append(row, [token], scores[row])
         self._judge()
+        self.stats.prefill_seconds = self._clock() - start
         return pending
 
     def _judge(self) -> None:
-        """Stream and stop; what user code does there is not counted as decoding time."""
+        """Stream what is complete, and stop where the criteria say so."""
         self.progress.judge()
         self.stats.generated_tokens = self.progress.num_generated()
 
+    def _clock(self) -> float:
+        """Seconds, standing still in the caller's streamer and stopping criteria."""
+        return time.perf_counter() - self.progress.user_seconds
+
     def _now(self) -> float:
+        """The clock, once the device has done what was asked of it."""
         if self.qs.device.type == "cuda":
             torch.cuda.synchronize(self.qs.device)
-        return time.perf_counter()
+        return self._clock()

@@ -7,6 +7,9 @@ judged when every unfinished sequence has s new tokens, and what a sequence prod
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -24,6 +27,8 @@ class Progress:
         counts: new tokens of each sequence so far, judged or not.
         judged: steps that criteria and streamer have seen.
         scores: one ``(B, V)`` tensor per judged step, zero for sequences that had ended; None if not collected.
+        user_seconds: time spent so far in code that is neither ours nor transformers': the streamer's ``put`` and
+            stopping criteria of the caller's own.
     """
 
     def __init__(
@@ -39,8 +44,12 @@ class Progress:
         batch, self.prompt_len = input_ids.shape
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
-        self.criteria = stopping_criteria
         self.streamer = streamer
+        self.user_seconds = 0.0
+        of_transformers = [type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria]
+        pairs = list(zip(stopping_criteria, of_transformers, strict=True))
+        self._criteria = StoppingCriteriaList(criterion for criterion, known in pairs if known)
+        self._user_criteria = StoppingCriteriaList(criterion for criterion, known in pairs if not known)
         self.sequences = input_ids.new_full((batch, self.prompt_len + max_new_tokens + slack), pad_token_id)
         self.sequences[:, : self.prompt_len] = input_ids
         self.counts = [0] * batch
@@ -117,13 +126,31 @@ class Progress:
             self.judged = step
             self._judge_scores()
             if self.streamer is not None:
-                self.streamer.put(seen[:, -1].cpu())
-            done = self.criteria(cast(torch.LongTensor, seen), cast(torch.FloatTensor, self.scores))
-            for row in range(len(self._end)):
-                if self._end[row] is None and bool(done[row]):
+                newest = seen[:, -1].cpu()
+                with self._user_code():
+                    self.streamer.put(newest)
+            for row, done in enumerate(self._done(seen)):
+                if self._end[row] is None and done:
                     self._end[row] = self.counts[row] = step
                     self._unjudged_scores[row].clear()
                     self._close(row)
+
+    def _done(self, seen: Tensor) -> list[bool]:
+        """What the stopping criteria say of each sequence."""
+        arguments = (cast(torch.LongTensor, seen), cast(torch.FloatTensor, self.scores))
+        done = self._criteria(*arguments).tolist()
+        if self._user_criteria:
+            with self._user_code():
+                # Read inside, so that work they queue on a device is theirs too.
+                by_user = self._user_criteria(*arguments).tolist()
+            done = [a or b for a, b in zip(done, by_user, strict=True)]
+        return done
+
+    @contextlib.contextmanager
+    def _user_code(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.user_seconds += time.perf_counter() - start
 
     def output(self) -> Tensor:
         """``(B, prompt_len + judged)`` ids."""

@@ -1,4 +1,4 @@
-"""What one ``generate`` call did, under the names vLLM and AIPerf use."""
+"""What one ``generate`` call did; ``draft_acceptance_rate`` and ``mean_acceptance_length`` are named as in vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class GenerationStats:
     """Counts, times and bytes of one ``generate`` call; ``print`` it for a table.
 
     Attributes:
-        num_speculative_tokens: tokens drafted per cycle, as asked for.
+        num_speculative_tokens: most tokens drafted per cycle: the number asked for; with "auto"
+            ``AutoDraftCount.most``, 8.
         num_sequences: batch size.
         prompt_tokens, generated_tokens: over all sequences.
         continued_tokens: prompt tokens that were in the cache already and not prefilled again.
@@ -21,7 +22,10 @@ class GenerationStats:
         drafted_per_position, accepted_per_position: the same by place in the block.
         acceptance_histogram: ``[n]`` is how often exactly n draft tokens of a block were accepted.
         flushes: cycles that moved a group into the planes.
-        prefill_seconds, decode_seconds: wall-clock, prompt and everything after.
+        prefill_seconds: wall-clock until the first token of every prompt is chosen.
+        decode_seconds: wall-clock of the cycles, with sampling, logits processors, transformers' stopping criteria and
+            the copies for a streamer. Of the caller's own code, the streamer and criteria that are not transformers'
+            are left out. So is what a call does once, before and after: checks, the cache's allocation, the result.
         cache_bytes, weight_bytes: by part.
         drafted_per_cycle, accepted_per_cycle, seconds_per_cycle: history, one entry per cycle of the batch, over its
             running sequences. About 50 bytes a cycle, so a megabyte in 100,000 tokens; left out of :meth:`as_dict`.
@@ -85,7 +89,7 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first of each sequence over the time spent on them; NaN if there are none."""
+        """Tokens after the first of each sequence over ``decode_seconds``; NaN if there are none."""
         return (
             (self.generated_tokens - self.num_sequences) / self.decode_seconds if self.decode_seconds else float("nan")
         )

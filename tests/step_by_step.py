@@ -66,7 +66,10 @@ def assert_is_targets_choice(
 def assert_same_text(
     qs: QuantSpecModel, prompt: Sequence[int], tokens: Sequence[int], expected: Sequence[int], tie: float = TIE
 ) -> None:
-    """``tokens`` equal ``expected``, or part from them where the target's logits are within ``tie`` of each other."""
+    """``tokens`` equal ``expected``, or part from them where the target's logits are within ``tie`` of each other.
+
+    From there on the two are different texts; what follows in ``tokens`` must be the target's choice after them.
+    """
     tokens, expected = list(tokens), list(expected)
     if tokens == expected:
         return
@@ -77,6 +80,7 @@ def assert_same_text(
         steps.feed(token)
     margin = float((steps.logits[tokens[index]] - steps.logits[expected[index]]).abs())
     assert margin <= tie, f"token {index} is {tokens[index]}, not {expected[index]}, by a margin of {margin:.3g}"
+    assert_is_targets_choice(qs, prompt, tokens, tie)
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

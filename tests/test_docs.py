@@ -6,7 +6,6 @@ models (``doc_blocks.py``), so that a page reads as its reader would write it an
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import importlib.util
@@ -15,14 +14,16 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from doc_blocks import PAGES, ROOT, Block, blocks, fill_hub_cache
+from error_messages import SourceMessages, has_in_order, is_said, page_rows, pieces, row_messages
 
 from quantspec.cli import main
 
@@ -195,46 +196,98 @@ def test_code_for_gpus_runs(page, workplace):
 PACKAGES = ("qspec_compile", "passes", "kernels", "evals")
 
 
-def raised_texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and longest fixed piece of every message raised in a file."""
-    constants = {
-        target.id: statement.value.value
-        for statement in tree.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
-        for target in statement.targets
-        if isinstance(target, ast.Name) and isinstance(statement.value.value, str)
-    }
-    for statement in ast.walk(tree):
-        if not isinstance(statement, ast.Raise) or statement.exc is None:
-            continue
-        # An AttributeError is Python's protocol, nothing that went wrong.
-        if isinstance(statement.exc, ast.Call) and ast.unparse(statement.exc.func) == "AttributeError":
-            continue
-        pieces = [
-            node.value if isinstance(node, ast.Constant) else constants.get(node.id)
-            for node in ast.walk(statement.exc)
-            if isinstance(node, ast.Constant | ast.Name)
-        ]
-        text = max((piece for piece in pieces if isinstance(piece, str)), key=len, default="")
-        if text:
-            yield statement.lineno, text
+@pytest.fixture(scope="module")
+def sources() -> dict[str, SourceMessages]:
+    """Every file of the library, by its path in the repository."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): SourceMessages(path.read_text()) for path in paths}
 
 
-def test_raised_texts_are_found():
-    raises = ["NAN = 'not a number'", "raise ValueError(f'{a} is too small; take {b}')", "raise Failure(NAN)", "raise"]
-    assert list(raised_texts(ast.parse("\n".join(raises)))) == [(2, " is too small; take "), (3, "not a number")]
+@pytest.fixture(scope="module")
+def message_rows() -> list[str]:
+    """The rows of the troubleshooting page that show messages."""
+    return page_rows((ROOT / "docs" / "troubleshooting.md").read_text())
 
 
-def test_troubleshooting_has_every_message():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+def test_raised_messages_are_found():
+    """Through variables, constants, alternatives and functions; a shared constant is a message of its own."""
+    source = """
+AGAIN = "convert the model again"
+def problem(x):
+    if x: return "its attention is not causal"
+    return f"its mask depends on {x}"
+def refuse(module, reason): return TypeError(f"cannot convert {module}: {reason}")
+def a(path):
+    raise ValueError(f"{path!r} is too small; take {path}")
+def b(n):
+    reason = f"it has heads of {n} dims" if n else "it has no heads"
+    raise TypeError(f"cannot convert: {reason}")
+def c():
+    found = problem(3)
+    raise refuse(3, found)
+def d():
+    raise SavedError(f"cannot read: {AGAIN}", "a hint")
+def e():
+    raise AttributeError("a protocol of Python")
+def f():
+    raise
+"""
+    assert sorted(text for _, text in SourceMessages(source).raised()) == [
+        "cannot convert …: …",
+        "cannot convert: it has heads of … dims",
+        "cannot convert: it has no heads",
+        "cannot read: …",
+        "convert the model again",
+        "its attention is not causal",
+        "its mask depends on …",
+        "… is too small; take …",
+    ]
+
+
+def test_messages_of_a_page_are_found():
+    page = (
+        "| option | `no message here` |\n\n| message | why |\n| --- | --- |\n"
+        "| `… is too small; take …` (also `name`), `` run `make` now `` | `not this one` |\n\n| `nor this one` | |\n"
+    )
+    rows = page_rows(page)
+    assert len(rows) == 1
+    assert row_messages(rows[0]) == ["… is too small; take …", "run `make` now"]
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "same"),
+    [
+        ("gamma must be an int, not …", "… must be an int, not …", True),
+        ("cannot convert module '…': its mask …", "cannot convert module '…': its mask is … tokens wide", True),
+        ("value head dim … has 3 groups, 2 are supported on CUDA", "head dims of …: … are supported on CUDA", False),
+        ("take … tokens, of the prompt first and then of the rest", "…, of the prompt", False),
+        ("at most 2 are supported, on CUDA", "on CUDA, at most … are supported", False),
+    ],
+)
+def test_a_message_is_said_by_its_text_and_by_no_other(message, text, same):
+    assert is_said(message, text) == same
+
+
+def test_troubleshooting_has_every_message(sources, message_rows):
+    """Everything constant in a message stands in one row, in order."""
     missing = [
-        f"{path.relative_to(ROOT)}:{line}: {text}"
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-        for line, text in raised_texts(ast.parse(path.read_text()))
-        if text.strip() not in page
+        f"{path}:{line}: {text}"
+        for path, source in sources.items()
+        for line, text in source.raised()
+        if not any(has_in_order(row, pieces(text)) for row in message_rows)
     ]
     assert not missing, "not in docs/troubleshooting.md:\n" + "\n".join(missing)
+
+
+def test_troubleshooting_has_no_message_that_nothing_says(sources, message_rows):
+    texts = {text for source in sources.values() for text in source.all_texts()}
+    stale = [
+        message
+        for row in message_rows
+        for message in row_messages(row)
+        if not any(is_said(message, text) for text in texts)
+    ]
+    assert not stale, "in no source file:\n" + "\n".join(stale)
 
 
 @pytest.mark.parametrize("name", ["quantspec", "quantspec.passes", "quantspec.kernels", "quantspec.evals"])
@@ -298,11 +351,41 @@ def test_links_lead_to_files_that_exist(page):
         assert (ROOT / target).exists(), target
 
 
-def test_figures_are_those_the_script_draws():
+def drawn(figure: Path) -> tuple[list[str], list[tuple[str, str]], list[float]]:
+    """What an SVG file shows: its texts, each shape's kind and colours, and all coordinates of shapes.
+
+    Outlines of letters are left out, which differ from one version of matplotlib to another.
+    """
+    text = figure.read_text()
+    shapes, coordinates = [], []
+
+    def visit(element: ElementTree.Element) -> None:
+        if element.tag.endswith("}defs") or element.get("id", "").startswith("text_"):
+            return
+        if element.tag.endswith(("}path", "}use")):
+            shapes.append((element.tag, element.get("style", "")))
+            places = [element.get(name, "") for name in ("d", "x", "y")]
+            coordinates.extend(float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", " ".join(places)))
+        for child in element:
+            visit(child)
+
+    visit(ElementTree.fromstring(text))
+    return re.findall(r"<!-- (.*?) -->", text, re.DOTALL), shapes, coordinates
+
+
+def test_figures_are_those_the_script_draws(tmp_path):
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
     figures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figures)
-    committed = {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
-    assert set(figures.FIGURES) == committed
+    committed = sorted((ROOT / "docs" / "figures").glob("*.svg"))
+    assert sorted(path.name for path in figures.draw(tmp_path)) == [path.name for path in committed]
+    for path in committed:
+        texts, shapes, coordinates = drawn(path)
+        assert texts
+        assert shapes
+        of_script = drawn(tmp_path / path.name)
+        assert of_script[:2] == (texts, shapes), path.name
+        # Points; layouts that make room for letters move a little with their outlines.
+        assert of_script[2] == pytest.approx(coordinates, abs=2), path.name
     shown = "".join(page.read_text() for page in PAGES)
-    assert all(f"figures/{name}.svg" in shown for name in committed)
+    assert all(f"figures/{path.name}" in shown for path in committed)

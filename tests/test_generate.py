@@ -12,6 +12,7 @@ from conftest import GROUP
 from hypothesis import given
 from hypothesis import strategies as st
 from step_by_step import (
+    StepByStep,
     assert_is_targets_choice,
     assert_same_text,
     decode_step_by_step,
@@ -62,8 +63,8 @@ def test_greedy_equals_target_only(qs, gamma):
     tokens = generate(qs, prompt, 2 * GROUP + 5, num_speculative_tokens=gamma)
     assert qs.last_stats.flushes >= 1
     assert qs.last_stats.accepted > 0
-    assert_same_text(qs, prompt, tokens, decode_step_by_step(qs, prompt, 2 * GROUP + 5))
-    assert_same_text(qs, prompt, tokens, generate(qs, prompt, 2 * GROUP + 5, num_speculative_tokens=0))
+    assert tokens == decode_step_by_step(qs, prompt, 2 * GROUP + 5)
+    assert tokens == generate(qs, prompt, 2 * GROUP + 5, num_speculative_tokens=0)
 
 
 def test_zero_speculative_tokens_is_step_by_step_decoding(qs):
@@ -77,12 +78,33 @@ def test_zero_speculative_tokens_is_step_by_step_decoding(qs):
 @pytest.mark.parametrize("length", [1, GROUP - 1, GROUP, 2 * GROUP - 1, 2 * GROUP, 2 * GROUP + 1, 4 * GROUP - 1])
 def test_prompt_lengths_around_group_boundaries(qs, length):
     prompt = random_prompt(length, seed=length)
-    assert_same_text(qs, prompt, generate(qs, prompt, GROUP + 4), decode_step_by_step(qs, prompt, GROUP + 4))
+    assert generate(qs, prompt, GROUP + 4) == decode_step_by_step(qs, prompt, GROUP + 4)
 
 
 def test_every_token_is_the_targets_argmax(qs):
     prompt = random_prompt(LONG, seed=3)
     assert_is_targets_choice(qs, prompt, generate(qs, prompt, 2 * GROUP))
+
+
+def test_a_text_that_parts_at_a_tie_is_held_to_the_target_behind_it(qs):
+    """The comparison that other tests use: after the tie, too, every token must be the target's own choice."""
+    prompt = random_prompt(SHORT)
+    expected = decode_step_by_step(qs, prompt, SHORT_NEW)
+    steps = StepByStep(qs, prompt)
+    margins, runners_up = [], []
+    for token in expected[:-1]:
+        first, second = steps.logits.topk(2).values.tolist()
+        margins.append(first - second)
+        runners_up.append(int(steps.logits.topk(2).indices[1]))
+        steps.feed(token)
+    place = margins.index(min(margins))
+    tie = margins[place] + 1e-3
+    other = [*expected[:place], runners_up[place]]
+    other += decode_step_by_step(qs, prompt + other, SHORT_NEW - len(other))
+    assert_same_text(qs, prompt, other, expected, tie)
+    other[-1] = 3 if other[-1] != 3 else 4
+    with pytest.raises(AssertionError, match="below the target's argmax"):
+        assert_same_text(qs, prompt, other, expected, tie)
 
 
 def test_short_text_equals_hugging_face(qs):

@@ -1,17 +1,22 @@
-"""Statistics add up, carry vLLM's names, print as a table and go into JSON."""
+"""Statistics add up, print as a table and go into JSON, rates under vLLM's names."""
 
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from conftest import GROUP
 from step_by_step import random_prompt
+from transformers import MaxLengthCriteria, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerationStats
+from quantspec.cache import HierarchicalCache
 from quantspec.pair import unique_tensors
 from quantspec.passes import Role
+from quantspec.speculation import AutoDraftCount
 
 LONG = 2 * GROUP + 8
 RATES = ("draft_acceptance_rate", "mean_acceptance_length", "acceptance_histogram", "acceptance_rate_per_position")
@@ -108,12 +113,68 @@ def test_nothing_drafted(qs):
     assert "draft_acceptance_rate" not in str(stats)
 
 
-def test_times(qs):
-    """Prefill and decoding are timed apart, and the rate is theirs."""
-    stats = run(qs, [random_prompt(LONG)], 9)
-    assert stats.prefill_seconds > 0
-    assert stats.decode_seconds > 0
-    assert stats.tokens_per_second == pytest.approx(8 / stats.decode_seconds)
+class Clock:
+    """Stands for ``time.perf_counter``; stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def delay(self, monkeypatch, owner: type, name: str, seconds: float) -> list[tuple]:
+        """Make each call of a method take ``seconds``; returns the list that each call's arguments are put into."""
+        method, calls = getattr(owner, name), []
+
+        def delayed(*args, **kwargs):
+            calls.append(args)
+            self.seconds += seconds
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, delayed)
+        return calls
+
+
+class OwnCriterion(StoppingCriteria):
+    """A stopping criterion of the caller's own, which stops nothing."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class OwnStreamer(BaseStreamer):
+    """A streamer that streams nowhere."""
+
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+def test_the_librarys_time_counts_and_the_callers_does_not(qs, monkeypatch):
+    """Model, flush, transformers' criteria and the copies for a streamer are counted, each with the phase it is of."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    forwards = clock.delay(monkeypatch, type(qs), "forward", 1.0)
+    flushes = clock.delay(monkeypatch, HierarchicalCache, "flush", 0.5)
+    criteria = clock.delay(monkeypatch, MaxLengthCriteria, "__call__", 0.25)
+    copies = clock.delay(monkeypatch, torch.Tensor, "cpu", 0.125)
+    own = [
+        clock.delay(monkeypatch, OwnCriterion, "__call__", 1024.0),
+        clock.delay(monkeypatch, OwnStreamer, "put", 2048.0),
+        clock.delay(monkeypatch, OwnStreamer, "end", 4096.0),
+    ]
+    stats = run(qs, [random_prompt(LONG)], 21, stopping_criteria=[OwnCriterion()], streamer=OwnStreamer())
+    # The prompt, before anything is timed, and every token are streamed; every token is judged.
+    assert [len(calls) for calls in own] == [21, 22, 1]
+    assert len(criteria) == 21
+    assert len(flushes) == 1
+    assert len(copies) == 22
+    prefills = sum(args[1] is Role.PREFILL for args in forwards)
+    assert stats.prefill_seconds == prefills + 0.25 + 0.125
+    assert stats.decode_seconds == (len(forwards) - prefills) + 0.5 + 20 * (0.25 + 0.125)
+    assert stats.tokens_per_second == 20 / stats.decode_seconds
 
 
 def test_bytes(qs):
@@ -129,9 +190,15 @@ def test_bytes(qs):
     assert stats.weight_bytes["draft_int4"] == sum(tensor.nbytes for tensor in draft.values()) > 0
 
 
-def test_names_are_vllms(qs):
+def test_dictionary_has_the_rates(qs):
     stats = run(qs, [random_prompt(LONG)], 9)
     assert set(RATES) <= set(stats.as_dict())
+
+
+def test_auto_counts_up_to_its_largest_number(qs):
+    stats = run(qs, [random_prompt(LONG)], 9, num_speculative_tokens="auto")
+    assert stats.num_speculative_tokens == AutoDraftCount.most == 8
+    assert_consistent(stats)
 
 
 def test_as_dict_is_json(qs):
