@@ -61,8 +61,9 @@ class CheckTokenMixing(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         device = next(graph_module.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.vocab_size, (1, _NUM_TOKENS), generator=generator).to(device)
+        # The CPU's numbers, whatever the default device.
+        generator = torch.Generator("cpu").manual_seed(0)
+        ids = torch.randint(0, self.vocab_size, (1, _NUM_TOKENS), generator=generator, device="cpu").to(device)
         # Positions that do not start at 0, so that a model counting them by itself is seen.
         positions = 3 + torch.arange(_NUM_TOKENS, device=device)[None]
         inputs = ((ids, positions), (ids.T.contiguous(), positions.T.contiguous()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .errors import UnsupportedModelError
 _LOGGER = logging.getLogger(__name__)
 
 IMPLEMENTATION = "quantspec_capture"
+_CONVERSION = threading.Lock()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
@@ -351,12 +353,12 @@ def _mask_problem(spec: MaskSpec) -> str | None:
     span = 2 * spec.window + 3 if spec.window else 8
     # The rule is elementwise in its indices, so a window's edges and a few far points describe it.
     points = sorted({0, 1, 2, span // 2, span - 1} | {max(0, span - 1 - spec.window + d) for d in (-1, 0, 1)})
-    q = torch.tensor(points)[:, None]
-    kv = torch.tensor(points)[None, :]
+    q = torch.tensor(points, device="cpu")[:, None]
+    kv = q.T
     expected = kv <= q
     if spec.window:
         expected = expected & (kv > q - spec.window)
-    zero = torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
     try:
         matches = torch.equal(spec.mask_function(zero, zero, q, kv).expand_as(expected), expected)
     except Exception:
@@ -377,6 +379,13 @@ def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> No
         if device.type == "cuda" and dim > MAX_HEAD_DIM:
             reason = f"it has heads of {dim} dims; a GPU decodes at most {MAX_HEAD_DIM}, a CPU any number"
             raise UnsupportedModelError(f"cannot convert module '{layer.module}': {reason}")
+
+
+@contextlib.contextmanager
+def converting() -> Iterator[None]:
+    """Let one thread at a time convert, since registries and tracing are the process's, and none under autocast."""
+    with _CONVERSION, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:

@@ -99,7 +99,8 @@ class Cycle:
         scores = self.process(logits, 0)
         if self.do_sample:
             probs = scores.softmax(-1)
-            accepted, next_tokens = accept_sampled(drafts, draft_probs, probs, self.generator)
+            proposed = torch.stack(draft_probs, 1) if draft_probs else probs[:, :0]
+            accepted, next_tokens = accept_sampled(drafts, proposed, probs, self.generator)
             # Nothing is accepted where a softmax is NaN, which it is in all places or none.
             has_nan = probs[..., 0].gather(1, accepted[:, None])[:, 0].isnan()
         else:
@@ -110,8 +111,8 @@ class Cycle:
         columns = (accepted, next_tokens, due.expand_as(accepted), has_nan & self.running)
         return torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1), scores
 
-    def _draft(self, num_drafts: int) -> tuple[Tensor, Tensor]:
-        """``num_drafts`` tokens ``(B, T)`` of the INT4 draft and, when sampling, their distributions ``(B, T, V)``."""
+    def _draft(self, num_drafts: int) -> tuple[Tensor, list[Tensor]]:
+        """``num_drafts`` tokens ``(B, T)`` of the INT4 draft and, when sampling, a distribution ``(B, V)`` of each."""
         tokens, probs = [], []
         current = self.pending
         zero = self.pending.new_zeros(self.cache.batch_size, 1)
@@ -127,9 +128,7 @@ class Cycle:
             tokens.append(current)
             if self.on_draft is not None:
                 self.on_draft(step, current)
-        drafts = torch.stack(tokens, 1) if tokens else zero[:, :0]
-        vocab = self.qs.vocab_size
-        return drafts, torch.stack(probs, 1) if probs else drafts.new_empty(*drafts.shape, vocab, dtype=torch.float32)
+        return torch.stack(tokens, 1) if tokens else zero[:, :0], probs
 
     def _verify(self, drafts: Tensor) -> Tensor:
         """The target's logits ``(B, T + 1, V)`` of every drafted token and of the one after them."""

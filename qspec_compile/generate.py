@@ -381,7 +381,7 @@ class SpeculativeLoop:
         cycle.pending.copy_(pending)
         while any(self.progress.running):
             start = self._now()
-            cycle.running.copy_(torch.tensor(self.progress.running))
+            cycle.running.copy_(torch.tensor(self.progress.running, device="cpu"))
             packed, scores = cycle(min(draft_count.choose(), self.progress.remaining - 1))
             result = CycleResult.read(packed)
             if result.flush_due:
@@ -406,7 +406,7 @@ class SpeculativeLoop:
                     graphed, running = chosen, []
                 if running != self.progress.running:
                     running = self.progress.running
-                    graphed.cycle.running.copy_(torch.tensor(running))
+                    graphed.cycle.running.copy_(torch.tensor(running, device="cpu"))
                 # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
                 replay = self._clock()
                 result = CycleResult.read(graphed())

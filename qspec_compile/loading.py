@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .capture import converting
 from .config import QuantSpecConfig
 from .errors import SavedModelError
 from .model import QuantSpecModel
@@ -76,16 +77,19 @@ def from_pretrained(
     tensors = _SavedTensors(folder)
     if str(target_dtype) == f"torch.{description.dtype}":
         _restore(model, tensors, target_dtype)
-    qs = QuantSpecModel(model, config, source=tensors.int4)
-    # A note's wording may change between versions.
-    made, expected = ({replace(report, note="") for report in reports} for reports in (qs.linears, description.linears))
-    if made != expected:
-        raise SavedModelError(
-            f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
-            f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
+    with converting():
+        qs = QuantSpecModel(model, config, source=tensors.int4)
+        # A note's wording may change between versions.
+        made, expected = (
+            {replace(report, note="") for report in reports} for reports in (qs.linears, description.linears)
         )
-    if config.self_check:
-        self_check(qs)
+        if made != expected:
+            raise SavedModelError(
+                f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
+                f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
+            )
+        if config.self_check:
+            self_check(qs)
     return qs
 
 

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
-from .capture import Capture, capture
+from .capture import Capture, capture, converting
 from .config import QuantSpecConfig
 from .cycle import GraphedCycle
 from .generate import GenerateOutput, decode, prepare_arguments
@@ -86,6 +86,7 @@ class QuantSpecModel:
         captured = capture(model)
         self.model: PreTrainedModel = model
         self._converted_as = (model.device, model.dtype)
+        self._parameters = dict(model.named_parameters())
         self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
         pair = build_pair(captured, config, self.vocab_size, source)
@@ -141,7 +142,7 @@ class QuantSpecModel:
         )
 
     def check_unmoved(self) -> None:
-        """Refuse work if the model was cast or moved since its conversion, which leaves the draft and cache behind.
+        """Refuse work if the model was cast, moved or given other weights since its conversion: the pair has the old.
 
         Raises:
             ValueError: naming what changed.
@@ -155,6 +156,10 @@ class QuantSpecModel:
             raise ValueError(
                 f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
             )
+        parameters = dict(self.model.named_parameters())
+        for name in self._parameters.keys() | parameters.keys():
+            if parameters.get(name) is not self._parameters.get(name):
+                raise ValueError(f"weight '{name}' of the model was replaced after conversion; convert it again")
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
@@ -323,7 +328,7 @@ class QuantSpecModel:
             input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
         )
 
-    @functools.cached_property
+    @property
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
         return functools.partial(decode, self)
@@ -374,7 +379,15 @@ class QuantSpecModel:
         device.
         """
         model = copy.copy(self.model)
-        model.generate = self.generate  # type: ignore[assignment]
+
+        @functools.wraps(self.generate)
+        def generate(*args: Any, **options: Any) -> Tensor | GenerateOutput:
+            # The two may be given different configs.
+            if model.generation_config is not self.model.generation_config and len(args) < 3:
+                options.setdefault("generation_config", model.generation_config)
+            return self.generate(*args, **options)
+
+        model.generate = generate  # type: ignore[assignment]
         # A pipeline moves a model to a device of its choice, and the draft would stay, unless accelerate has placed it.
         model.hf_device_map = {"": self.device}  # type: ignore[assignment]
         return model
@@ -434,7 +447,8 @@ def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **opt
         SelfCheckError: the pair does not reproduce the model's logits.
     """
     resolved = QuantSpecConfig.from_options(config, options)
-    converted = QuantSpecModel(model, resolved)
-    if resolved.self_check:
-        self_check(converted)
+    with converting():
+        converted = QuantSpecModel(model, resolved)
+        if resolved.self_check:
+            self_check(converted)
     return converted

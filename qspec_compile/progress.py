@@ -65,7 +65,8 @@ class Progress:
         self._eos = {
             int(token)
             for criterion in stopping_criteria
-            if isinstance(criterion, EosTokenCriteria)
+            # A subclass may have a rule of its own.
+            if type(criterion) is EosTokenCriteria
             for token in criterion.eos_token_id.flatten().tolist()
         }
 

@@ -58,8 +58,9 @@ class GraphedProcessors:
         self.parameters: list[Tensor | None] = []
         for processor in self.processors:
             name = _TENSOR_PARAMETERS.get(type(processor))
-            tensor = None if name is None else torch.tensor(getattr(processor, name), device=device)
+            tensor = None
             if name is not None:
+                tensor = torch.tensor(getattr(processor, name), dtype=torch.float32, device=device)
                 setattr(processor, name, tensor)
             self.parameters.append(tensor)
 
@@ -125,8 +126,8 @@ class ScoreProcessor:
         processors = LogitsProcessorList()
         for processor in self.processors:
             if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-                allowed = _about_row(processor._prefix_allowed_tokens_fn, row)
-                processor = hf.PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
+                processor = copy.copy(processor)
+                processor._prefix_allowed_tokens_fn = _about_row(processor._prefix_allowed_tokens_fn, row)
             processors.append(processor)
         return processors
 

@@ -75,7 +75,8 @@ def self_check(qs: QuantSpecModel) -> None:
     tolerance = _EXACT_TOLERANCE[qs.model.dtype]
     limit = qs.config.max_cache_len or 0
     cases = [("nothing quantized", 7, tolerance), ("quantized cache", 2 * group + 3, tolerance + _QUANTIZED_TOLERANCE)]
-    generator = torch.Generator().manual_seed(0)
+    # The CPU's numbers, whatever the default device.
+    generator = torch.Generator("cpu").manual_seed(0)
     training = [module for module in qs.model.modules() if module.training]
     qs.model.eval()
     try:
@@ -83,7 +84,7 @@ def self_check(qs: QuantSpecModel) -> None:
             total = prompt_len + sum(_STEPS)
             if total > limit:
                 continue
-            ids = torch.randint(0, qs.vocab_size, (1, total), generator=generator).to(qs.device)
+            ids = torch.randint(0, qs.vocab_size, (1, total), generator=generator, device="cpu").to(qs.device)
             with torch.no_grad():
                 ours = incremental_logits(qs, ids, prompt_len, _STEPS).float()
                 mask = torch.ones_like(ids)

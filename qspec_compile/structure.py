@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from quantspec.passes import LinearReport, QuantizeWeights, RemoveNoOps, WeightQuantizer
 from quantspec.passes.graph import clone
 
-from .capture import CapturedLayer, capture
+from .capture import CapturedLayer, capture, converting
 from .config import QuantSpecConfig
 from .pair import run_passes
 
@@ -57,7 +57,8 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-    captured = capture(model, structure_only=True)
+    with converting():
+        captured = capture(model, structure_only=True)
     # HQQ looks at the data, and its codes and scales take the same room.
     quantize = QuantizeWeights(options.weight_group_size, WeightQuantizer.TINYGEMM, options.quantize_lm_head)
     run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])

@@ -243,6 +243,23 @@ def test_a_model_changed_after_conversion_is_refused(change, message):
         assert converted.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, IDS.shape[1] + 3)
 
 
+def other_weights(model):
+    model.load_state_dict(tiny_model("llama", seed=5).state_dict(), assign=True)
+
+
+def other_vocabulary(model):
+    model.resize_token_embeddings(128, mean_resizing=False)
+
+
+@pytest.mark.parametrize("change", [other_weights, other_vocabulary])
+def test_weights_replaced_after_conversion_are_refused(change):
+    """The target would go on with the old ones."""
+    converted = quantspec.convert(tiny_model("llama"), kv_group_size=GROUP, self_check=False)
+    change(converted.model)
+    with pytest.raises(ValueError, match=r"weight '.*' of the model was replaced after conversion; convert it again"):
+        converted.generate(IDS, max_new_tokens=3)
+
+
 def test_odd_but_good_calls(qs, expected):
     """What looks like the calls above and is fine: neutral values, empty lists, explicit None."""
     neutral = {

@@ -46,6 +46,19 @@ def test_graphed_processors_follow_new_parameters(inference_mode):
         torch.testing.assert_close(captured(logits, 0), expected)
 
 
+def test_graphed_processors_are_exact_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        captured = GraphedProcessors(warpers(0.7, 20, 0.999, 0.001), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
+    expected = ScoreProcessor(warpers(0.7, 20, 0.999, 0.001))(
+        logits, Progress(torch.zeros(2, 4, dtype=torch.long), 8, 0, [], None, False, slack=4)
+    )
+    torch.testing.assert_close(captured(logits, 0), expected)
+
+
 def test_graph_key_tells_what_a_graph_is_fixed_to():
     assert graph_key(warpers(1.0, 20, 0.5, 0.1)) == graph_key(warpers(0.2, 20, 0.9, 0.0))
     assert graph_key(warpers(1.0, 20, 0.5, 0.1)) != graph_key(warpers(1.0, 10, 0.5, 0.1))

@@ -20,6 +20,7 @@ from step_by_step import (
     random_prompt,
 )
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,6 +30,7 @@ from transformers import (
     TextStreamer,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerateOutput, QuantSpecModel
@@ -487,6 +489,24 @@ def test_criterion_with_a_different_use_of_eos_token_id(qs):
     assert generate(qs, prompt, 12, stopping_criteria=criteria) == (free[: second[0] + 1] if second else free)
 
 
+class EosAfterSomeTokens(EosTokenCriteria):
+    """An EOS does not count among the first tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, scores) & (input_ids.shape[1] >= SHORT + 6)
+
+
+def test_an_eos_criterion_with_a_rule_of_its_own(qs):
+    prompt = random_prompt(SHORT, 11)
+    eos = [generate(qs, prompt, SHORT_NEW)[place] for place in (1, 7)]
+    options = {"stopping_criteria": StoppingCriteriaList([EosAfterSomeTokens(eos)]), "max_new_tokens": SHORT_NEW}
+    options["eos_token_id"] = None
+    ids = torch.tensor([prompt])
+    ours = qs.generate(ids, num_speculative_tokens=4, **options)
+    assert ours.shape[1] > SHORT + 2
+    assert torch.equal(ours, qs.model.generate(ids, do_sample=False, **options))
+
+
 def test_scores_reach_criteria(qs):
     """One tensor per token so far, when scores are collected."""
     counts = []
@@ -761,6 +781,13 @@ def allowed_by_parity(batch_id: int, ids: torch.Tensor) -> list[int]:
     return list(range(4 + batch_id % 2, 96, 2))
 
 
+class PreferPrefix(PrefixConstrainedLogitsProcessor):
+    """Prefers the allowed tokens instead of forbidding the others."""
+
+    def __call__(self, input_ids, scores):
+        return scores + 0.5 * (super().__call__(input_ids, scores) > -torch.inf)
+
+
 PROCESSED = {
     "repetition_penalty": {"repetition_penalty": 1.7},
     "no_repeat_ngram": {"no_repeat_ngram_size": 2},
@@ -772,6 +799,7 @@ PROCESSED = {
     "custom": {"logits_processor": LogitsProcessorList([PushUp()])},
     "per_row": {"logits_processor": LogitsProcessorList([PerRow(2)])},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": allowed_by_parity},
+    "prefix_subclass": {"logits_processor": LogitsProcessorList([PreferPrefix(allowed_by_parity, num_beams=1)])},
 }
 
 

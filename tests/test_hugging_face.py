@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, pipeline
 
 import quantspec
 from quantspec import UnsupportedModelError
@@ -89,6 +89,15 @@ def test_view_leaves_the_model_as_it_is(qs):
     assert view.get_input_embeddings() is qs.model.get_input_embeddings()
     assert "generate" not in vars(qs.model)
     assert not hasattr(qs.model, "hf_device_map")
+
+
+def test_view_obeys_a_generation_config_of_its_own(qs):
+    prompt = torch.tensor([[5, 6, 7]])
+    view = qs.as_pretrained_model()
+    view.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    assert view.generate(prompt).shape == (1, 6)
+    assert view.generate(prompt, max_new_tokens=4).shape == (1, 7)
+    assert qs.generate(prompt, max_new_tokens=5, eos_token_id=None).shape == (1, 8)
 
 
 @pytest.fixture(scope="module")

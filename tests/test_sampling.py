@@ -319,3 +319,15 @@ def test_a_constraint_that_nothing_meets_behind_rejected_drafts_is_no_error(smal
     )
     assert 3 not in tokens[0, 8:]
     assert small_qs.last_stats.drafted > 0
+
+
+def test_a_head_narrower_than_the_embedding():
+    """As where the embedding is padded; also in a cycle that drafts nothing, which the last token's is."""
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(64, VOCAB, bias=False)
+    model.generation_config.eos_token_id = None
+    narrow = quantspec.convert(model, kv_group_size=16)
+    for max_new_tokens in range(1, 7):
+        text = narrow.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=max_new_tokens, do_sample=True, seed=1)
+        assert text.shape == (1, 3 + max_new_tokens)
+        assert text[0, 3:].max() < VOCAB

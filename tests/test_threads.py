@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import GROUP
 from step_by_step import random_prompt
+from tiny_models import tiny_model
 from transformers.generation.streamers import BaseStreamer
 
 import quantspec
@@ -74,8 +75,25 @@ def test_a_call_from_within_a_call_is_an_error_and_the_pair_survives(qs):
     assert torch.equal(qs.generate(PROMPTS[0], **OPTIONS), expected)
 
 
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_threads_convert_one_after_the_other(qs, num_models):
+    """torch.export traces whatever module of the process is called meanwhile."""
+    models = [tiny_model("llama") for _ in range(num_models)]
+    for model in models:
+        model.generation_config = qs.model.generation_config
+    expected = qs.generate(PROMPTS[0], **OPTIONS)
+    pairs = together(*(lambda model=model: quantspec.convert(model, kv_group_size=GROUP) for model in models * 2))
+    for pair in [pair for converted in pairs for pair in converted]:
+        assert torch.equal(pair.generate(PROMPTS[0], **OPTIONS), expected)
+    assert len(pairs) == 2 * num_models
+    assert all(len(converted) == 3 for converted in pairs)
+
+
 def test_a_copy_generates(qs):
     expected = qs.generate(PROMPTS[0], **OPTIONS)
+    before = qs.last_stats
     for copied in (copy.copy(qs), copy.deepcopy(qs)):
         assert isinstance(copied, quantspec.QuantSpecModel)
         assert torch.equal(copied.generate(PROMPTS[0], **OPTIONS), expected)
+        assert copied.last_stats is not before
+        assert qs.last_stats is before
