@@ -130,14 +130,15 @@ def cached_attention_reference(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Decode the planes to dense keys and values and attend; the oracle of every implementation of this op.
+    """Decode the planes to dense keys and values and attend, in float32 or, for a float64 query, float64.
+
+    The oracle of every implementation of this op.
 
     Args:
-        query, key, value: as in ``quantspec::cached_attention``; attended in float32, or float64 for a float64 query.
+        query, key, value: as in ``quantspec::cached_attention``.
         k_recent, v_recent: as there, mutated.
-        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there; without the lower planes the
-            draft's 4-bit read.
-        quantized_len, length: as there.
+        k_upper, k_scale, k_zero, v_upper, v_scale, v_zero, quantized_len, length: as there.
+        k_lower, v_lower: as there; both None for the draft's 4-bit read.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
 
     Returns:

@@ -159,25 +159,26 @@ class QuantizeWeights(PassBase):
             tensor = tensor.transpose(-1, -2) if transposed else tensor
             name = str(weight.target).removeprefix("model.").removesuffix(".weight")
             out_features, in_features = tensor.shape[-2:]
-            size = adapted_group_size(in_features, self.group_size)
-            note = ""
-            if node is head and not self.quantize_lm_head:
-                size, note = None, "language-model head, quantize_lm_head=False"
-            elif size is None:
-                note = f"no group size of {GROUP_SIZES} up to {self.group_size} divides {in_features} inputs"
-            elif _is_router(node):
-                size, note = None, "router of experts"
-            elif size != self.group_size:
-                note = f"group size adapted from {self.group_size}"
+            size, note = self._group_size(node, in_features, is_head=node is head)
             self.report.append(LinearReport(name, in_features, out_features, size, note))
-            if size is None:
-                continue
-            self._rewrite(graph_module, node, name, tensor, size)
-            modified = True
+            if size is not None:
+                self._rewrite(graph_module, node, name, tensor, size)
+                modified = True
         if modified:
             finish(graph_module)
         self._report_others(graph_module, {str(weight.target) for _, weight, _ in plans})
         return PassResult(graph_module, modified)
+
+    def _group_size(self, node: fx.Node, in_features: int, is_head: bool) -> tuple[int | None, str]:
+        """Group size of one linear, None where it stays in full precision, and what the report notes about it."""
+        if is_head and not self.quantize_lm_head:
+            return None, "language-model head, quantize_lm_head=False"
+        size = adapted_group_size(in_features, self.group_size)
+        if size is None:
+            return None, f"no group size of {GROUP_SIZES} up to {self.group_size} divides {in_features} inputs"
+        if _is_router(node):
+            return None, "router of experts"
+        return size, "" if size == self.group_size else f"group size adapted from {self.group_size}"
 
     def _report_others(self, gm: fx.GraphModule, seen: set[str]) -> None:
         """Report matrices that reach the output other than through a linear of their own (experts picked by index)."""
