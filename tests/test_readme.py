@@ -1,10 +1,16 @@
-"""The tables of the README and of the benchmarks page are those of the committed results."""
+"""The tables of the README and of the benchmarks page, and the figures in their text, are those of the results."""
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from benchmarks.readme_tables import PAGES, TABLES, rendered
+from benchmarks.common import RESULTS
+from benchmarks.readme_tables import PAGES, TABLES, memory, rendered
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -23,3 +29,96 @@ def test_every_table_is_shown():
 def test_a_mark_that_stands_for_no_table_is_an_error(page):
     with pytest.raises(ValueError, match="table"):
         rendered(page)
+
+
+# --- figures in the text ---------------------------------------------------------------------------------------------
+
+README, BENCHMARKS = PAGES
+CHOOSING = BENCHMARKS.with_name("choosing-options.md")
+# Not measured: what the parity report asks for.
+THRESHOLDS = {"0.5%", "99%"}
+
+
+def result(name: str) -> Any:
+    """A committed result."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def figures() -> list[tuple[str, tuple[Path, ...]]]:
+    """Every measured figure that the text may give, rounded as it stands there, and the pages that must have it."""
+    smollm2 = result("decode-smollm2.json")["rows"][0]
+    ours, plain = (smollm2[name]["tokens_per_second"] for name in ("generate", "hugging_face"))
+    baseline = 1000 / smollm2["baseline_token_ms"]
+    on_cpu = {(row["dtype"], row["mode"]): row["decode_speedup"] for row in result("generate-cpu.json")["rows"]}
+    llama_2 = result("decode-llama-2-7b-128k.json")["rows"][0]
+    texts = {
+        name: next(row for row in result(f"{name}/parity.json")["text"] if row["role"] == "target")
+        for name in ("parity", "parity-bfloat16", "parity-last-1024")
+    }
+    # A row is context, weights, draft's weights, cache, together, dense cache, weights with that.
+    gib = {row[0]: row for row in table_cells(memory("decode-llama-3.1-8b.json"))}
+    speedups = [
+        float(cell.removesuffix("x")) for row in table_cells(TABLES["decode"]()) for cell in row if cell.endswith("x")
+    ]
+    return [
+        (f"{ours:.0f} tokens/s", (README, BENCHMARKS)),
+        (f"{baseline:.0f} tokens/s", (README, BENCHMARKS)),
+        (f"{plain:.0f} tokens/s", (README, BENCHMARKS)),
+        (f"{smollm2['baseline_token_ms']:.2f} ms", ()),
+        (f"{smollm2['statistics']['draft_acceptance_rate']:.2f}", (BENCHMARKS,)),
+        (f"{ours / baseline:.2f}x", ()),
+        (f"{min(speedups):.1f} times", ()),
+        (f"{max(speedups):.1f} times", ()),
+        (f"{on_cpu['float32', 'target only']:.2f}x", ()),
+        (f"{gib['128k'][4]} GiB", (README,)),
+        (f"{gib['128k'][6]} GiB", (README,)),
+        (f"{gib['4k'][4]} GiB", (README,)),
+        (f"{gib['4k'][6]} GiB", (README,)),
+        (f"{llama_2['generate_peak_bytes'] / 2**30:.1f} GiB", ()),
+        (f"{100 * abs(texts['parity']['perplexity_change']):.2f}%", (README,)),
+        (f"{100 * texts['parity']['argmax_agreement']:.1f}%", (README,)),
+        (f"{100 * texts['parity-bfloat16']['argmax_agreement']:.1f}%", ()),
+        (f"{100 * abs(texts['parity-last-1024']['perplexity_change']):.2f}%", ()),
+        (f"{100 * texts['parity-last-1024']['argmax_agreement']:.1f}%", ()),
+    ]
+
+
+def table_cells(table: str) -> list[list[str]]:
+    """The cells of a Markdown table's rows, without its header."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def prose(page: str) -> str:
+    """A page without the tables that are made from the results, and without code blocks."""
+    page = re.sub(r"<!-- table: .*?<!-- end -->", "", page, flags=re.DOTALL)
+    return re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def given_figures(text: str) -> list[str]:
+    """Every number of a text with a unit of measurement, its sign left out; both of "1 to 2 times"."""
+    text = re.sub(r"([\d.]+) to (?=[\d.]+ times)", r"\1 times, ", " ".join(text.split()))
+    return re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?:x\b|%| GiB\b| tokens/s| ms\b| times\b)", text)
+
+
+def test_figures_of_a_text_are_found():
+    text = "1.4 to 2.2 times, -0.13%, 99.5% of\n26.9\nGiB, 4 bits, 911 tokens/s; 1.37x, q4x 128k\n```\n12%\n```\n"
+    table = "<!-- table: speed -->\n| 3.0x |\n<!-- end -->\n"
+    expected = ["1.4 times", "2.2 times", "0.13%", "99.5%", "26.9 GiB", "911 tokens/s", "1.37x"]
+    assert given_figures(prose(text + table)) == expected
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHOOSING], ids=lambda page: page.name)
+def test_every_figure_with_a_unit_was_measured(page):
+    known = THRESHOLDS | {figure for figure, _ in figures()}
+    unknown = [figure for figure in given_figures(prose(page.read_text())) if figure not in known]
+    assert not unknown, f"no result has {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_give_the_newest_figures(page):
+    """Without the unit where another figure has it: 911 tokens/s against 666."""
+    text = prose(page.read_text())
+    wanted = [re.match(r"[\d.]+", figure)[0] for figure, pages in figures() if page in pages]
+    missing = [number for number in wanted if not re.search(rf"(?<![\w.,]){re.escape(number)}(?!\w|[.,]\d)", text)]
+    assert not missing, f"measured, and not in the text: {', '.join(missing)}"
