@@ -1,10 +1,9 @@
-"""The parity report: what is equal passes, what is not fails, and the command's exit status says so."""
+"""The parity report: what is equal passes, what is not fails."""
 
 from __future__ import annotations
 
 import json
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +13,10 @@ from step_by_step import random_prompt
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import quantspec
-
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
-from quantspec.evals.parity import ParityOptions, main, parity
+from quantspec.evals.parity import ParityOptions, parity
 from quantspec.evals.roles import EvalRole
 from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
 from quantspec.evals.tasks import build
@@ -84,6 +81,17 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
     assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
 
 
+def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokenizer, monkeypatch):
+    monkeypatch.setattr("quantspec.convert", lambda *_, **__: pytest.fail("the model was converted"))
+    model = AutoModelForCausalLM.from_pretrained(saved_model)
+    with pytest.raises(ValueError, match="unknown task no_such_task"):
+        parity(model, tokenizer=tokenizer, tasks=["no_such_task"], text="")
+    with pytest.raises(ValueError, match="give a longer one"):
+        parity(model, tokenizer=tokenizer, text=TEXT)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        ParityOptions(batch_size=0)
+
+
 def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("quantspec.evals.parity.compare_text", lambda *_: pytest.fail("something was measured"))
     (tmp_path / "file").touch()
@@ -92,74 +100,6 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokeni
         parity(qs, **asked, output=str(tmp_path / "file"))
     with pytest.raises(TypeError):
         parity(qs, **asked, output=7)
-
-
-def test_the_commands_status_is_the_verdict(saved_model, tiny_tasks, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = [
-        *(str(saved_model), "--device", "cpu", "--kv-group-size", str(GROUP), "--output", str(tmp_path / "report")),
-        *("--tasks", "tiny_write", "--include-path", str(tiny_tasks), "--limit", "2"),
-        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "100", "--scored-tokens", "60"),
-        *("--prompts", "1", "--prompt-tokens", "50", "--new-tokens", "4", "--min-argmax-agreement", "0.95"),
-    ]
-    assert main(arguments) == 0
-    assert json.loads((tmp_path / "report" / "parity.json").read_text())["options"]["limit"] == 2
-    assert main([*arguments, "--max-perplexity-change", "0"]) == 1
-    assert "**FAILED**" in capsys.readouterr().out
-
-
-def test_a_saved_pair_is_measured_as_it_was_saved(saved_model, tokenizer, tmp_path):
-    """Its options hold, those that may change are taken, and nothing is converted again."""
-    options = {"kv_group_size": GROUP, "weight_group_size": 64, "quantize_lm_head": True, "self_check": False}
-    quantspec.convert(AutoModelForCausalLM.from_pretrained(saved_model), **options).save_pretrained(tmp_path / "pair")
-    tokenizer.save_pretrained(tmp_path / "pair")
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = [
-        *(str(tmp_path / "pair"), "--device", "cpu", "--output", str(tmp_path / "report"), "--prompts", "0"),
-        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "50", "--scored-tokens", "10"),
-    ]
-    with mock.patch("quantspec.convert", side_effect=AssertionError("converted again")):
-        assert main([*arguments, "--num-speculative-tokens", "2", "--min-argmax-agreement", "0"]) in (0, 1)
-        assert main([*arguments, "--weight-group-size", "32"]) == 2
-    config = json.loads((tmp_path / "report" / "parity.json").read_text())["config"]
-    kept = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "quantize_lm_head")
-    assert [config[name] for name in kept] == ["2", str(GROUP), "64", "True"]
-
-
-def test_a_gguf_file_is_a_model(monkeypatch, tmp_path):
-    """Its folder and name go to transformers."""
-    asked = []
-
-    def load(*arguments, **options):
-        asked.append((arguments, options))
-        raise OSError("there is no such file")
-
-    monkeypatch.setattr("quantspec.evals.parity.AutoTokenizer.from_pretrained", load)
-    assert main([str(tmp_path / "model.gguf"), "--text", ""]) == 2
-    assert asked == [((str(tmp_path),), {"gguf_file": "model.gguf"})]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--text", "no-such-file.txt"], "no-such-file.txt"),
-        (["--context-tokens", "0"], "context_tokens must be at least 1"),
-        (["--context-tokens", "500000"], "give a longer one"),
-        (["--tasks", "no_such_task", "--text", ""], "unknown task no_such_task"),
-        (["--kv-group-size", "17"], "power of two"),
-        (["--text", ""], "name tasks, or give a text"),
-    ],
-)
-def test_bad_input_ends_with_status_2_and_one_line(saved_model, capsys, arguments, message):
-    assert main([str(saved_model), "--device", "cpu", *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("parity: ")
-    assert message in error
-
-
-def test_a_model_that_cannot_be_loaded_ends_with_status_2(tmp_path, capsys):
-    assert main([str(tmp_path), "--text", ""]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("parity: ")
 
 
 THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
