@@ -350,7 +350,7 @@ def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) 
             else:
                 value = f"{row.paired_difference:+.4f}"
                 threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
-                if row.paired_standard_error:
+                if row.paired_applies:
                     threshold += f" and {options.max_paired_standard_errors:g} paired ({row.paired_standard_error:.4f})"
             report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
     texts = runs[EvalRole.SPECULATIVE].texts

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
-from quantspec.evals.parity import ParityOptions, parity
+from quantspec.evals.parity import ParityOptions, ParityReport, Verdict, _judge_task, parity
 from quantspec.evals.roles import EvalRole
 from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
 from quantspec.evals.tasks import build
@@ -139,6 +139,38 @@ def test_documents_that_are_lost_one_and_all_are_a_difference(lost, gained, equa
     (row,) = runs(ours, theirs)
     assert abs(row.paired_difference) <= row.standard_error
     assert row.equal is equal
+
+
+@pytest.mark.parametrize(
+    ("ours", "threshold"),
+    [
+        ([1.0, 1.0, 1.0, 0.0], "within 1 standard error (0.2500)"),
+        ([0.0, 1.0, 1.0, 0.0], "within 1 standard error (0.2887)"),
+        ([0.0, 1.0, 0.0, 1.0], "within 1 standard error (0.2887) and 2 paired (0.4787)"),
+        ([0.0, 0.0, 0.0, 0.0], "within 1 standard error (0.2500) and 2 paired (0.2500)"),
+    ],
+    ids=["equal", "one differs", "three differ", "all lost"],
+)
+def test_a_verdict_names_the_thresholds_that_applied(ours, threshold):
+    """The paired one from two documents that differ on."""
+    assert verdict("acc", ours, [1.0, 1.0, 1.0, 0.0]).threshold == threshold
+
+
+def test_a_verdict_on_a_small_change_of_a_perplexity_names_no_paired_threshold():
+    theirs = [-1.0, -2.0, -3.0]
+    small, large = (verdict("perplexity", [sample + shift for sample in theirs], theirs) for shift in (0.001, 0.1))
+    assert (small.passed, small.threshold) == (True, "within 1 standard error (0.5774)")
+    assert (large.passed, large.threshold) == (False, "within 1 standard error (0.5774) and 2 paired (0.0000)")
+
+
+def verdict(metric: str, ours: list[float], theirs: list[float]) -> Verdict:
+    """The report's verdict on one metric of the target."""
+    answers = [TaskRun({metric: Metric(sum(x) / len(x), x)}, None, None) for x in (ours, theirs)]
+    report = ParityReport("model", {}, ParityOptions(), {})
+    report.tasks.extend(compare("task", EvalRole.TARGET, *answers, **THRESHOLDS))
+    _judge_task(report, "task", dict.fromkeys(EvalRole, answers[0]))
+    (judged,) = report.verdicts
+    return judged
 
 
 def test_a_shift_of_every_document_is_a_difference():
