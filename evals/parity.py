@@ -114,6 +114,8 @@ class ParityReport:
     Attributes:
         model: its name.
         config: the conversion's options.
+        environment: device, threads, versions and commit (None outside a checkout), the model's dtype, and whether the
+            pair ran through torch.compile.
         tasks: every metric of every role but the reference; ``acceptance`` by task.
         text: one comparison per role on the long text.
         generation: comparisons of greedy continuations.
@@ -253,7 +255,11 @@ def measure(
         model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
         config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
         options=material.options,
-        environment={**environment(str(qs.device)), "dtype": str(qs.model.dtype).removeprefix("torch.")},
+        environment={
+            **environment(str(qs.device)),
+            "dtype": str(qs.model.dtype).removeprefix("torch."),
+            "compiled": qs.compiles,
+        },
     )
     with _lm_eval_warnings_hidden():
         if material.ids is not None:

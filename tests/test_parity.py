@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from cache_changes import change_cache_after_prefill
 from conftest import GROUP, characters
 from step_by_step import random_prompt
+from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import quantspec
+
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
+from quantspec.evals import environment
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
-from quantspec.evals.parity import ParityOptions, ParityReport, Verdict, _judge_task, parity
+from quantspec.evals.parity import Material, ParityOptions, ParityReport, Verdict, _judge_task, measure, parity
+from quantspec.evals.parity_rendering import render_markdown
 from quantspec.evals.roles import EvalRole
 from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
 from quantspec.evals.tasks import build
 from quantspec.evals.text_parity import compare_text
 
+ROOT = Path(__file__).parent.parent
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_write"]
 TEXT = characters(random_prompt(400))
 # Random weights have many near-ties, which quantization may turn.
@@ -70,6 +78,37 @@ def test_a_pair_has_parity_with_its_model_and_the_report_says_how_much(qs, token
     assert markdown.startswith("# Parity of")
     assert "tiny_rolling byte_perplexity" in markdown
     assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_report_says_what_produced_it(tokenizer, compiled):
+    """Nothing is compiled before the first forward pass."""
+    qs = quantspec.convert(tiny_model("llama"), compile=compiled, self_check=False)
+    report = measure(qs, Material(tokenizer, {}, None, ParityOptions())).as_dict()
+    assert report["environment"]["compiled"] is compiled
+    assert report["environment"]["commit"] == environment.current_commit()
+    assert f"compiled {compiled}" in render_markdown(report)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert environment.environment("cpu")["commit"] == (head or None)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "evals" / "environment.py"))
+    assert environment.environment("cpu")["commit"] is None
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "evals").mkdir()
+    monkeypatch.setenv("PATH", "")
+    assert environment.environment("cpu")["commit"] is None
+
+
+def test_a_report_without_a_commit_is_rendered():
+    """Older ones have no entry, those of an installed package have none to name."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "parity" / "parity.json").read_text())
+    facts = {name: value for name, value in report["environment"].items() if name not in ("commit", "compiled")}
+    older = render_markdown({**report, "environment": facts})
+    assert render_markdown({**report, "environment": {**facts, "commit": None}}) == older
+    assert "commit" not in older
+    assert "commit 1234" in render_markdown({**report, "environment": {**facts, "commit": "1234"}})
 
 
 def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch):
