@@ -123,8 +123,8 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
 def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokenizer, monkeypatch):
     monkeypatch.setattr("quantspec.convert", lambda *_, **__: pytest.fail("the model was converted"))
     model = AutoModelForCausalLM.from_pretrained(saved_model)
-    with pytest.raises(ValueError, match="unknown task no_such_task"):
-        parity(model, tokenizer=tokenizer, tasks=["no_such_task"], text="")
+    with pytest.raises(ValueError, match="must be a number of tokens"):
+        parity(model, tokenizer=tokenizer, tasks=["reference_choice@long"], text="")
     with pytest.raises(ValueError, match="give a longer one"):
         parity(model, tokenizer=tokenizer, text=TEXT)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
