@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from quantspec.evals.environment import environment as measured_environment
+from quantspec.evals.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 # Steps at level INFO and what they measured at DEBUG; the command line shows the former in its progress bar.
@@ -22,18 +21,9 @@ def print_progress() -> None:
     LOG.setLevel(logging.DEBUG)
 
 
-def current_commit() -> str | None:
-    """Commit of the checkout this file is in; None where the package is installed."""
-    folder = Path(__file__).parent
-    if not (folder.parent / ".git").exists():
-        return None
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
 def results(device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """``{"environment": ..., "rows": ...}``: the rows with device, core count, versions and commit of this run."""
-    return {"environment": {**measured_environment(device), "commit": current_commit()}, "rows": rows}
+    return {"environment": environment(device), "rows": rows}
 
 
 def write_results(path: Path, device: str, rows: list[dict[str, Any]]) -> None:

@@ -21,10 +21,11 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantspec.evals.environment import current_commit
 from quantspec.kernels import cached_attention, flush, int4_linear
 from quantspec.kernels.encode import encode_oldest_groups
 
-from .common import LOG, current_commit, print_progress
+from .common import LOG, print_progress
 
 HEAD_DIM, GROUP = 128, 128
 LAYOUTS = [(32, 32), (32, 8), (28, 4), (64, 8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,27 @@ import torch
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Name of the device, threads and versions of this run, JSON-ready."""
+    """Name of the device, threads, versions and commit of this run, JSON-ready."""
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu_name()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "transformers", "torchao")},
+        "commit": current_commit(),
     }
+
+
+def current_commit() -> str | None:
+    """Commit of the checkout this file is in; None where the package is installed, or git is not."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -1,14 +1,11 @@
 """The parity report: does the quantized pair say what the original model says?
 
 Tasks, a long text and greedy continuations are given to the original model and to the roles of the pair, compared, and
-judged by stated thresholds. The command writes JSON, Markdown and a plot and ends with status 1 when one is missed:
-
-    python -m quantspec.evals.parity MODEL --tasks reference_choice niah_single_1@4096 --output FOLDER
+judged by stated thresholds. ``quantspec parity`` is the command.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -18,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantspec
-from quantspec import QuantSpecConfig, QuantSpecModel, SelfCheckError
-from quantspec.saved_format import DESCRIPTION_FILE
+from quantspec import QuantSpecConfig, QuantSpecModel
 
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
@@ -35,6 +32,9 @@ from .roles import EvalRole
 from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
 from .text_parity import TextComparison, compare_text
 from .texts import python_reference
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 # The thresholds of a verdict; each is an option of :class:`ParityOptions` too.
 MAX_STANDARD_ERRORS = 1.0
@@ -86,8 +86,10 @@ class ParityOptions:
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, not {self.limit}")
+        for name in ("limit", "batch_size"):
+            number = getattr(self, name)
+            if isinstance(number, int) and number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number}")
 
     def text_tokens(self) -> int:
         """Tokens of text that the measurements need."""
@@ -120,7 +122,8 @@ class ParityReport:
         model: its name.
         config: the conversion's options, as text.
         options: what was measured and the thresholds.
-        environment: device, threads and versions of the run, and the model's dtype.
+        environment: device, threads, versions and commit (None outside a checkout), the model's dtype, and whether the
+            pair ran through torch.compile.
         tasks: every metric of every role but the reference.
         acceptance: by task, ``draft_acceptance_rate``, ``mean_acceptance_length`` and ``generated_tokens`` of the role
             ``speculative``.
@@ -207,11 +210,6 @@ def parity(
         ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
         OSError: ``output`` cannot be made a folder.
     """
-    options = options or ParityOptions()
-    if not tasks and text == "":
-        raise ValueError("nothing to compare: name tasks, or give a text")
-    if tasks:
-        require_lm_eval()
     if isinstance(model, QuantSpecModel) and conversion:
         raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
     if not isinstance(model, QuantSpecModel):
@@ -219,21 +217,68 @@ def parity(
     if output is not None:
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
+    material = prepare(tokenizer, tasks=tasks, text=text, options=options, include_path=include_path)
+    qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
+    return measure(qs, material, output=output, name=name)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a pair is measured on, checked before there is a pair.
+
+    Attributes:
+        tasks: by name.
+        ids: of the long text, int64 ``(tokens,)``; None for no text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tasks: dict[str, Task]
+    ids: Tensor | None
+    options: ParityOptions
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] = (),
+    text: str | None = None,
+    options: ParityOptions | None = None,
+    include_path: Path | None = None,
+) -> Material:
+    """Tokenize the text and load the tasks; arguments and errors are those of :func:`parity`."""
+    options = options or ParityOptions()
+    if not tasks and text == "":
+        raise ValueError("nothing to compare: name tasks, or give a text")
+    if tasks:
+        require_lm_eval()
     ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
-    with _lm_eval_warnings_hidden(), tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        loaded = load_tasks(tasks, Path(folder), include_path) if tasks else {}
-        qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
-        report = ParityReport(
-            model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
-            config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
-            options=options,
-            environment={**environment(str(qs.device)), "dtype": str(qs.model.dtype).removeprefix("torch.")},
-        )
-        if ids is not None:
-            _measure_text(report, qs, ids.to(qs.device))
-        if loaded:
-            _measure_tasks(report, qs, tokenizer, loaded, output)
+    loaded: dict[str, Task] = {}
+    if tasks:
+        with _lm_eval_warnings_hidden(), tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            loaded = load_tasks(tasks, Path(folder), include_path)
+    return Material(tokenizer, loaded, ids, options)
+
+
+def measure(
+    qs: QuantSpecModel, material: Material, *, output: Path | None = None, name: str | None = None
+) -> ParityReport:
+    """Compare the roles of ``qs`` with its original model; ``output`` and ``name`` are those of :func:`parity`."""
+    report = ParityReport(
+        model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
+        config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
+        options=material.options,
+        environment={
+            **environment(str(qs.device)),
+            "dtype": str(qs.model.dtype).removeprefix("torch."),
+            "compiled": qs.compiles,
+        },
+    )
+    with _lm_eval_warnings_hidden():
+        if material.ids is not None:
+            _measure_text(report, qs, material.ids.to(qs.device))
+        if material.tasks:
+            _measure_tasks(report, qs, material, output)
     if output is not None:
         report.write(output)
     return report
@@ -265,7 +310,7 @@ def _plain(option: Any) -> str:
     return str(option.value if isinstance(option, Enum) else option)
 
 
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOptions) -> torch.Tensor:
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOptions) -> Tensor:
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     if len(ids) < options.text_tokens():
         raise ValueError(
@@ -275,20 +320,18 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOpti
     return ids
 
 
-def _measure_tasks(
-    report: ParityReport,
-    qs: QuantSpecModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: dict[str, Any],
-    output: Path | None,
-) -> None:
+def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material, output: Path | None) -> None:
     from .adapter import QuantSpecLM
 
     options = report.options
     # Scores of a half-precision model are summed in float32, as those of the pair are.
-    common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": options.batch_size, "softmax_dtype": "float32"}
+    common: dict[str, Any] = {
+        "tokenizer": material.tokenizer,
+        "batch_size": options.batch_size,
+        "softmax_dtype": "float32",
+    }
     models = {role: QuantSpecLM(qs, role=role.value, **common) for role in EvalRole}
-    for name, task in tasks.items():
+    for name, task in material.tasks.items():
         runs: dict[EvalRole, TaskRun] = {}
         for role, lm in models.items():
             # What is emitted has the target's distribution, so only generation can tell the two apart.
@@ -326,7 +369,7 @@ def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) 
             else:
                 value = f"{row.paired_difference:+.4f}"
                 threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
-                if row.paired_standard_error:
+                if row.paired_applies:
                     threshold += f" and {options.max_paired_standard_errors:g} paired ({row.paired_standard_error:.4f})"
             report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
     texts = runs[EvalRole.SPECULATIVE].texts
@@ -343,7 +386,7 @@ def _judge_speculation(report: ParityReport, name: str, same: float) -> None:
     report.verdicts.append(Verdict(name, EvalRole.SPECULATIVE.value, f"{same:.1%}", threshold, same >= least))
 
 
-def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: torch.Tensor) -> None:
+def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None:
     options = report.options
     length = options.context_tokens + options.scored_tokens
     report.text.extend(compare_text(qs, ids[:length], options.context_tokens, [EvalRole.TARGET, EvalRole.DRAFT]))
@@ -361,7 +404,7 @@ def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: torch.Tensor) -
         _measure_generation(report, qs, prompts)
 
 
-def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: torch.Tensor) -> None:
+def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: Tensor) -> None:
     tokens = {role: generate_greedily(qs, prompts, report.options.new_tokens, role) for role in EvalRole}
     pairs = [
         *((role, EvalRole.REFERENCE) for role in EvalRole if role is not EvalRole.REFERENCE),
@@ -371,100 +414,7 @@ def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: torch
     _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
 
 
-def main(arguments: list[str]) -> int:
-    """The command ``parity``: 0 for parity, 1 where a threshold is missed, 2 for input that cannot be honoured."""
-    chosen = vars(_parser().parse_args(arguments))
-    pretrained, gguf_file, device = (chosen.pop(name) for name in ("model", "gguf_file", "device"))
-    dtype, text, output = (chosen.pop(name) for name in ("dtype", "text", "output"))
-    tasks = [name for names in chosen.pop("tasks") for name in names.split(",") if name]
-    include_path = chosen.pop("include_path")
-    conversion = {name: chosen.pop(name) for name in (*_CONVERSION_FLAGS, "quantize_lm_head")}
-    conversion = {name: value for name, value in conversion.items() if value is not None}
-    try:
-        options = ParityOptions(**chosen)
-        QuantSpecConfig.from_options(None, conversion)
-        if tasks:
-            require_lm_eval()
-        if text:
-            text = Path(text).read_text(encoding="utf-8")
-        if pretrained.endswith(".gguf"):
-            pretrained, gguf_file = str(Path(pretrained).parent), Path(pretrained).name
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, gguf_file=gguf_file)
-        model: PreTrainedModel | QuantSpecModel
-        if (Path(pretrained) / DESCRIPTION_FILE).is_file():
-            saved_dtype = None if dtype == "auto" else dtype
-            model = quantspec.from_pretrained(pretrained, device=device, dtype=saved_dtype, **conversion)
-            conversion = {}
-        else:
-            model = AutoModelForCausalLM.from_pretrained(pretrained, gguf_file=gguf_file, dtype=dtype)
-            model = model.to(device).eval()
-        report = parity(
-            model,
-            tokenizer=tokenizer,
-            tasks=tasks,
-            text=text,
-            options=options,
-            include_path=include_path,
-            output=output,
-            **conversion,
-        )
-    except (ValueError, TypeError, OSError, ImportError, SelfCheckError) as error:
-        print(f"parity: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(report)
-    return 0 if report.passed else 1
-
-
-_CONVERSION_FLAGS: dict[str, Any] = {
-    "num_speculative_tokens": int,
-    "kv_group_size": int,
-    "weight_group_size": int,
-    "weight_quantizer": str,
-    "max_cache_len": int,
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    defaults = ParityOptions()
-    parser = argparse.ArgumentParser(
-        prog="quantspec parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="Hub id, local folder, saved pair or GGUF file")
-    parser.add_argument("--gguf-file", help="weights inside a repository of the Hub")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--tasks", nargs="*", default=[], help="lm-eval tasks, also NAME@LENGTH for those that can be made of a length"
-    )
-    parser.add_argument("--include-path", type=Path, help="folder with further lm-eval tasks")
-    parser.add_argument("--text", help="file with the long text; Python's language reference if not given, '' for none")
-    parser.add_argument("--output", type=Path, help="folder for parity.json, parity.md and parity.png")
-    for name, kind in _CONVERSION_FLAGS.items():
-        parser.add_argument(_flag(name), type=kind, help="as in quantspec.convert")
-    parser.add_argument("--quantize-lm-head", action="store_true", default=None, help="as in quantspec.convert")
-    parser.add_argument("--apply-chat-template", action="store_true", help="for the tasks")
-    parser.add_argument("--limit", type=int, help="documents per task")
-    parser.add_argument("--batch-size", type=_batch_size, default=defaults.batch_size, help="a number or auto")
-    for name in ("context_tokens", "scored_tokens", "prompts", "prompt_tokens", "new_tokens"):
-        parser.add_argument(_flag(name), type=int, default=getattr(defaults, name), help="(default: %(default)s)")
-    for name in (
-        "max_standard_errors",
-        "max_paired_standard_errors",
-        "max_perplexity_change",
-        "min_argmax_agreement",
-        "min_speculative_match",
-    ):
-        parser.add_argument(_flag(name), type=float, default=getattr(defaults, name), help="(default: %(default)s)")
-    return parser
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _batch_size(value: str) -> int | str:
-    return value if value.startswith("auto") else int(value)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from quantspec.cli import main
+
+    sys.exit(main(["parity", *sys.argv[1:]]))

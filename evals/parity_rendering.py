@@ -14,7 +14,8 @@ _SMOOTHING = 32
 
 def render_markdown(report: dict[str, Any]) -> str:
     """Tables of verdicts, tasks, text, continuations and acceptance."""
-    environment = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
+    known = {name: value for name, value in report["environment"].items() if value is not None}
+    environment = ", ".join(f"{name} {value}" for name, value in known.items())
     config = ", ".join(f"{name}={value}" for part in ("config", "options") for name, value in report[part].items())
     parts = [
         f"# Parity of {report['model']}: {'passed' if report['passed'] else 'FAILED'}",

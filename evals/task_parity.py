@@ -77,6 +77,7 @@ class MetricComparison:
             differ, within ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within
             ``max_perplexity_change``); a perplexity or bits per byte without samples, within
             ``max_perplexity_change``. None, not judged, of one document and of other metrics.
+        paired_applies: whether ``equal`` was held against the paired standard error too.
     """
 
     task: str
@@ -90,6 +91,7 @@ class MetricComparison:
     paired_difference: float | None
     paired_standard_error: float | None
     equal: bool | None
+    paired_applies: bool
 
 
 def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | None = None) -> dict[str, Task]:
@@ -189,17 +191,18 @@ def compare(
             if _is_perplexity(name):
                 difference, equal = change, small_change
             comparisons.append(
-                MetricComparison(*named, None, ours.value, theirs.value, difference, None, None, None, equal)
+                MetricComparison(*named, None, ours.value, theirs.value, difference, None, None, None, equal, False)
             )
             continue
         pairs = [a - b for a, b in zip(ours.samples, theirs.samples, strict=True)]
         error = max(standard_error(ours.samples), standard_error(theirs.samples))
         # Means of the samples, since an aggregate (a perplexity) may have another unit than its samples.
         paired_difference, paired_error = fmean(pairs), standard_error(pairs)
+        # A tiny shift of every document's log-probability is certain, but small.
+        paired_applies = not small_change and sum(abs(pair) > _ROUNDING for pair in pairs) >= _FEWEST_CHANGES
         if len(pairs) >= _FEWEST_DOCUMENTS:
             equal = abs(paired_difference) <= max_standard_errors * error + _ROUNDING
-            # A tiny shift of every document's log-probability is certain, but small.
-            if not small_change and sum(abs(pair) > _ROUNDING for pair in pairs) >= _FEWEST_CHANGES:
+            if paired_applies:
                 equal = equal and abs(paired_difference) <= max_paired_standard_errors * paired_error + _ROUNDING
         comparisons.append(
             MetricComparison(
@@ -212,6 +215,7 @@ def compare(
                 paired_difference,
                 paired_error,
                 equal,
+                paired_applies,
             )
         )
     return comparisons

@@ -1,16 +1,18 @@
-"""The parity report: what is equal passes, what is not fails, and the command's exit status says so."""
+"""The parity report: what is equal passes, what is not fails."""
 
 from __future__ import annotations
 
 import json
 import math
-from unittest import mock
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from cache_changes import change_cache_after_prefill
 from conftest import GROUP, characters
 from step_by_step import random_prompt
+from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,13 +20,16 @@ import quantspec
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
+from quantspec.evals import environment
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
-from quantspec.evals.parity import ParityOptions, main, parity
+from quantspec.evals.parity import Material, ParityOptions, ParityReport, Verdict, _judge_task, measure, parity
+from quantspec.evals.parity_rendering import render_markdown
 from quantspec.evals.roles import EvalRole
 from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
 from quantspec.evals.tasks import build
 from quantspec.evals.text_parity import compare_text
 
+ROOT = Path(__file__).parent.parent
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_write"]
 TEXT = characters(random_prompt(400))
 # Random weights have many near-ties, which quantization may turn.
@@ -75,6 +80,37 @@ def test_a_pair_has_parity_with_its_model_and_the_report_says_how_much(qs, token
     assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_report_says_what_produced_it(tokenizer, compiled):
+    """Nothing is compiled before the first forward pass."""
+    qs = quantspec.convert(tiny_model("llama"), compile=compiled, self_check=False)
+    report = measure(qs, Material(tokenizer, {}, None, ParityOptions())).as_dict()
+    assert report["environment"]["compiled"] is compiled
+    assert report["environment"]["commit"] == environment.current_commit()
+    assert f"compiled {compiled}" in render_markdown(report)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert environment.environment("cpu")["commit"] == (head or None)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "evals" / "environment.py"))
+    assert environment.environment("cpu")["commit"] is None
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "evals").mkdir()
+    monkeypatch.setenv("PATH", "")
+    assert environment.environment("cpu")["commit"] is None
+
+
+def test_a_report_without_a_commit_is_rendered():
+    """Older ones have no entry, those of an installed package have none to name."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "parity" / "parity.json").read_text())
+    facts = {name: value for name, value in report["environment"].items() if name not in ("commit", "compiled")}
+    older = render_markdown({**report, "environment": facts})
+    assert render_markdown({**report, "environment": {**facts, "commit": None}}) == older
+    assert "commit" not in older
+    assert "commit 1234" in render_markdown({**report, "environment": {**facts, "commit": "1234"}})
+
+
 def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch):
     asked = {"tasks": ["tiny_rolling"], "text": TEXT, "options": OPTIONS, "include_path": tiny_tasks}
     assert parity(qs, tokenizer=tokenizer, **asked).passed
@@ -82,6 +118,17 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
     spoilt = parity(qs, tokenizer=tokenizer, **asked)
     assert not spoilt.passed
     assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
+
+
+def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokenizer, monkeypatch):
+    monkeypatch.setattr("quantspec.convert", lambda *_, **__: pytest.fail("the model was converted"))
+    model = AutoModelForCausalLM.from_pretrained(saved_model)
+    with pytest.raises(ValueError, match="must be a number of tokens"):
+        parity(model, tokenizer=tokenizer, tasks=["reference_choice@long"], text="")
+    with pytest.raises(ValueError, match="give a longer one"):
+        parity(model, tokenizer=tokenizer, text=TEXT)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        ParityOptions(batch_size=0)
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokenizer, tmp_path, monkeypatch):
@@ -92,74 +139,6 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokeni
         parity(qs, **asked, output=str(tmp_path / "file"))
     with pytest.raises(TypeError):
         parity(qs, **asked, output=7)
-
-
-def test_the_commands_status_is_the_verdict(saved_model, tiny_tasks, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = [
-        *(str(saved_model), "--device", "cpu", "--kv-group-size", str(GROUP), "--output", str(tmp_path / "report")),
-        *("--tasks", "tiny_write", "--include-path", str(tiny_tasks), "--limit", "2"),
-        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "100", "--scored-tokens", "60"),
-        *("--prompts", "1", "--prompt-tokens", "50", "--new-tokens", "4", "--min-argmax-agreement", "0.95"),
-    ]
-    assert main(arguments) == 0
-    assert json.loads((tmp_path / "report" / "parity.json").read_text())["options"]["limit"] == 2
-    assert main([*arguments, "--max-perplexity-change", "0"]) == 1
-    assert "**FAILED**" in capsys.readouterr().out
-
-
-def test_a_saved_pair_is_measured_as_it_was_saved(saved_model, tokenizer, tmp_path):
-    """Its options hold, those that may change are taken, and nothing is converted again."""
-    options = {"kv_group_size": GROUP, "weight_group_size": 64, "quantize_lm_head": True, "self_check": False}
-    quantspec.convert(AutoModelForCausalLM.from_pretrained(saved_model), **options).save_pretrained(tmp_path / "pair")
-    tokenizer.save_pretrained(tmp_path / "pair")
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = [
-        *(str(tmp_path / "pair"), "--device", "cpu", "--output", str(tmp_path / "report"), "--prompts", "0"),
-        *("--text", str(tmp_path / "text.txt"), "--context-tokens", "50", "--scored-tokens", "10"),
-    ]
-    with mock.patch("quantspec.convert", side_effect=AssertionError("converted again")):
-        assert main([*arguments, "--num-speculative-tokens", "2", "--min-argmax-agreement", "0"]) in (0, 1)
-        assert main([*arguments, "--weight-group-size", "32"]) == 2
-    config = json.loads((tmp_path / "report" / "parity.json").read_text())["config"]
-    kept = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "quantize_lm_head")
-    assert [config[name] for name in kept] == ["2", str(GROUP), "64", "True"]
-
-
-def test_a_gguf_file_is_a_model(monkeypatch, tmp_path):
-    """Its folder and name go to transformers."""
-    asked = []
-
-    def load(*arguments, **options):
-        asked.append((arguments, options))
-        raise OSError("there is no such file")
-
-    monkeypatch.setattr("quantspec.evals.parity.AutoTokenizer.from_pretrained", load)
-    assert main([str(tmp_path / "model.gguf"), "--text", ""]) == 2
-    assert asked == [((str(tmp_path),), {"gguf_file": "model.gguf"})]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--text", "no-such-file.txt"], "no-such-file.txt"),
-        (["--context-tokens", "0"], "context_tokens must be at least 1"),
-        (["--context-tokens", "500000"], "give a longer one"),
-        (["--tasks", "no_such_task", "--text", ""], "unknown task no_such_task"),
-        (["--kv-group-size", "17"], "power of two"),
-        (["--text", ""], "name tasks, or give a text"),
-    ],
-)
-def test_bad_input_ends_with_status_2_and_one_line(saved_model, capsys, arguments, message):
-    assert main([str(saved_model), "--device", "cpu", *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("parity: ")
-    assert message in error
-
-
-def test_a_model_that_cannot_be_loaded_ends_with_status_2(tmp_path, capsys):
-    assert main([str(tmp_path), "--text", ""]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("parity: ")
 
 
 THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
@@ -199,6 +178,38 @@ def test_documents_that_are_lost_one_and_all_are_a_difference(lost, gained, equa
     (row,) = runs(ours, theirs)
     assert abs(row.paired_difference) <= row.standard_error
     assert row.equal is equal
+
+
+@pytest.mark.parametrize(
+    ("ours", "threshold"),
+    [
+        ([1.0, 1.0, 1.0, 0.0], "within 1 standard error (0.2500)"),
+        ([0.0, 1.0, 1.0, 0.0], "within 1 standard error (0.2887)"),
+        ([0.0, 1.0, 0.0, 1.0], "within 1 standard error (0.2887) and 2 paired (0.4787)"),
+        ([0.0, 0.0, 0.0, 0.0], "within 1 standard error (0.2500) and 2 paired (0.2500)"),
+    ],
+    ids=["equal", "one differs", "three differ", "all lost"],
+)
+def test_a_verdict_names_the_thresholds_that_applied(ours, threshold):
+    """The paired one from two documents that differ on."""
+    assert verdict("acc", ours, [1.0, 1.0, 1.0, 0.0]).threshold == threshold
+
+
+def test_a_verdict_on_a_small_change_of_a_perplexity_names_no_paired_threshold():
+    theirs = [-1.0, -2.0, -3.0]
+    small, large = (verdict("perplexity", [sample + shift for sample in theirs], theirs) for shift in (0.001, 0.1))
+    assert (small.passed, small.threshold) == (True, "within 1 standard error (0.5774)")
+    assert (large.passed, large.threshold) == (False, "within 1 standard error (0.5774) and 2 paired (0.0000)")
+
+
+def verdict(metric: str, ours: list[float], theirs: list[float]) -> Verdict:
+    """The report's verdict on one metric of the target."""
+    answers = [TaskRun({metric: Metric(sum(x) / len(x), x)}, None, None) for x in (ours, theirs)]
+    report = ParityReport("model", {}, ParityOptions(), {})
+    report.tasks.extend(compare("task", EvalRole.TARGET, *answers, **THRESHOLDS))
+    _judge_task(report, "task", dict.fromkeys(EvalRole, answers[0]))
+    (judged,) = report.verdicts
+    return judged
 
 
 def test_a_shift_of_every_document_is_a_difference():

@@ -51,6 +51,19 @@ def describe(error: Exception) -> tuple[str, str]:
     return escape(message), escape(hint)
 
 
+def read_text(file: Path, what: str) -> str:
+    """The text in ``file``, which an error calls ``what``.
+
+    Raises:
+        CommandError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CommandError(f"cannot read the {what} from '{file}': {reason}", "check the path") from error
+
+
 def make_folder(folder: Path) -> None:
     """Create ``folder`` and those above it where they are missing.
 

@@ -16,7 +16,12 @@ SETTINGS = {
 
 def command(context: typer.Context) -> int:
     """Evaluate with lm-eval; options go to it as they are (`quantspec eval --help` lists them)."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise CommandError("lm-eval is not installed", "pip install 'quantspec[eval]'")
+    check_lm_eval()
     module = importlib.import_module("quantspec.evals.lm_eval_command")
     return module.run_lm_eval(list(context.args))
+
+
+def check_lm_eval() -> None:
+    """Raise ``CommandError`` if lm-eval is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise CommandError("lm-eval is not installed", "pip install 'quantspec[eval]'")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import stderr, working
-from .errors import CommandError
+from .errors import CommandError, read_text
 from .loading import load_pair
 from .options import ModelOptions, RunOptions, SamplingOptions
 
@@ -62,11 +62,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise CommandError("two prompts: the argument and --file", "give one of them")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise CommandError(f"cannot read the prompt from '{file}': {reason}", "check the path") from error
+        text = read_text(file, "prompt")
     elif prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin is None or sys.stdin.closed or (prompt is None and sys.stdin.isatty()):

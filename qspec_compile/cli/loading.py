@@ -47,13 +47,17 @@ class Source:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
-def find_source(model: str) -> Source:
-    """What ``model`` names.
+def find_source(model: str, gguf_file: str | None = None) -> Source:
+    """What ``model`` names, or the file ``gguf_file`` in the folder or Hub repository that it names.
 
     Raises:
         CommandError: a path to nothing, or to a folder or file that holds no model.
     """
     path = Path(model).expanduser()
+    if gguf_file is not None and path.suffix.lower() == ".gguf":
+        raise CommandError(f"two GGUF files: '{model}' and '{gguf_file}'", "leave --gguf-file out")
+    if gguf_file is not None and path.is_dir():
+        return find_source(str(path / gguf_file))
     if path.is_dir():
         if (path / _PAIR_CONFIG).is_file():
             return Source(Kind.PAIR, str(path))
@@ -70,7 +74,7 @@ def find_source(model: str) -> Source:
         raise CommandError(f"there is no GGUF file '{model}'", "check the path")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise CommandError(f"there is no folder or file '{model}'", "check the path, or give a Hub id as OWNER/NAME")
-    return Source(Kind.HUB, model)
+    return Source(Kind.HUB, model, gguf_file)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -100,7 +104,7 @@ def _reading(source: Source) -> Iterator[None]:
     from safetensors import SafetensorError
 
     # The reader of GGUF files trusts the numbers in them.
-    damage = (ValueError, IndexError, KeyError, struct.error) if source.kind is Kind.GGUF else ()
+    damage = (ValueError, IndexError, KeyError, struct.error) if source.gguf_file else ()
     try:
         yield
     except (SafetensorError, *damage) as error:
@@ -158,7 +162,7 @@ def dtype_to_load(source: Source, dtype: Dtype, device: torch.device | None) -> 
     is_fixed = source.kind is Kind.PAIR and Description.read(Path(source.name)).dtype == "float16"
     if device is not None and device.type == "cpu" and cpu_lacks_half_matmul() and not is_fixed:
         return torch.float32
-    return torch.bfloat16 if source.kind is Kind.GGUF else None
+    return torch.bfloat16 if source.gguf_file else None
 
 
 def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
@@ -170,38 +174,69 @@ def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) 
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def load_pair(
-    model: ModelOptions, run: RunOptions, *, to_save: bool = False
-) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
-    """Load and convert the model, or load a saved pair, and its tokenizer.
+@dataclass(frozen=True)
+class FoundPair:
+    """A model whose arguments are in order, or a saved pair; its weights are not read yet.
+
+    Attributes:
+        dtype: of the weights; None is the checkpoint's own.
+        options: of ``convert``, those that were given.
+    """
+
+    source: Source
+    device: torch.device
+    dtype: torch.dtype | None
+    options: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self) -> QuantSpecModel:
+        """Load and convert the model, or load the saved pair."""
+        import quantspec
+
+        if self.source.kind is Kind.PAIR:
+            with working("loading"):
+                return quantspec.from_pretrained(self.source.name, device=self.device, dtype=self.dtype, **self.options)
+        # transformers draws the bars of downloading and loading itself.
+        loaded = load_model(self.source, self.dtype, self.device)
+        with working("converting"):
+            return quantspec.convert(loaded, **self.options)
+
+
+def find_pair(
+    model: ModelOptions, run: RunOptions, *, gguf_file: str | None = None, to_save: bool = False
+) -> FoundPair:
+    """Check the arguments and load the tokenizer.
 
     Args:
+        gguf_file: the weights in MODEL, a folder or a repository of the Hub.
         to_save: the pair is saved, not run: its dtype does not depend on this machine, and what saving would refuse is
             refused here.
 
     Raises:
-        CommandError, ValueError, TypeError: something is wrong with the arguments; before weights are read.
+        CommandError, ValueError, TypeError: something is wrong with the arguments.
     """
-    source = find_source(model.model)
+    source = find_source(model.model, gguf_file)
     device = find_device(run.device)
     options = {**model.conversion(), **run.conversion()}
     with working("importing"):
         import quantspec
 
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
-    if source.kind is Kind.PAIR:
-        tokenizer = load_tokenizer(source)
-        with working("loading"):
-            return quantspec.from_pretrained(source.name, device=device, dtype=dtype, **options), tokenizer
-    config = quantspec.QuantSpecConfig.from_options(None, options)
-    # The cheapest thing that can be missing, first; transformers draws the bars of downloading and loading itself.
-    load_config(source)
-    if to_save:
-        _check_can_be_saved(source)
-    tokenizer = load_tokenizer(source)
-    loaded = load_model(source, dtype, device)
-    with working("converting"):
-        return quantspec.convert(loaded, config), tokenizer
+    if source.kind is not Kind.PAIR:
+        quantspec.QuantSpecConfig.from_options(None, options)
+        # The cheapest thing that can be missing, first.
+        load_config(source)
+        if to_save:
+            _check_can_be_saved(source)
+    return FoundPair(source, device, dtype, options, load_tokenizer(source))
+
+
+def load_pair(
+    model: ModelOptions, run: RunOptions, *, to_save: bool = False
+) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
+    """Load and convert the model, or load a saved pair, and its tokenizer; see :func:`find_pair`."""
+    found = find_pair(model, run, to_save=to_save)
+    return found.load(), found.tokenizer
 
 
 def _check_can_be_saved(source: Source) -> None:
