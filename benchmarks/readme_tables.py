@@ -24,7 +24,7 @@ from .plot_decode import NAMES, best_rows
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 # Acceptance nearer to that of small models than the drawn rates; their speed-up follows from the measured cycles.
-RECKONED_RATES = (0.75, 0.80)
+COMPUTED_RATES = (0.75, 0.80)
 
 
 class LayerShape(NamedTuple):
@@ -173,7 +173,7 @@ def _kernel_source(row: dict[str, Any], name: str) -> str:
     return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
 
 
-def reckoned_speedup(context: dict[str, Any], rate: float) -> float:
+def computed_speedup(context: dict[str, Any], rate: float) -> float:
     """Speed-up at a rate that was not drawn: expected tokens over the mean time of measured cycles, best of drafts."""
     cycle_ms: dict[int, list[float]] = {}
     for row in context["synthetic"]:
@@ -200,18 +200,40 @@ def decoding(*names: str) -> str:
                     f"{context['baseline_token_ms']:.2f}",
                     f"{context['draft_step_ms']:.2f}",
                     f"{context['verify_ms'][str(drafts + 1)]:.2f} ({drafts + 1})",
-                    *(f"{reckoned_speedup(context, rate):.2f}x" for rate in RECKONED_RATES),
+                    *(f"{computed_speedup(context, rate):.2f}x" for rate in COMPUTED_RATES),
                     *(f"{best[rate]['speedup']:.2f}x" for rate in sorted(best)),
                     f"{best[0.93]['tokens_per_second']:.0f}",
                     f"{context['decode_peak_bytes'] / 2**30:.1f}",
                 ]
             )
     header = ["shape", "context", "baseline token, ms", "draft step, ms", "verification, ms (tokens)"]
-    header += [f"speed-up at a = {rate:.2f}" for rate in (*RECKONED_RATES, 0.85, 0.90, 0.93, 0.95)]
+    header += [f"speed-up at a = {rate:.2f}" for rate in (*COMPUTED_RATES, 0.85, 0.90, 0.93, 0.95)]
     header += ["tokens/s at a = 0.93", "peak, GiB"]
     sources = [_source(_load(name), name).rsplit(", ", 1) for name in names]
     slower = f". Hugging Face's `generate` with the same weights, tokens/s: {', '.join(plain)}."
     return markdown_table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources) + slower
+
+
+def speedups(*names: str) -> str:
+    """What :func:`decoding` shows, for those who only want to know how much faster."""
+    rows = []
+    for name in names:
+        for context in _load(name)["rows"]:
+            best = best_rows(context)
+            rows.append(
+                [
+                    NAMES[context["model"]].removesuffix(" shape"),
+                    f"{context['context'] // 1024}k",
+                    f"{context['baseline_token_ms']:.2f}",
+                    f"{computed_speedup(context, 0.80):.2f}x",
+                    *(f"{best[rate]['speedup']:.2f}x" for rate in (0.90, 0.93, 0.95)),
+                    f"{best[0.93]['tokens_per_second']:.0f}",
+                ]
+            )
+    header = ["shape", "context", "baseline token, ms", *(f"a = {rate:.2f}" for rate in (0.80, 0.90, 0.93, 0.95))]
+    sources = " and ".join(_source(_load(name), name).rsplit(", ", 1)[1] for name in names)
+    device = _source(_load(names[0]), names[0]).rsplit(", ", 1)[0]
+    return markdown_table([*header, "tokens/s at a = 0.93"], rows) + f"{device}, {sources}"
 
 
 def memory(name: str) -> str:
@@ -248,6 +270,26 @@ def task_parity(name: str) -> str:
     rows.append(["continuations as the original's", apart["target"], apart["speculative"], "not judged", ""])
     header = ["what", "target", "speculative", "threshold", "passed"]
     return markdown_table(header, rows) + _documents(data) + _source(data, name).lstrip()
+
+
+def text_parity(*names: str) -> str:
+    """The target on a long text, by report: how far its distribution is from the original's."""
+    rows = []
+    for name in names:
+        data = _load(name)
+        target = next(row for row in data["text"] if row["role"] == "target")
+        rows.append(
+            [
+                data["environment"]["dtype"],
+                f"{target['scored_tokens']:,} after {target['context_tokens']:,}",
+                f"{100 * target['perplexity_change']:+.3f}%",
+                f"{target['argmax_agreement']:.4f}",
+                f"{target['mean_kl']:.5f}",
+                f"`{name}`",
+            ]
+        )
+    header = ["dtype", "tokens", "perplexity", "argmax agreement", "mean KL", "file in `benchmarks/results`"]
+    return markdown_table(header, rows) + f"\n\n{_load(names[0])['environment']['device']}"
 
 
 def _continuations(row: dict[str, Any]) -> str:
@@ -303,10 +345,14 @@ TABLES = {
     "acceptance": lambda: acceptance("acceptance.json"),
     "parity": lambda: parity("acceptance.json"),
     "task-parity": lambda: task_parity("parity/parity.json"),
+    "text-parity": lambda: text_parity(
+        "parity/parity.json", "parity-last-1024/parity.json", "parity-bfloat16/parity.json"
+    ),
     "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
+    "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
     "linear-kernels": lambda: linear_kernels("kernels.json"),

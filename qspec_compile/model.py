@@ -295,14 +295,15 @@ class QuantSpecModel:
             seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
                 except with ``num_speculative_tokens="auto"``.
             tokenizer: needed with ``stop_strings``.
-            **kwargs: any Hugging Face generation option that greedy search or sampling knows.
+            **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
+                asked about drafts too, so they must be functions of ``input_ids`` and ``scores`` alone.
 
         Returns:
             ``(B, S + new)`` int64 token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast or moved since
-                its conversion, before any work is done.
+            ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast, moved or given
+                other weights since its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
             RuntimeError: called while this thread generates with the pair, as by a streamer.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.

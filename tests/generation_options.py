@@ -133,7 +133,9 @@ OPTIONS: dict[str, Option] = {
 ARGUMENTS: dict[str, Option] = {
     "inputs": _refused(object(), "the prompt is `input_ids`"),
     "generation_config": Option(HONOURED, "over the model's own; keywords over both"),
-    "logits_processor": Option(HONOURED, "each position sees the text before it"),
+    "logits_processor": Option(
+        HONOURED, "each position sees the text before it; one with state of its own needs `num_speculative_tokens=0`"
+    ),
     "stopping_criteria": Option(HONOURED, "called once per token, in order"),
     "prefix_allowed_tokens_fn": Option(HONOURED),
     "synced_gpus": _irrelevant("one device"),

@@ -51,6 +51,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
     baseline = 1000 / smollm2["baseline_token_ms"]
     on_cpu = {(row["dtype"], row["mode"]): row["decode_speedup"] for row in result("generate-cpu.json")["rows"]}
     llama_2 = result("decode-llama-2-7b-128k.json")["rows"][0]
+    llama_3 = next(row for row in result("decode-llama-3.1-8b.json")["rows"] if row["context"] == 32768)
     texts = {
         name: next(row for row in result(f"{name}/parity.json")["text"] if row["role"] == "target")
         for name in ("parity", "parity-bfloat16", "parity-last-1024")
@@ -66,6 +67,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         (f"{plain:.0f} tokens/s", (README, BENCHMARKS)),
         (f"{smollm2['baseline_token_ms']:.2f} ms", ()),
         (f"{smollm2['statistics']['draft_acceptance_rate']:.2f}", (BENCHMARKS,)),
+        (f"{100 * smollm2['statistics']['draft_acceptance_rate']:.0f}%", ()),
         (f"{ours / baseline:.2f}x", ()),
         (f"{min(speedups):.1f} times", ()),
         (f"{max(speedups):.1f} times", ()),
@@ -75,6 +77,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         (f"{gib['4k'][4]} GiB", (README,)),
         (f"{gib['4k'][6]} GiB", (README,)),
         (f"{llama_2['generate_peak_bytes'] / 2**30:.1f} GiB", ()),
+        (f"{llama_3['generate_peak_bytes'] / 2**30:.1f} GiB", ()),
         (f"{100 * abs(texts['parity']['perplexity_change']):.2f}%", (README,)),
         (f"{100 * texts['parity']['argmax_agreement']:.1f}%", (README,)),
         (f"{100 * texts['parity-bfloat16']['argmax_agreement']:.1f}%", ()),
