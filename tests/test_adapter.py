@@ -15,10 +15,11 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e 
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 import quantspec.evals
 from quantspec.evals.adapter import QuantSpecLM
-from quantspec.evals.lm_eval_command import run_lm_eval
+from quantspec.evals.lm_eval_command import TASKS, run_lm_eval
 from quantspec.evals.roles import EvalRole
 
 ROLES = [role.value for role in EvalRole]
@@ -208,6 +209,53 @@ def test_lm_evals_command_line_evaluates_a_saved_pair(saved_pair, tiny_tasks, tm
     assert status == 0
     (results,) = tmp_path.rglob("results_*.json")
     assert json.loads(results.read_text())["config"]["quantspec"]["kv_group_size"] == str(GROUP)
+
+
+@pytest.fixture
+def configured(monkeypatch, tmp_path):
+    """``configured(file, *arguments)``: what lm-eval would run with this YAML file in ``--config``."""
+    configurations = []
+    monkeypatch.setattr(
+        "lm_eval._cli.harness.HarnessCLI.execute",
+        lambda _, options: configurations.append(EvaluatorConfig.from_cli(options)),
+    )
+
+    def configure(file: dict, *arguments: str) -> EvaluatorConfig:
+        # JSON is YAML.
+        (tmp_path / "config.yaml").write_text(json.dumps({"tasks": ["tiny_choice"], **file}))
+        assert run_lm_eval(["--config", str(tmp_path / "config.yaml"), *arguments]) == 0
+        return configurations[-1]
+
+    return configure
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "model"),
+    [
+        ({}, (), "quantspec"),
+        ({"model": None}, (), "quantspec"),
+        ({"model": "hf"}, (), "hf"),
+        ({"model": "hf"}, ("--model", "quantspec"), "quantspec"),
+        ({}, ("--model", "hf"), "hf"),
+    ],
+    ids=str,
+)
+def test_the_model_is_quantspec_unless_a_config_file_or_option_names_another(configured, file, arguments, model):
+    assert configured(file, *arguments).model == model
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "folders"),
+    [
+        ({}, (), []),
+        ({"include_path": "mine"}, (), ["mine"]),
+        ({"include_path": ["mine", "yours"]}, (), ["mine", "yours"]),
+        ({"include_path": "mine"}, ("--include_path", "theirs"), ["theirs"]),
+    ],
+    ids=str,
+)
+def test_tasks_are_looked_for_where_a_config_file_says_too(configured, file, arguments, folders):
+    assert configured(file, *arguments).include_path == [str(TASKS), *folders]
 
 
 def test_lm_evals_command_line_refuses_as_lm_eval_does(capsys):
