@@ -66,12 +66,14 @@ class MetricComparison:
 
     Attributes:
         difference: value minus the reference's; of perplexities without samples, relative to the reference's.
-        standard_error: the larger of the two runs' own, in the unit of the samples; None without samples.
-        paired_difference, paired_standard_error: of the mean over documents; None without samples.
-        equal: with samples, within ``max_standard_errors`` of the standard error and, where two documents or more
-            differ, within ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within
-            ``max_perplexity_change``); a perplexity or bits per byte without samples, within
-            ``max_perplexity_change``. None, not judged, of one document and of other metrics.
+        standard_error: the larger of the two runs' own, in the unit of the samples; None without samples, or where one
+            differs from the reference's by NaN or infinity.
+        paired_difference, paired_standard_error: of the mean over documents; None as ``standard_error``.
+        equal: False where a sample differs from the reference's by NaN or infinity; else with samples, within
+            ``max_standard_errors`` of the standard error and, where two documents or more differ, within
+            ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within ``max_perplexity_change``);
+            a perplexity or bits per byte without samples, within ``max_perplexity_change``. None, not judged, of one
+            document and of other metrics.
     """
 
     task: str
@@ -175,7 +177,7 @@ def compare(
     for name, ours in run.metrics.items():
         theirs = reference.metrics[name]
         named = (task, role.value, name)
-        difference, equal = ours.value - theirs.value, None
+        difference, equal = _difference(ours.value, theirs.value), None
         # No perplexity is 0, but bits per byte may be.
         change = difference / theirs.value if theirs.value else difference
         small_change = _is_perplexity(name) and abs(change) <= max_perplexity_change
@@ -186,7 +188,12 @@ def compare(
                 MetricComparison(*named, None, ours.value, theirs.value, difference, None, None, None, equal)
             )
             continue
-        pairs = [a - b for a, b in zip(ours.samples, theirs.samples, strict=True)]
+        pairs = [_difference(a, b) for a, b in zip(ours.samples, theirs.samples, strict=True)]
+        if not all(map(math.isfinite, pairs)):
+            comparisons.append(
+                MetricComparison(*named, len(pairs), ours.value, theirs.value, difference, None, None, None, False)
+            )
+            continue
         error = max(standard_error(ours.samples), standard_error(theirs.samples))
         # Means of the samples, since an aggregate (a perplexity) may have another unit than its samples.
         paired_difference, paired_error = fmean(pairs), standard_error(pairs)
@@ -217,9 +224,15 @@ def _is_perplexity(name: str) -> bool:
     return metric == "bits_per_byte" or metric.endswith("perplexity")
 
 
+def _difference(ours: float, theirs: float) -> float:
+    """Of two samples or values; 0 for two equal infinities."""
+    return 0.0 if ours == theirs else ours - theirs
+
+
 def standard_error(samples: Sequence[float]) -> float:
-    """Of the mean; 0 for a single sample."""
-    return stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else 0.0
+    """Of the mean of the finite samples; 0 for a single one."""
+    finite = [sample for sample in samples if math.isfinite(sample)]
+    return stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else 0.0
 
 
 def _acceptance(statistics: Sequence[GenerationStats]) -> dict[str, float] | None:

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 # What generate() makes for model.forward, and the loop has no use for.
 _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
-_NAN_LOGITS = (
+NAN_LOGITS = (
     "the model's logits are NaN, so no token can be chosen; check the weights, or load the model in bfloat16 or "
     "float32 if it overflows float16"
 )
 
-_NO_DISTRIBUTION = (
+NO_DISTRIBUTION = (
     "no token can be sampled: after logits processors and temperature every score is -inf, or one is NaN or inf; check "
     "the processors (a constraint that leaves no token, a tiny temperature) and whether the model's logits are NaN"
 )
@@ -417,7 +417,7 @@ class SpeculativeLoop:
         is unlike others.
         """
         if result.has_nan:
-            raise FloatingPointError(_NO_DISTRIBUTION if self.do_sample else _NAN_LOGITS)
+            raise FloatingPointError(NO_DISTRIBUTION if self.do_sample else NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
         self.stats.flushes += result.flush_due
@@ -438,12 +438,12 @@ class SpeculativeLoop:
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
         if bool(logits.isnan().any()):
-            raise FloatingPointError(_NAN_LOGITS)
+            raise FloatingPointError(NAN_LOGITS)
         scores = self.process(logits, self.progress)
         if self.do_sample:
             probs = scores[:, 0].softmax(-1)
             if bool(probs.isnan().any()):
-                raise FloatingPointError(_NO_DISTRIBUTION)
+                raise FloatingPointError(NO_DISTRIBUTION)
             pending = sample(probs, self.generator)
         else:
             pending = scores[:, 0].argmax(-1)

@@ -218,6 +218,33 @@ def test_a_shift_of_every_log_probability_may_be_within_the_change_of_a_perplexi
     assert row.equal is equal
 
 
+@pytest.mark.parametrize("theirs", [[-1.0, -2.0, -3.0], [-1.0, -2.0, float("inf")]])
+@pytest.mark.parametrize("lost", [float("nan"), float("-inf")])
+def test_a_sample_that_is_no_number_is_a_difference(lost, theirs):
+    (row,) = runs([-1.0, -2.0, lost], theirs)
+    assert (row.equal, row.documents) == (False, 3)
+    assert (row.standard_error, row.paired_difference, row.paired_standard_error) == (None, None, None)
+    assert runs([lost], [-1.0])[0].equal is False
+
+
+def test_a_text_that_is_impossible_to_both_is_none():
+    impossible = float("-inf")
+    (same,) = runs([impossible, -1.0, -2.0], [impossible, -1.0, -2.0])
+    assert (same.difference, same.paired_difference, same.equal) == (0, 0, True)
+    (shifted,) = runs([impossible, -1.1, -2.1, -3.1], [impossible, -1.0, -2.0, -3.0])
+    assert shifted.standard_error == pytest.approx(standard_error([-1.0, -2.0, -3.0]))
+    assert shifted.equal is False
+    assert standard_error([impossible, -1.0]) == 0
+    assert aggregates("word_perplexity", float("inf"), float("inf")).equal is True
+
+
+def test_scores_that_are_nan_end_a_report(qs, tokenizer, tiny_tasks, monkeypatch):
+    """An accuracy would not tell: the argmax of NaN is some choice."""
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        parity(qs, tokenizer=tokenizer, tasks=["tiny_choice"], text="", include_path=tiny_tasks)
+
+
 def test_one_document_is_not_judged(qs, tokenizer, tiny_tasks):
     assert runs([0.0], [1.0])[0].equal is None
     options = ParityOptions(limit=1)
