@@ -66,7 +66,8 @@ class QuantSpecLM(HFLM):
                 :class:`HFLM` (``gguf_file``, ``dtype``, ``device``, ``batch_size``, ...).
 
         Raises:
-            ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded.
+            ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded; or
+                ``max_length`` is more than ``max_cache_len``, which may take a loaded model to know.
             SavedModelError: the folder of a saved pair is damaged.
         """
         self.role: EvalRole = EvalRole.parse(role)
@@ -83,14 +84,17 @@ class QuantSpecLM(HFLM):
         fixed = conversion.keys() - (_RUN_OPTIONS if saved else ())
         if (saved or self.qs is not None) and fixed:
             raise ValueError(f"the model is converted already; {', '.join(sorted(fixed))} cannot be chosen any more")
+        max_length = options.get("max_length")
         if self.role is not EvalRole.REFERENCE:
             _refuse_unsupported(options)
+            _check_max_length(max_length, self.qs.config.max_cache_len if self.qs else conversion.get("max_cache_len"))
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained if self.qs is None else self.qs.model, **options)
         if self.role is EvalRole.REFERENCE:
             self.qs = None
         else:
             self.qs = self.qs or quantspec.convert(self.model, **conversion)
+            _check_max_length(max_length, self.qs.config.max_cache_len)
             self._max_length = min(self.max_length, self.qs.config.max_cache_len or self.max_length)
 
     def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:
@@ -183,6 +187,14 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
     for name, reason in reasons.items():
         if options.get(name):
             raise ValueError(f"{name} is not supported except with role=reference: {reason}")
+
+
+def _check_max_length(max_length: int | None, max_cache_len: int | None) -> None:
+    if max_length and max_cache_len and max_length > max_cache_len:
+        raise ValueError(
+            f"max_length={max_length} is more than max_cache_len={max_cache_len}: convert with "
+            f"max_cache_len={max_length} (also in model_args), or leave max_length out"
+        )
 
 
 def _grouped_by_context(requests: Sequence[Request]) -> list[list[int]]:

@@ -278,6 +278,30 @@ def test_bad_options_are_refused_before_anything_is_loaded(options, message):
         QuantSpecLM("no-such-model", **options)
 
 
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+def test_more_tokens_than_the_cache_holds_are_refused(qs, tokenizer, role):
+    with pytest.raises(
+        ValueError, match=r"max_length=513 is more than max_cache_len=512: convert with max_cache_len=513"
+    ):
+        QuantSpecLM(qs, role=role, tokenizer=tokenizer, max_length=513)
+    with pytest.raises(ValueError, match="max_length=65 is more than max_cache_len=64"):
+        QuantSpecLM("no-such-model", role=role, max_cache_len=64, max_length=65)
+
+
+def test_max_length_is_held_against_the_limit_of_a_model_that_was_loaded(saved_model):
+    options = {"role": "target", "device": "cpu", "self_check": False}
+    with pytest.raises(ValueError, match="max_length=513 is more than max_cache_len=512"):
+        QuantSpecLM(str(saved_model), max_length=513, **options)
+    lm = QuantSpecLM(str(saved_model), max_length=600, max_cache_len=600, **options)
+    assert lm.max_length == 600
+    text = characters(random_prompt(590))
+    (ours,), (cut,) = (
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+        for model in (lm, QuantSpecLM(lm.qs, role="target", tokenizer=lm.tokenizer, max_length=100))
+    )
+    assert ours != pytest.approx(cut, rel=1e-3)
+
+
 def test_a_converted_model_cannot_be_converted_differently(qs, tokenizer):
     with pytest.raises(ValueError, match="converted already; kv_group_size"):
         QuantSpecLM(qs, tokenizer=tokenizer, kv_group_size=32)
