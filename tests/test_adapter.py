@@ -84,12 +84,34 @@ def test_rolling_log_likelihoods_cover_texts_longer_than_the_model(evaluated):
     assert ours[0] < 5 * ours[1]
 
 
-def test_contexts_that_are_too_long_are_cut_from_the_left(evaluated):
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+def test_contexts_that_are_too_long_are_cut_from_the_left_with_a_warning(evaluated, caplog, role):
     text = characters(random_prompt(600))
-    lm = evaluated("target")
-    (cut,) = lm.loglikelihood(requests("loglikelihood", (text, "abc")), disable_tqdm=True)
-    (whole,) = lm.loglikelihood(requests("loglikelihood", (text[-510:], "abc")), disable_tqdm=True)
+    lm = evaluated(role)
+    cut, other = lm.loglikelihood(requests("loglikelihood", (text, "abc"), (text[:510], "abc")), disable_tqdm=True)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "quantspec.evals.adapter"]
+    assert warning.startswith("1 of 2 requests are longer than the model's 512 tokens")
+    assert warning.endswith("by up to 90 tokens")
+    caplog.clear()
+    whole, same = lm.loglikelihood(
+        requests("loglikelihood", (text[-510:], "abc"), (text[:510], "abc")), disable_tqdm=True
+    )
+    assert not [record for record in caplog.records if record.name == "quantspec.evals.adapter"]
     assert cut == whole
+    assert other == same
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "message"),
+    [
+        ("ab", "", "nothing to score after 'ab': a continuation needs at least one token"),
+        ("  ", "abc", "no token to start from in '  ': white space"),
+        ("ab", characters(random_prompt(600)), "a continuation of 600 tokens does not fit the model's 512"),
+    ],
+)
+def test_a_request_that_cannot_be_scored_is_refused_for_what_is_wrong(evaluated, context, continuation, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated("target").loglikelihood(requests("loglikelihood", (context, continuation)), disable_tqdm=True)
 
 
 def test_generated_texts_of_the_roles(evaluated):
