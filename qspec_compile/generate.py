@@ -89,9 +89,9 @@ def prepare_arguments(
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
     if input_ids is not None:
-        _check_input_ids(qs, input_ids)
+        check_input_ids(qs, input_ids)
     if attention_mask is not None:
-        _check_attention_mask(input_ids, attention_mask)
+        check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
     _take_stop_strings(qs, options, generation_config, tokenizer)
     if not isinstance(continue_cache, bool):
@@ -111,7 +111,7 @@ _UNSUPPORTED_ARGUMENTS = {
 }
 
 
-def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
+def check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"input_ids must be a tensor of shape (batch, tokens), not {type(input_ids).__name__}; "
@@ -132,7 +132,7 @@ def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
         raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
 
 
-def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
+def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     if input_ids is not None and attention_mask.shape != input_ids.shape:
@@ -167,7 +167,7 @@ def _take_stop_strings(
     options["stop_strings"] = None
 
 
-def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse by name what this loop does not do."""
     refused = {
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
@@ -240,13 +240,13 @@ def decode(
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
     qs.check_unmoved()
-    _refuse_unsupported(generation_config, model_kwargs)
+    refuse_unsupported(generation_config, model_kwargs)
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(
             f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
             f"{type(streamer).__name__}"
         )
-    _check_input_ids(qs, input_ids)
+    check_input_ids(qs, input_ids)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
     if generator is not None and generator.device.type != qs.device.type:
@@ -260,7 +260,7 @@ def decode(
     attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    _check_attention_mask(input_ids, attention_mask)
+    check_attention_mask(input_ids, attention_mask)
     prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     longest = max(map(len, prompts))
     max_new_tokens = generation_config.max_length - input_ids.shape[1]

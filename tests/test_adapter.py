@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cache_changes import change_cache_after_prefill
 from conftest import GROUP, characters
 from step_by_step import random_prompt
 
@@ -133,6 +134,39 @@ def test_the_draft_by_itself_writes_its_own_argmax(qs, evaluated):
     scored = evaluated("draft").loglikelihood(requests("loglikelihood", (context, text)), disable_tqdm=True)
     assert len(text) == 40
     assert scored[0][1]
+
+
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+@pytest.mark.parametrize(
+    ("context", "options", "message"),
+    [
+        ("ab", {"penalty_alpha": 0.6, "top_k": 4}, "generation option penalty_alpha is not supported"),
+        ("ab", {"cache_implementation": "static"}, "generation option cache_implementation is not supported"),
+        ("ab", {"num_beams": 3}, "set num_beams=1"),
+        ("", {}, "input_ids is empty"),
+    ],
+    ids=str,
+)
+def test_every_role_of_the_pair_refuses_the_same_generation(evaluated, role, context, options, message):
+    asked = requests("generate_until", (context, {"until": [], "max_gen_toks": 4, **options}))
+    with pytest.raises(ValueError, match=message):
+        evaluated(role).generate_until(asked, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}], ids=str)
+def test_no_role_of_the_pair_chooses_tokens_by_nan(evaluated, monkeypatch, role, options):
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+    # The other prompt is read in full precision.
+    written = [(context, {"until": [], "max_gen_toks": 4, **options}) for context in (CONTEXT, CONTEXT[:5])]
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        evaluated(role, batch_size=2).generate_until(requests("generate_until", *written), disable_tqdm=True)
+
+
+def test_the_draft_by_itself_needs_a_distribution_to_sample_from(evaluated):
+    sampling = {"until": [], "max_gen_toks": 4, "do_sample": True, "temperature": 1e-45}
+    with pytest.raises(FloatingPointError, match="no token can be sampled"):
+        evaluated("draft").generate_until(requests("generate_until", (CONTEXT, sampling)), disable_tqdm=True)
 
 
 @pytest.mark.parametrize("role", ROLES)
