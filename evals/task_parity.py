@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -98,11 +99,15 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
-        ValueError: an unknown name or a length that is no number.
+        ValueError: an unknown name, a length that is no number from 1 on, or one for a task that takes none.
     """
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
+    for spec in specs:
+        _, mark, length = spec.partition(LENGTH_MARK)
+        if mark and not (length.isdecimal() and int(length) >= 1):
+            raise ValueError(f"the length in {spec!r} must be a number of tokens, at least 1")
     folders: list[str | Path] = [TASKS, *filter(None, [include_path])]
     names = {spec.partition(LENGTH_MARK)[0] for spec in specs}
     # lm-eval's own tasks are thousands of files, read only if one of them is asked for.
@@ -115,8 +120,6 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
     tasks: dict[str, Task] = {}
     for spec in specs:
         name, mark, length = spec.partition(LENGTH_MARK)
-        if mark and not length.isdigit():
-            raise ValueError(f"the length in {spec!r} must be a number of tokens")
         chosen = manager
         if mark:
             folder = manager.task_index[name].yaml_path.parent
@@ -126,11 +129,27 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
         with _seeded():
             loaded = chosen.load(name)["tasks"]
         for task_name, task in loaded.items():
+            if mark and not _takes_length(task):
+                raise ValueError(f"{task_name!r} cannot be made of a length: leave out {mark + length!r}")
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
             tasks[task_name + mark + length] = task
     return tasks
+
+
+def _takes_length(task: Task) -> bool:
+    """Whether it is one of RULER's, or the function that makes its documents has a parameter ``max_seq_lengths``."""
+    import lm_eval.tasks
+
+    make = task.get_config("custom_dataset")
+    if not inspect.isfunction(make):
+        return False
+    # RULER's functions take the lengths out of their keyword arguments.
+    ruler = Path(lm_eval.tasks.__file__).resolve().parent / "ruler"
+    return (
+        Path(inspect.getfile(make)).resolve().parent == ruler or "max_seq_lengths" in inspect.signature(make).parameters
+    )
 
 
 def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_template: bool = False) -> TaskRun:

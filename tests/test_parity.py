@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM
 import quantspec
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+
+import lm_eval.tasks
+from datasets import Dataset
 
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
 from quantspec.evals.parity import ParityOptions, main, parity
@@ -358,6 +362,36 @@ def test_offline_tasks_are_found_by_name(tmp_path):
     )
 
 
-def test_a_length_must_be_a_number(tmp_path):
-    with pytest.raises(ValueError, match="must be a number of tokens"):
-        load_tasks(["reference_choice@long"], tmp_path)
+@pytest.mark.parametrize("length", ["long", "", "0", "-5", "²", "1.5"])
+def test_a_length_must_be_a_number(tmp_path, length):
+    with pytest.raises(ValueError, match=f"the length in 'reference_cloze@{length}' must be a number of tokens"):
+        load_tasks([f"reference_cloze@{length}"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reference_choice", "reference_perplexity", "tiny_choice"])
+def test_a_task_that_has_no_length_takes_none(tmp_path, tiny_tasks, name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be made of a length: leave out '@300'"):
+        load_tasks([f"{name}@300"], tmp_path, tiny_tasks)
+
+
+def test_documents_are_made_of_the_length_that_is_asked_for(tmp_path):
+    tasks = load_tasks(["reference_cloze@125", "reference_cloze@500"], tmp_path)
+    short, long = (len(task.eval_docs[0]["context"]) for task in tasks.values())
+    assert list(tasks) == ["reference_cloze@125", "reference_cloze@500"]
+    assert 500 <= short < 1500
+    assert 2000 <= long < 3000
+
+
+def test_rulers_tasks_take_a_length(tmp_path, monkeypatch):
+    """Theirs, without the text that they fetch."""
+    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+    made = []
+
+    def download(task, *_, **__):
+        made.append(task.config.metadata["max_seq_lengths"])
+        task.dataset = {"test": Dataset.from_list([{"input": "a", "outputs": ["b"], "gen_prefix": "c"}])}
+
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.download", download)
+    names = [f"{name}@4096" for name in ("niah_single_1", "ruler_qa_squad")]
+    assert list(load_tasks(names, tmp_path, folder)) == names
+    assert made == [[4096], [4096]]
