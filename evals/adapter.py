@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)
 _RUN_OPTIONS = frozenset({"compile", "self_check"})
 # Of HFLM's options for loading, those that leave a saved pair as it is.
 _ANY_MODELS_OPTIONS = frozenset({"trust_remote_code", "revision", "gpus", "offload_folder"})
+# Of a context, in an error.
+_SHOWN_CHARACTERS = 40
+_LOGGER = logging.getLogger(__name__)
 # A request of lm-eval: the texts (None for a window of a rolling one), context and continuation as token ids.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -67,7 +71,8 @@ class QuantSpecLM(HFLM):
                 :class:`HFLM` (``gguf_file``, ``dtype``, ``device``, ``batch_size``, ...).
 
         Raises:
-            ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded.
+            ValueError, TypeError: an unknown role or an option that cannot be honoured, before anything is loaded; or
+                ``max_length`` is more than ``max_cache_len``, which may take a loaded model to know.
             SavedModelError: the folder of a saved pair is damaged.
         """
         self.role: EvalRole = EvalRole.parse(role)
@@ -84,14 +89,17 @@ class QuantSpecLM(HFLM):
         fixed = conversion.keys() - (_RUN_OPTIONS if saved else ())
         if (saved or self.qs is not None) and fixed:
             raise ValueError(f"the model is converted already; {', '.join(sorted(fixed))} cannot be chosen any more")
+        max_length = options.get("max_length")
         if self.role is not EvalRole.REFERENCE:
             _refuse_unsupported(options)
+            _check_max_length(max_length, self.qs.config.max_cache_len if self.qs else conversion.get("max_cache_len"))
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained if self.qs is None else self.qs.model, **options)
         if self.role is EvalRole.REFERENCE:
             self.qs = None
         else:
             self.qs = self.qs or quantspec.convert(self.model, **conversion)
+            _check_max_length(max_length, self.qs.config.max_cache_len)
             self._max_length = min(self.max_length, self.qs.config.max_cache_len or self.max_length)
 
     def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:
@@ -116,7 +124,7 @@ class QuantSpecLM(HFLM):
         """Log-probability of each continuation, and whether it is the greedy one."""
         if self.qs is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        requests = [self._truncated(request) for request in requests]
+        requests = self._truncated(requests)
         batch_size = override_bs or self.batch_size
         if batch_size == "auto":
             batch_size = self._detect_batch_size(requests)
@@ -166,12 +174,41 @@ class QuantSpecLM(HFLM):
             info["quantspec"] = {name: str(getattr(self.qs.config, name)) for name in sorted(_CONVERT_OPTIONS)}
         return info
 
-    def _truncated(self, request: Request) -> Request:
-        """The request with its context cut from the left to what the model can hold, as lm-eval does it."""
-        texts, context, tokens = request
-        if not context or not 0 < len(tokens) <= self.max_length:
-            raise ValueError(f"a continuation of {len(tokens)} tokens does not fit the model's {self.max_length}")
-        return texts, (context + tokens)[-(self.max_length + 1) :][: -len(tokens)], tokens
+    def _truncated(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests with contexts cut from the left to what the model can hold, as lm-eval does it.
+
+        Raises:
+            ValueError: a context or continuation has no tokens, or a continuation is too long.
+        """
+        truncated: list[Request] = []
+        cut = []
+        for texts, context, tokens in requests:
+            _check_request(texts, context, tokens, self.max_length)
+            # The last token of a continuation is scored, not fed.
+            excess = len(context) + len(tokens) - (self.max_length + 1)
+            if excess > 0:
+                cut.append(excess)
+            truncated.append((texts, context[max(excess, 0) :], tokens))
+        if cut:
+            _LOGGER.warning(
+                "%d of %d requests are longer than the model's %d tokens: their contexts are cut from the left, by up "
+                "to %d tokens",
+                *(len(cut), len(requests), self.max_length, max(cut)),
+            )
+        return truncated
+
+
+def _check_request(texts: tuple[str, str] | None, context: list[int], tokens: list[int], max_length: int) -> None:
+    shown = repr(texts[0][-_SHOWN_CHARACTERS:] if texts else "")
+    if not tokens:
+        raise ValueError(f"there is nothing to score after {shown}: a continuation needs at least one token")
+    if not context:
+        raise ValueError(
+            f"there is no token to start from in {shown}: white space at a context's end is taken for the "
+            "continuation's, so give a context with other text, or an empty one"
+        )
+    if len(tokens) > max_length:
+        raise ValueError(f"a continuation of {len(tokens)} tokens does not fit the model's {max_length}")
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
@@ -184,6 +221,14 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
     for name, reason in reasons.items():
         if options.get(name):
             raise ValueError(f"{name} is not supported except with role=reference: {reason}")
+
+
+def _check_max_length(max_length: int | None, max_cache_len: int | None) -> None:
+    if max_length and max_cache_len and max_length > max_cache_len:
+        raise ValueError(
+            f"max_length={max_length} is more than max_cache_len={max_cache_len}: convert with "
+            f"max_cache_len={max_length} (also in model_args), or leave max_length out"
+        )
 
 
 def _grouped_by_context(requests: Sequence[Request]) -> list[list[int]]:

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from quantspec.generate import (
+    NAN_LOGITS,
+    NO_DISTRIBUTION,
+    check_attention_mask,
+    check_input_ids,
+    refuse_unsupported,
+)
 from quantspec.passes import Role
 from quantspec.sampling import sample
 
@@ -26,6 +33,7 @@ def decode_with_draft(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Tensor:
     """Greedy search or sampling from the draft, one token at a time; for ``model.generate(custom_generate=...)``.
@@ -38,11 +46,20 @@ def decode_with_draft(
 
     Returns:
         ``(B, S + new)`` ids.
+
+    Raises:
+        ValueError, TypeError: inputs or options that :meth:`QuantSpecModel.generate` refuses too.
+        CacheFullError: prompt and output would exceed ``max_cache_len``.
+        FloatingPointError: the draft's logits are NaN, or no token can be sampled from the processed scores.
     """
+    refuse_unsupported(generation_config, model_kwargs)
+    check_input_ids(qs, input_ids)
     attention_mask = model_kwargs.get("attention_mask")
     # Newer versions of transformers make none where nothing is padded.
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    prompts = [ids[keep] for ids, keep in zip(input_ids, mask, strict=True)]
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    check_attention_mask(input_ids, attention_mask)
+    prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
     new_tokens = cast(int, generation_config.max_length) - input_ids.shape[1]
     pad = generation_config._pad_token_tensor
     newest = torch.stack([prompt[-1] for prompt in prompts])
@@ -52,8 +69,17 @@ def decode_with_draft(
         while bool(running.any()):
             (block,) = forced_blocks(qs, cache, list(newest[:, None]), Role.DRAFT)
             cache.accept(running.long())
-            scores = logits_processor(input_ids, block.logits[:, 0].float())  # type: ignore[arg-type]
-            newest = sample(scores.softmax(-1), None) if generation_config.do_sample else scores.argmax(-1)
+            logits = block.logits[:, 0].float()
+            if bool(logits[running].isnan().any()):
+                raise FloatingPointError(NAN_LOGITS)
+            scores = logits_processor(input_ids, logits)  # type: ignore[arg-type]
+            if generation_config.do_sample:
+                probs = scores.softmax(-1)
+                if bool(probs[running].isnan().any()):
+                    raise FloatingPointError(NO_DISTRIBUTION)
+                newest = sample(probs, None)
+            else:
+                newest = scores.argmax(-1)
             newest = newest if pad is None else torch.where(running, newest, pad)
             input_ids = torch.cat((input_ids, newest[:, None]), 1)
             running &= ~stopping_criteria(input_ids, cast(Any, scores))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 TASKS = Path(__file__).parent / "tasks"
@@ -22,7 +24,8 @@ def require_lm_eval() -> None:
 def run_lm_eval(arguments: list[str]) -> int:
     """Run ``lm_eval`` with ``arguments``, any of its options and subcommands; returns the exit status.
 
-    The model is ``quantspec`` unless ``--model`` or ``--config`` says otherwise.
+    The model is ``quantspec`` unless ``--model`` or the file of ``--config`` says otherwise. The offline tasks are
+    known beside those of ``--include_path``, or of the file's ``include_path`` without one.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
@@ -38,14 +41,24 @@ def run_lm_eval(arguments: list[str]) -> int:
         cli = HarnessCLI()
         try:
             options = cli.parse_args()
+            config = _config_file(options)
             if "include_path" in options:
-                options.include_path = [str(TASKS), *filter(None, [options.include_path])]
-            if options.command == "run" and not (options.model or options.config):
+                folders = options.include_path or config.get("include_path") or []
+                options.include_path = [str(TASKS), *([folders] if isinstance(folders, str) else folders)]
+            if options.command == "run" and not (options.model or config.get("model")):
                 options.model = "quantspec"
             cli.execute(options)
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
+
+
+def _config_file(options: Namespace) -> dict[str, Any]:
+    """What stands in the file of ``--config``, which lm-eval reads again when it merges it with the options."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    path = getattr(options, "config", None)
+    return EvaluatorConfig.load_yaml_config(path) if path else {}
 
 
 @contextlib.contextmanager

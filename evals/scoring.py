@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
+from quantspec.generate import NAN_LOGITS
 from quantspec.passes import Role
 from quantspec.prefill import prefill
 
@@ -126,6 +127,7 @@ def score_continuations(
 
     Raises:
         CacheFullError: a context and its continuation would exceed ``max_cache_len``.
+        FloatingPointError: the logits of a continuation are NaN.
     """
     with qs.exclusive():
         return _score_continuations(qs, contexts, continuations, role)
@@ -177,4 +179,7 @@ def _score_blocks(blocks: Iterator[Block], labels: Sequence[Tensor]) -> list[Sco
         chosen = log_probabilities.gather(-1, wanted[..., None])[..., 0]
         total += chosen.masked_fill(beyond, 0).sum(-1, dtype=torch.float64)
         greedy &= ((log_probabilities.argmax(-1) == wanted) | beyond).all(-1)
+    # One NaN among a token's logits makes all of its log-probabilities NaN.
+    if bool(total.isnan().any()):
+        raise FloatingPointError(NAN_LOGITS)
     return [Score(*pair) for pair in zip(total.tolist(), greedy.tolist(), strict=True)]

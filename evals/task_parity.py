@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -71,12 +72,14 @@ class MetricComparison:
         documents: how many were answered; None without a number per document (samples).
         value, reference: the metric of the role and of the original model, as lm-eval aggregates it.
         difference: value minus the reference's; of perplexities without samples, relative to the reference's.
-        standard_error: the larger of the two runs' own, in the unit of the samples; None without samples.
-        paired_difference, paired_standard_error: of the mean over documents; None without samples.
-        equal: with samples, within ``max_standard_errors`` of the standard error and, where two documents or more
-            differ, within ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within
-            ``max_perplexity_change``); a perplexity or bits per byte without samples, within
-            ``max_perplexity_change``. None, not judged, of one document and of other metrics.
+        standard_error: the larger of the two runs' own, in the unit of the samples; None without samples, or where one
+            differs from the reference's by NaN or infinity.
+        paired_difference, paired_standard_error: of the mean over documents; None as ``standard_error``.
+        equal: False where a sample differs from the reference's by NaN or infinity; else with samples, within
+            ``max_standard_errors`` of the standard error and, where two documents or more differ, within
+            ``max_paired_standard_errors`` of the paired one (or, of a perplexity, within ``max_perplexity_change``);
+            a perplexity or bits per byte without samples, within ``max_perplexity_change``. None, not judged, of one
+            document and of other metrics.
         paired_applies: whether ``equal`` was held against the paired standard error too.
     """
 
@@ -104,11 +107,15 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
-        ValueError: an unknown name or a length that is no number.
+        ValueError: an unknown name, a length that is no number from 1 on, or one for a task that takes none.
     """
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
+    for spec in specs:
+        _, mark, length = spec.partition(LENGTH_MARK)
+        if mark and not (length.isdecimal() and int(length) >= 1):
+            raise ValueError(f"the length in {spec!r} must be a number of tokens, at least 1")
     folders: list[str | Path] = [TASKS, *filter(None, [include_path])]
     names = {spec.partition(LENGTH_MARK)[0] for spec in specs}
     # lm-eval's own tasks are thousands of files, read only if one of them is asked for.
@@ -121,8 +128,6 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
     tasks: dict[str, Task] = {}
     for spec in specs:
         name, mark, length = spec.partition(LENGTH_MARK)
-        if mark and not length.isdigit():
-            raise ValueError(f"the length in {spec!r} must be a number of tokens")
         chosen = manager
         if mark:
             folder = manager.task_index[name].yaml_path.parent
@@ -132,11 +137,27 @@ def load_tasks(specs: Sequence[str], tokenizer_path: Path, include_path: Path | 
         with _seeded():
             loaded = chosen.load(name)["tasks"]
         for task_name, task in loaded.items():
+            if mark and not _takes_length(task):
+                raise ValueError(f"{task_name!r} cannot be made of a length: leave out {mark + length!r}")
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
             tasks[task_name + mark + length] = task
     return tasks
+
+
+def _takes_length(task: Task) -> bool:
+    """Whether it is one of RULER's, or the function that makes its documents has a parameter ``max_seq_lengths``."""
+    import lm_eval.tasks
+
+    make = task.get_config("custom_dataset")
+    if not inspect.isfunction(make):
+        return False
+    # RULER's functions take the lengths out of their keyword arguments.
+    ruler = Path(lm_eval.tasks.__file__).resolve().parent / "ruler"
+    return (
+        Path(inspect.getfile(make)).resolve().parent == ruler or "max_seq_lengths" in inspect.signature(make).parameters
+    )
 
 
 def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_template: bool = False) -> TaskRun:
@@ -183,7 +204,7 @@ def compare(
     for name, ours in run.metrics.items():
         theirs = reference.metrics[name]
         named = (task, role.value, name)
-        difference, equal = ours.value - theirs.value, None
+        difference, equal = _difference(ours.value, theirs.value), None
         # No perplexity is 0, but bits per byte may be.
         change = difference / theirs.value if theirs.value else difference
         small_change = _is_perplexity(name) and abs(change) <= max_perplexity_change
@@ -194,7 +215,14 @@ def compare(
                 MetricComparison(*named, None, ours.value, theirs.value, difference, None, None, None, equal, False)
             )
             continue
-        pairs = [a - b for a, b in zip(ours.samples, theirs.samples, strict=True)]
+        pairs = [_difference(a, b) for a, b in zip(ours.samples, theirs.samples, strict=True)]
+        if not all(map(math.isfinite, pairs)):
+            comparisons.append(
+                MetricComparison(
+                    *named, len(pairs), ours.value, theirs.value, difference, None, None, None, False, False
+                )
+            )
+            continue
         error = max(standard_error(ours.samples), standard_error(theirs.samples))
         # Means of the samples, since an aggregate (a perplexity) may have another unit than its samples.
         paired_difference, paired_error = fmean(pairs), standard_error(pairs)
@@ -227,9 +255,15 @@ def _is_perplexity(name: str) -> bool:
     return metric == "bits_per_byte" or metric.endswith("perplexity")
 
 
+def _difference(ours: float, theirs: float) -> float:
+    """Of two samples or values; 0 for two equal infinities."""
+    return 0.0 if ours == theirs else ours - theirs
+
+
 def standard_error(samples: Sequence[float]) -> float:
-    """Of the mean; 0 for a single sample."""
-    return stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else 0.0
+    """Of the mean of the finite samples; 0 for a single one."""
+    finite = [sample for sample in samples if math.isfinite(sample)]
+    return stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else 0.0
 
 
 def _acceptance(statistics: Sequence[GenerationStats]) -> dict[str, float] | None:

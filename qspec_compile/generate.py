@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 # What generate() makes for model.forward, and the loop has no use for.
 _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
-_NAN_LOGITS = (
+NAN_LOGITS = (
     "the model's logits are NaN, so no token can be chosen; check the weights, or load the model in bfloat16 or "
     "float32 if it overflows float16"
 )
 
-_NO_DISTRIBUTION = (
+NO_DISTRIBUTION = (
     "no token can be sampled: after logits processors and temperature every score is -inf, or one is NaN or inf; check "
     "the processors (a constraint that leaves no token, a tiny temperature) and whether the model's logits are NaN"
 )
@@ -95,9 +95,9 @@ def prepare_arguments(
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
     if input_ids is not None:
-        _check_input_ids(qs, input_ids)
+        check_input_ids(qs, input_ids)
     if attention_mask is not None:
-        _check_attention_mask(input_ids, attention_mask)
+        check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
     _take_stop_strings(qs, options, generation_config, tokenizer)
     if not isinstance(continue_cache, bool):
@@ -117,7 +117,7 @@ _UNSUPPORTED_ARGUMENTS = {
 }
 
 
-def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
+def check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"input_ids must be a tensor of shape (batch, tokens), not {type(input_ids).__name__}; "
@@ -138,7 +138,7 @@ def _check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
         raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
 
 
-def _check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
+def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     if input_ids is not None and attention_mask.shape != input_ids.shape:
@@ -173,7 +173,7 @@ def _take_stop_strings(
     options["stop_strings"] = None
 
 
-def _refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse by name what this loop does not do."""
     refused = {
         "penalty_alpha": (config.penalty_alpha or 0) > 0,
@@ -254,13 +254,13 @@ def decode(
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
     qs.check_unmoved()
-    _refuse_unsupported(generation_config, model_kwargs)
+    refuse_unsupported(generation_config, model_kwargs)
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(
             f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
             f"{type(streamer).__name__}"
         )
-    _check_input_ids(qs, input_ids)
+    check_input_ids(qs, input_ids)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
     if generator is not None and generator.device.type != qs.device.type:
@@ -274,7 +274,7 @@ def decode(
     attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    _check_attention_mask(input_ids, attention_mask)
+    check_attention_mask(input_ids, attention_mask)
     prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     longest = max(map(len, prompts))
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
@@ -431,7 +431,7 @@ class SpeculativeLoop:
         is unlike others.
         """
         if result.has_nan:
-            raise FloatingPointError(_NO_DISTRIBUTION if self.do_sample else _NAN_LOGITS)
+            raise FloatingPointError(NO_DISTRIBUTION if self.do_sample else NAN_LOGITS)
         running = self.progress.running
         accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
         for row, count in enumerate(result.accepted):
@@ -452,12 +452,12 @@ class SpeculativeLoop:
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.qs.weight_bytes()
         if bool(logits.isnan().any()):
-            raise FloatingPointError(_NAN_LOGITS)
+            raise FloatingPointError(NAN_LOGITS)
         scores = self.process(logits, self.progress)
         if self.do_sample:
             probs = scores[:, 0].softmax(-1)
             if bool(probs.isnan().any()):
-                raise FloatingPointError(_NO_DISTRIBUTION)
+                raise FloatingPointError(NO_DISTRIBUTION)
             pending = sample(probs, self.generator)
         else:
             pending = scores[:, 0].argmax(-1)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cache_changes import change_cache_after_prefill
 from conftest import GROUP, characters
 from step_by_step import random_prompt
 
@@ -15,10 +16,11 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e 
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 import quantspec.evals
 from quantspec.evals.adapter import QuantSpecLM
-from quantspec.evals.lm_eval_command import run_lm_eval
+from quantspec.evals.lm_eval_command import TASKS, run_lm_eval
 from quantspec.evals.roles import EvalRole
 
 ROLES = [role.value for role in EvalRole]
@@ -83,12 +85,34 @@ def test_rolling_log_likelihoods_cover_texts_longer_than_the_model(evaluated):
     assert ours[0] < 5 * ours[1]
 
 
-def test_contexts_that_are_too_long_are_cut_from_the_left(evaluated):
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+def test_contexts_that_are_too_long_are_cut_from_the_left_with_a_warning(evaluated, caplog, role):
     text = characters(random_prompt(600))
-    lm = evaluated("target")
-    (cut,) = lm.loglikelihood(requests("loglikelihood", (text, "abc")), disable_tqdm=True)
-    (whole,) = lm.loglikelihood(requests("loglikelihood", (text[-510:], "abc")), disable_tqdm=True)
+    lm = evaluated(role)
+    cut, other = lm.loglikelihood(requests("loglikelihood", (text, "abc"), (text[:510], "abc")), disable_tqdm=True)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "quantspec.evals.adapter"]
+    assert warning.startswith("1 of 2 requests are longer than the model's 512 tokens")
+    assert warning.endswith("by up to 90 tokens")
+    caplog.clear()
+    whole, same = lm.loglikelihood(
+        requests("loglikelihood", (text[-510:], "abc"), (text[:510], "abc")), disable_tqdm=True
+    )
+    assert not [record for record in caplog.records if record.name == "quantspec.evals.adapter"]
     assert cut == whole
+    assert other == same
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "message"),
+    [
+        ("ab", "", "nothing to score after 'ab': a continuation needs at least one token"),
+        ("  ", "abc", "no token to start from in '  ': white space"),
+        ("ab", characters(random_prompt(600)), "a continuation of 600 tokens does not fit the model's 512"),
+    ],
+)
+def test_a_request_that_cannot_be_scored_is_refused_for_what_is_wrong(evaluated, context, continuation, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated("target").loglikelihood(requests("loglikelihood", (context, continuation)), disable_tqdm=True)
 
 
 def test_generated_texts_of_the_roles(evaluated):
@@ -110,6 +134,39 @@ def test_the_draft_by_itself_writes_its_own_argmax(qs, evaluated):
     scored = evaluated("draft").loglikelihood(requests("loglikelihood", (context, text)), disable_tqdm=True)
     assert len(text) == 40
     assert scored[0][1]
+
+
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+@pytest.mark.parametrize(
+    ("context", "options", "message"),
+    [
+        ("ab", {"penalty_alpha": 0.6, "top_k": 4}, "generation option penalty_alpha is not supported"),
+        ("ab", {"cache_implementation": "static"}, "generation option cache_implementation is not supported"),
+        ("ab", {"num_beams": 3}, "set num_beams=1"),
+        ("", {}, "input_ids is empty"),
+    ],
+    ids=str,
+)
+def test_every_role_of_the_pair_refuses_the_same_generation(evaluated, role, context, options, message):
+    asked = requests("generate_until", (context, {"until": [], "max_gen_toks": 4, **options}))
+    with pytest.raises(ValueError, match=message):
+        evaluated(role).generate_until(asked, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}], ids=str)
+def test_no_role_of_the_pair_chooses_tokens_by_nan(evaluated, monkeypatch, role, options):
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+    # The other prompt is read in full precision.
+    written = [(context, {"until": [], "max_gen_toks": 4, **options}) for context in (CONTEXT, CONTEXT[:5])]
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        evaluated(role, batch_size=2).generate_until(requests("generate_until", *written), disable_tqdm=True)
+
+
+def test_the_draft_by_itself_needs_a_distribution_to_sample_from(evaluated):
+    sampling = {"until": [], "max_gen_toks": 4, "do_sample": True, "temperature": 1e-45}
+    with pytest.raises(FloatingPointError, match="no token can be sampled"):
+        evaluated("draft").generate_until(requests("generate_until", (CONTEXT, sampling)), disable_tqdm=True)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -210,6 +267,53 @@ def test_lm_evals_command_line_evaluates_a_saved_pair(saved_pair, tiny_tasks, tm
     assert json.loads(results.read_text())["config"]["quantspec"]["kv_group_size"] == str(GROUP)
 
 
+@pytest.fixture
+def configured(monkeypatch, tmp_path):
+    """``configured(file, *arguments)``: what lm-eval would run with this YAML file in ``--config``."""
+    configurations = []
+    monkeypatch.setattr(
+        "lm_eval._cli.harness.HarnessCLI.execute",
+        lambda _, options: configurations.append(EvaluatorConfig.from_cli(options)),
+    )
+
+    def configure(file: dict, *arguments: str) -> EvaluatorConfig:
+        # JSON is YAML.
+        (tmp_path / "config.yaml").write_text(json.dumps({"tasks": ["tiny_choice"], **file}))
+        assert run_lm_eval(["--config", str(tmp_path / "config.yaml"), *arguments]) == 0
+        return configurations[-1]
+
+    return configure
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "model"),
+    [
+        ({}, (), "quantspec"),
+        ({"model": None}, (), "quantspec"),
+        ({"model": "hf"}, (), "hf"),
+        ({"model": "hf"}, ("--model", "quantspec"), "quantspec"),
+        ({}, ("--model", "hf"), "hf"),
+    ],
+    ids=str,
+)
+def test_the_model_is_quantspec_unless_a_config_file_or_option_names_another(configured, file, arguments, model):
+    assert configured(file, *arguments).model == model
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "folders"),
+    [
+        ({}, (), []),
+        ({"include_path": "mine"}, (), ["mine"]),
+        ({"include_path": ["mine", "yours"]}, (), ["mine", "yours"]),
+        ({"include_path": "mine"}, ("--include_path", "theirs"), ["theirs"]),
+    ],
+    ids=str,
+)
+def test_tasks_are_looked_for_where_a_config_file_says_too(configured, file, arguments, folders):
+    assert configured(file, *arguments).include_path == [str(TASKS), *folders]
+
+
 def test_lm_evals_command_line_refuses_as_lm_eval_does(capsys):
     assert run_lm_eval(["run", "--no-such-option"]) == 2
     assert "--no-such-option" in capsys.readouterr().err
@@ -228,6 +332,30 @@ def test_lm_evals_command_line_refuses_as_lm_eval_does(capsys):
 def test_bad_options_are_refused_before_anything_is_loaded(options, message):
     with pytest.raises(ValueError, match=message):
         QuantSpecLM("no-such-model", **options)
+
+
+@pytest.mark.parametrize("role", ["target", "draft", "speculative"])
+def test_more_tokens_than_the_cache_holds_are_refused(qs, tokenizer, role):
+    with pytest.raises(
+        ValueError, match=r"max_length=513 is more than max_cache_len=512: convert with max_cache_len=513"
+    ):
+        QuantSpecLM(qs, role=role, tokenizer=tokenizer, max_length=513)
+    with pytest.raises(ValueError, match="max_length=65 is more than max_cache_len=64"):
+        QuantSpecLM("no-such-model", role=role, max_cache_len=64, max_length=65)
+
+
+def test_max_length_is_held_against_the_limit_of_a_model_that_was_loaded(saved_model):
+    options = {"role": "target", "device": "cpu", "self_check": False}
+    with pytest.raises(ValueError, match="max_length=513 is more than max_cache_len=512"):
+        QuantSpecLM(str(saved_model), max_length=513, **options)
+    lm = QuantSpecLM(str(saved_model), max_length=600, max_cache_len=600, **options)
+    assert lm.max_length == 600
+    text = characters(random_prompt(590))
+    (ours,), (cut,) = (
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+        for model in (lm, QuantSpecLM(lm.qs, role="target", tokenizer=lm.tokenizer, max_length=100))
+    )
+    assert ours != pytest.approx(cut, rel=1e-3)
 
 
 def test_a_converted_model_cannot_be_converted_differently(qs, tokenizer):

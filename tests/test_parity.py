@@ -20,6 +20,9 @@ import quantspec
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
+import lm_eval.tasks
+from datasets import Dataset
+
 from quantspec.evals import environment
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
 from quantspec.evals.parity import Material, ParityOptions, ParityReport, Verdict, _judge_task, measure, parity
@@ -229,6 +232,33 @@ def test_a_shift_of_every_log_probability_may_be_within_the_change_of_a_perplexi
     assert row.equal is equal
 
 
+@pytest.mark.parametrize("theirs", [[-1.0, -2.0, -3.0], [-1.0, -2.0, float("inf")]])
+@pytest.mark.parametrize("lost", [float("nan"), float("-inf")])
+def test_a_sample_that_is_no_number_is_a_difference(lost, theirs):
+    (row,) = runs([-1.0, -2.0, lost], theirs)
+    assert (row.equal, row.documents) == (False, 3)
+    assert (row.standard_error, row.paired_difference, row.paired_standard_error) == (None, None, None)
+    assert runs([lost], [-1.0])[0].equal is False
+
+
+def test_a_text_that_is_impossible_to_both_is_none():
+    impossible = float("-inf")
+    (same,) = runs([impossible, -1.0, -2.0], [impossible, -1.0, -2.0])
+    assert (same.difference, same.paired_difference, same.equal) == (0, 0, True)
+    (shifted,) = runs([impossible, -1.1, -2.1, -3.1], [impossible, -1.0, -2.0, -3.0])
+    assert shifted.standard_error == pytest.approx(standard_error([-1.0, -2.0, -3.0]))
+    assert shifted.equal is False
+    assert standard_error([impossible, -1.0]) == 0
+    assert aggregates("word_perplexity", float("inf"), float("inf")).equal is True
+
+
+def test_scores_that_are_nan_end_a_report(qs, tokenizer, tiny_tasks, monkeypatch):
+    """An accuracy would not tell: the argmax of NaN is some choice."""
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        parity(qs, tokenizer=tokenizer, tasks=["tiny_choice"], text="", include_path=tiny_tasks)
+
+
 def test_one_document_is_not_judged(qs, tokenizer, tiny_tasks):
     assert runs([0.0], [1.0])[0].equal is None
     options = ParityOptions(limit=1)
@@ -342,6 +372,36 @@ def test_offline_tasks_are_found_by_name(tmp_path):
     )
 
 
-def test_a_length_must_be_a_number(tmp_path):
-    with pytest.raises(ValueError, match="must be a number of tokens"):
-        load_tasks(["reference_choice@long"], tmp_path)
+@pytest.mark.parametrize("length", ["long", "", "0", "-5", "²", "1.5"])
+def test_a_length_must_be_a_number(tmp_path, length):
+    with pytest.raises(ValueError, match=f"the length in 'reference_cloze@{length}' must be a number of tokens"):
+        load_tasks([f"reference_cloze@{length}"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reference_choice", "reference_perplexity", "tiny_choice"])
+def test_a_task_that_has_no_length_takes_none(tmp_path, tiny_tasks, name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be made of a length: leave out '@300'"):
+        load_tasks([f"{name}@300"], tmp_path, tiny_tasks)
+
+
+def test_documents_are_made_of_the_length_that_is_asked_for(tmp_path):
+    tasks = load_tasks(["reference_cloze@125", "reference_cloze@500"], tmp_path)
+    short, long = (len(task.eval_docs[0]["context"]) for task in tasks.values())
+    assert list(tasks) == ["reference_cloze@125", "reference_cloze@500"]
+    assert 500 <= short < 1500
+    assert 2000 <= long < 3000
+
+
+def test_rulers_tasks_take_a_length(tmp_path, monkeypatch):
+    """Theirs, without the text that they fetch."""
+    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+    made = []
+
+    def download(task, *_, **__):
+        made.append(task.config.metadata["max_seq_lengths"])
+        task.dataset = {"test": Dataset.from_list([{"input": "a", "outputs": ["b"], "gen_prefix": "c"}])}
+
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.download", download)
+    names = [f"{name}@4096" for name in ("niah_single_1", "ruler_qa_squad")]
+    assert list(load_tasks(names, tmp_path, folder)) == names
+    assert made == [[4096], [4096]]

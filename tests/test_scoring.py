@@ -104,6 +104,17 @@ def test_more_text_than_the_cache_holds_is_refused(qs):
         score_one(qs, random_prompt(512), [5, 6, 7])
 
 
+@pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
+def test_logits_that_are_nan_are_an_error_and_leave_the_pair_usable(qs, monkeypatch, role):
+    before = score_one(qs, LONG, NEXT, role)
+    with monkeypatch.context() as changed:
+        change_cache_after_prefill(changed, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+        with pytest.raises(FloatingPointError, match="logits are NaN"):
+            # The short context is read in full precision.
+            score_continuations(qs, [TEXT[:5], LONG], [[NEXT], [NEXT, NEXT[:1]]], role)
+    assert score_one(qs, LONG, NEXT, role) == before
+
+
 def test_as_many_sequences_as_fit_the_memory(qs):
     room = 2**24
     fitting = sequences_that_fit(qs, 500, room)
