@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, StoppingCriteriaList
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -46,10 +46,12 @@ class Progress:
         self.pad_token_id = pad_token_id
         self.streamer = streamer
         self.user_seconds = 0.0
-        of_transformers = [type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria]
-        pairs = list(zip(stopping_criteria, of_transformers, strict=True))
-        self._criteria = StoppingCriteriaList(criterion for criterion, known in pairs if known)
-        self._user_criteria = StoppingCriteriaList(criterion for criterion, known in pairs if not known)
+        # The length and EOS are known at once, without asking the device; other criteria wait for their step.
+        waiting = [criterion for criterion in stopping_criteria if not self._is_known_at_once(criterion)]
+        of_transformers = [type(criterion).__module__.startswith("transformers.") for criterion in waiting]
+        pairs = list(zip(waiting, of_transformers, strict=True))
+        self._criteria = StoppingCriteriaList(criterion for criterion, theirs in pairs if theirs)
+        self._user_criteria = StoppingCriteriaList(criterion for criterion, theirs in pairs if not theirs)
         self.sequences = input_ids.new_full((batch, self.prompt_len + max_new_tokens + slack), pad_token_id)
         self.sequences[:, : self.prompt_len] = input_ids
         self.counts = [0] * batch
@@ -61,11 +63,9 @@ class Progress:
         # Drafted tokens of the current block up to an EOS among them; what follows cannot matter.
         self._slack = slack
         self._draft_end = [slack] * batch
-        # EOS is known at once; other criteria wait for their step.
         self._eos = {
             int(token)
             for criterion in stopping_criteria
-            # A subclass may have a rule of its own.
             if type(criterion) is EosTokenCriteria
             for token in criterion.eos_token_id.flatten().tolist()
         }
@@ -130,16 +130,24 @@ class Progress:
                 newest = seen[:, -1].cpu()
                 with self._user_code():
                     self.streamer.put(newest)
-            for row, done in enumerate(self._done(seen)):
+            for row, done in enumerate(self._done(seen, step)):
                 if self._end[row] is None and done:
                     self._end[row] = self.counts[row] = step
                     self._unjudged_scores[row].clear()
                     self._close(row)
 
-    def _done(self, seen: Tensor) -> list[bool]:
-        """What the stopping criteria say of each sequence."""
+    def _is_known_at_once(self, criterion: StoppingCriteria) -> bool:
+        """Whether :meth:`append` obeys it by itself; a subclass may have a rule of its own."""
+        if type(criterion) is MaxLengthCriteria:
+            return criterion.max_length == self.prompt_len + self.max_new_tokens
+        return type(criterion) is EosTokenCriteria
+
+    def _done(self, seen: Tensor, step: int) -> list[bool]:
+        """Whether each sequence has ended with its token of ``step``, the newest of ``seen``, or before."""
+        done = [ended and count <= step for ended, count in zip(self._ended, self.counts, strict=True)]
         arguments = (cast(torch.LongTensor, seen), cast(torch.FloatTensor, self.scores))
-        done = self._criteria(*arguments).tolist()
+        if self._criteria:
+            done = [a or b for a, b in zip(done, self._criteria(*arguments).tolist(), strict=True)]
         if self._user_criteria:
             with self._user_code():
                 # Read inside, so that work they queue on a device is theirs too.

@@ -24,6 +24,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -494,6 +495,15 @@ class EosAfterSomeTokens(EosTokenCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return super().__call__(input_ids, scores) & (input_ids.shape[1] >= SHORT + 6)
+
+
+def test_a_length_criterion_beside_the_options(qs):
+    ids = torch.tensor([random_prompt(SHORT, 11)])
+    for length in (SHORT + 3, SHORT + SHORT_NEW):
+        options = {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length)]), "eos_token_id": None}
+        ours = qs.generate(ids, max_new_tokens=SHORT_NEW, num_speculative_tokens=4, **options)
+        assert torch.equal(ours, qs.model.generate(ids, max_new_tokens=SHORT_NEW, do_sample=False, **options))
+        assert ours.shape[1] == length
 
 
 def test_an_eos_criterion_with_a_rule_of_its_own(qs):

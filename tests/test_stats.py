@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import GROUP
 from step_by_step import random_prompt
-from transformers import MaxLengthCriteria, StoppingCriteria
+from transformers import MaxTimeCriteria, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerationStats
@@ -158,14 +158,15 @@ def test_the_librarys_time_counts_and_the_callers_does_not(qs, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", clock)
     forwards = clock.delay(monkeypatch, type(qs), "forward", 1.0)
     flushes = clock.delay(monkeypatch, HierarchicalCache, "flush", 0.5)
-    criteria = clock.delay(monkeypatch, MaxLengthCriteria, "__call__", 0.25)
+    criteria = clock.delay(monkeypatch, MaxTimeCriteria, "__call__", 0.25)
     copies = clock.delay(monkeypatch, torch.Tensor, "cpu", 0.125)
     own = [
         clock.delay(monkeypatch, OwnCriterion, "__call__", 1024.0),
         clock.delay(monkeypatch, OwnStreamer, "put", 2048.0),
         clock.delay(monkeypatch, OwnStreamer, "end", 4096.0),
     ]
-    stats = run(qs, [random_prompt(LONG)], 21, stopping_criteria=[OwnCriterion()], streamer=OwnStreamer())
+    options = {"stopping_criteria": [OwnCriterion()], "streamer": OwnStreamer(), "max_time": 1e9}
+    stats = run(qs, [random_prompt(LONG)], 21, **options)
     # The prompt, before anything is timed, and every token are streamed; every token is judged.
     assert [len(calls) for calls in own] == [21, 22, 1]
     assert len(criteria) == 21
