@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quantspec import GenerationStats
 
 from .lm_eval_command import TASKS, require_lm_eval
@@ -153,9 +155,10 @@ def _takes_length(task: Task) -> bool:
 
 
 def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_template: bool = False) -> TaskRun:
-    """Answer the first ``limit`` documents of ``task``."""
+    """Answer the first ``limit`` documents of ``task``, after seeding torch, so that sampled answers repeat."""
     from lm_eval import evaluate
 
+    torch.manual_seed(_SEED)
     lm.statistics.clear()
     name = task.task_name
     # The standard errors come from the samples here; lm-eval would bootstrap some in worker processes.
