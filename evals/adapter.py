@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class QuantSpecLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel | QuantSpecModel,
+        pretrained: str | os.PathLike[str] | PreTrainedModel | QuantSpecModel,
         role: str = EvalRole.SPECULATIVE.value,
         num_speculative_tokens: int | str | None = None,
         **options: Any,
@@ -83,6 +84,8 @@ class QuantSpecLM(HFLM):
         conversion = {name: options.pop(name) for name in _CONVERT_OPTIONS & options.keys()}
         QuantSpecConfig.from_options(None, conversion)
         # What HFLM loads is a saved pair, see _create_model.
+        if isinstance(pretrained, os.PathLike):
+            pretrained = os.fspath(pretrained)
         saved = isinstance(pretrained, str) and (Path(pretrained) / DESCRIPTION_FILE).is_file()
         self.qs: QuantSpecModel | None = pretrained if isinstance(pretrained, QuantSpecModel) else None
         self._loading_options = conversion if saved else None
@@ -93,7 +96,9 @@ class QuantSpecLM(HFLM):
         if self.role is not EvalRole.REFERENCE:
             _refuse_unsupported(options)
             _check_max_length(max_length, self.qs.config.max_cache_len if self.qs else conversion.get("max_cache_len"))
-        options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        _check_batch_size(options.get("batch_size", 1))
+        if options.get("device") is None:
+            options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(pretrained if self.qs is None else self.qs.model, **options)
         if self.role is EvalRole.REFERENCE:
             self.qs = None
@@ -229,6 +234,12 @@ def _check_max_length(max_length: int | None, max_cache_len: int | None) -> None
             f"max_length={max_length} is more than max_cache_len={max_cache_len}: convert with "
             f"max_cache_len={max_length} (also in model_args), or leave max_length out"
         )
+
+
+def _check_batch_size(batch_size: int | str) -> None:
+    text = str(batch_size)
+    if text.partition(":")[0] != "auto" and not (text.isdecimal() and int(text) >= 1):
+        raise ValueError(f"batch_size must be a number from 1 on, 'auto' or 'auto:N', not {batch_size!r}")
 
 
 def _grouped_by_context(requests: Sequence[Request]) -> list[list[int]]:

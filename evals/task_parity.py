@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quantspec import GenerationStats
 
 from .lm_eval_command import TASKS, require_lm_eval
@@ -161,15 +163,17 @@ def _takes_length(task: Task) -> bool:
 
 
 def run_task(lm: QuantSpecLM, task: Task, limit: int | None = None, apply_chat_template: bool = False) -> TaskRun:
-    """Answer the first ``limit`` documents of ``task``."""
+    """Answer the first ``limit`` documents of ``task``, sampled answers with a seed of their own."""
     from lm_eval import evaluate
 
     lm.statistics.clear()
     name = task.task_name
     # The standard errors come from the samples here; lm-eval would bootstrap some in worker processes.
-    results = evaluate(
-        lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, apply_chat_template=apply_chat_template
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        results = evaluate(
+            lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, apply_chat_template=apply_chat_template
+        )
     assert results is not None
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     metrics = {}

@@ -358,6 +358,18 @@ def test_max_length_is_held_against_the_limit_of_a_model_that_was_loaded(saved_m
     assert ours != pytest.approx(cut, rel=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [0, "-1", "autobahn", 2.5])
+def test_a_batch_size_that_is_none_is_refused_before_loading(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a number from 1 on, 'auto' or 'auto:N'"):
+        QuantSpecLM("no-such-model", batch_size=batch_size)
+
+
+def test_a_path_and_no_device(saved_model):
+    lm = QuantSpecLM(saved_model, role="target", device=None, max_cache_len=64, self_check=False)
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert lm.max_length == 64
+
+
 def test_a_converted_model_cannot_be_converted_differently(qs, tokenizer):
     with pytest.raises(ValueError, match="converted already; kv_group_size"):
         QuantSpecLM(qs, tokenizer=tokenizer, kv_group_size=32)

@@ -24,11 +24,12 @@ import lm_eval.tasks
 from datasets import Dataset
 
 from quantspec.evals import environment
+from quantspec.evals.adapter import QuantSpecLM
 from quantspec.evals.generation_parity import compare_generation, generate_greedily
 from quantspec.evals.parity import Material, ParityOptions, ParityReport, Verdict, _judge_task, measure, parity
 from quantspec.evals.parity_rendering import render_markdown
 from quantspec.evals.roles import EvalRole
-from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
+from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, run_task, standard_error
 from quantspec.evals.tasks import build
 from quantspec.evals.text_parity import compare_text
 
@@ -339,6 +340,29 @@ def test_texts_that_drafting_changes_fail(qs, tokenizer, tiny_tasks, monkeypatch
     monkeypatch.setattr("quantspec.cycle.accept_greedy", accept_all)
     report = parity(qs, tokenizer=tokenizer, tasks=["tiny_write"], text="", include_path=tiny_tasks)
     assert "tiny_write texts" in failures(report)
+
+
+def test_a_sampled_task_is_answered_the_same_every_time(qs, tokenizer, tiny_tasks, tmp_path, monkeypatch):
+    task = json.loads((tiny_tasks / "tiny_write.yaml").read_text())
+    sampling = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 12, "until": []}
+    task |= {"task": "tiny_sampled", "generation_kwargs": sampling, "metric_list": [{"metric": "exact_match"}]}
+    (tmp_path / "tiny_sampled.yaml").write_text(json.dumps(task))
+    loaded = load_tasks(["tiny_sampled"], tmp_path, tmp_path)["tiny_sampled"]
+    lm = QuantSpecLM(qs, role="target", tokenizer=tokenizer)
+
+    given: list[list[str]] = []
+    generate = lm.generate_until
+
+    def generate_and_keep(asked, **options):
+        given.append(generate(asked, **options))
+        return given[-1]
+
+    monkeypatch.setattr(lm, "generate_until", generate_and_keep)
+    for _ in range(2):
+        run_task(lm, loaded, limit=2)
+    first, second = given
+    assert first == second
+    assert all(first)
 
 
 def test_the_offline_documents_have_one_right_answer():
