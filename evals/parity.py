@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from quantspec import QuantSpecConfig, QuantSpecModel
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
 from .lm_eval_command import require_lm_eval
-from .parity_rendering import render_markdown, render_plot
+from .parity_rendering import NOT_FINITE, figure, render_markdown, render_plot
 from .roles import EvalRole
 from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
 from .text_parity import TextComparison, compare_text
@@ -148,9 +149,9 @@ class ParityReport:
         return all(verdict.passed for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready: a number that is not finite is None."""
         width = int(self.config["kv_group_size"]) // _DISTANCE_CLASSES_PER_GROUP
-        return {
+        report = {
             "model": self.model,
             "config": self.config,
             "options": asdict(self.options),
@@ -162,12 +163,13 @@ class ParityReport:
             "text": [comparison.as_dict(width) for comparison in self.text],
             "generation": [comparison.as_dict() for comparison in self.generation],
         }
+        return _only_finite(report)
 
     def write(self, folder: Path) -> None:
         """Write ``parity.json``, ``parity.md`` and ``parity.png`` (the plot where matplotlib is installed)."""
         folder.mkdir(parents=True, exist_ok=True)
         report = self.as_dict()
-        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         (folder / "parity.md").write_text(render_markdown(report))
         render_plot(report, folder / "parity.png")
 
@@ -310,6 +312,15 @@ def _plain(option: Any) -> str:
     return str(option.value if isinstance(option, Enum) else option)
 
 
+def _only_finite(value: Any) -> Any:
+    """``value`` with None for floats that JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOptions) -> Tensor:
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     if len(ids) < options.text_tokens():
@@ -336,10 +347,14 @@ def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material,
         for role, lm in models.items():
             # What is emitted has the target's distribution, so only generation can tell the two apart.
             if role is EvalRole.SPECULATIVE and task.OUTPUT_TYPE != "generate_until":
-                runs[role] = runs[EvalRole.TARGET]
+                if EvalRole.TARGET in runs:
+                    runs[role] = runs[EvalRole.TARGET]
             else:
-                runs[role] = run_task(lm, task, options.limit, options.apply_chat_template)
-            if role is not EvalRole.REFERENCE:
+                try:
+                    runs[role] = run_task(lm, task, options.limit, options.apply_chat_template)
+                except FloatingPointError:
+                    _judge_not_finite(report, name, role)
+            if role is not EvalRole.REFERENCE and {role, EvalRole.REFERENCE} <= runs.keys():
                 report.tasks.extend(
                     compare(
                         name,
@@ -351,9 +366,9 @@ def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material,
                         options.max_perplexity_change,
                     )
                 )
-        acceptance = runs[EvalRole.SPECULATIVE].acceptance
-        if acceptance is not None:
-            report.acceptance[name] = acceptance
+        speculative = runs.get(EvalRole.SPECULATIVE)
+        if speculative is not None and speculative.acceptance is not None:
+            report.acceptance[name] = speculative.acceptance
         _judge_task(report, name, runs)
         if output is not None:
             report.write(output)
@@ -364,20 +379,24 @@ def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) 
     for row in report.tasks:
         if row.task == name and row.role != EvalRole.DRAFT.value and row.equal is not None:
             if row.standard_error is None:
-                value = f"{row.difference:+.3%}"
+                value = figure(row.difference, "+.3%")
                 threshold = f"perplexity within {options.max_perplexity_change:.1%}"
             else:
-                value = f"{row.paired_difference:+.4f}"
-                threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
+                value = figure(row.paired_difference, "+.4f")
+                error, paired_error = figure(row.standard_error, ".4f"), figure(row.paired_standard_error, ".4f")
+                threshold = f"within {options.max_standard_errors:g} standard error ({error})"
                 if row.paired_applies:
-                    threshold += f" and {options.max_paired_standard_errors:g} paired ({row.paired_standard_error:.4f})"
+                    threshold += f" and {options.max_paired_standard_errors:g} paired ({paired_error})"
             report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
-    texts = runs[EvalRole.SPECULATIVE].texts
-    if texts is not None:
-        target = runs[EvalRole.TARGET].texts
-        assert target is not None
+    texts, target = (runs[role].texts if role in runs else None for role in (EvalRole.SPECULATIVE, EvalRole.TARGET))
+    if texts is not None and target is not None:
         same = sum(a == b for a, b in zip(texts, target, strict=True)) / len(texts)
         _judge_speculation(report, f"{name} texts", same)
+
+
+def _judge_not_finite(report: ParityReport, name: str, role: EvalRole) -> None:
+    """NaN logits are a failure of whichever role has them, the draft's too: it can propose nothing."""
+    report.verdicts.append(Verdict(name, role.value, NOT_FINITE, "logits are not NaN", False))
 
 
 def _judge_speculation(report: ParityReport, name: str, same: float) -> None:
@@ -394,7 +413,9 @@ def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None
     change, agreement = target.perplexity_change, target.argmax_agreement
     largest, least = options.max_perplexity_change, options.min_argmax_agreement
     near, agrees = abs(change) <= largest, agreement >= least
-    report.verdicts.append(Verdict("text perplexity", target.role, f"{change:+.3%}", f"within {largest:.1%}", near))
+    report.verdicts.append(
+        Verdict("text perplexity", target.role, figure(change, "+.3%"), f"within {largest:.1%}", near)
+    )
     report.verdicts.append(
         Verdict("text argmax agreement", target.role, f"{agreement:.4f}", f"at least {least:g}", agrees)
     )
@@ -405,13 +426,21 @@ def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None
 
 
 def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: Tensor) -> None:
-    tokens = {role: generate_greedily(qs, prompts, report.options.new_tokens, role) for role in EvalRole}
+    tokens: dict[EvalRole, Tensor] = {}
+    for role in EvalRole:
+        try:
+            tokens[role] = generate_greedily(qs, prompts, report.options.new_tokens, role)
+        except FloatingPointError:
+            _judge_not_finite(report, "continuations", role)
     pairs = [
         *((role, EvalRole.REFERENCE) for role in EvalRole if role is not EvalRole.REFERENCE),
         (EvalRole.SPECULATIVE, EvalRole.TARGET),
     ]
-    report.generation.extend(compare_generation(qs, prompts, tokens, *pair) for pair in pairs)
-    _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
+    report.generation.extend(
+        compare_generation(qs, prompts, tokens, *pair) for pair in pairs if tokens.keys() >= set(pair)
+    )
+    if tokens.keys() >= set(pairs[-1]):
+        _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from quantspec.evals.generation_parity import compare_generation, generate_greed
 from quantspec.evals.parity import Material, ParityOptions, ParityReport, Verdict, _judge_task, measure, parity
 from quantspec.evals.parity_rendering import render_markdown
 from quantspec.evals.roles import EvalRole
-from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, standard_error
+from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, run_task, standard_error
 from quantspec.evals.tasks import build
 from quantspec.evals.text_parity import compare_text
 
@@ -118,6 +118,51 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
     spoilt = parity(qs, tokenizer=tokenizer, **asked)
     assert not spoilt.passed
     assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
+
+
+@pytest.fixture
+def nan_scales(monkeypatch) -> None:
+    """The keys that a prefill has quantized have no finite scale."""
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+
+
+def test_nan_logits_fail_in_a_report_that_is_json(qs, tokenizer, nan_scales, tmp_path):
+    report = parity(qs, tokenizer=tokenizer, text=TEXT, options=OPTIONS, output=tmp_path)
+    assert not report.passed
+    assert {(v.name, v.role) for v in report.verdicts if v.name == "continuations"} >= {
+        ("continuations", "target"),
+        ("continuations", "speculative"),
+    }
+    assert failures(report) == {"text perplexity", "text argmax agreement", "continuations"}
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    written = json.loads((tmp_path / "parity.json").read_text(), parse_constant=refuse)
+    assert written["text"][0]["perplexity"] is None
+    assert None in written["text"][0]["kl_per_position"]
+    markdown = (tmp_path / "parity.md").read_text()
+    assert "| text perplexity | target | not finite |" in markdown
+    assert "nan" not in markdown
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nan_logits_of_a_task_fail_for_the_roles_that_have_them(qs, tokenizer, tiny_tasks, nan_scales, monkeypatch):
+    def run(lm, *arguments):
+        if lm.role is EvalRole.DRAFT:
+            raise FloatingPointError("logits are NaN")
+        return run_task(lm, *arguments)
+
+    monkeypatch.setattr("quantspec.evals.parity.run_task", run)
+    tasks = ["tiny_write", "tiny_rolling"]
+    options = ParityOptions(limit=2)
+    report = parity(qs, tokenizer=tokenizer, tasks=tasks, text="", include_path=tiny_tasks, options=options)
+    failed = {(verdict.name, verdict.role) for verdict in report.verdicts if not verdict.passed}
+    assert failed >= {
+        *(("tiny_write", role) for role in ("target", "speculative", "draft")),
+        ("tiny_rolling", "draft"),
+    }
+    assert "draft" not in {row.role for row in report.tasks}
 
 
 def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokenizer, monkeypatch):
