@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel
@@ -91,6 +91,23 @@ class ParityOptions:
             number = getattr(self, name)
             if isinstance(number, int) and number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
+
+    def check_fit(self, limit: int) -> None:
+        """Refuse amounts that a pair cannot hold whose ``max_cache_len`` is ``limit``.
+
+        Raises:
+            ValueError: the amounts of the long text or of the continuations are together more than ``limit``.
+        """
+        sums = [("context_tokens", "scored_tokens")]
+        if self.prompts:
+            sums.append(("prompt_tokens", "new_tokens"))
+        for first, second in sums:
+            needed = getattr(self, first) + getattr(self, second)
+            if needed > limit:
+                raise ValueError(
+                    f"{first}={getattr(self, first)} and {second}={getattr(self, second)} are {needed} tokens, more "
+                    f"than the {limit} that the pair takes; choose fewer"
+                )
 
     def text_tokens(self) -> int:
         """Tokens of text that the measurements need."""
@@ -209,19 +226,30 @@ def parity(
 
     Raises:
         ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
-        ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
+        ValueError, TypeError: a bad option, an unknown task, a text that is too short, or amounts that are more than
+            the model's context or ``max_cache_len``.
         OSError: ``output`` cannot be made a folder.
     """
     if isinstance(model, QuantSpecModel) and conversion:
         raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
     if not isinstance(model, QuantSpecModel):
-        QuantSpecConfig.from_options(None, conversion)
+        conversion_config = QuantSpecConfig.from_options(None, conversion)
+        limit = known_limit(model.config, conversion_config)
+    else:
+        limit = model.config.max_cache_len
     if output is not None:
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
-    material = prepare(tokenizer, tasks=tasks, text=text, options=options, include_path=include_path)
+    material = prepare(
+        tokenizer, tasks=tasks, text=text, options=options, include_path=include_path, max_cache_len=limit
+    )
     qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
     return measure(qs, material, output=output, name=name)
+
+
+def known_limit(model_config: PreTrainedConfig, config: QuantSpecConfig) -> int | None:
+    """The ``max_cache_len`` that a pair will have, as far as it is known before the model is converted."""
+    return config.max_cache_len or getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -246,13 +274,19 @@ def prepare(
     text: str | None = None,
     options: ParityOptions | None = None,
     include_path: Path | None = None,
+    max_cache_len: int | None = None,
 ) -> Material:
-    """Tokenize the text and load the tasks; arguments and errors are those of :func:`parity`."""
+    """Tokenize the text and load the tasks.
+
+    Arguments and errors are those of :func:`parity`; ``max_cache_len`` is the pair's, None if it is not known yet.
+    """
     options = options or ParityOptions()
     if not tasks and text == "":
         raise ValueError("nothing to compare: name tasks, or give a text")
     if tasks:
         require_lm_eval()
+    if text != "" and max_cache_len is not None:
+        options.check_fit(max_cache_len)
     ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
     loaded: dict[str, Task] = {}
     if tasks:
@@ -266,6 +300,9 @@ def measure(
     qs: QuantSpecModel, material: Material, *, output: Path | None = None, name: str | None = None
 ) -> ParityReport:
     """Compare the roles of ``qs`` with its original model; ``output`` and ``name`` are those of :func:`parity`."""
+    if material.ids is not None:
+        assert qs.config.max_cache_len is not None
+        material.options.check_fit(qs.config.max_cache_len)
     report = ParityReport(
         model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
         config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
@@ -341,6 +378,8 @@ def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material,
         "batch_size": options.batch_size,
         "softmax_dtype": "float32",
     }
+    # The original model's own limit, or max_cache_len where that is less: every role reads the same windows.
+    common["max_length"] = QuantSpecLM(qs, role=EvalRole.TARGET.value, **common).max_length
     models = {role: QuantSpecLM(qs, role=role.value, **common) for role in EvalRole}
     for name, task in material.tasks.items():
         runs: dict[EvalRole, TaskRun] = {}

@@ -171,7 +171,9 @@ def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokeniz
     with pytest.raises(ValueError, match="must be a number of tokens"):
         parity(model, tokenizer=tokenizer, tasks=["reference_choice@long"], text="")
     with pytest.raises(ValueError, match="give a longer one"):
-        parity(model, tokenizer=tokenizer, text=TEXT)
+        parity(model, tokenizer=tokenizer, text=TEXT, max_cache_len=5000)
+    with pytest.raises(ValueError, match=r"context_tokens=3072 and scored_tokens=1024 .* more than the 512"):
+        parity(model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         ParityOptions(batch_size=0)
 
@@ -184,6 +186,23 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokeni
         parity(qs, **asked, output=str(tmp_path / "file"))
     with pytest.raises(TypeError):
         parity(qs, **asked, output=7)
+
+
+def test_amounts_may_fill_the_pair_and_no_more(table_positions_qs, tokenizer):
+    """Learned positions: one more is an index error."""
+    full = {"context_tokens": 40, "scored_tokens": 8, "prompts": 2, "prompt_tokens": 40, "new_tokens": 8}
+    assert parity(table_positions_qs, tokenizer=tokenizer, text=TEXT, options=ParityOptions(**full)).generation
+    for name in ("scored_tokens", "new_tokens"):
+        material = Material(tokenizer, {}, torch.tensor(random_prompt(60)), ParityOptions(**{**full, name: 9}))
+        with pytest.raises(ValueError, match=f"{name}=9 are 49 tokens, more than the 48"):
+            measure(table_positions_qs, material)
+
+
+def test_roles_read_windows_of_the_same_length(tokenizer, tiny_tasks):
+    qs = quantspec.convert(tiny_model("llama"), max_cache_len=32, kv_group_size=GROUP, self_check=False)
+    options = ParityOptions(limit=3)
+    report = parity(qs, tokenizer=tokenizer, tasks=["tiny_rolling"], text="", options=options, include_path=tiny_tasks)
+    assert report.passed, report
 
 
 THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
