@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,7 @@ class ParityReport:
         text: one comparison per role on the long text.
         generation: comparisons of greedy continuations.
         verdicts: one per threshold that applied.
+        complete: whether everything was measured; a report written before the end is not.
     """
 
     model: str
@@ -159,10 +160,13 @@ class ParityReport:
     text: list[TextComparison] = field(default_factory=list)
     generation: list[GenerationComparison] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    complete: bool = False
 
     @property
-    def passed(self) -> bool:
-        """Whether every threshold was met."""
+    def passed(self) -> bool | None:
+        """Whether every threshold was met; None if none applied, or not everything was measured."""
+        if not self.complete or not self.verdicts:
+            return None
         return all(verdict.passed for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,6 +177,7 @@ class ParityReport:
             "config": self.config,
             "options": asdict(self.options),
             "environment": self.environment,
+            "complete": self.complete,
             "passed": self.passed,
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "tasks": [asdict(comparison) for comparison in self.tasks],
@@ -186,12 +191,33 @@ class ParityReport:
         """Write ``parity.json``, ``parity.md`` and ``parity.png`` (the plot where matplotlib is installed)."""
         folder.mkdir(parents=True, exist_ok=True)
         report = self.as_dict()
-        (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        (folder / "parity.md").write_text(render_markdown(report))
-        render_plot(report, folder / "parity.png")
+        with _replacing(folder / "parity.json") as file:
+            file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        with _replacing(folder / "parity.md") as file:
+            file.write_text(render_markdown(report))
+        with _replacing(folder / "parity.png") as file:
+            render_plot(report, file)
 
     def __str__(self) -> str:
         return render_markdown(self.as_dict())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place if it is written to the end."""
+    part = path.with_stem(f"{path.stem}.part")
+    try:
+        yield part
+        if part.exists():
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the files of an earlier report, so that none of them is taken for what is measured now."""
+    for name in ("parity.json", "parity.md", "parity.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def parity(
@@ -216,8 +242,8 @@ def parity(
         text: the long text; Python's language reference if None, no text and no continuations if empty.
         options: amounts and thresholds.
         include_path: folder with further lm-eval tasks.
-        output: folder for the report's files, made if it is not there; they are written after every task, so an
-            interrupted run leaves some.
+        output: folder for the report's files, made if it is not there. Those of an earlier report are removed once the
+            arguments are checked. They are written after every task; until the end ``complete`` is False.
         name: the model's in the report; where it was loaded from if None.
         **conversion: options of :func:`quantspec.convert`, for a model that is not converted.
 
@@ -243,6 +269,8 @@ def parity(
     material = prepare(
         tokenizer, tasks=tasks, text=text, options=options, include_path=include_path, max_cache_len=limit
     )
+    if output is not None:
+        remove_report(output)
     qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
     return measure(qs, material, output=output, name=name)
 
@@ -318,6 +346,7 @@ def measure(
             _measure_text(report, qs, material.ids.to(qs.device))
         if material.tasks:
             _measure_tasks(report, qs, material, output)
+    report = replace(report, complete=True)
     if output is not None:
         report.write(output)
     return report

@@ -20,7 +20,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     environment = ", ".join(f"{name} {value}" for name, value in known.items())
     config = ", ".join(f"{name}={value}" for part in ("config", "options") for name, value in report[part].items())
     parts = [
-        f"# Parity of {report['model']}: {'passed' if report['passed'] else 'FAILED'}",
+        f"# Parity of {report['model']}: {_title(report)}",
         f"{config}\n\n{environment}",
         "## Verdicts",
         markdown_table(
@@ -116,6 +116,13 @@ def _smoothed(values: Sequence[float | None]) -> list[float]:
     numbers = [math.nan if value is None else value for value in values]
     starts = range(0, len(values), _SMOOTHING)
     return [sum(part) / len(part) for part in (numbers[start : start + _SMOOTHING] for start in starts)]
+
+
+def _title(report: dict[str, Any]) -> str:
+    # Reports of earlier versions have no such entry.
+    if not report.get("complete", True):
+        return "incomplete"
+    return {True: "passed", False: "FAILED", None: "not judged"}[report["passed"]]
 
 
 def _verdict(passed: bool) -> str:

@@ -96,6 +96,17 @@ def test_the_status_of_parity_is_the_verdict(run, lm_eval, saved_model, tiny_tas
     assert "**FAILED**" in out
 
 
+def test_a_report_without_a_verdict_is_an_error(run, lm_eval, saved_model, tiny_tasks, tmp_path):
+    (tmp_path / "parity.png").touch()
+    arguments = ["--tasks", "tiny_choice", "--include-path", tiny_tasks, "--limit", 1, "--text", "", "--no-self-check"]
+    status, out, err = run("parity", saved_model, "--device", "cpu", *arguments, "--output", tmp_path)
+    assert status == 2
+    assert out.splitlines()[0].endswith(": not judged")
+    assert "error: no threshold applied" in err
+    assert "--text" in err.splitlines()[-1]
+    assert {file.name for file in tmp_path.iterdir()} == {"parity.json", "parity.md"}
+
+
 def test_piped_output_is_the_report_alone(saved_model, text_file):
     """A process of its own: no warnings, bars or colours on either stream."""
     options = ["--device", "cpu", "--no-self-check", "--prompts", "0", "--min-argmax-agreement", "0"]
@@ -156,7 +167,10 @@ def test_a_gguf_file_is_named_in_its_folder_or_repository(run, tmp_path):
         (["--batch-size", "many"], ["--batch-size", "'many' is neither a number nor 'auto'"]),
         (["--batch-size", "0"], ["batch_size must be at least 1, not 0"]),
         (["--include-path", "no-such-folder"], ["--include-path", "no-such-folder"]),
-        (["--output", __file__, "--context-tokens", "50", "--scored-tokens", "9", "--prompts", "0"], ["cannot write to"]),
+        (
+            ["--output", __file__, "--context-tokens", "50", "--scored-tokens", "9", "--prompts", "0"],
+            ["cannot write to"],
+        ),
         (["--tasks"], ["--tasks names no task"]),
         (["--tasks", "--limit", "3"], ["--tasks names no task"]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,31 @@ def test_roles_read_windows_of_the_same_length(tokenizer, tiny_tasks):
     assert report.passed, report
 
 
+def test_a_report_is_not_passed_before_everything_is_measured(qs, tokenizer, tiny_tasks, tmp_path, monkeypatch):
+    asked = {"tokenizer": tokenizer, "text": TEXT, "include_path": tiny_tasks, "options": replace(OPTIONS, limit=3)}
+    (tmp_path / "notes.txt").touch()
+    assert parity(qs, **asked, output=tmp_path).passed
+    with pytest.raises(ValueError, match="unknown task"):
+        parity(qs, **asked, tasks=["no_such_task"], output=tmp_path)
+    assert json.loads((tmp_path / "parity.json").read_text())["passed"], "nothing was measured yet"
+
+    def interrupt(lm, task, *arguments):
+        if task.task_name == "tiny_write":
+            raise KeyboardInterrupt
+        return run_task(lm, task, *arguments)
+
+    monkeypatch.setattr("quantspec.evals.parity.run_task", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        parity(qs, **asked, tasks=["tiny_rolling", "tiny_write"], output=tmp_path)
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert (written["complete"], written["passed"]) == (False, None)
+    assert {row["task"] for row in written["tasks"]} == {"tiny_rolling"}
+    assert (tmp_path / "parity.md").read_text().splitlines()[0].endswith(": incomplete")
+    with pytest.raises(KeyboardInterrupt):
+        parity(qs, **asked, tasks=["tiny_write"], output=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
 
 
@@ -299,7 +325,9 @@ def test_one_document_is_not_judged(qs, tokenizer, tiny_tasks):
     report = parity(qs, tokenizer=tokenizer, tasks=["tiny_choice"], text="", options=options, include_path=tiny_tasks)
     assert report.tasks
     assert not report.verdicts
-    assert "not judged" in str(report)
+    assert report.passed is None
+    assert report.as_dict()["passed"] is None
+    assert str(report).splitlines()[0].endswith(": not judged")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.51), (float("nan"), 0.5)])

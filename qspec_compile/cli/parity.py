@@ -130,7 +130,7 @@ def command(
     found = find_pair(model, run, gguf_file=gguf_file)
     with working("importing"):
         from quantspec.config import QuantSpecConfig
-        from quantspec.evals.parity import ParityOptions, known_limit, measure, prepare
+        from quantspec.evals.parity import ParityOptions, known_limit, measure, prepare, remove_report
         from quantspec.loading import changed_options
         from quantspec.saved_format import Description
 
@@ -152,6 +152,10 @@ def command(
         )
         if output is not None:
             make_folder(output)
+            remove_report(output)
         report = measure(found.load(), material, output=output)
     print(report)
+    if report.passed is None:
+        hint = "give more documents with --limit, other tasks, or a text with --text"
+        raise CommandError("no threshold applied to what was measured", hint)
     return 0 if report.passed else 1
