@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel
@@ -27,7 +28,7 @@ from quantspec import QuantSpecConfig, QuantSpecModel
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
 from .lm_eval_command import require_lm_eval
-from .parity_rendering import render_markdown, render_plot
+from .parity_rendering import NOT_FINITE, figure, render_markdown, render_plot
 from .roles import EvalRole
 from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
 from .text_parity import TextComparison, compare_text
@@ -91,6 +92,23 @@ class ParityOptions:
             if isinstance(number, int) and number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
 
+    def check_fit(self, limit: int) -> None:
+        """Refuse amounts that a pair cannot hold whose ``max_cache_len`` is ``limit``.
+
+        Raises:
+            ValueError: the amounts of the long text or of the continuations are together more than ``limit``.
+        """
+        sums = [("context_tokens", "scored_tokens")]
+        if self.prompts:
+            sums.append(("prompt_tokens", "new_tokens"))
+        for first, second in sums:
+            needed = getattr(self, first) + getattr(self, second)
+            if needed > limit:
+                raise ValueError(
+                    f"{first}={getattr(self, first)} and {second}={getattr(self, second)} are {needed} tokens, more "
+                    f"than the {limit} that the pair takes; choose fewer"
+                )
+
     def text_tokens(self) -> int:
         """Tokens of text that the measurements need."""
         return max(self.context_tokens + self.scored_tokens, self.prompts and self.prompt_tokens + self.prompts)
@@ -130,6 +148,7 @@ class ParityReport:
         text: one comparison per role on the long text.
         generation: comparisons of greedy continuations.
         verdicts: one per threshold that applied.
+        complete: whether everything was measured; a report written before the end is not.
     """
 
     model: str
@@ -141,20 +160,24 @@ class ParityReport:
     text: list[TextComparison] = field(default_factory=list)
     generation: list[GenerationComparison] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    complete: bool = False
 
     @property
-    def passed(self) -> bool:
-        """Whether every threshold was met."""
+    def passed(self) -> bool | None:
+        """Whether every threshold was met; None if none applied, or not everything was measured."""
+        if not self.complete or not self.verdicts:
+            return None
         return all(verdict.passed for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready: a number that is not finite is None."""
         width = int(self.config["kv_group_size"]) // _DISTANCE_CLASSES_PER_GROUP
-        return {
+        report = {
             "model": self.model,
             "config": self.config,
             "options": asdict(self.options),
             "environment": self.environment,
+            "complete": self.complete,
             "passed": self.passed,
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "tasks": [asdict(comparison) for comparison in self.tasks],
@@ -162,17 +185,39 @@ class ParityReport:
             "text": [comparison.as_dict(width) for comparison in self.text],
             "generation": [comparison.as_dict() for comparison in self.generation],
         }
+        return _only_finite(report)
 
     def write(self, folder: Path) -> None:
         """Write ``parity.json``, ``parity.md`` and ``parity.png`` (the plot where matplotlib is installed)."""
         folder.mkdir(parents=True, exist_ok=True)
         report = self.as_dict()
-        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "parity.md").write_text(render_markdown(report))
-        render_plot(report, folder / "parity.png")
+        with _replacing(folder / "parity.json") as file:
+            file.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        with _replacing(folder / "parity.md") as file:
+            file.write_text(render_markdown(report))
+        with _replacing(folder / "parity.png") as file:
+            render_plot(report, file)
 
     def __str__(self) -> str:
         return render_markdown(self.as_dict())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place if it is written to the end."""
+    part = path.with_stem(f"{path.stem}.part")
+    try:
+        yield part
+        if part.exists():
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the files of an earlier report, so that none of them is taken for what is measured now."""
+    for name in ("parity.json", "parity.md", "parity.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def parity(
@@ -197,8 +242,8 @@ def parity(
         text: the long text; Python's language reference if None, no text and no continuations if empty.
         options: amounts and thresholds.
         include_path: folder with further lm-eval tasks.
-        output: folder for the report's files, made if it is not there; they are written after every task, so an
-            interrupted run leaves some.
+        output: folder for the report's files, made if it is not there. Those of an earlier report are removed once the
+            arguments are checked. They are written after every task; until the end ``complete`` is False.
         name: the model's in the report; where it was loaded from if None.
         **conversion: options of :func:`quantspec.convert`, for a model that is not converted.
 
@@ -207,19 +252,32 @@ def parity(
 
     Raises:
         ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
-        ValueError, TypeError: a bad option, an unknown task, or a text that is too short.
+        ValueError, TypeError: a bad option, an unknown task, a text that is too short, or amounts that are more than
+            the model's context or ``max_cache_len``.
         OSError: ``output`` cannot be made a folder.
     """
     if isinstance(model, QuantSpecModel) and conversion:
         raise ValueError(f"the model is converted already; {', '.join(conversion)} cannot be chosen any more")
     if not isinstance(model, QuantSpecModel):
-        QuantSpecConfig.from_options(None, conversion)
+        conversion_config = QuantSpecConfig.from_options(None, conversion)
+        limit = known_limit(model.config, conversion_config)
+    else:
+        limit = model.config.max_cache_len
     if output is not None:
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
-    material = prepare(tokenizer, tasks=tasks, text=text, options=options, include_path=include_path)
+    material = prepare(
+        tokenizer, tasks=tasks, text=text, options=options, include_path=include_path, max_cache_len=limit
+    )
+    if output is not None:
+        remove_report(output)
     qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
     return measure(qs, material, output=output, name=name)
+
+
+def known_limit(model_config: PreTrainedConfig, config: QuantSpecConfig) -> int | None:
+    """The ``max_cache_len`` that a pair will have, as far as it is known before the model is converted."""
+    return config.max_cache_len or getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -244,13 +302,19 @@ def prepare(
     text: str | None = None,
     options: ParityOptions | None = None,
     include_path: Path | None = None,
+    max_cache_len: int | None = None,
 ) -> Material:
-    """Tokenize the text and load the tasks; arguments and errors are those of :func:`parity`."""
+    """Tokenize the text and load the tasks.
+
+    Arguments and errors are those of :func:`parity`; ``max_cache_len`` is the pair's, None if it is not known yet.
+    """
     options = options or ParityOptions()
     if not tasks and text == "":
         raise ValueError("nothing to compare: name tasks, or give a text")
     if tasks:
         require_lm_eval()
+    if text != "" and max_cache_len is not None:
+        options.check_fit(max_cache_len)
     ids = _text_ids(tokenizer, python_reference() if text is None else text, options) if text != "" else None
     loaded: dict[str, Task] = {}
     if tasks:
@@ -264,6 +328,9 @@ def measure(
     qs: QuantSpecModel, material: Material, *, output: Path | None = None, name: str | None = None
 ) -> ParityReport:
     """Compare the roles of ``qs`` with its original model; ``output`` and ``name`` are those of :func:`parity`."""
+    if material.ids is not None:
+        assert qs.config.max_cache_len is not None
+        material.options.check_fit(qs.config.max_cache_len)
     report = ParityReport(
         model=name or Path(qs.model.config.name_or_path).name or type(qs.model).__name__,
         config={name: _plain(getattr(qs.config, name)) for name in _REPORTED_OPTIONS},
@@ -279,6 +346,7 @@ def measure(
             _measure_text(report, qs, material.ids.to(qs.device))
         if material.tasks:
             _measure_tasks(report, qs, material, output)
+    report = replace(report, complete=True)
     if output is not None:
         report.write(output)
     return report
@@ -310,6 +378,15 @@ def _plain(option: Any) -> str:
     return str(option.value if isinstance(option, Enum) else option)
 
 
+def _only_finite(value: Any) -> Any:
+    """``value`` with None for floats that JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, options: ParityOptions) -> Tensor:
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     if len(ids) < options.text_tokens():
@@ -330,16 +407,22 @@ def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material,
         "batch_size": options.batch_size,
         "softmax_dtype": "float32",
     }
+    # The original model's own limit, or max_cache_len where that is less: every role reads the same windows.
+    common["max_length"] = QuantSpecLM(qs, role=EvalRole.TARGET.value, **common).max_length
     models = {role: QuantSpecLM(qs, role=role.value, **common) for role in EvalRole}
     for name, task in material.tasks.items():
         runs: dict[EvalRole, TaskRun] = {}
         for role, lm in models.items():
             # What is emitted has the target's distribution, so only generation can tell the two apart.
             if role is EvalRole.SPECULATIVE and task.OUTPUT_TYPE != "generate_until":
-                runs[role] = runs[EvalRole.TARGET]
+                if EvalRole.TARGET in runs:
+                    runs[role] = runs[EvalRole.TARGET]
             else:
-                runs[role] = run_task(lm, task, options.limit, options.apply_chat_template)
-            if role is not EvalRole.REFERENCE:
+                try:
+                    runs[role] = run_task(lm, task, options.limit, options.apply_chat_template)
+                except FloatingPointError:
+                    _judge_not_finite(report, name, role)
+            if role is not EvalRole.REFERENCE and {role, EvalRole.REFERENCE} <= runs.keys():
                 report.tasks.extend(
                     compare(
                         name,
@@ -351,9 +434,9 @@ def _measure_tasks(report: ParityReport, qs: QuantSpecModel, material: Material,
                         options.max_perplexity_change,
                     )
                 )
-        acceptance = runs[EvalRole.SPECULATIVE].acceptance
-        if acceptance is not None:
-            report.acceptance[name] = acceptance
+        speculative = runs.get(EvalRole.SPECULATIVE)
+        if speculative is not None and speculative.acceptance is not None:
+            report.acceptance[name] = speculative.acceptance
         _judge_task(report, name, runs)
         if output is not None:
             report.write(output)
@@ -364,20 +447,24 @@ def _judge_task(report: ParityReport, name: str, runs: dict[EvalRole, TaskRun]) 
     for row in report.tasks:
         if row.task == name and row.role != EvalRole.DRAFT.value and row.equal is not None:
             if row.standard_error is None:
-                value = f"{row.difference:+.3%}"
+                value = figure(row.difference, "+.3%")
                 threshold = f"perplexity within {options.max_perplexity_change:.1%}"
             else:
-                value = f"{row.paired_difference:+.4f}"
-                threshold = f"within {options.max_standard_errors:g} standard error ({row.standard_error:.4f})"
+                value = figure(row.paired_difference, "+.4f")
+                error, paired_error = figure(row.standard_error, ".4f"), figure(row.paired_standard_error, ".4f")
+                threshold = f"within {options.max_standard_errors:g} standard error ({error})"
                 if row.paired_applies:
-                    threshold += f" and {options.max_paired_standard_errors:g} paired ({row.paired_standard_error:.4f})"
+                    threshold += f" and {options.max_paired_standard_errors:g} paired ({paired_error})"
             report.verdicts.append(Verdict(f"{name} {row.metric}", row.role, value, threshold, row.equal))
-    texts = runs[EvalRole.SPECULATIVE].texts
-    if texts is not None:
-        target = runs[EvalRole.TARGET].texts
-        assert target is not None
+    texts, target = (runs[role].texts if role in runs else None for role in (EvalRole.SPECULATIVE, EvalRole.TARGET))
+    if texts is not None and target is not None:
         same = sum(a == b for a, b in zip(texts, target, strict=True)) / len(texts)
         _judge_speculation(report, f"{name} texts", same)
+
+
+def _judge_not_finite(report: ParityReport, name: str, role: EvalRole) -> None:
+    """NaN logits are a failure of whichever role has them, the draft's too: it can propose nothing."""
+    report.verdicts.append(Verdict(name, role.value, NOT_FINITE, "logits are not NaN", False))
 
 
 def _judge_speculation(report: ParityReport, name: str, same: float) -> None:
@@ -394,7 +481,9 @@ def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None
     change, agreement = target.perplexity_change, target.argmax_agreement
     largest, least = options.max_perplexity_change, options.min_argmax_agreement
     near, agrees = abs(change) <= largest, agreement >= least
-    report.verdicts.append(Verdict("text perplexity", target.role, f"{change:+.3%}", f"within {largest:.1%}", near))
+    report.verdicts.append(
+        Verdict("text perplexity", target.role, figure(change, "+.3%"), f"within {largest:.1%}", near)
+    )
     report.verdicts.append(
         Verdict("text argmax agreement", target.role, f"{agreement:.4f}", f"at least {least:g}", agrees)
     )
@@ -405,13 +494,21 @@ def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None
 
 
 def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: Tensor) -> None:
-    tokens = {role: generate_greedily(qs, prompts, report.options.new_tokens, role) for role in EvalRole}
+    tokens: dict[EvalRole, Tensor] = {}
+    for role in EvalRole:
+        try:
+            tokens[role] = generate_greedily(qs, prompts, report.options.new_tokens, role)
+        except FloatingPointError:
+            _judge_not_finite(report, "continuations", role)
     pairs = [
         *((role, EvalRole.REFERENCE) for role in EvalRole if role is not EvalRole.REFERENCE),
         (EvalRole.SPECULATIVE, EvalRole.TARGET),
     ]
-    report.generation.extend(compare_generation(qs, prompts, tokens, *pair) for pair in pairs)
-    _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
+    report.generation.extend(
+        compare_generation(qs, prompts, tokens, *pair) for pair in pairs if tokens.keys() >= set(pair)
+    )
+    if tokens.keys() >= set(pairs[-1]):
+        _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
 
 
 if __name__ == "__main__":

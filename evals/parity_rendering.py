@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Tokens over which a curve of divergences is averaged before it is drawn.
 _SMOOTHING = 32
+NOT_FINITE = "not finite"
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -18,7 +20,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     environment = ", ".join(f"{name} {value}" for name, value in known.items())
     config = ", ".join(f"{name}={value}" for part in ("config", "options") for name, value in report[part].items())
     parts = [
-        f"# Parity of {report['model']}: {'passed' if report['passed'] else 'FAILED'}",
+        f"# Parity of {report['model']}: {_title(report)}",
         f"{config}\n\n{environment}",
         "## Verdicts",
         markdown_table(
@@ -52,6 +54,11 @@ def render_markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def figure(value: float | None, form: str) -> str:
+    """``value`` formatted by ``form``; NaN, infinities, and the None that JSON has for them, in words."""
+    return NOT_FINITE if value is None or not math.isfinite(value) else format(value, form)
+
+
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per role."""
     header = ["role", "context + scored tokens", "argmax agreement", "perplexity (change)", "mean KL"]
@@ -61,9 +68,9 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 row["role"],
                 f"{row['context_tokens']} + {row['scored_tokens']}",
-                f"{row['argmax_agreement']:.4f}",
-                f"{row['perplexity']:.4f} ({row['perplexity_change']:+.2%})",
-                f"{row['mean_kl']:.5f}",
+                figure(row["argmax_agreement"], ".4f"),
+                f"{figure(row['perplexity'], '.4f')} ({figure(row['perplexity_change'], '+.2%')})",
+                figure(row["mean_kl"], ".5f"),
             ]
             for row in rows
         ],
@@ -92,9 +99,8 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
         first = row["context_tokens"]
         by_position.plot(range(first, first + len(curve) * _SMOOTHING, _SMOOTHING), curve, label=row["role"])
         classes = [entry for entry in row["kl_by_distance"] if entry["distance"] is not None]
-        by_distance.plot(
-            [entry["distance"] for entry in classes], [entry["mean_kl"] for entry in classes], "o-", label=row["role"]
-        )
+        means = [math.nan if entry["mean_kl"] is None else entry["mean_kl"] for entry in classes]
+        by_distance.plot([entry["distance"] for entry in classes], means, "o-", label=row["role"])
     by_position.set(xlabel="position in the text", ylabel=f"KL(reference || role), means of {_SMOOTHING} tokens")
     by_distance.set(xlabel="tokens in the recent buffer before it", ylabel="mean KL(reference || role)")
     for axes in (by_position, by_distance):
@@ -105,9 +111,18 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def _smoothed(values: Sequence[float | None]) -> list[float]:
+    """Means of consecutive values; NaN, which matplotlib leaves out, of those that are not all finite."""
+    numbers = [math.nan if value is None else value for value in values]
     starts = range(0, len(values), _SMOOTHING)
-    return [sum(part) / len(part) for part in (values[start : start + _SMOOTHING] for start in starts)]
+    return [sum(part) / len(part) for part in (numbers[start : start + _SMOOTHING] for start in starts)]
+
+
+def _title(report: dict[str, Any]) -> str:
+    # Reports of earlier versions have no such entry.
+    if not report.get("complete", True):
+        return "incomplete"
+    return {True: "passed", False: "FAILED", None: "not judged"}[report["passed"]]
 
 
 def _verdict(passed: bool) -> str:
@@ -115,18 +130,19 @@ def _verdict(passed: bool) -> str:
 
 
 def _task_row(row: dict[str, Any]) -> list[str]:
-    numbers = row["standard_error"] is not None
+    numbers = row["documents"] is not None
     # Of metrics without samples only perplexities are judged, by their relative change.
     relative = not numbers and row["equal"] is not None
+    paired = f"{figure(row['paired_difference'], '+.4f')} ± {figure(row['paired_standard_error'], '.4f')}"
     return [
         row["task"],
         row["metric"],
         row["role"],
-        f"{row['value']:.4f}",
-        f"{row['reference']:.4f}",
-        f"{row['difference']:+.3%}" if relative else f"{row['difference']:+.4f}",
-        f"{row['standard_error']:.4f}" if numbers else "",
-        f"{row['paired_difference']:+.4f} ± {row['paired_standard_error']:.4f}" if numbers else "",
+        figure(row["value"], ".4f"),
+        figure(row["reference"], ".4f"),
+        figure(row["difference"], "+.3%" if relative else "+.4f"),
+        figure(row["standard_error"], ".4f") if numbers else "",
+        paired if numbers else "",
         {True: "yes", False: "no", None: "not judged"}[row["equal"]],
     ]
 
@@ -136,8 +152,8 @@ def _distance_part(row: dict[str, Any]) -> str:
         [
             "planes empty" if entry["distance"] is None else str(entry["distance"]),
             str(entry["tokens"]),
-            f"{entry['mean_kl']:.5f}",
-            f"{entry['argmax_agreement']:.4f}",
+            figure(entry["mean_kl"], ".5f"),
+            figure(entry["argmax_agreement"], ".4f"),
         ]
         for entry in row["kl_by_distance"]
     ]
@@ -152,7 +168,7 @@ def _generation_table(rows: Sequence[dict[str, Any]]) -> str:
             row["against"],
             f"{row['prompts']} x {row['new_tokens']}",
             f"{row['exact_match_rate']:.3f}",
-            ", ".join(f"{d['index']} ({d['margin']:.3f})" for d in row["divergences"]) or "none",
+            ", ".join(f"{d['index']} ({figure(d['margin'], '.3f')})" for d in row["divergences"]) or "none",
         ]
         for row in rows
     ]

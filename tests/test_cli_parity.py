@@ -96,6 +96,17 @@ def test_the_status_of_parity_is_the_verdict(run, lm_eval, saved_model, tiny_tas
     assert "**FAILED**" in out
 
 
+def test_a_report_without_a_verdict_is_an_error(run, lm_eval, saved_model, tiny_tasks, tmp_path):
+    (tmp_path / "parity.png").touch()
+    arguments = ["--tasks", "tiny_choice", "--include-path", tiny_tasks, "--limit", 1, "--text", "", "--no-self-check"]
+    status, out, err = run("parity", saved_model, "--device", "cpu", *arguments, "--output", tmp_path)
+    assert status == 2
+    assert out.splitlines()[0].endswith(": not judged")
+    assert "error: no threshold applied" in err
+    assert "--text" in err.splitlines()[-1]
+    assert {file.name for file in tmp_path.iterdir()} == {"parity.json", "parity.md"}
+
+
 def test_piped_output_is_the_report_alone(saved_model, text_file):
     """A process of its own: no warnings, bars or colours on either stream."""
     options = ["--device", "cpu", "--no-self-check", "--prompts", "0", "--min-argmax-agreement", "0"]
@@ -144,11 +155,22 @@ def test_a_gguf_file_is_named_in_its_folder_or_repository(run, tmp_path):
         (["--text", "no-such-file.txt"], ["cannot read the text from 'no-such-file.txt': No such file"]),
         (["--text", ""], ["name tasks, or give a text"]),
         (["--context-tokens", "0"], ["context_tokens must be at least 1"]),
-        (["--context-tokens", "500000"], ["give a longer one"]),
+        (["--context-tokens", "500000", "--max-cache-len", "600000"], ["give a longer one"]),
+        (
+            ["--context-tokens", "500", "--scored-tokens", "13"],
+            ["context_tokens=500 and scored_tokens=13 are 513 tokens, more than the 512"],
+        ),
+        (
+            ["--context-tokens", "50", "--scored-tokens", "50", "--prompt-tokens", "50", "--max-cache-len", "100"],
+            ["prompt_tokens=50 and new_tokens=64 are 114 tokens, more than the 100"],
+        ),
         (["--batch-size", "many"], ["--batch-size", "'many' is neither a number nor 'auto'"]),
         (["--batch-size", "0"], ["batch_size must be at least 1, not 0"]),
         (["--include-path", "no-such-folder"], ["--include-path", "no-such-folder"]),
-        (["--output", __file__], ["cannot write to"]),
+        (
+            ["--output", __file__, "--context-tokens", "50", "--scored-tokens", "9", "--prompts", "0"],
+            ["cannot write to"],
+        ),
         (["--tasks"], ["--tasks names no task"]),
         (["--tasks", "--limit", "3"], ["--tasks names no task"]),
     ],
@@ -157,6 +179,11 @@ def test_a_gguf_file_is_named_in_its_folder_or_repository(run, tmp_path):
 def test_bad_options_are_refused_before_loading(run, saved_model, monkeypatch, arguments, parts):
     monkeypatch.setattr("quantspec.cli.loading.load_model", lambda *_: pytest.fail("weights were loaded"))
     assert_error(run("parity", saved_model, "--device", "cpu", *arguments), *parts)
+
+
+def test_a_file_without_text_is_refused(run, saved_model, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert_error(run("parity", saved_model, "--text", tmp_path / "empty.txt"), "empty.txt' is empty", "'' for none")
 
 
 def test_an_unknown_task_is_refused_before_loading(run, lm_eval, saved_model, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,13 +125,60 @@ def test_a_spoilt_scale_turns_the_verdict(qs, tokenizer, tiny_tasks, monkeypatch
     assert failures(spoilt) >= {"text perplexity", "text argmax agreement"}
 
 
+@pytest.fixture
+def nan_scales(monkeypatch) -> None:
+    """The keys that a prefill has quantized have no finite scale."""
+    change_cache_after_prefill(monkeypatch, "k_scale", lambda scale: torch.full_like(scale, torch.nan))
+
+
+def test_nan_logits_fail_in_a_report_that_is_json(qs, tokenizer, nan_scales, tmp_path):
+    report = parity(qs, tokenizer=tokenizer, text=TEXT, options=OPTIONS, output=tmp_path)
+    assert not report.passed
+    assert {(v.name, v.role) for v in report.verdicts if v.name == "continuations"} >= {
+        ("continuations", "target"),
+        ("continuations", "speculative"),
+    }
+    assert failures(report) == {"text perplexity", "text argmax agreement", "continuations"}
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    written = json.loads((tmp_path / "parity.json").read_text(), parse_constant=refuse)
+    assert written["text"][0]["perplexity"] is None
+    assert None in written["text"][0]["kl_per_position"]
+    markdown = (tmp_path / "parity.md").read_text()
+    assert "| text perplexity | target | not finite |" in markdown
+    assert "nan" not in markdown
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nan_logits_of_a_task_fail_for_the_roles_that_have_them(qs, tokenizer, tiny_tasks, nan_scales, monkeypatch):
+    def run(lm, *arguments):
+        if lm.role is EvalRole.DRAFT:
+            raise FloatingPointError("logits are NaN")
+        return run_task(lm, *arguments)
+
+    monkeypatch.setattr("quantspec.evals.parity.run_task", run)
+    tasks = ["tiny_write", "tiny_rolling"]
+    options = ParityOptions(limit=2)
+    report = parity(qs, tokenizer=tokenizer, tasks=tasks, text="", include_path=tiny_tasks, options=options)
+    failed = {(verdict.name, verdict.role) for verdict in report.verdicts if not verdict.passed}
+    assert failed >= {
+        *(("tiny_write", role) for role in ("target", "speculative", "draft")),
+        ("tiny_rolling", "draft"),
+    }
+    assert "draft" not in {row.role for row in report.tasks}
+
+
 def test_bad_input_is_refused_before_the_model_is_converted(saved_model, tokenizer, monkeypatch):
     monkeypatch.setattr("quantspec.convert", lambda *_, **__: pytest.fail("the model was converted"))
     model = AutoModelForCausalLM.from_pretrained(saved_model)
     with pytest.raises(ValueError, match="must be a number of tokens"):
         parity(model, tokenizer=tokenizer, tasks=["reference_choice@long"], text="")
     with pytest.raises(ValueError, match="give a longer one"):
-        parity(model, tokenizer=tokenizer, text=TEXT)
+        parity(model, tokenizer=tokenizer, text=TEXT, max_cache_len=5000)
+    with pytest.raises(ValueError, match=r"context_tokens=3072 and scored_tokens=1024 .* more than the 512"):
+        parity(model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         ParityOptions(batch_size=0)
 
@@ -143,6 +191,48 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(qs, tokeni
         parity(qs, **asked, output=str(tmp_path / "file"))
     with pytest.raises(TypeError):
         parity(qs, **asked, output=7)
+
+
+def test_amounts_may_fill_the_pair_and_no_more(table_positions_qs, tokenizer):
+    """Learned positions: one more is an index error."""
+    full = {"context_tokens": 40, "scored_tokens": 8, "prompts": 2, "prompt_tokens": 40, "new_tokens": 8}
+    assert parity(table_positions_qs, tokenizer=tokenizer, text=TEXT, options=ParityOptions(**full)).generation
+    for name in ("scored_tokens", "new_tokens"):
+        material = Material(tokenizer, {}, torch.tensor(random_prompt(60)), ParityOptions(**{**full, name: 9}))
+        with pytest.raises(ValueError, match=f"{name}=9 are 49 tokens, more than the 48"):
+            measure(table_positions_qs, material)
+
+
+def test_roles_read_windows_of_the_same_length(tokenizer, tiny_tasks):
+    qs = quantspec.convert(tiny_model("llama"), max_cache_len=32, kv_group_size=GROUP, self_check=False)
+    options = ParityOptions(limit=3)
+    report = parity(qs, tokenizer=tokenizer, tasks=["tiny_rolling"], text="", options=options, include_path=tiny_tasks)
+    assert report.passed, report
+
+
+def test_a_report_is_not_passed_before_everything_is_measured(qs, tokenizer, tiny_tasks, tmp_path, monkeypatch):
+    asked = {"tokenizer": tokenizer, "text": TEXT, "include_path": tiny_tasks, "options": replace(OPTIONS, limit=3)}
+    (tmp_path / "notes.txt").touch()
+    assert parity(qs, **asked, output=tmp_path).passed
+    with pytest.raises(ValueError, match="unknown task"):
+        parity(qs, **asked, tasks=["no_such_task"], output=tmp_path)
+    assert json.loads((tmp_path / "parity.json").read_text())["passed"], "nothing was measured yet"
+
+    def interrupt(lm, task, *arguments):
+        if task.task_name == "tiny_write":
+            raise KeyboardInterrupt
+        return run_task(lm, task, *arguments)
+
+    monkeypatch.setattr("quantspec.evals.parity.run_task", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        parity(qs, **asked, tasks=["tiny_rolling", "tiny_write"], output=tmp_path)
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert (written["complete"], written["passed"]) == (False, None)
+    assert {row["task"] for row in written["tasks"]} == {"tiny_rolling"}
+    assert (tmp_path / "parity.md").read_text().splitlines()[0].endswith(": incomplete")
+    with pytest.raises(KeyboardInterrupt):
+        parity(qs, **asked, tasks=["tiny_write"], output=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 THRESHOLDS = {"max_standard_errors": 1.0, "max_paired_standard_errors": 2.0, "max_perplexity_change": 0.005}
@@ -266,7 +356,9 @@ def test_one_document_is_not_judged(qs, tokenizer, tiny_tasks):
     report = parity(qs, tokenizer=tokenizer, tasks=["tiny_choice"], text="", options=options, include_path=tiny_tasks)
     assert report.tasks
     assert not report.verdicts
-    assert "not judged" in str(report)
+    assert report.passed is None
+    assert report.as_dict()["passed"] is None
+    assert str(report).splitlines()[0].endswith(": not judged")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.51), (float("nan"), 0.5)])

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from .console import working
 from .errors import CommandError, make_folder, read_text
 from .eval import check_lm_eval
-from .loading import find_pair
+from .loading import Kind, find_pair, load_config
 from .options import ModelOptions, RunOptions
 
 _TASKS = "--tasks"
@@ -125,16 +125,37 @@ def command(
     if names:
         check_lm_eval()
     long_text = read_text(Path(text), "text") if text else text
+    if text and not (long_text or "").strip():
+        raise CommandError(f"the text in '{text}' is empty", "give another file, or '' for none")
     found = find_pair(model, run, gguf_file=gguf_file)
     with working("importing"):
-        from quantspec.evals.parity import ParityOptions, measure, prepare
+        from quantspec.config import QuantSpecConfig
+        from quantspec.evals.parity import ParityOptions, known_limit, measure, prepare, remove_report
+        from quantspec.loading import changed_options
+        from quantspec.saved_format import Description
 
+    if found.source.kind is Kind.PAIR:
+        config = changed_options(Description.read(Path(found.source.name)).options, found.options)
+    else:
+        config = QuantSpecConfig.from_options(None, found.options)
+    limit = known_limit(load_config(found.source), config)
     options = ParityOptions(**asdict(comparison))
     # lm-eval prints notes of its own.
     with contextlib.redirect_stdout(sys.stderr):
-        material = prepare(found.tokenizer, tasks=names, text=long_text, options=options, include_path=include_path)
+        material = prepare(
+            found.tokenizer,
+            tasks=names,
+            text=long_text,
+            options=options,
+            include_path=include_path,
+            max_cache_len=limit,
+        )
         if output is not None:
             make_folder(output)
+            remove_report(output)
         report = measure(found.load(), material, output=output)
     print(report)
+    if report.passed is None:
+        hint = "give more documents with --limit, other tasks, or a text with --text"
+        raise CommandError("no threshold applied to what was measured", hint)
     return 0 if report.passed else 1
