@@ -62,7 +62,8 @@ def test_timing_leaves_the_text_as_it_is(qs, generated):
     kept = [part[:, :, :verified] for layer in cache.layers for part in (layer.k_recent, layer.v_recent)]
     assert all(torch.equal(before, after) for before, after in zip(held, kept, strict=True))
     now = [part for layer in cache.layers for part in layer.parts()[2:]]
-    assert all(torch.equal(before, after) for before, after in zip(planes, now, strict=True))
+    # Behind a text there may be what another left, NaN included.
+    torch.testing.assert_close(now, planes, rtol=0, atol=0, equal_nan=True)
     assert generated.last_stats.as_dict() == stats
 
 
