@@ -31,12 +31,12 @@ import quantspec
 from quantspec import QuantSpecModel
 from quantspec import cycle as cycle_module
 from quantspec.cache import HierarchicalCache
-from quantspec.cycle import CycleResult, GraphedCycle
+from quantspec.engine.cycle import CycleResult, GraphedCycle
+from quantspec.engine.draft_count import cycle_tokens
 from quantspec.evals import load_smollm2, python_reference
+from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.passes import Role
 from quantspec.passes.graph import clone, find_calls
-from quantspec.regions import compile_graph
-from quantspec.speculation import cycle_tokens
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed

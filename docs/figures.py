@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from quantspec.capture import CapturedLayer
+from quantspec.engine.draft_count import cycle_tokens
 from quantspec.memory import expected_memory, full_precision_bytes
-from quantspec.speculation import cycle_tokens
 
 HERE = Path(__file__).resolve().parent
 

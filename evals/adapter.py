@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 import quantspec
 from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
+from quantspec.checkpoint.folder import DESCRIPTION_FILE
 from quantspec.config import check_num_speculative_tokens
-from quantspec.saved_format import DESCRIPTION_FILE
 
 from .roles import EvalRole, decoding_method
 from .scoring import Score, score_continuations, sequences_that_fit

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from quantspec.generate import (
+from quantspec.engine.sampling import sample
+from quantspec.hugging_face.decode import (
     NAN_LOGITS,
     NO_DISTRIBUTION,
     check_attention_mask,
@@ -15,7 +16,6 @@ from quantspec.generate import (
     refuse_unsupported,
 )
 from quantspec.passes import Role
-from quantspec.sampling import sample
 
 from .scoring import PrefilledContexts, forced_blocks
 

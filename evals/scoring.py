@@ -17,9 +17,9 @@ from torch import Tensor
 
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
-from quantspec.generate import NAN_LOGITS
+from quantspec.engine.prefill import prefill
+from quantspec.hugging_face.decode import NAN_LOGITS
 from quantspec.passes import Role
-from quantspec.prefill import prefill
 
 # Tokens per scored block: as many as the largest verification (15 drafts + 1).
 MAX_BLOCK = 16

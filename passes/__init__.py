@@ -8,7 +8,7 @@ from .plain_int4 import plain_int4_weights
 from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .remove_no_ops import RemoveNoOps
-from .support import CheckTokenMixing, TokenMixingError
+from .token_mixing import CheckTokenMixing, TokenMixingError
 from .widen_linears import WidenLinears, cpu_lacks_half_matmul
 
 __all__ = [

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CacheFullError
+    from .checkpoint.loading import from_pretrained
     from .config import QuantSpecConfig
+    from .engine.stats import GenerationStats
     from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
-    from .generate import GenerateOutput
-    from .loading import from_pretrained
+    from .hugging_face.decode import GenerateOutput
     from .model import QuantSpecModel, convert
-    from .stats import GenerationStats
 
 __version__ = version("quantspec")
 
@@ -34,15 +34,15 @@ __all__ = [
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
 _MODULES = {
     "CacheFullError": "cache",
-    "GenerateOutput": "generate",
-    "GenerationStats": "stats",
+    "GenerateOutput": "hugging_face.decode",
+    "GenerationStats": "engine.stats",
     "QuantSpecConfig": "config",
     "QuantSpecModel": "model",
     "SavedModelError": "errors",
     "SelfCheckError": "errors",
     "UnsupportedModelError": "errors",
     "convert": "model",
-    "from_pretrained": "loading",
+    "from_pretrained": "checkpoint.loading",
 }
 
 

@@ -17,7 +17,7 @@ from quantspec.passes import Role
 from quantspec.passes.graph import add_buffer
 
 from .config import QuantSpecConfig
-from .pair import draft_weight_passes, run_passes
+from .pair.recipes import draft_weight_passes, run_passes
 
 _ROLES = (Role.TARGET, Role.DRAFT)
 

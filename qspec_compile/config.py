@@ -8,7 +8,7 @@ from typing import Any
 
 from quantspec.passes import GROUP_SIZES, WeightQuantizer
 
-from .speculation import AUTO
+from .engine.draft_count import AUTO
 
 # Hugging Face's names for options of ours, accepted wherever ours are.
 ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessorList
 from triton.testing import do_bench_cudagraph
 
-from .cycle import Cycle
+from .engine.cycle import Cycle
 
 if TYPE_CHECKING:
     from .model import QuantSpecModel

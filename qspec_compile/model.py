@@ -20,18 +20,18 @@ from quantspec.passes import Int4Source, LinearReport, Role
 
 from .cache import HierarchicalCache
 from .capture import Capture, capture, converting
+from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig
-from .cycle import GraphedCycle
-from .generate import GenerateOutput, decode, prepare_arguments
+from .engine.cycle import GraphedCycle
+from .engine.draft_count import AutoDraftCount, DraftCount, FixedDraftCount
+from .engine.logits_processors import graph_key
+from .engine.stats import GenerationStats
+from .hugging_face.decode import GenerateOutput, decode, prepare_arguments
 from .learned_positions import learned_positions
-from .pair import build_pair, unique_tensors
+from .pair.compile_by_layer import compile_graph
+from .pair.recipes import build_pair, unique_tensors
 from .pictures import plot
-from .regions import compile_graph
-from .saving import save_pretrained
-from .scores import graph_key
 from .self_check import self_check
-from .speculation import AutoDraftCount, DraftCount, FixedDraftCount
-from .stats import GenerationStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,8 +15,8 @@ import torch
 
 from .config import QuantSpecConfig
 from .cycle_times import CycleTimes, cycle_times
+from .engine.stats import GenerationStats
 from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
-from .stats import GenerationStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

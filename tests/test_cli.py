@@ -21,13 +21,13 @@ from transformers import T5Config, TextStreamer
 
 import quantspec
 from quantspec import QuantSpecConfig
+from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
 from quantspec.cli import main
 from quantspec.cli import options as cli_options
 from quantspec.cli.loading import Kind, find_source
-from quantspec.generate import SpeculativeLoop
+from quantspec.hugging_face.decode import SpeculativeLoop
 from quantspec.memory import expected_memory
 from quantspec.passes import WeightQuantizer
-from quantspec.saved_format import DESCRIPTION_FILE, Description
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"

@@ -14,8 +14,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import quantspec
-from quantspec.progress import Progress
-from quantspec.scores import GraphedProcessors, ScoreProcessor, graph_key
+from quantspec.engine.logits_processors import GraphedProcessors, ScoreProcessor, graph_key
+from quantspec.engine.progress import Progress
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 LONG = 2 * GROUP + 8

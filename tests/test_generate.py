@@ -36,7 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerateOutput, QuantSpecModel
 from quantspec import cycle as cycle_module
-from quantspec.pair import unique_tensors
+from quantspec.pair.recipes import unique_tensors
 from quantspec.passes import Role
 
 LONG = 2 * GROUP + 8

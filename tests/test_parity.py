@@ -430,7 +430,7 @@ def test_texts_that_drafting_changes_fail(qs, tokenizer, tiny_tasks, monkeypatch
     def accept_all(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(drafts.sum(1), drafts.shape[1]), scores[:, -1].argmax(-1)
 
-    monkeypatch.setattr("quantspec.cycle.accept_greedy", accept_all)
+    monkeypatch.setattr("quantspec.engine.cycle.accept_greedy", accept_all)
     report = parity(qs, tokenizer=tokenizer, tasks=["tiny_write"], text="", include_path=tiny_tasks)
     assert "tiny_write texts" in failures(report)
 

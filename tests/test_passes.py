@@ -34,7 +34,7 @@ from quantspec.passes import (
 )
 from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.int4_weights import quantize_int4
-from quantspec.passes.support import _WithoutAttention
+from quantspec.passes.token_mixing import _WithoutAttention
 
 aten = torch.ops.aten
 ops = torch.ops.quantspec

@@ -9,9 +9,9 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 import quantspec
+from quantspec.pair.compile_by_layer import _signature, compile_graph, region_graph, split_regions
 from quantspec.passes import Role
 from quantspec.passes.graph import get_tensor
-from quantspec.regions import _signature, compile_graph, region_graph, split_regions
 
 LAYERS = {
     "llama": ({"num_hidden_layers": 5}, 1),

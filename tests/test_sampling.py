@@ -11,8 +11,8 @@ from transformers.generation import logits_process as hf
 
 import quantspec
 from quantspec import sampling
+from quantspec.engine.sampling import accept_greedy, accept_sampled, residual, sample
 from quantspec.passes import Role
-from quantspec.sampling import accept_greedy, accept_sampled, residual, sample
 
 VOCAB = 8
 ALPHA = 0.001

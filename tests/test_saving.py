@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantspec
 from quantspec import QuantSpecModel, SavedModelError, SelfCheckError, loading, saving
+from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
 from quantspec.passes import int4_weights, plain_int4_weights
 from quantspec.passes.prepack_int4 import unpack_cpu_layout
-from quantspec.saved_format import DESCRIPTION_FILE, Description
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
 

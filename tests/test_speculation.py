@@ -9,8 +9,8 @@ from conftest import GROUP
 from step_by_step import assert_same_text, random_prompt
 
 from quantspec.cache import HierarchicalCache
-from quantspec.cycle import Cycle
-from quantspec.speculation import AUTO_CHOICES, AutoDraftCount, FixedDraftCount
+from quantspec.engine.cycle import Cycle
+from quantspec.engine.draft_count import AUTO_CHOICES, AutoDraftCount, FixedDraftCount
 
 
 def run(

@@ -14,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerationStats
 from quantspec.cache import HierarchicalCache
-from quantspec.pair import unique_tensors
+from quantspec.engine.draft_count import AutoDraftCount
+from quantspec.pair.recipes import unique_tensors
 from quantspec.passes import Role
-from quantspec.speculation import AutoDraftCount
 
 LONG = 2 * GROUP + 8
 RATES = ("draft_acceptance_rate", "mean_acceptance_length", "acceptance_histogram", "acceptance_rate_per_position")

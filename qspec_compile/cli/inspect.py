@@ -18,7 +18,7 @@ from .options import ModelOptions
 
 if TYPE_CHECKING:
     from quantspec.config import QuantSpecConfig
-    from quantspec.structure import LinearSize, Structure
+    from quantspec.pair.preview import LinearSize, Structure
 
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
@@ -37,10 +37,10 @@ def command(
     source = find_source(model.model)
     with working("importing"):
         from quantspec.cache import check_cache_len
+        from quantspec.checkpoint.folder import Description
+        from quantspec.checkpoint.loading import changed_options, resolve_dtype
         from quantspec.config import QuantSpecConfig
-        from quantspec.loading import changed_options, resolve_dtype
-        from quantspec.saved_format import Description
-        from quantspec.structure import structure_of
+        from quantspec.pair.preview import structure_of
 
     dtype = dtype_to_load(source, model.dtype, find_device(None))
     if source.kind is Kind.PAIR:
@@ -64,8 +64,8 @@ def command(
 
 def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, batch_size: int) -> dict[str, Any]:
     """All facts, JSON-ready; bytes everywhere."""
+    from quantspec.engine.draft_count import AutoDraftCount
     from quantspec.memory import expected_memory, full_precision_bytes
-    from quantspec.speculation import AutoDraftCount
 
     gamma = options.num_speculative_tokens
     cache = expected_memory(

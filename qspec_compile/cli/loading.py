@@ -153,8 +153,8 @@ def dtype_to_load(source: Source, dtype: Dtype, device: torch.device | None) -> 
     """
     import torch
 
+    from quantspec.checkpoint.folder import Description
     from quantspec.passes import cpu_lacks_half_matmul
-    from quantspec.saved_format import Description
 
     if dtype is not Dtype.AUTO:
         return getattr(torch, dtype.value)
@@ -242,7 +242,7 @@ def load_pair(
 def _check_can_be_saved(source: Source) -> None:
     from transformers import GenerationConfig
 
-    from quantspec.saving import check_generation_config
+    from quantspec.checkpoint.saving import check_generation_config
 
     # Most models have the file; without it transformers makes a config by itself.
     with contextlib.suppress(OSError):

@@ -129,10 +129,10 @@ def command(
         raise CommandError(f"the text in '{text}' is empty", "give another file, or '' for none")
     found = find_pair(model, run, gguf_file=gguf_file)
     with working("importing"):
+        from quantspec.checkpoint.folder import Description
+        from quantspec.checkpoint.loading import changed_options
         from quantspec.config import QuantSpecConfig
         from quantspec.evals.parity import ParityOptions, known_limit, measure, prepare, remove_report
-        from quantspec.loading import changed_options
-        from quantspec.saved_format import Description
 
     if found.source.kind is Kind.PAIR:
         config = changed_options(Description.read(Path(found.source.name)).options, found.options)

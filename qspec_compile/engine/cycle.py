@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
+from quantspec.cache import HierarchicalCache
 from quantspec.passes import Role
 
-from .cache import HierarchicalCache
+from .logits_processors import GraphedProcessors
 from .sampling import accept_greedy, accept_sampled, sample
-from .scores import GraphedProcessors
 
 if TYPE_CHECKING:
-    from .model import QuantSpecModel
+    from quantspec.model import QuantSpecModel
 
 # Cycles before capture: compilation, autotuning and workspace allocation happen in the first.
 _WARM_UPS = 2

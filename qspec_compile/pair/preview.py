@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from quantspec.capture import CapturedLayer, capture, converting
+from quantspec.config import QuantSpecConfig
 from quantspec.passes import LinearReport, QuantizeWeights, RemoveNoOps, WeightQuantizer
 from quantspec.passes.graph import clone
 
-from .capture import CapturedLayer, capture, converting
-from .config import QuantSpecConfig
-from .pair import run_passes
+from .recipes import run_passes
 
 
 @dataclass(frozen=True)

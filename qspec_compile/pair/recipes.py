@@ -10,6 +10,9 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
+from quantspec.capture import Capture
+from quantspec.config import QuantSpecConfig
+from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
     CheckTokenMixing,
     FuseSharedInputLinears,
@@ -26,10 +29,6 @@ from quantspec.passes import (
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
-
-from .capture import Capture
-from .config import QuantSpecConfig
-from .errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

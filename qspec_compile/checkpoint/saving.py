@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from quantspec.errors import SavedModelError
 from quantspec.passes import plain_int4_weights
 
-from .errors import SavedModelError
-from .saved_format import (
+from .folder import (
     DESCRIPTION_FILE,
     DRAFT_PREFIX,
     FORMAT_VERSION,
@@ -31,7 +31,7 @@ from .saved_format import (
 from .staging import is_staged, locked, publish, staged
 
 if TYPE_CHECKING:
-    from .model import QuantSpecModel
+    from quantspec.model import QuantSpecModel
 
 
 def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from quantspec.cache import HierarchicalCache
 from quantspec.passes import Role
 
-from .cache import HierarchicalCache
-
 if TYPE_CHECKING:
-    from .model import QuantSpecModel
+    from quantspec.model import QuantSpecModel
 
 
 @torch.no_grad()

@@ -19,18 +19,18 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import HierarchicalCache, check_cache_len
-from .config import ALIASES, check_num_speculative_tokens
-from .cycle import Cycle, CycleResult, GraphedCycle
-from .prefill import prefill
-from .progress import Progress
-from .sampling import sample
-from .scores import ScoreProcessor
-from .speculation import DraftCount
-from .stats import GenerationStats
+from quantspec.cache import HierarchicalCache, check_cache_len
+from quantspec.config import ALIASES, check_num_speculative_tokens
+from quantspec.engine.cycle import Cycle, CycleResult, GraphedCycle
+from quantspec.engine.draft_count import DraftCount
+from quantspec.engine.logits_processors import ScoreProcessor
+from quantspec.engine.prefill import prefill
+from quantspec.engine.progress import Progress
+from quantspec.engine.sampling import sample
+from quantspec.engine.stats import GenerationStats
 
 if TYPE_CHECKING:
-    from .model import QuantSpecModel
+    from quantspec.model import QuantSpecModel
 
 # What generate() makes for model.forward, and the loop has no use for.
 _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})

@@ -21,11 +21,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from quantspec.capture import DTYPES
+from quantspec.config import QuantSpecConfig
+from quantspec.errors import SavedModelError
 from quantspec.passes import LinearReport
-
-from .capture import DTYPES
-from .config import QuantSpecConfig
-from .errors import SavedModelError
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "quantspec_config.json"

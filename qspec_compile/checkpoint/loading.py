@@ -14,12 +14,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .capture import converting
-from .config import QuantSpecConfig
-from .errors import SavedModelError
-from .model import QuantSpecModel
-from .saved_format import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
-from .self_check import self_check
+from quantspec.capture import converting
+from quantspec.config import QuantSpecConfig
+from quantspec.errors import SavedModelError
+from quantspec.model import QuantSpecModel
+from quantspec.self_check import self_check
+
+from .folder import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
 
 # The saved INT4 weights were made with these.
 _FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .saved_format import DESCRIPTION_FILE, Description
+from .folder import DESCRIPTION_FILE, Description
 
 _PREFIX = ".quantspec-saving"
 _LOCK_FILE = f"{_PREFIX}.lock"
