@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 
 import quantspec
 from quantspec import QuantSpecModel
-from quantspec import cycle as cycle_module
 from quantspec.cache import HierarchicalCache
-from quantspec.engine.cycle import CycleResult, GraphedCycle
+from quantspec.engine.cycle import CycleResult
+from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.draft_count import cycle_tokens
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.pair.compile_by_layer import compile_graph
@@ -167,7 +167,7 @@ def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
 
 def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCache:
     """A cache of one sequence with ``context`` tokens of random codes; times do not depend on what they are."""
-    cache = qs.new_cache(1, 15)
+    cache = qs.pair.new_cache(1, 15)
     cache.reserve(context + slack)
     for layer in cache.layers:
         for plane in (layer.k_upper, layer.k_lower, layer.v_upper, layer.v_lower):
@@ -191,10 +191,7 @@ def rewind(cache: HierarchicalCache, context: int) -> None:
 def step_milliseconds(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) -> float:
     """GPU time of one forward pass of ``tokens`` tokens."""
     ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
-    rows = torch.arange(tokens, device="cuda")[None]
-    positions = cache.length[:, None] + rows
-    inputs = (ids, positions, rows, cache.quantized_len, cache.length)
-    return milliseconds(lambda: qs.forward(role, *inputs, cache=cache))
+    return milliseconds(lambda: qs.pair.read(role, ids, cache))
 
 
 class Baseline:
@@ -234,7 +231,7 @@ class Baseline:
 
 
 def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A stand-in for ``accept_greedy`` that accepts each token with probability ``rate``, a tensor on the device."""
+    """A rule of acceptance in place of ``accept_greedy``'s that accepts each token with probability ``rate``, a tensor on the device."""
 
     @torch._dynamo.disable
     def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,27 +247,23 @@ def synthetic_rows(
 ) -> Iterator[dict[str, Any]]:
     """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
     drawn = torch.zeros((), device="cuda")
-    original = cycle_module.accept_greedy
-    cycle_module.accept_greedy = synthetic_acceptance(drawn)
-    try:
-        rewind(cache, context)
-        graphed = GraphedCycle(qs, cache, gamma, LogitsProcessorList(), do_sample=False)
-    finally:
-        cycle_module.accept_greedy = original
-    graphed.cycle.running.fill_(True)
+    rewind(cache, context)
+    accept = synthetic_acceptance(drawn)
+    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, accept=accept)
+    replay.cycle.running.fill_(True)
     for rate in rates:
         drawn.fill_(rate)
         rewind(cache, context)
-        CycleResult.read(graphed())
+        CycleResult.read(replay())
         tokens, on_gpu, start = 0, [], time.perf_counter()
         for _ in range(cycles):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            packed = graphed()
+            packed = replay()
             last.record()
             result = CycleResult.read(packed)
             if result.flush_due:
-                graphed.flush()
+                replay.flush()
             tokens += result.accepted[0] + 1
             on_gpu.append((first, last))
         torch.cuda.synchronize()

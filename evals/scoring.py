@@ -12,30 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
+from quantspec.engine.forced_text import MAX_BLOCK, Block, forced_blocks
+from quantspec.engine.loop import NAN_LOGITS
 from quantspec.engine.prefill import prefill
-from quantspec.hugging_face.decode import NAN_LOGITS
 from quantspec.passes import Role
-
-# Tokens per scored block: as many as the largest verification (15 drafts + 1).
-MAX_BLOCK = 16
-
-
-class Block(NamedTuple):
-    """Logits of up to :data:`MAX_BLOCK` consecutive tokens of each of B sequences.
-
-    ``logits (B, T, V)``: row t follows the token ``first + t`` of those that were fed; a row past a sequence's end
-    means nothing. ``quantized_len (B,)``: tokens that lay in the planes when the block was read.
-    """
-
-    first: int
-    quantized_len: Tensor
-    logits: Tensor
-
 
 class Score(NamedTuple):
     """A continuation's log-probability (natural), and whether each of its tokens is the argmax."""
@@ -47,7 +31,7 @@ class Score(NamedTuple):
 class PrefilledContexts:
     """A batch of contexts in the cache of ``qs``, put back as it was before each use.
 
-    Valid within the :meth:`QuantSpecModel.exclusive` use of ``qs`` that it was made in, until others are made.
+    Valid within the :meth:`Session.exclusive` use of ``qs`` that it was made in, until others are made.
     """
 
     def __init__(self, qs: QuantSpecModel, contexts: Sequence[Tensor], num_following: Sequence[int]) -> None:
@@ -58,7 +42,7 @@ class PrefilledContexts:
         """
         self.qs = qs
         self.contexts = contexts
-        self.cache = qs.acquire_cache(contexts, MAX_BLOCK - 1)
+        self.cache = qs.session.acquire_cache(contexts, MAX_BLOCK - 1)
         self._lengths = torch.tensor([len(context) for context in contexts], device=qs.device)
         tokens = max(len(context) + more for context, more in zip(contexts, num_following, strict=True))
         # From 3G tokens on the planes hold two groups, and torch.compile does not take their number for a constant.
@@ -77,31 +61,8 @@ class PrefilledContexts:
     def _prefill(self) -> None:
         self.cache.reset()
         if bool(self._lengths.any()):
-            prefill(self.qs, self.cache, self.contexts)
+            prefill(self.qs.pair, self.cache, self.contexts)
         self._quantized_len = self.cache.quantized_len.clone()
-
-
-def forced_blocks(
-    qs: QuantSpecModel, cache: HierarchicalCache, tokens: Sequence[Tensor], role: Role
-) -> Iterator[Block]:
-    """Feed 1-D ``tokens`` of each sequence after what ``cache`` holds, and yield their logits block by block.
-
-    The last block is left unaccepted, so tokens that fit in one block do not change the cache.
-    """
-    ids = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
-    lengths = torch.tensor([len(row) for row in tokens], device=ids.device)
-    for first in range(0, ids.shape[1], MAX_BLOCK):
-        if first:
-            cache.accept((lengths - first + MAX_BLOCK).clamp(0, MAX_BLOCK))
-        block = ids[:, first : first + MAX_BLOCK]
-        # Powers of two: few sizes for the kernels to be specialized to.
-        padding = (1 << (block.shape[1] - 1).bit_length()) - block.shape[1]
-        block = F.pad(block, (0, padding))
-        rows = torch.arange(block.shape[1], device=ids.device).expand_as(block)
-        positions = (cache.length[:, None] + rows).clamp(max=cache.max_len - 1)
-        quantized_len = cache.quantized_len.clone()
-        logits = qs.forward(role, block, positions, rows, cache.quantized_len, cache.length, cache=cache)
-        yield Block(first, quantized_len, logits[:, : block.shape[1] - padding])
 
 
 def forced_text(qs: QuantSpecModel, ids: Tensor, context_len: int, role: Role) -> Iterator[Block]:
@@ -109,9 +70,9 @@ def forced_text(qs: QuantSpecModel, ids: Tensor, context_len: int, role: Role) -
 
     Other threads' calls of ``qs`` wait until the last block has been taken.
     """
-    with qs.exclusive():
+    with qs.session.exclusive():
         prefilled = PrefilledContexts(qs, [ids[:context_len]], [len(ids) - context_len])
-        yield from forced_blocks(qs, prefilled.restored(), [ids[context_len:]], role)
+        yield from forced_blocks(qs.pair, prefilled.restored(), [ids[context_len:]], role)
 
 
 def score_continuations(
@@ -129,7 +90,7 @@ def score_continuations(
         CacheFullError: a context and its continuation would exceed ``max_cache_len``.
         FloatingPointError: the logits of a continuation are NaN.
     """
-    with qs.exclusive():
+    with qs.session.exclusive():
         return _score_continuations(qs, contexts, continuations, role)
 
 
@@ -146,7 +107,7 @@ def _score_continuations(
         # A context with fewer continuations feeds nothing in this turn.
         current = [list(row[turn]) if turn < len(row) else [] for row in continuations]
         fed = [[context[-1], *tokens[:-1]] if tokens else [] for context, tokens in zip(contexts, current, strict=True)]
-        blocks = forced_blocks(qs, prefilled.restored(), [_ids(row, device) for row in fed], role)
+        blocks = forced_blocks(qs.pair, prefilled.restored(), [_ids(row, device) for row in fed], role)
         for row, score in enumerate(_score_blocks(blocks, [_ids(tokens, device) for tokens in current])):
             if current[row]:
                 scores[row].append(score)
@@ -155,7 +116,7 @@ def _score_continuations(
 
 def sequences_that_fit(qs: QuantSpecModel, num_tokens: int, num_bytes: int) -> int:
     """How many sequences of ``num_tokens`` can be scored together if caches and logits may take ``num_bytes``."""
-    cache = qs.new_cache(1, MAX_BLOCK - 1)
+    cache = qs.pair.new_cache(1, MAX_BLOCK - 1)
     cache.reserve(num_tokens)
     # Logits, their log-softmax and one temporary, in float32.
     return num_bytes // (sum(cache.bytes_by_part().values()) + 3 * 4 * MAX_BLOCK * qs.vocab_size)

@@ -6,18 +6,23 @@ import statistics
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import LogitsProcessorList
 from triton.testing import do_bench_cudagraph
 
+from .engine.acceptance import GreedyAcceptance
 from .engine.cycle import Cycle
-
-if TYPE_CHECKING:
-    from .model import QuantSpecModel
+from .engine.session import Session
 
 _REPEATS = 5
+
+
+class HasSession(Protocol):
+    """A converted model, such as :class:`quantspec.QuantSpecModel`."""
+
+    session: Session
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class CycleTimes:
 
 
 @torch.no_grad()
-def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes:
+def cycle_times(qs: HasSession, num_drafts: int | None = None) -> CycleTimes:
     """Time the parts of a greedy cycle on the cache that the latest ``generate`` call left behind.
 
     The draft steps, the verification and the whole cycle are timed one after the other, each as it runs in
@@ -61,38 +66,40 @@ def cycle_times(qs: QuantSpecModel, num_drafts: int | None = None) -> CycleTimes
         ValueError: nothing has been generated, or the cache has no room for that many drafts.
         RuntimeError: called while this thread generates, as by a streamer.
     """
-    with qs.exclusive():
-        return _cycle_times(qs, num_drafts)
+    with qs.session.exclusive():
+        return _cycle_times(qs.session, num_drafts)
 
 
-def _cycle_times(qs: QuantSpecModel, num_drafts: int | None) -> CycleTimes:
-    cache = qs._cache
-    if cache is None or qs.last_stats is None or not bool(cache.length.any()):
+def _cycle_times(session: Session, num_drafts: int | None) -> CycleTimes:
+    cache = session.cache
+    if cache is None or session.last_stats is None or not bool(cache.length.any()):
         raise ValueError("no cache to measure on: call generate() first")
-    count = qs.last_stats.num_speculative_tokens if num_drafts is None else num_drafts
+    count = session.last_stats.num_speculative_tokens if num_drafts is None else num_drafts
     if not 0 <= count <= cache.num_speculative_tokens:
         raise ValueError(f"num_drafts must be between 0 and {cache.num_speculative_tokens}, as generated; not {count}")
-    cycle = Cycle(qs, cache, lambda logits, _: logits.float(), do_sample=False, generator=None)
+    acceptance = GreedyAcceptance(lambda logits, _: logits.float(), session.pair.compiles_on_gpu)
+    cycle = Cycle(session.pair, cache, acceptance)
     # Cycles of sequences that are all done move no length, and write past the verified tokens only.
     cycle.running.zero_()
     drafts = cycle.pending.new_zeros(cache.batch_size, count)
-    draft = _seconds(qs, lambda: cycle._draft(count)) if count else 0.0
-    verify = _seconds(qs, lambda: cycle._verify(drafts))
-    whole = _seconds(qs, lambda: cycle(count))
+    draft = _seconds(session, lambda: cycle.draft(count)) if count else 0.0
+    verify = _seconds(session, lambda: cycle.verify(drafts))
+    whole = _seconds(session, lambda: cycle(count))
     return CycleTimes(count, int(cache.length.max()), draft, verify, max(0.0, whole - draft - verify))
 
 
-def _seconds(qs: QuantSpecModel, call: Callable[[], object]) -> float:
+def _seconds(session: Session, call: Callable[[], object]) -> float:
     """Median duration of ``call``."""
-    if qs.graphs_cycles(LogitsProcessorList()):
+    device = session.pair.device
+    if session.replays.suit(LogitsProcessorList()):
         # It measures on a stream of its own.
-        torch.cuda.synchronize(qs.device)
+        torch.cuda.synchronize(device)
         return do_bench_cudagraph(call, return_mode="median") / 1000
 
     def finished() -> None:
         call()
-        if qs.device.type == "cuda":
-            torch.cuda.synchronize(qs.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     finished()
     return statistics.median(timeit.repeat(finished, number=1, repeat=_REPEATS))

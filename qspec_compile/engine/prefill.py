@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from quantspec.cache import HierarchicalCache
-from quantspec.passes import Role
-
-if TYPE_CHECKING:
-    from quantspec.model import QuantSpecModel
+from quantspec.pair import Pair
 
 
 @torch.no_grad()
-def prefill(qs: QuantSpecModel, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> Tensor:
+def prefill(pair: Pair, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> Tensor:
     """Cache the tokens of each 1-D prompt from ``cache.length`` on; at least one prompt must have new ones.
 
     Returns:
@@ -27,19 +23,14 @@ def prefill(qs: QuantSpecModel, cache: HierarchicalCache, prompts: Sequence[Tens
     ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
     lens = torch.tensor([len(row) for row in new], device=ids.device)
     tokens = ids.shape[1]
-    chunk = qs.prefill_chunk(*ids.shape)
+    chunk = pair.fill_chunk(*ids.shape)
     logits = None
     hidden = None if chunk < tokens else True
     with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
         for first in range(0, tokens, chunk):
             part = ids[:, first : first + chunk]
-            positions = cache.length[:, None] + torch.arange(part.shape[1], device=ids.device)
             num_new = (lens - first).clamp(0, part.shape[1])
-            last = (lens - first - 1).clamp(0, part.shape[1] - 1)[:, None]
-            inputs = (part, positions.clamp(max=cache.max_len - 1), last)
-            state = (cache.quantized_len, cache.length, num_new)
-            scored = qs.forward(Role.PREFILL, *inputs, *state, cache=cache)
-            cache.advance_prefill(num_new)
+            scored = pair.fill(part, num_new, cache)
             # The last token of a shorter prompt lies in an earlier chunk.
             logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
             bar.update(part.shape[1])

@@ -1,4 +1,4 @@
-"""Which tokens have been emitted, and when a sequence is done.
+"""What the requests of one batch have emitted, and when each is done.
 
 Speculation yields several tokens at once and sequences advance at different speeds, but stopping criteria and
 streamers were written for one token of every sequence at a time. So tokens are judged in lock-step, in order: step s is
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,14 +17,16 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .request import Request
+
 
 class Progress:
     """The growing output of one ``generate`` call.
 
+    The host's lists of tokens are what counts; the device has a copy where somebody reads it.
+
     Attributes:
-        sequences: ``(B, prompt_len + max_new_tokens + slack)`` ids; padding where nothing is emitted yet, except for
-            drafted tokens that a logits processor reads.
-        counts: new tokens of each sequence so far, judged or not.
+        requests: one per sequence.
         judged: steps that criteria and streamer have seen.
         scores: one ``(B, V)`` tensor per judged step, zero for sequences that had ended; None if not collected.
         user_seconds: time spent so far in code that is neither ours nor transformers': the streamer's ``put`` and
@@ -34,6 +36,7 @@ class Progress:
     def __init__(
         self,
         input_ids: Tensor,
+        prompts: Sequence[Tensor],
         max_new_tokens: int,
         pad_token_id: int,
         stopping_criteria: StoppingCriteriaList,
@@ -41,110 +44,115 @@ class Progress:
         collect_scores: bool,
         slack: int,
     ) -> None:
+        """``input_ids (B, S)`` are ``prompts`` with their padding; ``slack`` tokens are drafted at the most."""
         batch, self.prompt_len = input_ids.shape
-        self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         self.streamer = streamer
         self.user_seconds = 0.0
-        # The length and EOS are known at once, without asking the device; other criteria wait for their step.
-        waiting = [criterion for criterion in stopping_criteria if not self._is_known_at_once(criterion)]
-        of_transformers = [type(criterion).__module__.startswith("transformers.") for criterion in waiting]
-        pairs = list(zip(waiting, of_transformers, strict=True))
-        self._criteria = StoppingCriteriaList(criterion for criterion, theirs in pairs if theirs)
-        self._user_criteria = StoppingCriteriaList(criterion for criterion, theirs in pairs if not theirs)
-        self.sequences = input_ids.new_full((batch, self.prompt_len + max_new_tokens + slack), pad_token_id)
-        self.sequences[:, : self.prompt_len] = input_ids
-        self.counts = [0] * batch
         self.judged = 0
         self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
-        self._unjudged_scores: list[list[Tensor]] = [[] for _ in range(batch)]
-        self._ended = [False] * batch
         self._end: list[int | None] = [None] * batch
-        # Drafted tokens of the current block up to an EOS among them; what follows cannot matter.
-        self._slack = slack
-        self._draft_end = [slack] * batch
-        self._eos = {
+        # The length and EOS are known at once, without asking the device; other criteria wait for their step.
+        length = self.prompt_len + max_new_tokens
+        waiting = [criterion for criterion in stopping_criteria if not _is_known_at_once(criterion, length)]
+        theirs = [criterion for criterion in waiting if type(criterion).__module__.startswith("transformers.")]
+        self._criteria = StoppingCriteriaList(theirs)
+        self._user_criteria = StoppingCriteriaList(criterion for criterion in waiting if criterion not in theirs)
+        eos = frozenset(
             int(token)
             for criterion in stopping_criteria
             if type(criterion) is EosTokenCriteria
             for token in criterion.eos_token_id.flatten().tolist()
-        }
+        )
+        self.requests = [Request(prompt, max_new_tokens, eos) for prompt in prompts]
+        self._ids = input_ids.new_full((batch, length + slack), pad_token_id)
+        self._ids[:, : self.prompt_len] = input_ids
+        # Columns of the device's copy that will not change, and whether the host has more than the copy.
+        self._settled = self.prompt_len
+        self._is_stale = False
+        # Drafted tokens of the current block up to an EOS among them; what follows cannot matter.
+        self._slack = slack
+        self._draft_end = [slack] * batch
+
+    @property
+    def sequences(self) -> Tensor:
+        """``(B, prompt_len + max_new_tokens + slack)`` ids on the device; padding where nothing is emitted yet.
+
+        Of running sequences, drafted tokens follow what is emitted if :meth:`write_draft` was told of them.
+        """
+        if self._is_stale:
+            self._copy()
+        return self._ids
 
     @property
     def context_lens(self) -> list[int]:
         """Tokens of each sequence so far, prompt and its padding included."""
-        return [self.prompt_len + count for count in self.counts]
+        return [self.prompt_len + len(request.tokens) for request in self.requests]
 
     @property
     def running(self) -> list[bool]:
         """Sequences that still need tokens."""
-        return [not ended for ended in self._ended]
+        return [not request.ended for request in self.requests]
 
     @property
     def remaining(self) -> int:
         """Most tokens that any running sequence may still emit."""
-        counts = [count for count, ended in zip(self.counts, self._ended, strict=True) if not ended]
-        return self.max_new_tokens - min(counts) if counts else 0
+        return max(request.remaining for request in self.requests)
 
     def append(self, row: int, tokens: list[int], scores: Tensor | None) -> int:
         """Emit ``tokens`` of one sequence up to its end; returns how many. ``scores (T, V)`` are kept if collected."""
-        emitted = 0
-        for step, token in enumerate(tokens):
-            if self._ended[row]:
-                break
-            self.sequences[row, self.prompt_len + self.counts[row]] = token
-            self.counts[row] += 1
-            emitted += 1
-            if self.scores is not None and scores is not None:
-                self._unjudged_scores[row].append(scores[step])
-            if token in self._eos or self.counts[row] == self.max_new_tokens:
-                self._close(row)
-        return emitted
+        self._is_stale = True
+        return self.requests[row].append(tokens, None if self.scores is None else scores)
 
     def write_draft(self, offset: int, tokens: Tensor) -> None:
         """Put the ``offset``-th drafted token of every running sequence where a logits processor will read it."""
-        for row, token in enumerate(tokens.tolist()):
+        ids = self.sequences
+        for row, (request, token) in enumerate(zip(self.requests, tokens.tolist(), strict=True)):
             if offset == 0:
                 self._draft_end[row] = self._slack
-            if not self._ended[row]:
+            if not request.ended:
                 over = offset >= self._draft_end[row]
-                place = self.prompt_len + self.counts[row] + offset
-                self.sequences[row, place] = self.pad_token_id if over else token
-                if token in self._eos and not over:
+                place = self.prompt_len + len(request.tokens) + offset
+                ids[row, place] = self.pad_token_id if over else token
+                if token in request.eos_token_ids and not over:
                     self._draft_end[row] = offset + 1
 
     def awaits(self, num_drafted: int) -> list[bool]:
         """Sequences whose token after ``num_drafted`` drafted ones can matter: running, and no EOS drafted before."""
-        return [not ended and num_drafted < end for ended, end in zip(self._ended, self._draft_end, strict=True)]
+        return [runs and num_drafted < end for runs, end in zip(self.running, self._draft_end, strict=True)]
 
     def judge(self) -> None:
         """Show every complete step to the streamer and the stopping criteria."""
         while any(end is None for end in self._end):
             step = self.judged + 1
-            if any(end is None and count < step for end, count in zip(self._end, self.counts, strict=True)):
+            if any(
+                end is None and len(request.tokens) < step
+                for end, request in zip(self._end, self.requests, strict=True)
+            ):
                 return
-            seen = self.sequences[:, : self.prompt_len + step]
             self.judged = step
             self._judge_scores()
             if self.streamer is not None:
-                newest = seen[:, -1].cpu()
+                newest = torch.tensor([self._token(request, step) for request in self.requests], device="cpu")
                 with self._user_code():
                     self.streamer.put(newest)
-            for row, done in enumerate(self._done(seen, step)):
+            for row, done in enumerate(self._done(step)):
                 if self._end[row] is None and done:
-                    self._end[row] = self.counts[row] = step
-                    self._unjudged_scores[row].clear()
-                    self._close(row)
+                    self._end[row] = step
+                    self.requests[row].cut(step)
+                    self._settled = min(self._settled, self.prompt_len + step)
+                    self._is_stale = True
 
-    def _is_known_at_once(self, criterion: StoppingCriteria) -> bool:
-        """Whether :meth:`append` obeys it by itself; a subclass may have a rule of its own."""
-        if type(criterion) is MaxLengthCriteria:
-            return criterion.max_length == self.prompt_len + self.max_new_tokens
-        return type(criterion) is EosTokenCriteria
+    def _token(self, request: Request, step: int) -> int:
+        """The request's token of a step; padding behind its end."""
+        return request.tokens[step - 1] if len(request.tokens) >= step else self.pad_token_id
 
-    def _done(self, seen: Tensor, step: int) -> list[bool]:
-        """Whether each sequence has ended with its token of ``step``, the newest of ``seen``, or before."""
-        done = [ended and count <= step for ended, count in zip(self._ended, self.counts, strict=True)]
+    def _done(self, step: int) -> list[bool]:
+        """Whether each sequence has ended with its token of ``step`` or before."""
+        done = [request.ended and len(request.tokens) <= step for request in self.requests]
+        if not self._criteria and not self._user_criteria:
+            return done
+        seen = self.sequences[:, : self.prompt_len + step]
         arguments = (cast(torch.LongTensor, seen), cast(torch.FloatTensor, self.scores))
         if self._criteria:
             done = [a or b for a, b in zip(done, self._criteria(*arguments).tolist(), strict=True)]
@@ -161,27 +169,41 @@ class Progress:
         yield
         self.user_seconds += time.perf_counter() - start
 
+    def _copy(self) -> None:
+        """Bring the device's copy up to date, in one transfer."""
+        lens, first = self.context_lens, self._settled
+        width = max(lens) - first
+        rows = [request.tokens[first - self.prompt_len :] for request in self.requests]
+        padded = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
+        self._ids[:, first : first + width] = torch.tensor(padded, device="cpu", dtype=torch.int64).to(self._ids.device)
+        self._settled = min((count for count, runs in zip(lens, self.running, strict=True) if runs), default=max(lens))
+        self._is_stale = False
+
     def output(self) -> Tensor:
         """``(B, prompt_len + judged)`` ids."""
         return self.sequences[:, : self.prompt_len + self.judged].clone()
 
-    def new_tokens(self) -> list[Tensor]:
-        """Ids that each sequence got after its prompt, padding left out."""
-        ends = [self.prompt_len + min(count, self.judged) for count in self.counts]
-        return [row[self.prompt_len : end] for row, end in zip(self.sequences, ends, strict=True)]
+    def texts(self) -> list[Tensor]:
+        """Ids ``(S + new,)`` of each prompt and what followed it, padding left out."""
+        return [
+            torch.cat((request.prompt, request.prompt.new_tensor(request.tokens[: self.judged])))
+            for request in self.requests
+        ]
 
     def num_generated(self) -> int:
         """New tokens over all sequences, padding not counted."""
-        return sum(min(count, self.judged) for count in self.counts)
-
-    def _close(self, row: int) -> None:
-        """End a sequence after its ``counts`` tokens."""
-        self._ended[row] = True
-        self.sequences[row, self.prompt_len + self.counts[row] :] = self.pad_token_id
+        return sum(min(len(request.tokens), self.judged) for request in self.requests)
 
     def _judge_scores(self) -> None:
         if self.scores is None:
             return
-        step = [scores.pop(0) if scores else None for scores in self._unjudged_scores]
+        step = [request.scores.pop(0) if request.scores else None for request in self.requests]
         blank = torch.zeros_like(next(score for score in step if score is not None))
         self.scores += (torch.stack([blank if score is None else score for score in step]),)
+
+
+def _is_known_at_once(criterion: StoppingCriteria, length: int) -> bool:
+    """Whether a request obeys it by itself; a subclass may have a rule of its own."""
+    if type(criterion) is MaxLengthCriteria:
+        return criterion.max_length == length
+    return type(criterion) is EosTokenCriteria

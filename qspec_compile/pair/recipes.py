@@ -1,12 +1,15 @@
-"""Pairing: from one captured decoder to the target, draft and prefill graphs that share weights and cache."""
+"""Recipes: what makes a role's graph out of one captured decoder.
+
+A new kind of draft is a :class:`Recipe` of the role ``draft`` under a name of its own, registered with
+:func:`register`, beside the op that reads the cache for it; ``convert(..., draft_recipe=NAME)`` takes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -14,9 +17,10 @@ from quantspec.capture import Capture
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
+    ACCESSES,
+    CacheAccess,
     CheckTokenMixing,
     FuseSharedInputLinears,
-    Int4Source,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
@@ -25,39 +29,77 @@ from quantspec.passes import (
     RemoveNoOps,
     Role,
     SelectLogitRows,
+    WeightSource,
     WidenLinears,
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
 
+WeightPasses = Callable[[QuantSpecConfig, WeightSource | None], Sequence[PassBase]]
+"""The passes that give a graph its weights, in order, from the options and ready weights, if there are any."""
+
+
+def int4_weights(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
+    """INT4 linears, those of one input fused, laid out for the device."""
+    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source)
+    return [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
+
+
+def own_weights(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
+    """The model's own weights, as they are."""
+    return []
+
+
+def own_weights_of_prefill(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
+    """The model's own weights, multiplied in float32 where the CPU would emulate half precision."""
+    return [WidenLinears()] if cpu_lacks_half_matmul() else []
+
 
 @dataclass(frozen=True)
-class Pair:
-    """The lowered graphs of one model.
-
-    Every graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
-    ``length (B,)``, for prefill ``num_new (B,)``, all int64, then ``HierarchicalCache.inputs(role)``; it returns logits
-    ``(B, R, V)`` in the model's dtype.
+class Recipe:
+    """What makes a role.
 
     Attributes:
-        target: reads a few tokens, and the cache at 8 bits; the model's own weights.
-        draft: reads a few tokens, and the cache at 4 bits; INT4 weights.
-        prefill: reads a prompt and fills the cache; the model's own weights.
-        linears: what became of each of the draft's weights.
+        name: by which options choose among the recipes of one role.
+        role: that it plays.
+        access: the op that reads the cache, the parts it reads, and further inputs of the graph.
+        weights: the passes after attention is lowered.
+        compiles: whether its graph goes through torch.compile where the pair does.
     """
 
-    target: fx.GraphModule
-    draft: fx.GraphModule
-    prefill: fx.GraphModule
-    linears: tuple[LinearReport, ...]
+    name: str
+    role: Role
+    access: CacheAccess
+    weights: WeightPasses
+    compiles: bool = True
 
 
-def draft_weight_passes(
-    config: QuantSpecConfig, source: Int4Source | None = None
-) -> tuple[QuantizeWeights, list[PassBase]]:
-    """The passes that give a graph INT4 weights, in order, and the first one by itself for its report."""
-    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source)
-    return quantize, [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
+_RECIPES: dict[tuple[Role, str], Recipe] = {}
+
+
+def register(recipe: Recipe) -> Recipe:
+    """Make a recipe known under its role and name; one registered before under both is replaced."""
+    _RECIPES[recipe.role, recipe.name] = recipe
+    return recipe
+
+
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], own_weights))
+# Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
+register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], own_weights_of_prefill, compiles=False))
+register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], int4_weights))
+
+
+def recipes_for(config: QuantSpecConfig) -> Mapping[Role, Recipe]:
+    """The recipe of each role under these options.
+
+    Raises:
+        ValueError: no draft of that name is registered; lists those that are.
+    """
+    names = {Role.TARGET: "target", Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
+    if (Role.DRAFT, config.draft_recipe) not in _RECIPES:
+        known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
+        raise ValueError(f"draft_recipe must be one of {known}, not {config.draft_recipe!r}; register() adds others")
+    return {role: _RECIPES[role, name] for role, name in names.items()}
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
@@ -69,26 +111,34 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
         raise (error.__cause__ or error) from None
 
 
-def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None) -> Pair:
-    """Clone the captured graph once per role and run that role's passes; ``source`` has ready INT4 weights.
+def build_graphs(
+    captured: Capture,
+    config: QuantSpecConfig,
+    recipes: Mapping[Role, Recipe],
+    vocab_size: int,
+    source: WeightSource | None = None,
+) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
+    """The lowered graph of each role, and what became of the weights of the draft.
+
+    Args:
+        captured: the decoder; it is left as it is.
+        config: the options.
+        recipes: of each role.
+        vocab_size: token ids that the embedding knows.
+        source: has ready weights of the draft; without it they are quantized.
 
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
     """
     base = clone(captured.graph_module)
-    quantize, weight_passes = draft_weight_passes(config, source)
     try:
         run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
-    graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
-    if cpu_lacks_half_matmul():
-        graphs[Role.PREFILL] = run_passes(graphs[Role.PREFILL], [WidenLinears()])
-    # Cloning once more drops the full-precision weights that INT4 replaced.
-    draft = clone(run_passes(graphs[Role.DRAFT], weight_passes))
-    return Pair(graphs[Role.TARGET], draft, graphs[Role.PREFILL], tuple(quantize.report))
-
-
-def unique_tensors(*modules: torch.nn.Module) -> dict[int, Tensor]:
-    """Parameters and buffers by address, so that shared storage counts once."""
-    return {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    graphs, linears = {}, []
+    for role, recipe in recipes.items():
+        passes = [LowerAttention(recipe.access, config.kv_group_size), *recipe.weights(config, source)]
+        # Cloning once more drops the full-precision weights that were replaced.
+        graphs[role] = clone(run_passes(clone(base), passes))
+        linears += [report for done in passes if isinstance(done, QuantizeWeights) for report in done.report]
+    return graphs, tuple(linears)

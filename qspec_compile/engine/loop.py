@@ -1,0 +1,113 @@
+"""The speculative loop: prefill, then cycles of draft, verify, accept, flush, until every request is done.
+
+Here is the host's part; what runs on the device is a :class:`quantspec.engine.cycle.Cycle`. The loop knows nothing of
+tokenizers, and what decides which requests take part stands above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantspec.cache import HierarchicalCache
+from quantspec.passes import Role
+
+from .cycles import NAN_LOGITS, Call, Clock, Cycles, EagerCycles, LockstepCycles, ReplayedCycles, choose
+from .draft_count import DraftCount
+from .logits_processors import ScoreProcessor, stateless
+from .prefill import prefill
+from .session import Session
+from .stats import GenerationStats
+
+
+class SpeculativeLoop:
+    """One call's way from its prompts to its last token."""
+
+    def __init__(
+        self,
+        session: Session,
+        cache: HierarchicalCache,
+        call: Call,
+        draft_count: DraftCount,
+        stats: GenerationStats,
+    ) -> None:
+        self.session = session
+        self.cache = cache
+        self.call = call
+        self.progress = call.progress
+        self.draft_count = draft_count
+        self.stats = stats
+        self._clock = Clock(session.pair.device, call.progress)
+
+    def run(self) -> None:
+        """Generate until every request is done; what the cache holds of the prompts is not prefilled.
+
+        Raises:
+            FloatingPointError: the model's logits are NaN, or no token can be sampled from the processed scores.
+        """
+        pending = self.start()
+        if not any(self.progress.running):
+            return
+        cycles = self._cycles(pending)
+        try:
+            while any(self.progress.running):
+                self.step(cycles)
+        finally:
+            cycles.close()
+
+    def step(self, cycles: Cycles) -> None:
+        """Run one cycle, show what it emitted to streamer and criteria, and count it."""
+        start = self._clock.now()
+        done = cycles.run(self.draft_count.choose())
+        # Judging takes as long per token however many were drafted, so choosing their number does without it.
+        typical = None if done.typical_start is None else self._clock.finished() - done.typical_start
+        self.draft_count.record(done.num_drafts, done.accepted, typical)
+        self._judge()
+        self.stats.flushes += done.flushed
+        self.stats.record_cycle(done.num_drafts, done.accepted, self._clock.now() - start)
+
+    def start(self) -> Tensor:
+        """Prefill, and emit the first token of each request; returns the newest tokens ``(B,)``, not cached yet."""
+        start = self._clock.finished()
+        prompts = [request.prompt for request in self.progress.requests]
+        if self.call.verifier is not Role.TARGET:
+            # Its first token, too, is the verifier's own.
+            pending = torch.stack([prompt[-1] for prompt in prompts])
+            self._prefill([prompt[:-1] for prompt in prompts])
+        else:
+            logits = self._prefill(prompts)
+            assert logits is not None
+            if bool(logits.isnan().any()):
+                raise FloatingPointError(NAN_LOGITS)
+            scores = ScoreProcessor(self.call.processors)(logits, self.progress)
+            pending = choose(self.call, scores[:, 0])
+            for row, token in enumerate(pending.tolist()):
+                self.progress.append(row, [token], scores[row])
+            self._judge()
+        self.stats.prefill_seconds = self._clock.now() - start
+        return pending
+
+    def _prefill(self, prompts: Sequence[Tensor]) -> Tensor | None:
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.cache.length.device)
+        new = bool((lengths > self.cache.length).any())
+        logits = prefill(self.session.pair, self.cache, prompts) if new else None
+        self.stats.cache_bytes = self.cache.bytes_by_part()
+        self.stats.weight_bytes = self.session.pair.weight_bytes
+        return logits
+
+    def _cycles(self, pending: Tensor) -> Cycles:
+        """The fastest way that shows the processors what they must see."""
+        pair, replays = self.session.pair, self.session.replays
+        if len(stateless(self.call.processors)) < len(self.call.processors):
+            return LockstepCycles(pair, self.cache, self.call, self._clock, pending)
+        replayable = self.progress.scores is None and self.call.verifier is Role.TARGET
+        if replayable and replays.suit(self.call.processors):
+            return ReplayedCycles(replays, self.cache, self.call, self._clock, pending)
+        return EagerCycles(pair, self.cache, self.call, self._clock, pending)
+
+    def _judge(self) -> None:
+        """Stream what is complete, and stop where the criteria say so."""
+        self.progress.judge()
+        self.stats.generated_tokens = self.progress.num_generated()

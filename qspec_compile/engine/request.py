@@ -1,0 +1,53 @@
+"""A request: one sequence that is being generated, as the host knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Request:
+    """Token ids, limits and state of one sequence.
+
+    Attributes:
+        prompt: ``(S,)`` int64 ids without padding, on the model's device.
+        max_new_tokens: it ends when it has this many.
+        eos_token_ids: it ends behind any of these.
+        tokens: new ids so far.
+        scores: ``(V,)`` float32 of the newest tokens, as many as nobody has taken yet; empty if not collected.
+        ended: whether it needs no more tokens.
+    """
+
+    prompt: Tensor
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    tokens: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def remaining(self) -> int:
+        """Most tokens that it may still get."""
+        return 0 if self.ended else self.max_new_tokens - len(self.tokens)
+
+    def append(self, tokens: Sequence[int], scores: Tensor | None = None) -> int:
+        """Take ``tokens`` up to the end of the sequence, and their ``scores (T, V)``; returns how many were taken."""
+        taken = 0
+        for token in tokens:
+            if self.ended:
+                break
+            self.tokens.append(token)
+            if scores is not None:
+                self.scores.append(scores[taken])
+            taken += 1
+            self.ended = token in self.eos_token_ids or len(self.tokens) == self.max_new_tokens
+        return taken
+
+    def cut(self, length: int) -> None:
+        """End it behind its first ``length`` tokens."""
+        del self.tokens[length:]
+        self.scores.clear()
+        self.ended = True

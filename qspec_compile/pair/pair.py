@@ -1,0 +1,195 @@
+"""The pair: what a conversion makes of a model, and the one place that knows how a role's graph is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from quantspec.cache import HierarchicalCache
+from quantspec.capture import Capture, capture
+from quantspec.config import QuantSpecConfig
+from quantspec.learned_positions import learned_positions
+from quantspec.passes import Role, WeightSource
+
+from .compile_by_layer import compile_graph
+from .recipes import build_graphs, recipes_for
+
+_PREFILL_STEP = 1024
+
+
+class Pair:
+    """A target and a draft of one model, which share its weights and the layout of their cache.
+
+    A role's graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
+    ``length (B,)``, the state inputs of its recipe, all int64, and the cache's tensors; it returns logits ``(B, R, V)``
+    in the model's dtype. :meth:`read` and :meth:`fill` call them so.
+
+    Attributes:
+        model: the Hugging Face model, untouched; its tensors are the target's.
+        config: the options in force, group sizes as adapted.
+        layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
+        graphs: the FX graph of each role.
+        linears: what became of each of the draft's weights.
+        max_len: most tokens that a sequence may hold.
+        compiles: whether the graphs of recipes that say so go through torch.compile.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
+        """Capture ``model`` and make its roles; ``source`` has ready weights of the draft, else they are quantized.
+
+        Raises:
+            UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
+            ValueError: an option that does not suit the model.
+        """
+        recipes = recipes_for(config)
+        captured = capture(model)
+        self.model: PreTrainedModel = model
+        self.layers = captured.layers
+        self.max_len: int = _max_len(model, config, captured)
+        self.graphs: Mapping[Role, fx.GraphModule]
+        self.graphs, self.linears = build_graphs(captured, config, recipes, self.vocab_size, source)
+        adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
+        self.config: QuantSpecConfig = replace(config, max_cache_len=self.max_len, adapted_group_sizes=adapted)
+        self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
+        self._recipes = recipes
+        self._forwards = {
+            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph.forward
+            for role, graph in self.graphs.items()
+        }
+        self._converted_as = (model.device, model.dtype)
+        self._parameters = dict(model.named_parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights and the cache live."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids the embedding knows."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        return embedding.weight.shape[0]
+
+    @property
+    def compiles_on_gpu(self) -> bool:
+        """Whether cycles may be fused and captured as CUDA graphs."""
+        return self.compiles and self.device.type == "cuda"
+
+    @cached_property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
+        shared = _by_address(self.graphs[Role.TARGET], self.graphs[Role.PREFILL], self.model)
+        added = {address: t for address, t in _by_address(self.graphs[Role.DRAFT]).items() if address not in shared}
+        return {
+            "target": sum(t.nbytes for t in shared.values()),
+            "draft_int4": sum(t.nbytes for t in added.values()),
+        }
+
+    def new_cache(self, batch_size: int, num_speculative_tokens: int) -> HierarchicalCache:
+        """An empty cache for this model; :meth:`HierarchicalCache.reserve` gives it room."""
+        return HierarchicalCache(
+            self.layers,
+            batch_size,
+            self.config.kv_group_size,
+            num_speculative_tokens,
+            self.max_len,
+            self.model.dtype,
+            self.device,
+        )
+
+    def read(self, role: Role, ids: Tensor, cache: HierarchicalCache, num_ahead: int = 0) -> Tensor:
+        """Logits ``(B, T, V)`` of ``ids (B, T)`` int64, the tokens that follow what ``cache`` holds.
+
+        Their keys and values are written behind the verified tokens, and the cache's lengths stay; it needs T to be at
+        most one more than its ``num_speculative_tokens``.
+
+        Args:
+            role: whose graph reads, target or draft.
+            ids: tokens that follow.
+            cache: of this pair.
+            num_ahead: tokens that were read before ``ids`` and are not verified either.
+        """
+        length = cache.length + num_ahead if num_ahead else cache.length
+        rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        # Drafts may run past the last position, where nothing of them is kept.
+        positions = (length[:, None] + rows).clamp(max=self.max_len - 1)
+        return self.forward(role, ids, positions, rows, cache.quantized_len, length, cache=cache)
+
+    def fill(self, ids: Tensor, num_new: Tensor, cache: HierarchicalCache) -> Tensor:
+        """Cache the first ``num_new (B,)`` of right-padded ``ids (B, T)``, both int64, as verified tokens.
+
+        Returns:
+            Logits ``(B, 1, V)`` of each sequence's last new token; meaningless without one.
+        """
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        positions = (cache.length[:, None] + columns).clamp(max=self.max_len - 1)
+        last = (num_new - 1).clamp(min=0)[:, None]
+        state = (cache.quantized_len, cache.length, num_new)
+        logits = self.forward(Role.PREFILL, ids, positions, last, *state, cache=cache)
+        cache.advance_prefill(num_new)
+        return logits
+
+    def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
+        """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
+
+        A token's activations are taken to be six of the widest linear's inputs and outputs in the model's dtype.
+        """
+        if self.device.type != "cuda":
+            return max(1, num_tokens)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        # Logits are made of one token per prompt, so the language-model head does not count.
+        width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
+        per_token = batch_size * 6 * width * self.model.dtype.itemsize
+        return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
+
+    def check_unmoved(self) -> None:
+        """Refuse work if the model was cast, moved or given other weights since its conversion: the pair has the old.
+
+        Raises:
+            ValueError: naming what changed.
+        """
+        device, dtype = self._converted_as
+        if self.model.dtype != dtype:
+            raise ValueError(
+                f"the model was cast from {dtype} to {self.model.dtype} after conversion; convert it again"
+            )
+        if self.model.device != device:
+            raise ValueError(
+                f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
+            )
+        parameters = dict(self.model.named_parameters())
+        for name in self._parameters.keys() | parameters.keys():
+            if parameters.get(name) is not self._parameters.get(name):
+                raise ValueError(f"weight '{name}' of the model was replaced after conversion; convert it again")
+
+    @torch.no_grad()
+    def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
+        """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
+        return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.parts))
+
+
+def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:
+    """The option, or the model's limit; no more than the positions that the model has learned."""
+    learned = learned_positions(captured.graph_module)
+    if config.max_cache_len is None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = limit or torch.iinfo(torch.int32).max
+        return limit if learned is None else min(limit, learned[1])
+    if learned is not None and config.max_cache_len > learned[1]:
+        raise ValueError(
+            f"max_cache_len={config.max_cache_len} is more than the {learned[1]} positions that the model has learned "
+            f"('{learned[0]}'); set max_cache_len to at most {learned[1]}, or leave it None"
+        )
+    return config.max_cache_len
+
+
+def _by_address(*modules: torch.nn.Module) -> dict[int, Tensor]:
+    """Parameters and buffers by address, so that shared storage counts once."""
+    return {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
