@@ -7,9 +7,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CacheFullError
     from .config import QuantSpecConfig
-    from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
+    from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
     from .generate import GenerateOutput
     from .loading import from_pretrained
     from .model import QuantSpecModel, convert
@@ -33,7 +32,7 @@ __all__ = [
 
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
 _MODULES = {
-    "CacheFullError": "cache",
+    "CacheFullError": "errors",
     "GenerateOutput": "generate",
     "GenerationStats": "stats",
     "QuantSpecConfig": "config",

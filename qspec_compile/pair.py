@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from quantspec.passes import (
+    ACCESSES,
     CheckTokenMixing,
     FuseSharedInputLinears,
     Int4Source,
@@ -82,7 +83,7 @@ def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, sour
         run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
-    graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
+    graphs = {role: run_passes(clone(base), [LowerAttention(ACCESSES[role], config.kv_group_size)]) for role in Role}
     if cpu_lacks_half_matmul():
         graphs[Role.PREFILL] = run_passes(graphs[Role.PREFILL], [WidenLinears()])
     # Cloning once more drops the full-precision weights that INT4 replaced.
