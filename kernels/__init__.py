@@ -1,12 +1,15 @@
 """Custom ops, registered by importing: a file per op, or two of a kind, with formula, implementation, fake and kernels.
 
-What several ops share: ``hierarchical`` has the cache's code, ``encode`` the kernels that write it, ``inline_asm``
-device functions, ``current_device`` the guard around launches.
+The kernels of a large op stand beside it, as ``cached_attention_triton``. What several ops share: ``cache_layout`` has
+the table of the cache's parts, ``hierarchical`` its code, ``encode`` the kernels that write it, ``inline_asm`` device
+functions, ``current_device`` the guard around launches.
 """
 
 # transformers looks for Hugging Face's library `kernels` and, where Python runs in the checkout, imports this folder
 # under that name. Registering the ops a second time would leave handles to the first registration dangling.
 if __name__ != "kernels":
+    # Registers its op for CUDA.
+    from . import cached_attention_triton as cached_attention_triton
     from .attention import attention
     from .cached_attention import cached_attention, cached_attention_reference
     from .expert_linear import expert_linear, int4_expert_linear

@@ -9,26 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cache_layout import part_names
 from .encode import encode_oldest_groups
-from .hierarchical import encode_keys, encode_values
-from .prefill_attention import write_groups
+from .hierarchical import encode_keys, encode_values, write_groups
 
 
-@torch.library.custom_op(
-    "quantspec::flush",
-    mutates_args=(
-        "k_recent",
-        "v_recent",
-        "k_upper",
-        "k_lower",
-        "k_scale",
-        "k_zero",
-        "v_upper",
-        "v_lower",
-        "v_scale",
-        "v_zero",
-    ),
-)
+@torch.library.custom_op("quantspec::flush", mutates_args=part_names())
 def flush(
     k_recent: Tensor,
     v_recent: Tensor,

@@ -15,12 +15,18 @@ is the target's one 8-bit code: ``x8 = (s/16) * (16u + l) + z``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .attention import compute_dtype
 
 # Channels of one token that share a value scale; wider heads are split evenly.
 MAX_VALUE_CHANNELS = 128
 LOWER_OFFSET = 8
+# Tokens that are decoded to dense ones at a time.
+_DECODED_TOKENS = 8192
 
 
 def num_value_groups(head_dim: int) -> int:
@@ -129,3 +135,64 @@ def decode_values(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tens
     """
     codes = _code_values(upper, lower, dtype).unflatten(-1, (scale.shape[-1], -1))
     return (codes * scale.to(dtype).unsqueeze(-1) + zero.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def num_flushed_groups(unquantized: int | Tensor, group_size: int) -> int | Tensor:
+    """Groups to quantize out of ``unquantized`` recent tokens so that fewer than 2G remain and at least G stay."""
+    excess = unquantized // group_size - 1
+    return excess.clamp(min=0) if isinstance(excess, Tensor) else max(0, excess)
+
+
+def write_groups(
+    tokens: Tensor, first_group: int, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
+) -> None:
+    """Encode ``(K, n*G, D)`` tokens of one sequence into groups ``first_group``.. of its planes, in place."""
+    group_size = 2 * upper.shape[-2]
+    groups = slice(first_group, first_group + tokens.shape[1] // group_size)
+    coded = encode(tokens.unflatten(1, (-1, group_size)))
+    for part, new in zip((upper, lower, scale, zero), coded, strict=True):
+        part[:, groups] = new
+
+
+def dense_key_value(
+    quantized_len: int,
+    length: int,
+    dtype: torch.dtype,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor | None,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The first ``length`` cached tokens of one sequence (no batch axis) as dense ``(K, length, D)`` tensors.
+
+    Decoded in float32 at least, some groups at a time, so that little more memory is taken than the result's.
+    """
+    keys = _dense(decode_keys, (k_upper, k_lower, k_scale, k_zero), k_recent, quantized_len, length, dtype)
+    values = _dense(decode_values, (v_upper, v_lower, v_scale, v_zero), v_recent, quantized_len, length, dtype)
+    return keys, values
+
+
+def _dense(
+    decode: Callable[..., Tensor],
+    planes: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    recent: Tensor,
+    quantized_len: int,
+    length: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = recent.new_empty(recent.shape[0], length, recent.shape[2], dtype=dtype)
+    group_size = 2 * planes[0].shape[-2]
+    step = max(1, _DECODED_TOKENS // group_size) * group_size
+    for start in range(0, quantized_len, step):
+        end = min(start + step, quantized_len)
+        groups = slice(start // group_size, end // group_size)
+        part = [None if plane is None else plane[:, groups] for plane in planes]
+        out[:, start:end] = decode(*part, compute_dtype(dtype)).flatten(1, 2)
+    out[:, quantized_len:] = recent[:, : length - quantized_len]
+    return out

@@ -13,26 +13,9 @@ import torch
 from torch import Tensor
 
 from .attention import attention_dtype, masked_attention
-from .cached_attention import dense_key_value
+from .cache_layout import part_names
 from .encode import encode_oldest_groups
-from .hierarchical import encode_keys, encode_values
-
-
-def num_flushed_groups(unquantized: int | Tensor, group_size: int) -> int | Tensor:
-    """Groups to quantize out of ``unquantized`` recent tokens so that fewer than 2G remain and at least G stay."""
-    excess = unquantized // group_size - 1
-    return excess.clamp(min=0) if isinstance(excess, Tensor) else max(0, excess)
-
-
-def write_groups(
-    tokens: Tensor, first_group: int, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
-) -> None:
-    """Encode ``(K, n*G, D)`` tokens of one sequence into groups ``first_group``.. of its planes, in place."""
-    group_size = 2 * upper.shape[-2]
-    groups = slice(first_group, first_group + tokens.shape[1] // group_size)
-    coded = encode(tokens.unflatten(1, (-1, group_size)))
-    for part, new in zip((upper, lower, scale, zero), coded, strict=True):
-        part[:, groups] = new
+from .hierarchical import dense_key_value, encode_keys, encode_values, num_flushed_groups, write_groups
 
 
 def _attend_prompts(
@@ -68,21 +51,7 @@ def _attend_prompts(
     return out
 
 
-@torch.library.custom_op(
-    "quantspec::prefill_attention",
-    mutates_args=(
-        "k_recent",
-        "v_recent",
-        "k_upper",
-        "k_lower",
-        "k_scale",
-        "k_zero",
-        "v_upper",
-        "v_lower",
-        "v_scale",
-        "v_zero",
-    ),
-)
+@torch.library.custom_op("quantspec::prefill_attention", mutates_args=part_names())
 def prefill_attention(
     query: Tensor,
     key: Tensor,

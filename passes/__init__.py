@@ -1,6 +1,6 @@
 """FX passes: each file holds one rewrite of a captured decoder. ``README.md`` lists what every pass must keep."""
 
-from .attention_lowering import CACHE_PARTS, LowerAttention, Role, cache_parts
+from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
 from .int4_weights import GROUP_SIZES, Int4Source, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
 from .logit_rows import SelectLogitRows
@@ -12,8 +12,9 @@ from .token_mixing import CheckTokenMixing, TokenMixingError
 from .widen_linears import WidenLinears, cpu_lacks_half_matmul
 
 __all__ = [
-    "CACHE_PARTS",
+    "ACCESSES",
     "GROUP_SIZES",
+    "CacheAccess",
     "CheckTokenMixing",
     "FuseSharedInputLinears",
     "Int4Source",

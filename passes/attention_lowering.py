@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.hierarchical import num_value_groups
+from quantspec.kernels.cache_layout import CACHE_PARTS, CachePart, part_names
 
 from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
@@ -25,44 +27,49 @@ class Role(StrEnum):
     """Reads a prompt in chunks and fills the cache; earlier chunks at 8 bits."""
 
 
-CACHE_PARTS = (
-    "k_recent",
-    "v_recent",
-    "k_upper",
-    "k_lower",
-    "k_scale",
-    "k_zero",
-    "v_upper",
-    "v_lower",
-    "v_scale",
-    "v_zero",
-)
-"""Parts of one layer's cache in the order the attention ops take them."""
-_LOWER = ("k_lower", "v_lower")
+@dataclass(frozen=True)
+class CacheAccess:
+    """How a graph's attention reads the cache.
+
+    Attributes:
+        op: called as ``op(query, key, value, *CACHE_PARTS, quantized_len, length, *state, scale, window, softcap,
+            sinks)``; returns ``(B, T, H, Dv)``.
+        parts: names of the parts that the graph takes as inputs; the op gets None for each other one.
+        state: names of further ``(B,)`` int64 inputs.
+    """
+
+    op: torch._ops.OpOverload
+    parts: tuple[str, ...]
+    state: tuple[str, ...] = ()
 
 
-def cache_parts(role: Role) -> tuple[str, ...]:
-    """The parts of a layer's cache that a role's graph takes as inputs: the draft never sees the lower planes."""
-    return tuple(part for part in CACHE_PARTS if role is not Role.DRAFT or part not in _LOWER)
+ACCESSES: dict[str, CacheAccess] = {
+    Role.TARGET: CacheAccess(torch.ops.quantspec.cached_attention.default, part_names()),
+    Role.DRAFT: CacheAccess(torch.ops.quantspec.cached_attention.default, part_names("recent", "upper", "scales")),
+    Role.PREFILL: CacheAccess(torch.ops.quantspec.prefill_attention.default, part_names(), state=("num_new",)),
+}
+"""How each role's graph reads the cache; a further kind of draft adds its own."""
+
+
+def cache_parts(role: str) -> tuple[str, ...]:
+    """Names of the cache's parts that a role's graph takes for every layer: the draft never sees the lower planes."""
+    return ACCESSES[role].parts
 
 
 class LowerAttention(PassBase):
-    """Matches ``quantspec::attention(q, k, v, layer, ...)`` markers, writes the role's cache op for each.
+    """Matches ``quantspec::attention(q, k, v, layer, ...)`` markers, writes the op of a :class:`CacheAccess` for each.
 
-    - target: ``quantspec::cached_attention`` over both planes (INT8)
-    - draft: ``quantspec::cached_attention`` over the upper planes (INT4)
-    - prefill: ``quantspec::prefill_attention``
-
-    Adds the inputs ``quantized_len`` and ``length`` (B,) int64, for prefill ``num_new`` (B,) int64, and then for every
-    layer in order its :func:`cache_parts`, named ``cache_{layer}_{part}``.
+    Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, and then for every layer in
+    order the access's ``parts``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
+    ``meta["cache_part"]``.
 
     Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
     """
 
-    def __init__(self, role: Role, group_size: int) -> None:
-        """``role`` chooses the op, ``group_size`` is the cache's tokens per group (G)."""
+    def __init__(self, access: CacheAccess, group_size: int) -> None:
+        """``access`` says what is read by which op, ``group_size`` is the cache's tokens per group (G)."""
         super().__init__()
-        self.role = role
+        self.access = access
         self.group_size = group_size
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -79,9 +86,8 @@ class LowerAttention(PassBase):
         if not markers:
             return PassResult(graph_module, False)
         query = markers[0].args[0].meta["val"]  # type: ignore[union-attr]
-        names = ["quantized_len", "length"] + (["num_new"] if self.role is Role.PREFILL else [])
         counts = query.new_empty(query.shape[:1], dtype=torch.int64)
-        state = [add_placeholder(graph, name, counts) for name in names]
+        state = [add_placeholder(graph, name, counts) for name in ("quantized_len", "length", *self.access.state)]
         values = _CacheValues(graph, self.group_size)
         for marker in markers:
             self._lower(graph, marker, state, values)
@@ -89,21 +95,18 @@ class LowerAttention(PassBase):
         return PassResult(graph_module, True)
 
     def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
-        query, key, value, layer, scale, window, softcap, sinks = marker.args
-        dense = {"k": key.meta["val"], "v": value.meta["val"]}  # type: ignore[union-attr]
-        parts = {
-            part: add_placeholder(graph, f"cache_{layer}_{part}", values.of(part, dense[part[0]]))
-            for part in cache_parts(self.role)
-        }
-        options = (scale, window, softcap, sinks)
-        if self.role is Role.PREFILL:
-            target = torch.ops.quantspec.prefill_attention.default
-        else:
-            target = torch.ops.quantspec.cached_attention.default
-        cache = tuple(parts.get(part) for part in CACHE_PARTS)
+        query, key, value, layer, *options = marker.args
+        dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
+        parts = {part.name: part for part in CACHE_PARTS}
+        inputs: dict[str, fx.Node] = {}
+        for name in self.access.parts:
+            part = parts[name]
+            inputs[name] = add_placeholder(graph, f"cache_{layer}_{name}", values.of(part, dense[part.holds]))
+            inputs[name].meta["cache_part"] = part
+        cache = tuple(inputs.get(name) for name in parts)
         with graph.inserting_before(marker):
             arguments = (query, key, value, *cache, *state, *options)
-            lowered = add_call(graph, target, arguments, marker, value=marker.meta.get("val"))
+            lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 
@@ -118,20 +121,15 @@ class _CacheValues:
         assert self.mode is not None
         assert self.mode.shape_env is not None
         # The allocated sizes are the cache's affair: no graph depends on them.
+        self.groups: Any
+        self.recent: Any
         self.groups, self.recent = (self.mode.shape_env.create_unbacked_symint() for _ in range(2))
 
-    def of(self, part: str, dense: torch.Tensor) -> torch.Tensor:
+    def of(self, part: CachePart, dense: torch.Tensor) -> torch.Tensor:
         """The value of ``part`` for a layer whose keys or values are ``dense (B, K, T, D)``."""
         batch, heads, _, dim = dense.shape
-        shape: tuple
-        if part.endswith("recent"):
-            shape, dtype = (batch, heads, self.recent, dim), dense.dtype
-        elif part.endswith(("upper", "lower")):
-            shape, dtype = (batch, heads, self.groups, self.group_size // 2, dim), torch.uint8
-        elif part.startswith("k"):
-            shape, dtype = (batch, heads, self.groups, dim), torch.float16
-        else:
-            shape, dtype = (batch, heads, self.groups, self.group_size, num_value_groups(dim)), torch.float16
+        shape = part.shape(batch, heads, dim, self.groups, self.group_size, self.recent)
+        dtype = part.dtype or dense.dtype
         key = (*map(str, shape), dtype)
         if key not in self.made:
             with self.mode:  # type: ignore[union-attr]

@@ -7,11 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CacheFullError
     from .checkpoint.loading import from_pretrained
     from .config import QuantSpecConfig
     from .engine.stats import GenerationStats
-    from .errors import SavedModelError, SelfCheckError, UnsupportedModelError
+    from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
     from .hugging_face.decode import GenerateOutput
     from .model import QuantSpecModel, convert
 
@@ -33,7 +32,7 @@ __all__ = [
 
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
 _MODULES = {
-    "CacheFullError": "cache",
+    "CacheFullError": "errors",
     "GenerateOutput": "hugging_face.decode",
     "GenerationStats": "engine.stats",
     "QuantSpecConfig": "config",

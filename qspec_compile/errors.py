@@ -11,3 +11,7 @@ class SelfCheckError(RuntimeError):
 
 class SavedModelError(ValueError):
     """A folder cannot be saved to, or what it holds cannot be loaded; the message names the file and what to do."""
+
+
+class CacheFullError(ValueError):
+    """More tokens were asked for than ``max_cache_len`` allows."""

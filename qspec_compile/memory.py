@@ -6,46 +6,15 @@ configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
-from quantspec.kernels.hierarchical import num_value_groups
+from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
 
+from .cache.geometry import AttentionShape, part_shape, planned_groups, recent_slots
 from .config import QuantSpecConfig
-
-_SCALE_BYTES = torch.float16.itemsize
-
-
-class AttentionShape(Protocol):
-    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
-
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def key_dim(self) -> int: ...
-    @property
-    def value_dim(self) -> int: ...
-    @property
-    def window(self) -> int: ...
-
-
-def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
-    """Tokens of the recent buffer: fewer than 2G between cycles, and the block that is being verified."""
-    return 2 * kv_group_size + num_speculative_tokens + 1
-
-
-def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> int:
-    """Groups that a cache has planes for, once there is room for ``num_tokens`` per sequence."""
-    # The newest G tokens are never quantized.
-    groups = max(0, -(-num_tokens // kv_group_size) - 1)
-    if groups == 0:
-        return 0
-    # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
-    step = 1 << max(0, groups.bit_length() - 5)
-    # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
-    return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
 
 
 def cache_bytes_per_token(
@@ -59,12 +28,20 @@ def cache_bytes_per_token(
         layers: the model's attention layers.
         kv_group_size: tokens quantized together (G).
     """
-    plane = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) / 2
-    # Keys have a scale and a zero per channel of a group, values per 128 channels of a token.
-    parameters = sum(
-        2 * layer.kv_heads * (layer.key_dim / kv_group_size + num_value_groups(layer.value_dim)) for layer in layers
-    )
-    return {"upper": plane, "lower": plane, "scales": parameters * _SCALE_BYTES}
+    group = _bytes_by_part(layers, 1, 1, kv_group_size, 0, torch.uint8)
+    return {kind: size / kv_group_size for kind, size in group.items() if kind != "recent"}
+
+
+def _bytes_by_part(
+    layers: Sequence[AttentionShape], batch_size: int, groups: int, group_size: int, recent: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of a cache with room for ``groups`` groups and ``recent`` slots."""
+    totals = dict.fromkeys(map(str, KINDS), 0)
+    for layer in layers:
+        for part in CACHE_PARTS:
+            shape = part_shape(part, layer, batch_size, groups, group_size, recent)
+            totals[part.kind] += math.prod(shape) * (part.dtype or dtype).itemsize
+    return totals
 
 
 def expected_memory(
@@ -93,13 +70,8 @@ def expected_memory(
         ``lower``, ``scales`` (with zeros) and ``recent``.
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
-    quantized = {
-        part: round(batch_size * groups * kv_group_size * size)
-        for part, size in cache_bytes_per_token(layers, kv_group_size).items()
-    }
     slots = recent_slots(kv_group_size, num_speculative_tokens)
-    per_slot = full_precision_bytes(layers, 1, batch_size, dtype)
-    return {**quantized, "recent": slots * per_slot}
+    return _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype)
 
 
 def full_precision_bytes(

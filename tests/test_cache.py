@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from quantspec import CacheFullError
 from quantspec.cache import HierarchicalCache, LayerCache
 from quantspec.capture import CapturedLayer
 from quantspec.kernels import cached_attention, prefill_attention
-from quantspec.kernels.cached_attention import dense_key_value
+from quantspec.kernels.cache_layout import CACHE_PARTS
+from quantspec.kernels.hierarchical import dense_key_value
 
 G = 16
 MAX_LEN = 7 * G
@@ -344,10 +344,10 @@ def test_cuda_stores_the_tokens_of_a_value_channel_adjacently(groups: int) -> No
         sizes = (2, groups, G, 2 * G + 4, torch.float32)
         with FakeTensorMode():
             cuda, plain = (LayerCache.allocate(layer, *sizes, torch.device(kind)) for kind in ("cuda", "cpu"))
-        for field in fields(LayerCache):
-            part = getattr(cuda, field.name)
-            assert part.shape == getattr(plain, field.name).shape
-            assert part.stride(-2 if field.name in ("v_upper", "v_lower") else -1) == 1
+        for name in (part.name for part in CACHE_PARTS):
+            part = getattr(cuda, name)
+            assert part.shape == getattr(plain, name).shape
+            assert part.stride(-2 if name in ("v_upper", "v_lower") else -1) == 1
 
 
 def test_growing_keeps_transposed_values():

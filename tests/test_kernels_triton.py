@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantspec.kernels.cached_attention import cached_attention_reference, cached_attention_triton
+from quantspec.kernels.cached_attention import cached_attention_reference
+from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import (
     expert_linear,

@@ -22,12 +22,12 @@ from quantspec.kernels.hierarchical import (
     decode_values,
     encode_keys,
     encode_values,
+    num_flushed_groups,
     num_value_groups,
     pack_tokens,
     unpack_tokens,
 )
 from quantspec.kernels.int4_linear import dequantize_int4, pack_int4, unpack_int4
-from quantspec.kernels.prefill_attention import num_flushed_groups
 
 GROUP = 16
 # Key and value head dims; the last two differ.

@@ -14,9 +14,10 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from quantspec.cache import HierarchicalCache
 from quantspec.capture import Capture, capture
+from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.int4_linear import dequantize_int4
 from quantspec.passes import (
-    CACHE_PARTS,
+    ACCESSES,
     CheckTokenMixing,
     FuseSharedInputLinears,
     LowerAttention,
@@ -216,7 +217,7 @@ def test_lower_attention_writes_the_roles_op_for_every_marker(role):
     with torch.no_grad():
         expected = gm(*inputs)
         markers = count(gm, ops.attention.default)
-        gm = apply(gm, LowerAttention(role, GROUP))
+        gm = apply(gm, LowerAttention(ACCESSES[role], GROUP))
         new = ops.prefill_attention.default if role is Role.PREFILL else ops.cached_attention.default
         assert markers == 2
         assert count(gm, ops.attention.default) == 0
@@ -230,16 +231,16 @@ def test_lower_attention_writes_the_roles_op_for_every_marker(role):
 
 @pytest.mark.parametrize("role", Role)
 def test_lower_attention_names_its_inputs_in_order(role):
-    gm = apply(decoder(), LowerAttention(role, GROUP))
+    gm = apply(decoder(), LowerAttention(ACCESSES[role], GROUP))
     names = [node.target for node in gm.graph.nodes if node.op == "placeholder"]
     state = ["quantized_len", "length"] + (["num_new"] if role is Role.PREFILL else [])
     assert names[2:] == state + [f"cache_{layer}_{part}" for layer in range(2) for part in cache_parts(role)]
 
 
 def test_the_draft_has_no_lower_plane():
-    assert set(CACHE_PARTS) - set(cache_parts(Role.DRAFT)) == {"k_lower", "v_lower"}
-    assert cache_parts(Role.TARGET) == cache_parts(Role.PREFILL) == CACHE_PARTS
-    gm = apply(decoder(), LowerAttention(Role.DRAFT, GROUP))
+    assert set(part_names()) - set(cache_parts(Role.DRAFT)) == {"k_lower", "v_lower"}
+    assert cache_parts(Role.TARGET) == cache_parts(Role.PREFILL) == part_names()
+    gm = apply(decoder(), LowerAttention(ACCESSES[Role.DRAFT], GROUP))
     assert not [node for node in gm.graph.nodes if "lower" in node.name]
     schema = [argument.name for argument in ops.cached_attention.default._schema.arguments]
     for call in find_calls(gm.graph, ops.cached_attention.default):
@@ -251,7 +252,7 @@ def test_the_draft_has_no_lower_plane():
 def test_lower_attention_carries_window_softcap_and_scale():
     gm = decoder("gemma2")
     markers = [node.args[4:] for node in find_calls(gm.graph, ops.attention.default)]
-    gm = apply(gm, LowerAttention(Role.TARGET, GROUP))
+    gm = apply(gm, LowerAttention(ACCESSES[Role.TARGET], GROUP))
     assert [node.args[-4:] for node in find_calls(gm.graph, ops.cached_attention.default)] == markers
     assert [options[1] for options in markers] == [12, 0]
 
@@ -261,7 +262,7 @@ def test_lower_attention_refuses_two_markers_of_one_layer():
     for marker in find_calls(gm.graph, ops.attention.default):
         marker.update_arg(3, 0)
     with pytest.raises(ValueError, match="share layer index 0") as error:
-        LowerAttention(Role.TARGET, GROUP)(gm)
+        LowerAttention(ACCESSES[Role.TARGET], GROUP)(gm)
     for layer, name in enumerate(("attention", "attention_1")):
         marker = f"node '{name}' (quantspec.attention.default) of module 'model.layers.{layer}.self_attn'"
         assert marker in str(error.value)

@@ -225,7 +225,10 @@ def _reads(node: fx.Node) -> bool:
 def _varying_symbols(placeholders: list[fx.Node]) -> set[Any]:
     """Symbols of the sizes that vary between calls: tokens, and groups of the planes."""
     sizes = [node.meta["val"].shape[1] for node in placeholders if node.target == "input_ids"]
-    sizes += [node.meta["val"].shape[2] for node in placeholders if str(node.target).endswith("_upper")]
+    for node in placeholders:
+        part = node.meta.get("cache_part")
+        if part is not None and part.group_axis is not None:
+            sizes.append(node.meta["val"].shape[part.group_axis])
     return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 

@@ -7,22 +7,18 @@ planes hold verified tokens only, and between cycles every sequence has fewer th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from quantspec.errors import CacheFullError
 from quantspec.kernels import flush
-from quantspec.kernels.hierarchical import num_value_groups
-from quantspec.kernels.prefill_attention import num_flushed_groups
+from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
+from quantspec.kernels.hierarchical import num_flushed_groups
 from quantspec.passes import Role, cache_parts
 
-from .capture import CapturedLayer
-from .memory import planned_groups, recent_slots
-
-
-class CacheFullError(ValueError):
-    """More tokens were asked for than ``max_cache_len`` allows."""
+from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
 
 
 def check_cache_len(num_tokens: int, max_len: int) -> None:
@@ -34,65 +30,46 @@ def check_cache_len(num_tokens: int, max_len: int) -> None:
         )
 
 
-@dataclass
-class LayerCache:
-    """One layer's part. B batch, K key/value heads, R recent slots, N groups of G tokens, D head dim.
-
-    Attributes:
-        k_recent, v_recent: ``(B, K, R, D)`` model dtype; slot r holds position ``quantized_len + r``.
-        k_upper, k_lower, v_upper, v_lower: ``(B, K, N, G/2, D)`` uint8, two 4-bit codes a byte. On CUDA the value
-            planes are stored as ``(B, K, N, D, G/2)``, since tokens are what the product with them sums over.
-        k_scale, k_zero: ``(B, K, N, D)`` float16, per channel of a group.
-        v_scale, v_zero: ``(B, K, N, G, num_value_groups(D))`` float16, per token.
-    """
-
-    k_recent: Tensor
-    v_recent: Tensor
-    k_upper: Tensor
-    k_lower: Tensor
-    k_scale: Tensor
-    k_zero: Tensor
-    v_upper: Tensor
-    v_lower: Tensor
-    v_scale: Tensor
-    v_zero: Tensor
+class LayerCache(SimpleNamespace):
+    """One layer's tensors, each an attribute that is named as in ``quantspec.kernels.cache_layout.CACHE_PARTS``."""
 
     @classmethod
     def allocate(
-        cls, layer: CapturedLayer, batch: int, groups: int, group_size: int, recent: int, dtype: torch.dtype, device
+        cls, layer: AttentionShape, batch: int, groups: int, group_size: int, recent: int, dtype: torch.dtype, device
     ) -> LayerCache:
         """Zeroed storage for ``groups`` groups and ``recent`` slots."""
         tensors: dict[str, Tensor] = {}
-        for prefix, dim in (("k", layer.key_dim), ("v", layer.value_dim)):
-            shape = (batch, layer.kv_heads)
-            params = (groups, dim) if prefix == "k" else (groups, group_size, num_value_groups(dim))
-            tensors[f"{prefix}_recent"] = torch.zeros(*shape, recent, dim, dtype=dtype, device=device)
-            tokens_adjacent = prefix == "v" and torch.device(device).type == "cuda"
-            rows = (dim, group_size // 2) if tokens_adjacent else (group_size // 2, dim)
-            for plane in ("upper", "lower"):
-                planes = torch.zeros(*shape, groups, *rows, dtype=torch.uint8, device=device)
-                tensors[f"{prefix}_{plane}"] = planes.transpose(-1, -2) if tokens_adjacent else planes
-            for parameter in ("scale", "zero"):
-                tensors[f"{prefix}_{parameter}"] = torch.zeros(*shape, *params, dtype=torch.float16, device=device)
+        for part in CACHE_PARTS:
+            shape = part_shape(part, layer, batch, groups, group_size, recent)
+            transposed = part.tokens_adjacent_on_cuda and torch.device(device).type == "cuda"
+            stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+            tensor = torch.zeros(stored, dtype=part.dtype or dtype, device=device)
+            tensors[part.name] = tensor.transpose(-1, -2) if transposed else tensor
         return cls(**tensors)
+
+    @property
+    def groups(self) -> int:
+        """Groups there is room for."""
+        return next(
+            getattr(self, part.name).shape[part.group_axis] for part in CACHE_PARTS if part.group_axis is not None
+        )
 
     def parts(self) -> tuple[Tensor, ...]:
         """All tensors, in the order the ops take them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple(getattr(self, part.name) for part in CACHE_PARTS)
 
     def grown(self, groups: int) -> LayerCache:
         """A copy with room for ``groups`` groups, laid out alike; the recent buffers are kept as they are."""
         grown = {}
-        for f in fields(self):
-            tensor = getattr(self, f.name)
-            if not f.name.endswith("recent"):
+        for part, tensor in zip(CACHE_PARTS, self.parts(), strict=True):
+            if part.group_axis is not None:
                 stored = tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2)
                 shape = list(stored.shape)
-                shape[2] = groups
+                shape[part.group_axis] = groups
                 larger = stored.new_zeros(shape)
-                larger[:, :, : stored.shape[2]] = stored
+                larger.narrow(part.group_axis, 0, stored.shape[part.group_axis]).copy_(stored)
                 tensor = larger if stored is tensor else larger.transpose(-1, -2)
-            grown[f.name] = tensor
+            grown[part.name] = tensor
         return LayerCache(**grown)
 
 
@@ -110,7 +87,7 @@ class HierarchicalCache:
     @torch.inference_mode(False)
     def __init__(
         self,
-        layers: Sequence[CapturedLayer],
+        layers: Sequence[AttentionShape],
         batch_size: int,
         group_size: int,
         num_speculative_tokens: int,
@@ -144,7 +121,7 @@ class HierarchicalCache:
     @property
     def capacity(self) -> int:
         """Tokens a sequence can hold before the planes must grow."""
-        return (min(layer.k_upper.shape[2] for layer in self.layers) + 1) * self.group_size
+        return (min(layer.groups for layer in self.layers) + 1) * self.group_size
 
     @torch.inference_mode(False)
     def reserve(self, num_tokens: int) -> None:
@@ -157,7 +134,7 @@ class HierarchicalCache:
         groups = planned_groups(num_tokens, self.group_size, self.max_len)
         # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
         for index, layer in enumerate(self.layers):
-            if groups > layer.k_upper.shape[2]:
+            if groups > layer.groups:
                 self.layers[index] = layer.grown(groups)
 
     def inputs(self, role: Role) -> list[Tensor]:
@@ -212,9 +189,8 @@ class HierarchicalCache:
 
     def bytes_by_part(self) -> dict[str, int]:
         """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros) and ``recent``."""
-        totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0}
+        totals = dict.fromkeys(map(str, KINDS), 0)
         for layer in self.layers:
-            for f in fields(layer):
-                kind = f.name.split("_")[1]
-                totals["scales" if kind in ("scale", "zero") else kind] += getattr(layer, f.name).nbytes
+            for part, tensor in zip(CACHE_PARTS, layer.parts(), strict=True):
+                totals[part.kind] += tensor.nbytes
         return totals

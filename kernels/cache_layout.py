@@ -1,0 +1,89 @@
+"""The parts of one layer's hierarchical cache: their names, order, shapes and dtypes, and what each counts as.
+
+The ops take the parts in this order; the cache, the graphs' inputs and the memory estimates are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from .hierarchical import num_value_groups
+
+Kind = Literal["upper", "lower", "scales", "recent"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What parts count as where memory is told: the two planes, scales with zeros, and the recent buffer."""
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """One tensor of a layer's cache.
+
+    Attributes:
+        name: of the ops' argument.
+        holds: what is in it, ``"keys"`` or ``"values"``.
+        kind: what it counts as.
+        axes: its axes in order. B batch, K key/value heads, R recent slots, N groups of G tokens, D channels of a head,
+            V groups that share a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`).
+        dtype: None for the model's.
+        tokens_adjacent_on_cuda: whether CUDA stores its last two axes the other way round, since tokens are what the
+            product with a value plane sums over.
+    """
+
+    name: str
+    holds: Literal["keys", "values"]
+    kind: Kind
+    axes: tuple[str, ...]
+    dtype: torch.dtype | None
+    tokens_adjacent_on_cuda: bool = False
+
+    @property
+    def group_axis(self) -> int | None:
+        """The axis that grows with the number of groups; None for a part that has none."""
+        return self.axes.index("N") if "N" in self.axes else None
+
+    def shape(
+        self, batch: int, kv_heads: int, head_dim: int, groups: int, group_size: int, recent: int
+    ) -> tuple[int, ...]:
+        """Its shape for ``kv_heads`` heads of ``head_dim`` channels, ``groups`` groups and ``recent`` slots.
+
+        ``batch``, ``groups`` and ``recent`` may be symbols.
+        """
+        sizes = {
+            "B": batch,
+            "K": kv_heads,
+            "R": recent,
+            "N": groups,
+            "G": group_size,
+            "G/2": group_size // 2,
+            "D": head_dim,
+            "V": num_value_groups(head_dim),
+        }
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+_RECENT = ("B", "K", "R", "D")
+_PLANE = ("B", "K", "N", "G/2", "D")
+_PER_CHANNEL = ("B", "K", "N", "D")
+_PER_TOKEN = ("B", "K", "N", "G", "V")
+
+CACHE_PARTS = (
+    CachePart("k_recent", "keys", "recent", _RECENT, None),
+    CachePart("v_recent", "values", "recent", _RECENT, None),
+    CachePart("k_upper", "keys", "upper", _PLANE, torch.uint8),
+    CachePart("k_lower", "keys", "lower", _PLANE, torch.uint8),
+    CachePart("k_scale", "keys", "scales", _PER_CHANNEL, torch.float16),
+    CachePart("k_zero", "keys", "scales", _PER_CHANNEL, torch.float16),
+    CachePart("v_upper", "values", "upper", _PLANE, torch.uint8, tokens_adjacent_on_cuda=True),
+    CachePart("v_lower", "values", "lower", _PLANE, torch.uint8, tokens_adjacent_on_cuda=True),
+    CachePart("v_scale", "values", "scales", _PER_TOKEN, torch.float16),
+    CachePart("v_zero", "values", "scales", _PER_TOKEN, torch.float16),
+)
+"""Parts of one layer's cache, in the order in which every op takes them."""
+
+
+def part_names(*kinds: Kind) -> tuple[str, ...]:
+    """Names of the parts of these kinds, in order; of all parts if none is named."""
+    return tuple(part.name for part in CACHE_PARTS if not kinds or part.kind in kinds)

@@ -1,0 +1,735 @@
+"""``quantspec::cached_attention`` on CUDA.
+
+Of the plain implementation's two foldings only that of values is kept: a query scaled anew would change its layout in
+every group, while keys are scaled in the registers where their product wants them. There codes are centred (u - 8 for
+the draft, 16u + l - 128 for the target, with s and z adjusted to match), so that both sums stay small.
+
+One program attends to one stretch of one sequence's cache, for all query heads of a KV head and all T tokens at once
+(they are the columns of its matrix products, so the cache is read once); a second kernel merges the stretches by their
+log-sum-exp. Both kernels read the lengths on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .cached_attention import MAX_HEAD_DIM, cached_attention
+from .current_device import on_tensors_device
+from .inline_asm import (
+    centred_bytes,
+    centred_nibbles,
+    exact_dot,
+    fast_exp2,
+    fast_log2,
+    launches_overlap,
+    use_inline_asm,
+)
+
+# Score of a key that a query must not see; finite, so that a column of them gives no NaN.
+_HIDDEN = tl.constexpr(-1.0e30)
+# Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
+_WEIGHT_SHIFT = tl.constexpr(15.0)
+
+
+@triton.jit
+def _centred_codes(upper, lower, at, mask, dtype: tl.constexpr, HAS_LOWER: tl.constexpr, USE_ASM: tl.constexpr):
+    """Centred codes of the low and of the high nibbles at byte offsets ``at``."""
+    packed = tl.load(upper + at, mask, other=0)
+    if HAS_LOWER:
+        return centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
+    else:
+        return centred_nibbles(packed, dtype, USE_ASM)
+
+
+@triton.jit
+def _load_value_scales(v_scale, v_zero, tile, num_bytes, PARTS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Scale and zero, as stored, of the low and of the high tokens of a tile, each ``(BLOCK, 1)``."""
+    byte = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
+    low_at = (byte // HALF * (2 * HALF) + byte % HALF) * PARTS
+    high_at = low_at + HALF * PARTS
+    inside = byte < num_bytes
+    vs_low = tl.load(v_scale + low_at, inside, other=1)
+    vs_high = tl.load(v_scale + high_at, inside, other=1)
+    vz_low = tl.load(v_zero + low_at, inside, other=0)
+    vz_high = tl.load(v_zero + high_at, inside, other=0)
+    return vs_low, vs_high, vz_low, vz_high
+
+
+@triton.jit
+def _attend_planes(
+    q_t,
+    k_upper,
+    k_lower,
+    k_scale,
+    k_zero,
+    v_upper,
+    v_lower,
+    v_scale,
+    v_zero,
+    stride_v_group,
+    stride_v_row,
+    stride_v_channel,
+    first_tile,
+    last_tile,
+    num_bytes,
+    oldest,
+    scale_log2,
+    softcap_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Attend from the columns of ``q_t (BLOCK_D, BLOCK_ROWS)`` to tiles of ``BLOCK`` bytes (twice as many tokens).
+
+    A byte index runs over the rows of all groups in order. Keys of position <= ``oldest`` of a column are hidden from
+    it. Returns the normalized outputs of both value parts ``(BLOCK_PART, BLOCK_ROWS)`` and the log2-sum-exp2.
+    """
+    dtype: tl.constexpr = q_t.dtype
+    step: tl.constexpr = 0.0625 if HAS_LOWER else 1.0
+    i = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    c = tl.arange(0, BLOCK_PART)
+    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
+    norm = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+    acc = tl.zeros((BLOCK_PART, BLOCK_ROWS), tl.float32)
+    offset = norm
+    acc_1 = acc
+    offset_1 = norm
+    next_scales = _load_value_scales(v_scale, v_zero, first_tile, num_bytes, PARTS, HALF, BLOCK)
+    for tile in range(first_tile, last_tile):
+        vs_low, vs_high, vz_low, vz_high = next_scales
+        # Loads this small are not pipelined by the compiler; without this each tile waits for them.
+        next_scales = _load_value_scales(v_scale, v_zero, tile + 1, num_bytes, PARTS, HALF, BLOCK)
+        if HALF >= BLOCK:
+            group = tile // (HALF // BLOCK)
+            row = (tile % (HALF // BLOCK)) * BLOCK + i
+            scale_at = group * D + d[None, :]
+            v_at = group * stride_v_group + row[None, :] * stride_v_row + c[:, None] * stride_v_channel
+            token = group * (2 * HALF) + row
+            # A mask known to be true leaves no instruction behind.
+            inside = tl.full((1,), 1, tl.int1)
+        else:
+            byte = tile * BLOCK + i
+            group = byte // HALF
+            row = byte % HALF
+            scale_at = group[:, None] * D + d[None, :]
+            v_at = (group * stride_v_group + row * stride_v_row)[None, :] + c[:, None] * stride_v_channel
+            token = group * (2 * HALF) + row
+            inside = byte < num_bytes
+        k_mask = inside[:, None]
+        v_mask = inside[None, :]
+        if D < BLOCK_D:
+            k_mask = k_mask & (d[None, :] < D)
+        if PART < BLOCK_PART:
+            v_mask = v_mask & (c[:, None] < PART)
+
+        k_at = (tile * BLOCK + i)[:, None] * D + d[None, :]
+        k_low, k_high = _centred_codes(k_upper, k_lower, k_at, k_mask, dtype, HAS_LOWER, USE_ASM)
+        ks = tl.load(k_scale + scale_at, k_mask, other=0).to(dtype)
+        kz = tl.load(k_zero + scale_at, k_mask, other=0).to(dtype) + 8 * ks
+        ks = ks * step
+        s_low = tl.dot(k_low * ks + kz, q_t, input_precision="ieee") * scale_log2
+        s_high = tl.dot(k_high * ks + kz, q_t, input_precision="ieee") * scale_log2
+        if HAS_SOFTCAP:
+            s_low = _soft_cap(s_low, softcap_log2, USE_ASM)
+            s_high = _soft_cap(s_high, softcap_log2, USE_ASM)
+        if HAS_WINDOW:
+            s_low = tl.where(token[:, None] > oldest[None, :], s_low, _HIDDEN)
+            s_high = tl.where((token + HALF)[:, None] > oldest[None, :], s_high, _HIDDEN)
+        if HALF < BLOCK:
+            s_low = tl.where(inside[:, None], s_low, _HIDDEN)
+            s_high = tl.where(inside[:, None], s_high, _HIDDEN)
+
+        log_low = fast_log2(vs_low.to(tl.float32) * step, USE_ASM)
+        log_high = fast_log2(vs_high.to(tl.float32) * step, USE_ASM)
+        # Weight over scale is the probability, so the normalizer and the zeros need no second exponential.
+        r_low = fast_exp2(-log_low, USE_ASM)
+        r_high = fast_exp2(-log_high, USE_ASM)
+        z_low = vz_low.to(tl.float32) * r_low + 8 / step
+        z_high = vz_high.to(tl.float32) * r_high + 8 / step
+        # The scale of a token rides in the exponent: its weight 2^(score + log2 s - top) is the factor of its codes.
+        y_low = s_low + log_low
+        y_high = s_high + log_high
+        best = tl.maximum(y_low, y_high)
+        if PARTS == 2:
+            low_at = token[:, None] * PARTS
+            high_at = low_at + HALF * PARTS
+            log_low_1 = fast_log2(
+                tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM
+            )
+            log_high_1 = fast_log2(
+                tl.load(v_scale + high_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM
+            )
+            y_low_1 = s_low + log_low_1
+            y_high_1 = s_high + log_high_1
+            best = tl.maximum(best, tl.maximum(y_low_1, y_high_1))
+        new_top = tl.maximum(top, tl.max(best, 0))
+        decay = fast_exp2(top - new_top, USE_ASM)
+        top = new_top
+        w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+        w_high = fast_exp2(y_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+        if HAS_WINDOW or HALF < BLOCK:
+            w_low = tl.where(s_low > _HIDDEN, w_low, 0)
+            w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+        norm = norm * decay[None, :] + w_low * r_low + w_high * r_high
+        offset = offset * decay[None, :] + w_low * z_low + w_high * z_high
+        v_low, v_high = _centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
+        acc = tl.dot(v_low, w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
+        acc = tl.dot(v_high, w_high.to(dtype), acc, input_precision="ieee")
+        if PARTS == 2:
+            w_low = fast_exp2(y_low_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+            w_high = fast_exp2(y_high_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+            if HAS_WINDOW or HALF < BLOCK:
+                w_low = tl.where(s_low > _HIDDEN, w_low, 0)
+                w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+            z_low = tl.load(v_zero + low_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(
+                -log_low_1, USE_ASM
+            )
+            z_high = tl.load(v_zero + high_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(
+                -log_high_1, USE_ASM
+            )
+            offset_1 = offset_1 * decay[None, :] + w_low * (z_low + 8 / step) + w_high * (z_high + 8 / step)
+            v_low, v_high = _centred_codes(
+                v_upper + PART * stride_v_channel,
+                v_lower + PART * stride_v_channel,
+                v_at,
+                v_mask,
+                dtype,
+                HAS_LOWER,
+                USE_ASM,
+            )
+            acc_1 = tl.dot(v_low, w_low.to(dtype), acc_1 * decay[None, :], input_precision="ieee")
+            acc_1 = tl.dot(v_high, w_high.to(dtype), acc_1, input_precision="ieee")
+    total = tl.sum(norm, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    inverse = (1.0 / divisor)[None, :]
+    lse = tl.where(total > 0, top - _WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    out = (acc + tl.sum(offset, 0)[None, :]) * inverse
+    if PARTS == 2:
+        return out, (acc_1 + tl.sum(offset_1, 0)[None, :]) * inverse, lse
+    else:
+        return out, out, lse
+
+
+@triton.jit
+def _soft_cap(score_log2, cap_log2, USE_ASM: tl.constexpr):
+    """``cap tanh(score / cap)`` of scores and cap in units of log2; tanh(x) = 1 - 2 / (e^2x + 1)."""
+    double = fast_exp2(score_log2 / cap_log2 * 2.8853900817779268, USE_ASM)
+    return cap_log2 * (1 - 2 / (double + 1))
+
+
+@triton.jit
+def _attend_recent(
+    q_t,
+    key,
+    value,
+    k_recent,
+    v_recent,
+    stride_key,
+    stride_value,
+    first_slot,
+    num_old,
+    position,
+    oldest,
+    newest,
+    scale_log2,
+    softcap_log2,
+    TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Store the new tokens whose slots lie in this block of ``BLOCK`` recent slots, then attend to the block.
+
+    ``position`` is the position of slot 0; a column sees keys of positions in ``(oldest, newest]``. Returns as
+    :func:`_attend_planes`.
+    """
+    dtype: tl.constexpr = q_t.dtype
+    d = tl.arange(0, BLOCK_D)
+    c = tl.arange(0, BLOCK_PART)
+    new = tl.arange(0, BLOCK_TOKENS)
+    slot = num_old + new
+    mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + BLOCK))[:, None]
+    k_mask = mine & (d[None, :] < D)
+    tl.store(
+        k_recent + slot[:, None] * D + d[None, :], tl.load(key + new[:, None] * stride_key + d[None, :], k_mask), k_mask
+    )
+    for part in tl.static_range(PARTS):
+        v_mask = mine & (c[None, :] < PART)
+        channel = part * PART + c[None, :]
+        new_value = tl.load(value + new[:, None] * stride_value + channel, v_mask)
+        tl.store(v_recent + slot[:, None] * (PARTS * PART) + channel, new_value, v_mask)
+    # The block is read back below by other threads of this program.
+    tl.debug_barrier()
+
+    slot = first_slot + tl.arange(0, BLOCK)
+    inside = slot < num_old + TOKENS
+    keys = tl.load(k_recent + slot[:, None] * D + d[None, :], inside[:, None] & (d[None, :] < D), other=0)
+    scores = exact_dot(keys, q_t, USE_ASM) * scale_log2
+    if HAS_SOFTCAP:
+        scores = _soft_cap(scores, softcap_log2, USE_ASM)
+    at = (position + slot)[:, None]
+    visible = inside[:, None] & (at > oldest[None, :]) & (at <= newest[None, :])
+    scores = tl.where(visible, scores, _HIDDEN)
+    top = tl.max(scores, 0)
+    weights = tl.where(visible, fast_exp2(scores - top[None, :], USE_ASM), 0)
+    total = tl.sum(weights, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    inverse = (1.0 / divisor)[None, :]
+    lse = tl.where(total > 0, top + tl.log2(divisor), float("-inf"))
+    v_at = v_recent + slot[None, :] * (PARTS * PART) + c[:, None]
+    v_mask = inside[None, :] & (c[:, None] < PART)
+    values = tl.load(v_at, v_mask, other=0)
+    out = exact_dot(values, weights.to(dtype), USE_ASM) * inverse
+    if PARTS == 2:
+        values = tl.load(v_at + PART, v_mask, other=0)
+        return out, exact_dot(values, weights.to(dtype), USE_ASM) * inverse, lse
+    else:
+        return out, out, lse
+
+
+@triton.jit
+def _attend_kernel(
+    query,
+    key,
+    value,
+    k_recent,
+    v_recent,
+    k_upper,
+    k_lower,
+    k_scale,
+    k_zero,
+    v_upper,
+    v_lower,
+    v_scale,
+    v_zero,
+    quantized_len,
+    length,
+    partial,
+    partial_lse,
+    scale_log2,
+    softcap_log2,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_krb,
+    stride_krh,
+    stride_vrb,
+    stride_vrh,
+    stride_kpb,
+    stride_kph,
+    stride_vpb,
+    stride_vph,
+    stride_v_group,
+    stride_v_row,
+    stride_v_channel,
+    stride_ksb,
+    stride_ksh,
+    stride_vsb,
+    stride_vsh,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RECENT_SPLITS: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits read the recent
+    buffer.
+
+    A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
+    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
+    """
+    if OVERLAP:
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
+        gdc_launch_dependents()
+    split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
+    sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    start = tl.load(length + sequence).to(tl.int32)
+    quantized = tl.load(quantized_len + sequence).to(tl.int32)
+
+    rows = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = rows < REPEAT * TOKENS
+    newest = start + rows % TOKENS
+    # Without a window everything is newer than -1.
+    oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    if HAS_WINDOW:
+        oldest = newest - window
+    d = tl.arange(0, BLOCK_D)
+    q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
+    q_at += (rows % TOKENS)[None, :] * stride_qt + d[:, None]
+    q_t = tl.load(q_at, real[None, :] & (d[:, None] < D), other=0)
+
+    DV: tl.constexpr = PARTS * PART
+    c = tl.arange(0, BLOCK_PART)
+    at = (tl.program_id(1).to(tl.int64) * num_splits + split) * (REPEAT * TOKENS) + rows
+    lse_at = partial_lse + at
+    out_at = partial + at[None, :] * DV + c[:, None]
+    mask = real[None, :] & (c[:, None] < PART)
+    if split < RECENT_SPLITS:
+        if split * BLOCK < start - quantized + TOKENS:
+            out, out_1, lse = _attend_recent(
+                q_t,
+                key + sequence * stride_kb + head * stride_kh,
+                value + sequence * stride_vb + head * stride_vh,
+                k_recent + sequence * stride_krb + head * stride_krh,
+                v_recent + sequence * stride_vrb + head * stride_vrh,
+                stride_kt,
+                stride_vt,
+                split * BLOCK,
+                start - quantized,
+                quantized,
+                oldest,
+                newest,
+                scale_log2,
+                softcap_log2,
+                TOKENS,
+                BLOCK_TOKENS,
+                D,
+                BLOCK_D,
+                PART,
+                BLOCK_PART,
+                PARTS,
+                BLOCK,
+                HAS_SOFTCAP,
+                USE_ASM,
+            )
+            tl.store(lse_at, lse, real)
+            tl.store(out_at, out, mask)
+            if PARTS == 2:
+                tl.store(out_at + PART, out_1, mask)
+        else:
+            tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+    else:
+        num_bytes = quantized // 2
+        end = tl.cdiv(num_bytes, BLOCK)
+        begin = 0
+        if HAS_WINDOW:
+            # Groups that lie wholly before every query's window are not read.
+            begin = tl.maximum(start - window + 1, 0) // (2 * HALF) * HALF // BLOCK
+            begin = tl.minimum(begin, end)
+        share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
+        first = begin + (split - RECENT_SPLITS) * share
+        last = tl.minimum(first + share, end)
+        if first < last:
+            k_plane = sequence * stride_kpb + head * stride_kph
+            v_plane = sequence * stride_vpb + head * stride_vph
+            k_scales = sequence * stride_ksb + head * stride_ksh
+            v_scales = sequence * stride_vsb + head * stride_vsh
+            # Codes are exact in float16 but not all in bfloat16, and q is exact in both but for vanishing entries.
+            plane_q = q_t.to(tl.float16) if q_t.dtype != tl.float32 else q_t
+            out, out_1, lse = _attend_planes(
+                plane_q,
+                k_upper + k_plane,
+                k_lower + k_plane,
+                k_scale + k_scales,
+                k_zero + k_scales,
+                v_upper + v_plane,
+                v_lower + v_plane,
+                v_scale + v_scales,
+                v_zero + v_scales,
+                stride_v_group,
+                stride_v_row,
+                stride_v_channel,
+                first,
+                last,
+                num_bytes,
+                oldest,
+                scale_log2,
+                softcap_log2,
+                D,
+                BLOCK_D,
+                PART,
+                BLOCK_PART,
+                PARTS,
+                BLOCK_ROWS,
+                HALF,
+                BLOCK,
+                HAS_LOWER,
+                HAS_WINDOW,
+                HAS_SOFTCAP,
+                USE_ASM,
+            )
+            tl.store(lse_at, lse, real)
+            tl.store(out_at, out, mask)
+            if PARTS == 2:
+                tl.store(out_at + PART, out_1, mask)
+        else:
+            tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+
+
+@triton.jit
+def _merge_kernel(
+    partial,
+    partial_lse,
+    sinks,
+    out,
+    num_splits,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    pair = tl.program_id(1)
+    head = (pair % KV_HEADS) * REPEAT + row // TOKENS
+    s = tl.arange(0, BLOCK_SPLITS)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = pair.to(tl.int64) * num_splits * (REPEAT * TOKENS) + row
+    top = tl.full((), _HIDDEN, tl.float32)
+    total = tl.zeros((), tl.float32)
+    if HAS_SINKS:
+        top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total = total + 1.0
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        at = base + (first + s) * (REPEAT * TOKENS)
+        lse = tl.load(partial_lse + at, first + s < num_splits, other=float("-inf"))
+        # Rows of splits that saw nothing are not written, so they must not be read.
+        mask = (lse > float("-inf"))[:, None] & (c[None, :] < DV)
+        part = tl.load(partial + at[:, None] * DV + c[None, :], mask, other=0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top)
+        acc = acc * decay + tl.sum(part * weight[:, None], 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
+    token = (pair // KV_HEADS) * TOKENS + row % TOKENS
+    tl.store(out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head) * DV + c, acc / total, c < DV)
+
+
+class LaunchConfig(NamedTuple):
+    """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits.
+
+    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    splits: int
+    max_registers: int | None = None
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def launch_config(
+    device: torch.device, pairs: int, rows: int, head_dim: int, num_bytes: int, recent_slots: int, has_lower: bool
+) -> LaunchConfig:
+    """Configuration by allocated size, tuned on an H100.
+
+    Args:
+        device: where the kernel runs.
+        pairs: batch * KV heads * blocks of rows, the grid without its splits.
+        rows: rows of a block, padded.
+        head_dim: the larger of the key and value head dims.
+        num_bytes: byte rows of one head's planes (half its tokens).
+        recent_slots: slots of the recent buffer.
+        has_lower: whether both planes are read.
+    """
+    max_registers = None
+    if head_dim > 128:
+        block, warps, stages, resident = 32, 4, 2, 2
+    elif rows <= 8:
+        block, warps, stages, resident, max_registers = 32, 2, 3, 6 if has_lower else 7, 128
+    elif rows <= 32:
+        block, warps, stages, resident = 32, 2, 3, 4
+    else:
+        block, warps, stages, resident = 64, 4, 2, 2
+    tiles = triton.cdiv(num_bytes, block)
+    programs = _num_multiprocessors(device) * resident
+    # One wave of equal programs is best, unless the recent buffers take much of it: then two waves even out.
+    splits = programs // pairs - triton.cdiv(recent_slots, block)
+    if splits * pairs < 0.8 * programs:
+        splits = 2 * programs // pairs
+    # Below four tiles a program costs more than it saves, unless there would be too few of them.
+    splits = min(splits, tiles, max(64, tiles // 4))
+    return LaunchConfig(block, warps, stages, max(1, splits), max_registers)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cached_attention.register_kernel("cuda")
+@on_tensors_device
+def cached_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor | None,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv)."""
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
+    if max(head_dim, value_dim) > MAX_HEAD_DIM:
+        raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
+    groups, half = k_upper.shape[2:4]
+    rows = heads // kv_heads * tokens
+    # More columns than this spill registers.
+    most_rows = 64 if max(head_dim, value_dim) <= 128 else 32
+    block_rows = min(most_rows, max(8, triton.next_power_of_2(rows)))
+    pairs, row_blocks = batch * kv_heads, triton.cdiv(rows, block_rows)
+    slots = k_recent.shape[2]
+    config = launch_config(
+        query.device,
+        pairs * row_blocks,
+        block_rows,
+        max(head_dim, value_dim),
+        groups * half,
+        slots,
+        k_lower is not None,
+    )
+    recent_splits = triton.cdiv(slots, config.block)
+    splits = recent_splits + config.splits
+    query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
+    k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
+    partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    log2e = 1 / math.log(2)
+    overlap = launches_overlap(query.device)
+    # The interpreter does not know the option.
+    options = {"launch_pdl": True} if overlap else {}
+    _attend_kernel[(splits, pairs, row_blocks)](
+        query,
+        key,
+        value,
+        k_recent,
+        v_recent,
+        k_upper,
+        k_upper if k_lower is None else k_lower,
+        k_scale,
+        k_zero,
+        v_upper,
+        v_upper if v_lower is None else v_lower,
+        v_scale,
+        v_zero,
+        quantized_len,
+        length,
+        partial,
+        partial_lse,
+        scale * log2e,
+        softcap * log2e,
+        window,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *k_recent_strides,
+        *v_recent_strides,
+        *k_upper.stride()[:2],
+        *v_upper.stride(),
+        *k_scale.stride()[:2],
+        *v_scale.stride()[:2],
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        BLOCK_TOKENS=triton.next_power_of_2(tokens),
+        BLOCK_ROWS=block_rows,
+        D=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        PART=value_dim // parts,
+        BLOCK_PART=max(16, triton.next_power_of_2(value_dim // parts)),
+        PARTS=parts,
+        HALF=half,
+        BLOCK=config.block,
+        RECENT_SPLITS=recent_splits,
+        HAS_LOWER=k_lower is not None,
+        HAS_WINDOW=window > 0,
+        HAS_SOFTCAP=softcap > 0,
+        USE_ASM=use_inline_asm(query.device),
+        OVERLAP=overlap,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.max_registers,
+        **options,
+    )
+    _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
+        partial,
+        partial_lse,
+        out if sinks is None else sinks,
+        out,
+        splits,
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        DV=value_dim,
+        BLOCK_C=32,
+        BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
+        HAS_SINKS=sinks is not None,
+        OVERLAP=overlap,
+        num_warps=4,
+        **options,
+    )
+    return out

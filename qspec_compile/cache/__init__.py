@@ -1,0 +1,7 @@
+"""The hierarchical KV cache: its sizes (``geometry``), and the tensors and lengths (``hierarchical_cache``)."""
+
+from quantspec.errors import CacheFullError
+
+from .hierarchical_cache import HierarchicalCache, LayerCache, check_cache_len
+
+__all__ = ["CacheFullError", "HierarchicalCache", "LayerCache", "check_cache_len"]

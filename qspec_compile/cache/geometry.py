@@ -1,0 +1,45 @@
+"""How large a cache is: its slots, groups and parts, from the shapes of a model's attention layers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from quantspec.kernels.cache_layout import CachePart
+
+
+class AttentionShape(Protocol):
+    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+
+
+def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
+    """Tokens of the recent buffer: fewer than 2G between cycles, and the block that is being verified."""
+    return 2 * kv_group_size + num_speculative_tokens + 1
+
+
+def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> int:
+    """Groups that a cache has planes for, once there is room for ``num_tokens`` per sequence."""
+    # The newest G tokens are never quantized.
+    groups = max(0, -(-num_tokens // kv_group_size) - 1)
+    if groups == 0:
+        return 0
+    # In steps of a sixteenth, so that a slightly longer text finds its storage and graphs as they were.
+    step = 1 << max(0, groups.bit_length() - 5)
+    # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
+    return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
+
+
+def part_shape(
+    part: CachePart, layer: AttentionShape, batch: int, groups: int, group_size: int, recent: int
+) -> tuple[int, ...]:
+    """Shape of a part of ``layer``'s cache for ``groups`` groups of ``group_size`` tokens and ``recent`` slots."""
+    head_dim = layer.key_dim if part.holds == "keys" else layer.value_dim
+    return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent)
