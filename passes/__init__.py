@@ -1,8 +1,10 @@
 """FX passes: each file holds one rewrite of a captured decoder. ``README.md`` lists what every pass must keep."""
 
+from quantspec.config import GROUP_SIZES, WeightQuantizer
+
 from .attention_lowering import CACHE_PARTS, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
-from .int4_weights import GROUP_SIZES, Int4Source, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
+from .int4_weights import Int4Source, LinearReport, QuantizeWeights, adapted_group_size
 from .logit_rows import SelectLogitRows
 from .plain_int4 import plain_int4_weights
 from .position_tables import MaterializePositionTables

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from quantspec.config import GROUP_SIZES, WeightQuantizer
 from quantspec.kernels.int4_linear import pack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
@@ -19,8 +19,6 @@ from .logit_rows import LINEAR_TARGETS, logits_linear
 
 _LOGGER = logging.getLogger(__name__)
 
-GROUP_SIZES = (32, 64, 128, 256)
-"""Numbers of input channels that may share an INT4 scale."""
 # Node metadata: names and rows of the linears whose INT4 weights a call holds, in the order of their rows.
 INT4_LINEARS = "int4_linears"
 Int4Source = Callable[[str, tuple[int, ...], int], tuple[Tensor, Tensor]]
@@ -36,15 +34,6 @@ _NOT_AS_WEIGHT = {
 }
 # How far from its linear a router's top-k may stand.
 _ROUTER_DEPTH = 8
-
-
-class WeightQuantizer(StrEnum):
-    """How torchao chooses scales and zeros."""
-
-    TINYGEMM = "tinygemm"
-    """By minimum and maximum of the group."""
-    HQQ = "hqq"
-    """By HQQ's half-quadratic fit."""
 
 
 @dataclass(frozen=True)
