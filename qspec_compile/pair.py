@@ -11,17 +11,17 @@ from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from quantspec.passes import (
+    INT4,
     CheckTokenMixing,
     FuseSharedInputLinears,
-    Int4Source,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
-    PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
     Role,
     SelectLogitRows,
+    WeightSource,
     WidenLinears,
     cpu_lacks_half_matmul,
 )
@@ -30,6 +30,9 @@ from quantspec.passes.graph import clone
 from .capture import Capture
 from .config import QuantSpecConfig
 from .errors import UnsupportedModelError
+
+DRAFT_WEIGHTS = INT4
+"""The format of the draft's weights."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class Pair:
 
 
 def draft_weight_passes(
-    config: QuantSpecConfig, source: Int4Source | None = None
+    config: QuantSpecConfig, source: WeightSource | None = None
 ) -> tuple[QuantizeWeights, list[PassBase]]:
-    """The passes that give a graph INT4 weights, in order, and the first one by itself for its report."""
-    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source)
-    return quantize, [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
+    """The passes that give a graph the draft's weights, in order, and the first one by itself for its report."""
+    quantize = QuantizeWeights(
+        DRAFT_WEIGHTS, config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source
+    )
+    return quantize, [quantize, FuseSharedInputLinears(), *(layout() for layout in DRAFT_WEIGHTS.layouts)]
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
@@ -70,8 +75,8 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
         raise (error.__cause__ or error) from None
 
 
-def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None) -> Pair:
-    """Clone the captured graph once per role and run that role's passes; ``source`` has ready INT4 weights.
+def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: WeightSource | None = None) -> Pair:
+    """Clone the captured graph once per role and run that role's passes; ``source`` has the draft's weights.
 
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
@@ -85,7 +90,7 @@ def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, sour
     graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
     if cpu_lacks_half_matmul():
         graphs[Role.PREFILL] = run_passes(graphs[Role.PREFILL], [WidenLinears()])
-    # Cloning once more drops the full-precision weights that INT4 replaced.
+    # Cloning once more drops the full-precision weights that were replaced.
     draft = clone(run_passes(graphs[Role.DRAFT], weight_passes))
     return Pair(graphs[Role.TARGET], draft, graphs[Role.PREFILL], tuple(quantize.report))
 
