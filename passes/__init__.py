@@ -1,36 +1,45 @@
 """FX passes: each file holds one rewrite of a captured decoder. ``README.md`` lists what every pass must keep."""
 
+from quantspec.config import GROUP_SIZES, WeightQuantizer
+
 from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
-from .int4_weights import GROUP_SIZES, Int4Source, LinearReport, QuantizeWeights, WeightQuantizer, adapted_group_size
+from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
-from .plain_int4 import plain_int4_weights
+from .plain_weights import plain_weights
 from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
+from .quantize_weights import LinearReport, QuantizeWeights, WeightSource
 from .remove_no_ops import RemoveNoOps
 from .token_mixing import CheckTokenMixing, TokenMixingError
+from .weight_formats import Part, WeightFormat, WeightLayout, adapted_group_size, register
 from .widen_linears import WidenLinears, cpu_lacks_half_matmul
 
 __all__ = [
     "ACCESSES",
     "GROUP_SIZES",
+    "INT4",
     "CacheAccess",
     "CheckTokenMixing",
     "FuseSharedInputLinears",
-    "Int4Source",
     "LinearReport",
     "LowerAttention",
     "MaterializePositionTables",
+    "Part",
     "PrepackInt4ForCpu",
     "QuantizeWeights",
     "RemoveNoOps",
     "Role",
     "SelectLogitRows",
     "TokenMixingError",
+    "WeightFormat",
+    "WeightLayout",
     "WeightQuantizer",
+    "WeightSource",
     "WidenLinears",
     "adapted_group_size",
     "cache_parts",
     "cpu_lacks_half_matmul",
-    "plain_int4_weights",
+    "plain_weights",
+    "register",
 ]

@@ -5,53 +5,56 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
-from .int4_weights import INT4_LINEARS
+from .graph import add_buffer, add_call, aten, finish
+from .weight_formats import PACKED_LINEARS, PackedLinears, check_packed, format_of, plain_parts
 
 
 class FuseSharedInputLinears(PassBase):
-    """Matches several ``quantspec::int4_linear`` of one input (Q/K/V, gate/up), writes one over their stacked rows.
+    """Matches several packed linears of one input (Q/K/V, gate/up), writes one over their stacked rows.
 
-    ``[y_i = int4_linear(x, W_i)]`` becomes ``split(int4_linear(x, cat(W_i)))``. Only INT4 weights are fused: they
-    belong to the draft, while the target's weights are the model's own tensors and must not be copied.
+    ``[y_i = linear(x, W_i)]`` becomes ``split(linear(x, cat(W_i)))``. Only packed weights are fused: they belong to the
+    draft, while the target's weights are the model's own tensors and must not be copied.
 
-    Requires equal group sizes within a fused set (others are left alone). Ensures the same outputs.
+    Requires that every packed linear names what it holds. Ensures the same outputs, and that no two packed linears of
+    one input are left that differ in rows alone (other formats, group sizes, or a bias on one of them only).
     """
 
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        check_packed(graph_module)
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        graph = graph_module.graph
-        sets: dict[tuple, list[fx.Node]] = defaultdict(list)
-        for node in find_calls(graph, torch.ops.quantspec.int4_linear.default):
-            x, _, params, bias = node.args
-            groups = get_tensor(graph_module, params).shape[0]  # type: ignore[arg-type]
-            sets[(x, groups, bias is None)].append(node)
-        fused = [nodes for nodes in sets.values() if len(nodes) > 1]
+        fused = _alike(graph_module)
         for nodes in fused:
             self._fuse(graph_module, nodes)
         if fused:
             finish(graph_module)
         return PassResult(graph_module, bool(fused))
 
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        check_packed(graph_module)
+        assert not _alike(graph_module)
+
     @staticmethod
     def _fuse(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
         graph, first = gm.graph, nodes[0]
-        qdata, params = ([get_tensor(gm, node.args[i]) for node in nodes] for i in (1, 2))  # type: ignore[arg-type]
+        weight_format = format_of(first)
+        stacked = weight_format.stacked([plain_parts(gm, node) for node in nodes])
         with graph.inserting_before(first):
-            weights = (
-                add_buffer(gm, f"{first.name}_fused_qdata", torch.cat(qdata)),
-                add_buffer(gm, f"{first.name}_fused_scale_and_zero", torch.cat(params, dim=1)),
-            )
+            weights = [
+                add_buffer(gm, f"{first.name}_fused_{part.name}", tensor)
+                for part, tensor in zip(weight_format.parts, stacked, strict=True)
+            ]
             bias = None
-            if first.args[3] is not None:
-                biases = [graph.node_copy(node.args[3]) for node in nodes]  # type: ignore[arg-type]
+            if first.args[-1] is not None:
+                biases = [graph.node_copy(node.args[-1]) for node in nodes]  # type: ignore[arg-type]
                 bias = add_call(graph, aten.cat.default, (biases,), first)
             out = add_call(graph, first.target, (first.args[0], *weights, bias), first)
-            out.meta[INT4_LINEARS] = tuple(linear for node in nodes for linear in node.meta[INT4_LINEARS])
-            sizes = [tensor.shape[0] for tensor in qdata]
+            linears = [linear for node in nodes for linear in node.meta[PACKED_LINEARS].rows]
+            out.meta[PACKED_LINEARS] = PackedLinears(weight_format.name, tuple(linears))
+            sizes = [sum(rows for _, rows in node.meta[PACKED_LINEARS].rows) for node in nodes]
             parts = add_call(graph, aten.split_with_sizes.default, (out, sizes, -1), first)
             for index, node in enumerate(nodes):
                 node.replace_all_uses_with(
@@ -59,3 +62,19 @@ class FuseSharedInputLinears(PassBase):
                 )
         for node in nodes:
             graph.erase_node(node)
+
+
+def _alike(gm: fx.GraphModule) -> list[list[fx.Node]]:
+    """Packed linears of one input that differ in rows alone, where there are several."""
+    sets: dict[tuple, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if PACKED_LINEARS in node.meta and node.target is format_of(node).linear:
+            parts = zip(format_of(node).parts, plain_parts(gm, node), strict=True)
+            columns = tuple((_without(tensor, part.row_axis), tensor.dtype) for part, tensor in parts)
+            sets[(node.args[0], node.target, columns, node.args[-1] is None)].append(node)
+    return [nodes for nodes in sets.values() if len(nodes) > 1]
+
+
+def _without(tensor: Tensor, axis: int) -> tuple[int, ...]:
+    """A tensor's shape without one axis, which is counted from the end."""
+    return (*tensor.shape[:axis], *tensor.shape[tensor.dim() + axis + 1 :])

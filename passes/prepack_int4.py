@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from quantspec.kernels.int4_linear import pack_int4, unpack_int4
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
-from .int4_weights import INT4_LINEARS
+from .weight_formats import PACKED_LINEARS, WeightLayout, check_packed
 
 # Rows of the output that aten's CPU packing handles together.
 _ROW_BLOCK = 16
@@ -18,25 +18,38 @@ _ROW_BLOCK = 16
 _ROWS_TOGETHER = 256
 
 
-class PrepackInt4ForCpu(PassBase):
+class PrepackInt4ForCpu(WeightLayout):
     """Matches ``quantspec::int4_linear`` on CPU weights, writes ``aten._weight_int4pack_mm_for_cpu`` on packed ones.
 
     The kernel multiplies in the dtype of the scales, so other activations (float32) are rounded to it: the draft may,
     its proposals are verified. Weights with a row count that is no multiple of 16 are padded and the output sliced.
 
-    Requires plain-layout weights. Ensures outputs equal up to the activation's rounding.
+    Requires plain-layout weights that name their linears. Ensures outputs equal up to the activation's rounding, and
+    that no ``quantspec::int4_linear`` on CPU weights is left.
     """
 
+    op = aten._weight_int4pack_mm_for_cpu.default
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        check_packed(graph_module)
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        modified = False
-        for node in find_calls(graph_module.graph, torch.ops.quantspec.int4_linear.default):
-            qdata = get_tensor(graph_module, node.args[1])  # type: ignore[arg-type]
-            if qdata.device.type == "cpu":
-                self._rewrite(graph_module, node)
-                modified = True
-        if modified:
+        found = _on_cpu(graph_module)
+        for node in found:
+            self._rewrite(graph_module, node)
+        if found:
             finish(graph_module)
-        return PassResult(graph_module, modified)
+        return PassResult(graph_module, bool(found))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        assert not _on_cpu(graph_module)
+
+    @staticmethod
+    def plain(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
+        """Plain-layout ``qdata`` and ``scale_and_zero`` with the rows of the node's linears, the padding left out."""
+        rows = sum(rows for _, rows in node.meta[PACKED_LINEARS].rows)
+        packed, params = (get_tensor(gm, node.args[index]) for index in (1, 3))  # type: ignore[arg-type]
+        return unpack_cpu_layout(packed)[:rows], params[:, :rows]
 
     @staticmethod
     def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -60,8 +73,8 @@ class PrepackInt4ForCpu(PassBase):
                 in_features // params.shape[0],
                 add_buffer(gm, f"{node.name}_packed_scale_and_zero", params),
             )
-            out = add_call(graph, aten._weight_int4pack_mm_for_cpu.default, (flat, *weights), node)
-            out.meta[INT4_LINEARS] = node.meta[INT4_LINEARS]
+            out = add_call(graph, PrepackInt4ForCpu.op, (flat, *weights), node)
+            out.meta[PACKED_LINEARS] = node.meta[PACKED_LINEARS]
             if padding:
                 out = add_call(graph, aten.slice.Tensor, (out, 1, 0, rows), node)
             if value.dtype != params.dtype:
@@ -73,6 +86,11 @@ class PrepackInt4ForCpu(PassBase):
                 out = add_call(graph, aten.reshape.default, (out, [*leading, -1, rows]), node, value=node.meta["val"])
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+
+
+def _on_cpu(gm: fx.GraphModule) -> list[fx.Node]:
+    calls = find_calls(gm.graph, torch.ops.quantspec.int4_linear.default)
+    return [node for node in calls if get_tensor(gm, node.args[1]).device.type == "cpu"]  # type: ignore[arg-type]
 
 
 def unpack_cpu_layout(packed: Tensor) -> Tensor:

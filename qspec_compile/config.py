@@ -1,18 +1,28 @@
-"""Every option of :func:`quantspec.convert`, its default and its limits."""
+"""Every option of :func:`quantspec.convert`, its default and its limits; imports nothing else of quantspec."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from typing import Any
 
-from quantspec.passes import GROUP_SIZES, WeightQuantizer
-
-from .engine.draft_count import AUTO
-
+AUTO = "auto"
+"""The number of draft tokens that stands for what measured times make fastest."""
+GROUP_SIZES = (32, 64, 128, 256)
+"""Numbers of input channels that may share an INT4 scale."""
+MAX_SPECULATIVE_TOKENS = 15
 # Hugging Face's names for options of ours, accepted wherever ours are.
 ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}
-_MAX_SPECULATIVE_TOKENS = 15
+
+
+class WeightQuantizer(StrEnum):
+    """How torchao chooses scales and zeros."""
+
+    TINYGEMM = "tinygemm"
+    """By minimum and maximum of the group."""
+    HQQ = "hqq"
+    """By HQQ's half-quadratic fit."""
 
 
 def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
@@ -21,8 +31,8 @@ def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or {AUTO!r}, not {value!r}")
-    if not 0 <= value <= _MAX_SPECULATIVE_TOKENS:
-        raise ValueError(f"{name} must be between 0 and {_MAX_SPECULATIVE_TOKENS}, not {value}")
+    if not 0 <= value <= MAX_SPECULATIVE_TOKENS:
+        raise ValueError(f"{name} must be between 0 and {MAX_SPECULATIVE_TOKENS}, not {value}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import Int4Source, LinearReport, Role
+from quantspec.passes import LinearReport, Role, WeightSource
 
 from .cache import HierarchicalCache
 from .capture import Capture, capture, converting
@@ -81,7 +81,7 @@ class QuantSpecModel:
             before the first.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         captured = capture(model)
         self.model: PreTrainedModel = model

@@ -23,11 +23,10 @@ import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
 from quantspec.cli import main
-from quantspec.cli import options as cli_options
 from quantspec.cli.loading import Kind, find_source
+from quantspec.config import WeightQuantizer
 from quantspec.hugging_face.decode import SpeculativeLoop
 from quantspec.memory import expected_memory
-from quantspec.passes import WeightQuantizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
@@ -93,13 +92,23 @@ def test_version(run):
     assert run("--version") == (0, f"quantspec {quantspec.__version__}\n", "")
 
 
-def test_defaults_in_the_help_are_those_of_the_config():
+def test_defaults_in_the_help_are_those_of_the_config(run):
+    text = " ".join(run("convert", "--help")[1].replace("│", " ").split())
     defaults = QuantSpecConfig()
-    for option in cli_options.dataclasses.fields(cli_options.ModelOptions):
-        if hasattr(defaults, option.name) and option.name not in ("quantize_lm_head", "max_cache_len"):
-            default = getattr(defaults, option.name)
-            assert f"default: {getattr(default, 'value', default)}]" in str(option.type)
-    assert [q.value for q in cli_options.Quantizer] == [q.value for q in WeightQuantizer]
+    for name in ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer"):
+        assert f"[default: {getattr(defaults, name)}]" in text
+    assert "|".join(WeightQuantizer) in text
+
+
+def test_options_and_errors_import_neither_torch_nor_the_rest_of_quantspec():
+    """So the command line takes its limits, choices and defaults from where they are."""
+    code = (
+        "import sys, quantspec.config, quantspec.errors, quantspec.cli.options\n"
+        "loaded = [name for name in sys.modules if name.startswith(('torch', 'transformers', 'quantspec.'))]\n"
+        "print(*sorted(name for name in loaded if not name.startswith('quantspec.cli')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["quantspec.config", "quantspec.errors"]
 
 
 def test_unknown_command_and_option(run, folder):

@@ -34,7 +34,7 @@ from quantspec.passes import (
     cache_parts,
 )
 from quantspec.passes.graph import clone, find_calls, get_tensor
-from quantspec.passes.int4_weights import quantize_int4
+from quantspec.passes.int4_weights import INT4, quantize_int4
 from quantspec.passes.token_mixing import _WithoutAttention
 
 aten = torch.ops.aten
@@ -288,7 +288,7 @@ class _Linears(nn.Module):
 def quantizer(
     group: int = 64, lm_head: bool = True, kind: WeightQuantizer = WeightQuantizer.TINYGEMM
 ) -> QuantizeWeights:
-    return QuantizeWeights(group, kind, lm_head)
+    return QuantizeWeights(INT4, group, kind, lm_head)
 
 
 def dequantized(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -347,7 +347,7 @@ def test_quantize_weights_takes_operands_by_name():
     for node in (weight, bias):
         node.meta["val"] = get_tensor(module, node)
     graph.output(graph.call_function(nn.functional.linear, (x,), {"weight": weight, "bias": bias}))
-    gm = QuantizeWeights(64, WeightQuantizer.TINYGEMM, True)(fx.GraphModule(module, graph)).graph_module
+    gm = QuantizeWeights(INT4, 64, WeightQuantizer.TINYGEMM, True)(fx.GraphModule(module, graph)).graph_module
     (node,) = find_calls(gm.graph, ops.int4_linear.default)
     x = randn(2, 96)
     with torch.no_grad():

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantspec
 from quantspec import QuantSpecModel, SavedModelError, SelfCheckError, loading, saving
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
-from quantspec.passes import int4_weights, plain_int4_weights
+from quantspec.passes import WeightFormat, int4_weights, plain_weights
 from quantspec.passes.prepack_int4 import unpack_cpu_layout
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
@@ -78,7 +78,7 @@ def loaded(saved) -> QuantSpecModel:
         raise AssertionError("refused while loading")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int4_weights, "quantize_int4", refuse)
+        patch.setattr(WeightFormat, "packed", refuse)
         for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
             patch.setattr(module, name, refuse)
         return quantspec.from_pretrained(saved)
@@ -163,15 +163,15 @@ def test_state_as_it_is(tmp_path):
 
 def test_saved_codes_are_what_quantize_weights_makes(qs):
     """Fusing and the CPU's layout are undone: the same codes as of each linear by itself."""
-    weights = plain_int4_weights(qs.draft)
+    weights = plain_weights(qs.draft)
     quantized = {report.name: report.group_size for report in qs.linears if report.group_size}
     assert weights.keys() == quantized.keys()
     assert "model.layers.0.self_attn.k_proj" in weights
-    for name, (qdata, scale_and_zero) in weights.items():
+    for name, parts in weights.items():
         weight = qs.model.get_submodule(name).weight
         codes, params = int4_weights.quantize_int4(weight, quantized[name], qs.config.weight_quantizer)
-        assert torch.equal(qdata, codes), name
-        assert torch.equal(scale_and_zero, params), name
+        assert torch.equal(parts["qdata"], codes), name
+        assert torch.equal(parts["scale_and_zero"], params), name
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (48, 64), (256, 32), (272, 96), (560, 32)], ids=str)
@@ -262,8 +262,8 @@ def test_options_that_may_change(saved, qs):
     assert (config.num_speculative_tokens, config.max_cache_len, config.kv_group_size) == (2, 64, 32)
     assert config.weight_group_size == qs.config.weight_group_size
     assert_equal(tensors(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)), tensors(loaded.model))
-    ours, theirs = plain_int4_weights(loaded.draft), plain_int4_weights(qs.draft)
-    assert all(torch.equal(ours[name][0], theirs[name][0]) for name in theirs)
+    ours, theirs = plain_weights(loaded.draft), plain_weights(qs.draft)
+    assert all(torch.equal(ours[name]["qdata"], theirs[name]["qdata"]) for name in theirs)
     assert loaded.generate(PROMPT, max_new_tokens=4, eos_token_id=None).shape == (1, PROMPT.shape[1] + 4)
     assert loaded.last_stats.num_speculative_tokens == 2
 

@@ -1,12 +1,12 @@
 """The folder that ``save_pretrained`` writes, and the file that describes it.
 
     config.json, generation_config.json, model*.safetensors   the Hugging Face model as transformers saves it
-    quantspec*.safetensors                                    the draft's INT4 weights, in the plain layout
+    quantspec*.safetensors                                    the draft's weights, in the layout that their format packs
     quantspec_config.json                                     this file's :class:`Description`, written last
 
-In ``quantspec*.safetensors`` linear NAME has ``draft.NAME.qdata (..., N, K/2)`` uint8 and ``draft.NAME.scale_and_zero
-(..., K/g, N, 2)``, see ``quantspec.kernels.int4_linear``. Tensors of the model that transformers would not bring back
-bit for bit (buffers it computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
+In ``quantspec*.safetensors`` linear NAME has a tensor ``draft.NAME.PART`` for each part of its weight format, see
+``quantspec.passes.int4_weights``. Tensors of the model that transformers would not bring back bit for bit (buffers it
+computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
 """
 
 from __future__ import annotations

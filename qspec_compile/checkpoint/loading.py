@@ -14,10 +14,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantspec.capture import converting
+from quantspec.capture import DTYPES, converting
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
 from quantspec.model import QuantSpecModel
+from quantspec.passes import WeightFormat
 from quantspec.self_check import self_check
 
 from .folder import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
@@ -79,7 +80,7 @@ def from_pretrained(
     if str(target_dtype) == f"torch.{description.dtype}":
         _restore(model, tensors, target_dtype)
     with converting():
-        qs = QuantSpecModel(model, config, source=tensors.int4)
+        qs = QuantSpecModel(model, config, source=tensors.packed)
         # A note's wording may change between versions.
         made, expected = (
             {replace(report, note="") for report in reports} for reports in (qs.linears, description.linears)
@@ -108,11 +109,10 @@ def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpe
 
 
 def resolve_dtype(description: Description, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype to load in, the saved one if None; refused where the saved scales do not fit it."""
+    """The dtype to load in, the saved one if None; refused where the draft of a model in it has other tensors."""
     saved = getattr(torch, description.dtype)
     resolved: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or saved
-    # Scales are float16 where the model is, else bfloat16.
-    allowed = (saved,) if saved == torch.float16 else (torch.float32, torch.bfloat16)
+    allowed = [dtype for dtype in DTYPES if all(part.dtype(dtype) == part.dtype(saved) for part in DRAFT_WEIGHTS.parts)]
     if resolved not in allowed:
         choices = " or ".join(str(choice).removeprefix("torch.") for choice in allowed)
         raise ValueError(f"a model saved in {description.dtype} loads in {choices}, not in {dtype}; {_CONVERT_AGAIN}")
@@ -189,20 +189,18 @@ class _SavedTensors:
             raise SavedModelError(f"'{self.folder}' holds no '{key}'; {_CONVERT_AGAIN}")
         return self._readers[key].get_tensor(key)
 
-    def int4(self, name: str, shape: tuple[int, ...], group_size: int) -> tuple[Tensor, Tensor]:
-        """A linear's saved INT4 weights, checked against its shape; a :data:`quantspec.passes.Int4Source`."""
-        *experts, rows, width = shape
-        expected = {
-            "qdata": (torch.uint8, (*experts, rows, width // 2)),
-            "scale_and_zero": (None, (*experts, width // group_size, rows, 2)),
-        }
+    def packed(
+        self, weight_format: WeightFormat, linear: str, shape: tuple[int, ...], group_size: int
+    ) -> tuple[Tensor, ...]:
+        """A linear's saved weights, checked against its shape; a :data:`quantspec.passes.WeightSource`."""
         found = []
-        for part, (dtype, part_shape) in expected.items():
-            tensor = self.get(f"{DRAFT_PREFIX}{name}.{part}")
-            if tensor.shape != part_shape or (dtype is not None and tensor.dtype != dtype):
+        for part, expected in zip(weight_format.parts, weight_format.shapes(shape, group_size), strict=True):
+            name = f"{DRAFT_PREFIX}{linear}.{part.name}"
+            tensor = self.get(name)
+            if tensor.shape != expected or tensor.dtype not in map(part.dtype, DTYPES):
                 raise SavedModelError(
-                    f"'{DRAFT_PREFIX}{name}.{part}' of '{self.folder}' is {tensor.dtype} {tuple(tensor.shape)} instead "
-                    f"of {part_shape}; {_CONVERT_AGAIN}"
+                    f"'{name}' of '{self.folder}' is {tensor.dtype} {tuple(tensor.shape)} instead of {expected}; "
+                    f"{_CONVERT_AGAIN}"
                 )
             found.append(tensor)
-        return found[0], found[1]
+        return tuple(found)

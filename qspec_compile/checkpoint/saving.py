@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantspec.errors import SavedModelError
-from quantspec.passes import plain_int4_weights
+from quantspec.passes import plain_weights
 
 from .folder import (
     DESCRIPTION_FILE,
@@ -134,10 +134,11 @@ def _as_dense(model: PreTrainedModel) -> Iterator[None]:
 
 def _tensors(qs: QuantSpecModel) -> dict[str, Tensor]:
     """Contents of the ``quantspec*.safetensors`` files, in host memory."""
-    tensors = {}
-    for name, (qdata, scale_and_zero) in plain_int4_weights(qs.draft).items():
-        tensors[f"{DRAFT_PREFIX}{name}.qdata"] = qdata
-        tensors[f"{DRAFT_PREFIX}{name}.scale_and_zero"] = scale_and_zero
+    tensors = {
+        f"{DRAFT_PREFIX}{linear}.{part}": tensor
+        for linear, parts in plain_weights(qs.draft).items()
+        for part, tensor in parts.items()
+    }
     for name, tensor in _not_restored_by_transformers(qs.model).items():
         tensors[f"{MODEL_PREFIX}{name}"] = tensor
     # Fused weights are views of one tensor, which safetensors refuses.

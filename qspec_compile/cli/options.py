@@ -12,7 +12,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.markup import escape
 
+from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, QuantSpecConfig, WeightQuantizer
+
 from .errors import CommandError
+
+_DEFAULTS = QuantSpecConfig()
 
 
 class Dtype(StrEnum):
@@ -24,20 +28,18 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-class Quantizer(StrEnum):
-    """The names of :class:`quantspec.passes.WeightQuantizer`, without importing torch."""
-
-    TINYGEMM = "tinygemm"
-    HQQ = "hqq"
-
-
 def _int_or_auto(value: str | int) -> int | str:
-    if value == "auto":
-        return "auto"
+    if value == AUTO:
+        return AUTO
     try:
         return int(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is neither a number nor 'auto'.") from None
+
+
+def _help(text: str, option: str) -> str:
+    """``text`` and the default that an option of ``convert`` has."""
+    return escape(f"{text} [default: {getattr(_DEFAULTS, option)}]")
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,18 @@ class ModelOptions:
             "--gamma",
             "--num-speculative-tokens",
             parser=_int_or_auto,
-            metavar="INTEGER|auto",
-            help=escape("Tokens drafted per cycle, 0 to 15. [default: 4]"),
+            metavar=f"INTEGER|{AUTO}",
+            help=_help(f"Tokens drafted per cycle, 0 to {MAX_SPECULATIVE_TOKENS}.", "num_speculative_tokens"),
         ),
     ] = None
     kv_group_size: Annotated[
-        int | None, typer.Option(help=escape("Tokens quantized together in the KV cache. [default: 128]"))
+        int | None, typer.Option(help=_help("Tokens quantized together in the KV cache.", "kv_group_size"))
     ] = None
     weight_group_size: Annotated[
-        int | None, typer.Option(help=escape("Input channels that share an INT4 scale. [default: 128]"))
+        int | None, typer.Option(help=_help("Input channels that share an INT4 scale.", "weight_group_size"))
     ] = None
     weight_quantizer: Annotated[
-        Quantizer | None, typer.Option(help=escape("How INT4 scales are chosen. [default: tinygemm]"))
+        WeightQuantizer | None, typer.Option(help=_help("How INT4 scales are chosen.", "weight_quantizer"))
     ] = None
     quantize_lm_head: Annotated[
         bool | None,

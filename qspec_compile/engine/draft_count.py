@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import Protocol
 
-AUTO = "auto"
 # Each number has a CUDA graph of its own, so there are few.
 AUTO_CHOICES = (0, 1, 2, 4, 6, 8)
 # Timed before anything is chosen; the times of other numbers are extrapolated from these two until they are known.

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.passes.graph import get_tensor, module_path
+from quantspec.passes.weight_formats import PACKED_LINEARS
 
 aten = torch.ops.aten
-_HEAVY = (aten.linear.default, aten.addmm.default, aten.mm.default, aten._weight_int4pack_mm_for_cpu.default)
+_HEAVY = (aten.linear.default, aten.addmm.default, aten.mm.default)
 # Fewer than this would not be worth the cuts.
 _LEAST_LAYERS = 3
 # Batch sizes and caches that one function is compiled for; torch.compile's own limit of 8 would end in slow eager code.
@@ -74,8 +75,8 @@ def _cuts(nodes: list[fx.Node]) -> list[int]:
     last: dict[int, int] = {}
     for position, node in enumerate(nodes):
         layer = _layer_index(node)
-        heavy = node.target in _HEAVY or getattr(node.target, "namespace", None) == "quantspec"
-        if layer is not None and heavy:
+        ours = PACKED_LINEARS in node.meta or getattr(node.target, "namespace", None) == "quantspec"
+        if layer is not None and (ours or node.target in _HEAVY):
             last[layer] = position + 1
     cuts = [last[layer] for layer in sorted(last)]
     return cuts if cuts == sorted(set(cuts)) else []
@@ -215,7 +216,9 @@ def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., Any]:
 
 def _reads(node: fx.Node) -> bool:
     target: Any = node.target
-    if node.target is operator.getitem or node.target in _READING or getattr(target, "namespace", "") == "quantspec":
+    if node.target is operator.getitem or node.target in _READING or PACKED_LINEARS in node.meta:
+        return True
+    if getattr(target, "namespace", "") == "quantspec":
         return True
     return isinstance(target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in target.tags or target.is_view or _is_size(node)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantspec.capture import CapturedLayer, capture, converting
-from quantspec.config import QuantSpecConfig
-from quantspec.passes import LinearReport, QuantizeWeights, RemoveNoOps, WeightQuantizer
+from quantspec.config import QuantSpecConfig, WeightQuantizer
+from quantspec.passes import LinearReport, RemoveNoOps
 from quantspec.passes.graph import clone
 
-from .recipes import run_passes
+from .recipes import DRAFT_WEIGHTS, draft_weight_passes, run_passes
 
 
 @dataclass(frozen=True)
 class LinearSize:
-    """One of the draft's weights: what becomes of it, and its bytes in the model and (if INT4) in the draft."""
+    """One of the draft's weights: what becomes of it, and its bytes in the model and (if packed) in the draft."""
 
     report: LinearReport
     model_bytes: int
@@ -60,7 +60,7 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
     with converting():
         captured = capture(model, structure_only=True)
     # HQQ looks at the data, and its codes and scales take the same room.
-    quantize = QuantizeWeights(options.weight_group_size, WeightQuantizer.TINYGEMM, options.quantize_lm_head)
+    quantize, _ = draft_weight_passes(replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
     run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
     linears = tuple(_size(model, report) for report in quantize.report)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -83,5 +83,6 @@ def _size(model: PreTrainedModel, report: LinearReport) -> LinearSize:
     assert weight is not None, report.name
     if report.group_size is None:
         return LinearSize(report, weight.nbytes, 0)
-    # Two codes a byte, and a scale and a zero of two bytes each per group.
-    return LinearSize(report, weight.nbytes, weight.numel() // 2 + 4 * (weight.numel() // report.group_size))
+    matrix = report.out_features, report.in_features
+    shape = (*weight.shape[:-2], *matrix)
+    return LinearSize(report, weight.nbytes, DRAFT_WEIGHTS.nbytes(shape, report.group_size, weight.dtype))

@@ -1,0 +1,36 @@
+"""Read packed weights back out of a rewritten graph, linear by linear, whatever it does with them."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from .weight_formats import PACKED_LINEARS, format_of, plain_parts
+
+
+def plain_weights(gm: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
+    """Every linear's packed weight as ``QuantizeWeights`` made it.
+
+    Fused weights are views of their rows; what was laid out for another op is in its format's own layout again. A
+    weight that serves several linears appears once.
+
+    Args:
+        gm: a draft's graph, whatever of the draft's passes it went through.
+
+    Returns:
+        By name of the linear, its format's parts by their names: for INT4 ``qdata (..., N, K/2)`` uint8 and
+        ``scale_and_zero (..., K/g, N, 2)`` float16 or bfloat16.
+
+    Raises:
+        RuntimeError: this CPU's packed layout cannot be read back.
+    """
+    weights = {}
+    for node in gm.graph.nodes:
+        if PACKED_LINEARS not in node.meta:
+            continue
+        weight_format, tensors = format_of(node), plain_parts(gm, node)
+        names = [part.name for part in weight_format.parts]
+        start = 0
+        for linear, rows in node.meta[PACKED_LINEARS].rows:
+            weights[linear] = dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
+            start += rows
+    return weights

@@ -1,0 +1,164 @@
+"""How the weights of a draft may be stored: what passes, saving and loading ask of a format; one file per format."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.passes.infra.pass_base import PassBase
+
+from quantspec.config import GROUP_SIZES, WeightQuantizer
+
+from .graph import get_tensor
+
+# Node metadata: the PackedLinears whose weights a call holds.
+PACKED_LINEARS = "packed_linears"
+
+
+@dataclass(frozen=True)
+class PackedLinears:
+    """Metadata of a call that reads packed weights.
+
+    Attributes:
+        format: name of the weights' :class:`WeightFormat`.
+        rows: name and rows of each linear in the call's weights, in the order of their rows.
+    """
+
+    format: str
+    rows: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that hold a packed weight ``(N, K)``.
+
+    Attributes:
+        name: of the tensor in graphs and, as ``draft.LINEAR.NAME``, in saved folders.
+        shape: from N, K and the group size to the tensor's shape.
+        dtype: from the weight's dtype to the tensor's.
+        row_axis: axis of the tensor that has the N rows, counted from the end.
+    """
+
+    name: str
+    shape: Callable[[int, int, int], tuple[int, ...]]
+    dtype: Callable[[torch.dtype], torch.dtype]
+    row_axis: int
+
+
+class WeightLayout(PassBase):
+    """A pass that lays a format's weights out for another op, such as one that only some devices have.
+
+    Attributes:
+        op: what it writes in place of the format's linear.
+    """
+
+    op: ClassVar[OpOverload]
+
+    @staticmethod
+    @abstractmethod
+    def plain(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
+        """The format's parts, as ``WeightFormat.pack`` makes them, of a call of :attr:`op`."""
+
+
+def adapted_group_size(in_features: int, group_size: int) -> int | None:
+    """The largest supported group size up to ``group_size`` that divides ``in_features``, or None."""
+    return max((g for g in GROUP_SIZES if g <= group_size and in_features % g == 0), default=None)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to store weights. A stack of experts' ``(E, N, K)`` has every part of its matrices along a new first axis.
+
+    Attributes:
+        name: in node metadata and in the registry.
+        parts: the tensors of a weight.
+        pack: from a weight ``(N, K)``, a group size and a quantizer to its parts.
+        linear: op ``(x (..., K), *parts, bias) -> (..., N)``.
+        expert_linear: op ``(x (R, K), expert_ids (R,), *parts, bias) -> (R, N)``, or None where experts stay in full
+            precision.
+        group_size: from K and the group size asked for to the one used, None where the weight stays in full precision.
+        layouts: passes that run on packed linears, in order.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    pack: Callable[[Tensor, int, WeightQuantizer], tuple[Tensor, ...]]
+    linear: OpOverload
+    expert_linear: OpOverload | None = None
+    group_size: Callable[[int, int], int | None] = adapted_group_size
+    layouts: tuple[type[WeightLayout], ...] = ()
+
+    def packed(self, weight: Tensor, group_size: int, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
+        """The parts of a weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``."""
+        if weight.dim() == 2:
+            return self.pack(weight, group_size, quantizer)
+        experts = [self.pack(matrix, group_size, quantizer) for matrix in weight]
+        return tuple(torch.stack(tensors) for tensors in zip(*experts, strict=True))
+
+    def shapes(self, shape: Sequence[int], group_size: int) -> list[tuple[int, ...]]:
+        """Shape of each part of a weight of this shape, ``(N, K)`` or ``(E, N, K)``."""
+        *experts, rows, width = shape
+        return [(*experts, *part.shape(rows, width, group_size)) for part in self.parts]
+
+    def nbytes(self, shape: Sequence[int], group_size: int, dtype: torch.dtype) -> int:
+        """Bytes of a weight of this shape and dtype, once packed."""
+        sizes = map(math.prod, self.shapes(shape, group_size))
+        return sum(size * part.dtype(dtype).itemsize for part, size in zip(self.parts, sizes, strict=True))
+
+    def stacked(self, weights: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The parts of one weight with the rows of all ``weights``, in order."""
+        tensors = zip(self.parts, zip(*weights, strict=True), strict=True)
+        return tuple(torch.cat(same, part.row_axis) for part, same in tensors)
+
+    def rows(self, tensors: tuple[Tensor, ...], start: int, length: int) -> tuple[Tensor, ...]:
+        """Views of ``length`` rows of a weight's parts, from ``start`` on."""
+        return tuple(
+            tensor.narrow(part.row_axis, start, length) for part, tensor in zip(self.parts, tensors, strict=True)
+        )
+
+
+_FORMATS: dict[str, WeightFormat] = {}
+
+
+def register(weight_format: WeightFormat) -> WeightFormat:
+    """Make a format known by its name.
+
+    Raises:
+        ValueError: another has this name.
+    """
+    if _FORMATS.setdefault(weight_format.name, weight_format) is not weight_format:
+        raise ValueError(f"a weight format named {weight_format.name!r} is registered already; choose another name")
+    return weight_format
+
+
+def format_of(node: fx.Node) -> WeightFormat:
+    """The format of a call's packed weights; the call has :data:`PACKED_LINEARS`."""
+    return _FORMATS[node.meta[PACKED_LINEARS].format]
+
+
+def plain_parts(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
+    """A call's packed weights as its format's ``pack`` makes them; the call has :data:`PACKED_LINEARS`."""
+    weight_format = format_of(node)
+    for layout in weight_format.layouts:
+        if node.target is layout.op:
+            return layout.plain(gm, node)
+    first = 2 if node.target is weight_format.expert_linear else 1
+    return tuple(get_tensor(gm, part) for part in node.args[first:-1])  # type: ignore[arg-type]
+
+
+def check_packed(gm: fx.GraphModule) -> None:
+    """Check that every call of a format's linears says which linears are in its weights, and that their rows add up."""
+    operations = {op for known in _FORMATS.values() for op in (known.linear, known.expert_linear) if op is not None}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target not in operations:
+            continue
+        assert PACKED_LINEARS in node.meta, f"{node.format_node()} does not say which linears it holds"
+        rows = sum(rows for _, rows in node.meta[PACKED_LINEARS].rows)
+        for part, tensor in zip(format_of(node).parts, plain_parts(gm, node), strict=True):
+            assert tensor.shape[part.row_axis] == rows, f"{node.format_node()} has other rows than its linears"
