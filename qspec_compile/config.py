@@ -49,6 +49,7 @@ class QuantSpecConfig:
         weight_quantizer: ``"tinygemm"`` (min/max) or ``"hqq"``, torchao's two choices of scales.
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (docs/benchmarks.md).
+        draft_recipe: name of the registered recipe that makes the draft (docs/adding-a-draft.md).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``. At most the rows of a learned table of positions.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
@@ -65,6 +66,7 @@ class QuantSpecConfig:
     weight_group_size: int = 128
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
     quantize_lm_head: bool = False
+    draft_recipe: str = "int4"
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None
@@ -86,6 +88,8 @@ class QuantSpecConfig:
         except ValueError:
             choices = ", ".join(repr(choice.value) for choice in WeightQuantizer)
             raise ValueError(f"weight_quantizer must be one of {choices}, not {self.weight_quantizer!r}") from None
+        if not isinstance(self.draft_recipe, str):
+            raise TypeError(f"draft_recipe must be a str, not {self.draft_recipe!r}")
         for name in ("quantize_lm_head", "self_check"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")

@@ -137,11 +137,9 @@ class HierarchicalCache:
             if groups > layer.groups:
                 self.layers[index] = layer.grown(groups)
 
-    def inputs(self, role: Role) -> list[Tensor]:
-        """The cache tensors that a role's graph takes after its other inputs, layer by layer, in the order of
-        :func:`quantspec.passes.cache_parts`.
-        """
-        return [getattr(layer, part) for layer in self.layers for part in cache_parts(role)]
+    def inputs(self, parts: Sequence[str]) -> list[Tensor]:
+        """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
+        return [getattr(layer, part) for layer in self.layers for part in parts]
 
     def advance_prefill(self, num_new: Tensor) -> None:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""

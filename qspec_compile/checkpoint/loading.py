@@ -18,7 +18,8 @@ from quantspec.capture import DTYPES, converting
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
 from quantspec.model import QuantSpecModel
-from quantspec.passes import WeightFormat
+from quantspec.pair.recipes import recipes_for
+from quantspec.passes import Role, WeightFormat
 from quantspec.self_check import self_check
 
 from .folder import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
@@ -112,7 +113,9 @@ def resolve_dtype(description: Description, dtype: str | torch.dtype | None) -> 
     """The dtype to load in, the saved one if None; refused where the draft of a model in it has other tensors."""
     saved = getattr(torch, description.dtype)
     resolved: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or saved
-    allowed = [dtype for dtype in DTYPES if all(part.dtype(dtype) == part.dtype(saved) for part in DRAFT_WEIGHTS.parts)]
+    weight_format = recipes_for(description.options)[Role.DRAFT].weight_format
+    parts = () if weight_format is None else weight_format.parts
+    allowed = [dtype for dtype in DTYPES if all(part.dtype(dtype) == part.dtype(saved) for part in parts)]
     if resolved not in allowed:
         choices = " or ".join(str(choice).removeprefix("torch.") for choice in allowed)
         raise ValueError(f"a model saved in {description.dtype} loads in {choices}, not in {dtype}; {_CONVERT_AGAIN}")

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantspec.capture import CapturedLayer, capture, converting
 from quantspec.config import QuantSpecConfig, WeightQuantizer
-from quantspec.passes import LinearReport, RemoveNoOps
+from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
 from quantspec.passes.graph import clone
 
-from .recipes import DRAFT_WEIGHTS, draft_weight_passes, run_passes
+from .recipes import recipes_for, run_passes, weight_passes
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,13 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     with converting():
         captured = capture(model, structure_only=True)
-    # HQQ looks at the data, and its codes and scales take the same room.
-    quantize, _ = draft_weight_passes(replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
-    run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
-    linears = tuple(_size(model, report) for report in quantize.report)
+    weight_format = recipes_for(options)[Role.DRAFT].weight_format
+    linears: tuple[LinearSize, ...] = ()
+    if weight_format is not None:
+        # HQQ looks at the data, and its codes and scales take the same room.
+        quantize, _ = weight_passes(weight_format, replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
+        run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
+        linears = tuple(_size(model, report, weight_format) for report in quantize.report)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return Structure(
         type(model).__name__,
@@ -77,7 +80,7 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
     )
 
 
-def _size(model: PreTrainedModel, report: LinearReport) -> LinearSize:
+def _size(model: PreTrainedModel, report: LinearReport, weight_format: WeightFormat) -> LinearSize:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weight = parameters.get(f"{report.name}.weight", parameters.get(report.name))
     assert weight is not None, report.name
@@ -85,4 +88,4 @@ def _size(model: PreTrainedModel, report: LinearReport) -> LinearSize:
         return LinearSize(report, weight.nbytes, 0)
     matrix = report.out_features, report.in_features
     shape = (*weight.shape[:-2], *matrix)
-    return LinearSize(report, weight.nbytes, DRAFT_WEIGHTS.nbytes(shape, report.group_size, weight.dtype))
+    return LinearSize(report, weight.nbytes, weight_format.nbytes(shape, report.group_size, weight.dtype))

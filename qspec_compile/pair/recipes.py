@@ -18,41 +18,23 @@ from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
     ACCESSES,
+    INT4,
     CacheAccess,
     CheckTokenMixing,
     FuseSharedInputLinears,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
-    PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
     Role,
     SelectLogitRows,
+    WeightFormat,
     WeightSource,
     WidenLinears,
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
-
-WeightPasses = Callable[[QuantSpecConfig, WeightSource | None], Sequence[PassBase]]
-"""The passes that give a graph its weights, in order, from the options and ready weights, if there are any."""
-
-
-def int4_weights(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
-    """INT4 linears, those of one input fused, laid out for the device."""
-    quantize = QuantizeWeights(config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source)
-    return [quantize, FuseSharedInputLinears(), PrepackInt4ForCpu()]
-
-
-def own_weights(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
-    """The model's own weights, as they are."""
-    return []
-
-
-def own_weights_of_prefill(config: QuantSpecConfig, source: WeightSource | None = None) -> Sequence[PassBase]:
-    """The model's own weights, multiplied in float32 where the CPU would emulate half precision."""
-    return [WidenLinears()] if cpu_lacks_half_matmul() else []
 
 
 @dataclass(frozen=True)
@@ -63,15 +45,21 @@ class Recipe:
         name: by which options choose among the recipes of one role.
         role: that it plays.
         access: the op that reads the cache, the parts it reads, and further inputs of the graph.
-        weights: the passes after attention is lowered.
+        weight_format: of its linears; None keeps the model's own weights.
         compiles: whether its graph goes through torch.compile where the pair does.
+        more_passes: makes the passes that run last.
     """
 
     name: str
     role: Role
     access: CacheAccess
-    weights: WeightPasses
+    weight_format: WeightFormat | None = None
     compiles: bool = True
+    more_passes: Callable[[], Sequence[PassBase]] = tuple
+
+
+def _widen_where_emulated() -> Sequence[PassBase]:
+    return [WidenLinears()] if cpu_lacks_half_matmul() else []
 
 
 _RECIPES: dict[tuple[Role, str], Recipe] = {}
@@ -83,10 +71,12 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], own_weights))
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET]))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
-register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], own_weights_of_prefill, compiles=False))
-register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], int4_weights))
+register(
+    Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated)
+)
+register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
 
 def recipes_for(config: QuantSpecConfig) -> Mapping[Role, Recipe]:
@@ -100,6 +90,16 @@ def recipes_for(config: QuantSpecConfig) -> Mapping[Role, Recipe]:
         known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
         raise ValueError(f"draft_recipe must be one of {known}, not {config.draft_recipe!r}; register() adds others")
     return {role: _RECIPES[role, name] for role, name in names.items()}
+
+
+def weight_passes(
+    weight_format: WeightFormat, config: QuantSpecConfig, source: WeightSource | None = None
+) -> tuple[QuantizeWeights, list[PassBase]]:
+    """The passes that give a graph weights of a format, in order, and the first one by itself for its report."""
+    quantize = QuantizeWeights(
+        weight_format, config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source
+    )
+    return quantize, [quantize, FuseSharedInputLinears(), *(layout() for layout in weight_format.layouts)]
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
@@ -137,8 +137,11 @@ def build_graphs(
         raise UnsupportedModelError(str(error)) from error
     graphs, linears = {}, []
     for role, recipe in recipes.items():
-        passes = [LowerAttention(recipe.access, config.kv_group_size), *recipe.weights(config, source)]
+        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size)]
+        if recipe.weight_format is not None:
+            quantize, of_weights = weight_passes(recipe.weight_format, config, source)
+            passes += of_weights
+            linears = quantize.report
         # Cloning once more drops the full-precision weights that were replaced.
-        graphs[role] = clone(run_passes(clone(base), passes))
-        linears += [report for done in passes if isinstance(done, QuantizeWeights) for report in done.report]
+        graphs[role] = clone(run_passes(clone(base), [*passes, *recipe.more_passes()]))
     return graphs, tuple(linears)
