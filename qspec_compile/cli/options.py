@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +31,66 @@ class Quantizer(StrEnum):
 
     TINYGEMM = "tinygemm"
     HQQ = "hqq"
+
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+
+
+def tokens(least: int = 1) -> Callable[[str | int], int]:
+    """Parser of a number of tokens as people write it: 4096, 128k (of 1,024) or 1M."""
+
+    def parse(value: str | int) -> int:
+        written = re.fullmatch(r"(\d+)([km]?)", str(value).strip().lower())
+        if written is None:
+            raise typer.BadParameter(f"{value!r} is no number of tokens, such as 4096 or 128k.")
+        number = int(written[1]) * _UNITS[written[2]]
+        _check_range(number, least)
+        return number
+
+    return parse
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str | int], int]:
+    """Parser of a whole number from ``least`` to ``most``."""
+
+    def parse(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r} is no whole number.") from None
+        _check_range(number, least, most)
+        return number
+
+    return parse
+
+
+def real(least: float, most: float = math.inf) -> Callable[[str | float], float]:
+    """Parser of a finite number from ``least`` to ``most``."""
+
+    def parse(value: str | float) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise typer.BadParameter(f"{value!r} is no finite number.")
+        _check_range(number, least, most)
+        return number
+
+    return parse
+
+
+def _positive(value: str | float) -> float:
+    number = real(0)(value)
+    if number == 0:
+        raise typer.BadParameter("it must be more than 0.")
+    return number
+
+
+def _check_range(number: float, least: float, most: float = math.inf) -> None:
+    if not least <= number <= most:
+        limits = f"at least {least}" if math.isinf(most) else f"between {least} and {most}"
+        raise typer.BadParameter(f"it must be {limits}, not {number}.")
 
 
 def _int_or_auto(value: str | int) -> int | str:
@@ -57,15 +119,15 @@ class ModelOptions:
             "--gamma",
             "--num-speculative-tokens",
             parser=_int_or_auto,
-            metavar="INTEGER|auto",
+            metavar="N|auto",
             help=escape("Tokens drafted per cycle, 0 to 15. [default: 4]"),
         ),
     ] = None
     kv_group_size: Annotated[
-        int | None, typer.Option(help=escape("Tokens quantized together in the KV cache. [default: 128]"))
+        int | None, typer.Option(metavar="N", help=escape("Tokens quantized together in the KV cache. [default: 128]"))
     ] = None
     weight_group_size: Annotated[
-        int | None, typer.Option(help=escape("Input channels that share an INT4 scale. [default: 128]"))
+        int | None, typer.Option(metavar="N", help=escape("Input channels that share an INT4 scale. [default: 128]"))
     ] = None
     weight_quantizer: Annotated[
         Quantizer | None, typer.Option(help=escape("How INT4 scales are chosen. [default: tinygemm]"))
@@ -75,8 +137,27 @@ class ModelOptions:
         typer.Option("--quantize-lm-head", help="INT4 for the draft's language-model head too.", show_default=False),
     ] = None
     max_cache_len: Annotated[
-        int | None, typer.Option(help=escape("Most tokens of a text. [default: the model's context]"))
+        int | None,
+        typer.Option(
+            parser=tokens(), metavar="N", help=escape("Most tokens of a text. [default: the model's context]")
+        ),
     ] = None
+
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
+    ] = None
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help=escape("For private models on the Hub. [default: of `hf auth login`]")),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False
+
+    def access(self) -> dict[str, Any]:
+        """What transformers needs to reach the model and may do with it, as far as it was given."""
+        values = {"revision": self.revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
+        return {name: value for name, value in values.items() if value}
 
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
@@ -118,7 +199,7 @@ class RunOptions:
 class SamplingOptions:
     """How tokens are chosen and when the text ends; None leaves it to the model's generation config."""
 
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256
+    max_new_tokens: Annotated[int, typer.Option(parser=tokens(), metavar="N", help="Most tokens to generate.")] = 256
     sample: Annotated[
         bool | None,
         typer.Option(
@@ -127,13 +208,27 @@ class SamplingOptions:
             help=escape("Draw tokens, or take the most likely. [default: as the model's generation config says]"),
         ),
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="Implies --sample; 0 is --greedy.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Implies --sample.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Implies --sample.")] = None
-    min_p: Annotated[float | None, typer.Option(help="Implies --sample.")] = None
-    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling reproducible.")] = None
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be repeated.")] = None
+    temperature: Annotated[
+        float | None, typer.Option(parser=real(0), metavar="X", help="Implies --sample; 0 is --greedy.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(parser=whole(0), metavar="N", help="Implies --sample; 0 is all tokens.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(parser=real(0, 1), metavar="X", help="From 0 to 1; implies --sample.")
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option(parser=real(0, 1), metavar="X", help="From 0 to 1; implies --sample.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(parser=_positive, metavar="X", help="Above 0; 1 is none.")
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(parser=whole(0, 2**63 - 1), metavar="N", help="Makes sampling reproducible.")
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the output; may be repeated.")
+    ] = None
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``QuantSpecModel.generate``; stop strings need ``tokenizer`` besides.
@@ -146,6 +241,8 @@ class SamplingOptions:
             if getattr(self, name) is not None:
                 arguments[name] = getattr(self, name)
         if self.stop:
+            if "" in self.stop:
+                raise CommandError("--stop is empty", "give the text that shall end the output, or leave it out")
             arguments["stop_strings"] = self.stop
         warpers = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         warpers = {name: value for name, value in warpers.items() if value is not None}
