@@ -55,6 +55,11 @@ class Source:
         """Keyword arguments for ``from_pretrained``."""
         return {**({"gguf_file": self.gguf_file} if self.gguf_file else {}), **self.access}
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Of these, those that say where files are found."""
+        return {name: self.access[name] for name in ("revision", "token") if name in self.access}
+
 
 def find_source(model: str, gguf_file: str | None = None) -> Source:
     """What ``model`` names, or the file ``gguf_file`` in the folder or Hub repository that it names.
@@ -62,6 +67,8 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     Raises:
         CommandError: a path to nothing, or to a folder or file that holds no model.
     """
+    if not model.strip():
+        raise CommandError("MODEL is empty", "give a model's folder, a GGUF file or a Hub id")
     path = Path(model).expanduser()
     if gguf_file is not None and path.suffix.lower() == ".gguf":
         raise CommandError(f"two GGUF files: '{model}' and '{gguf_file}'", "leave --gguf-file out")
@@ -80,10 +87,13 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return Source(Kind.GGUF, str(path.parent), path.name)
-        raise CommandError(f"'{model}' is not a GGUF file", "give a model's folder, a GGUF file or a Hub id")
+        hint = "give a model's folder, a GGUF file or a Hub id"
+        if (path.parent / "config.json").is_file():
+            hint = f"give its folder, '{path.parent}'"
+        raise CommandError(f"'{model}' is not a GGUF file", hint)
     if path.suffix.lower() == ".gguf":
         raise CommandError(f"there is no GGUF file '{model}'", "check the path")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CommandError(f"there is no folder or file '{model}'", "check the path, or give a Hub id as OWNER/NAME")
     return Source(Kind.HUB, model, gguf_file)
 
@@ -144,8 +154,13 @@ def _reading(source: Source) -> Iterator[None]:
         yield
     except (SafetensorError, *damage, *absence) as error:
         name = str(Path(source.name, source.gguf_file or ""))
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise CommandError(f"cannot read '{name}': {reason}", "is it complete? fetch or save it again") from error
+        hint = "is it complete? fetch or save it again"
+        raise CommandError(f"cannot read '{name}': {_first_line(error)}", hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:")
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -163,11 +178,15 @@ def load_config(source: Source) -> PreTrainedConfig:
     try:
         with _reading(source):
             config = AutoConfig.from_pretrained(source.name, **source.arguments)
+    except ValueError as error:
+        hint = "a newer transformers may know this model"
+        if "trust_remote_code" in str(error):
+            hint = "--trust-remote-code runs code that comes with the checkpoint: read it first"
+        raise CommandError(f"cannot load the config of '{source.name}': {_first_line(error)}", hint) from error
     except OSError as error:
-        access = {name: source.access.get(name) for name in ("revision", "token")}
-        if find_adapter_config_file(source.name, **access) is not None:
+        if find_adapter_config_file(source.name, **source.place) is not None:
             raise _adapter(source.name) from error
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = _first_line(error)
         hint = "check the name and the network, or give a local folder"
         raise CommandError(f"cannot load '{source.name}' from the Hub: {reason}", hint) from error
     check_config(config)
@@ -185,9 +204,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError) as error:
-        if source.kind is Kind.HUB:
-            raise
         hint = "save it into the same folder with tokenizer.save_pretrained()"
+        if source.kind is Kind.HUB or any(Path(source.name).glob("tokenizer*")):
+            message = f"cannot load the tokenizer of '{source.name}': {_first_line(error)}"
+            raise CommandError(message, "is it complete? fetch or save it again") from error
         raise CommandError(f"no tokenizer found with '{source.name}'", hint) from error
 
 
@@ -306,4 +326,4 @@ def _check_can_be_saved(source: Source) -> None:
 
     # Most models have the file; without it transformers makes a config by itself.
     with contextlib.suppress(OSError):
-        check_generation_config(GenerationConfig.from_pretrained(source.name, **source.access))
+        check_generation_config(GenerationConfig.from_pretrained(source.name, **source.place))

@@ -155,9 +155,10 @@ class ModelOptions:
     ] = False
 
     def access(self) -> dict[str, Any]:
-        """What transformers needs to reach the model and may do with it, as far as it was given."""
-        values = {"revision": self.revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
-        return {name: value for name, value in values.items() if value}
+        """What transformers needs to reach the model, and whether it may run its code: it would ask on stdout."""
+        place = {"revision": self.revision, "token": self.token}
+        given = {name: value for name, value in place.items() if value is not None}
+        return {**given, "trust_remote_code": self.trust_remote_code}
 
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
