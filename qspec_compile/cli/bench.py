@@ -41,12 +41,19 @@ class BenchModel(StrEnum):
     LLAMA_2_7B = "llama-2-7b"
 
 
+SETTINGS = {"epilog": "quantspec bench\nquantspec bench decode --model llama-3.1-8b --contexts 4k,32k"}
+
+
 def command(
     what: Annotated[
         What, typer.Argument(help="decode: generation against Hugging Face and a strong baseline; kernels: each op.")
     ] = What.DECODE,
     model: Annotated[
-        BenchModel, typer.Option(help="Of decode: SmolLM2, or random weights of a Llama's shape (on a GPU).")
+        BenchModel,
+        typer.Option(
+            metavar="NAME",
+            help="Of decode: smollm2, or on a GPU random weights of the shape of llama-3.1-8b or llama-2-7b.",
+        ),
     ] = BenchModel.SMOLLM2,
     contexts: Annotated[
         str | None, typer.Option(metavar="N,N", show_default=False, help="Of decode: tokens of the prompts.")

@@ -20,11 +20,14 @@ _COMMANDS = "/reset forgets the conversation, /stats tells of the last answer, /
 _HELLO = {"role": "user", "content": "Hello"}
 
 
+SETTINGS = {"epilog": 'quantspec chat MODEL\nquantspec chat MODEL --system "Answer in one sentence." --temperature 0.7'}
+
+
 def command(
     model: ModelOptions,
     run: RunOptions,
     sampling: SamplingOptions,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
     """Talk with a model; Ctrl-C interrupts an answer, /exit or Ctrl-D ends."""
     if sys.stdin is None or sys.stdin.closed:

@@ -12,6 +12,8 @@ from .errors import CommandError, check_folder
 from .loading import Kind, find_pair, find_source
 from .options import ModelOptions, RunOptions
 
+SETTINGS = {"epilog": "quantspec convert MODEL OUT\nquantspec convert MODEL OUT --weight-group-size 64"}
+
 
 def command(
     model: ModelOptions,

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from quantspec import QuantSpecModel
 
 
+SETTINGS = {
+    "epilog": 'quantspec generate MODEL "Once upon a time" --max-new-tokens 64\n'
+    'quantspec generate MODEL --file report.txt "Summarize this." --chat'
+}
+
+
 def command(
     model: ModelOptions,
     run: RunOptions,

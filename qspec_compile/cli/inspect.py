@@ -24,6 +24,9 @@ _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
 
 
+SETTINGS = {"epilog": "quantspec inspect MODEL --context 128k\nquantspec inspect MODEL --json > structure.json"}
+
+
 def command(
     model: ModelOptions,
     context: Annotated[
@@ -31,7 +34,7 @@ def command(
         typer.Option(
             parser=tokens(),
             metavar="N",
-            help=f"Tokens of a text. \\[default: the model's limit, at most {_DEFAULT_CONTEXT}]",
+            help=f"Tokens of a text. [default: the model's limit, at most {_DEFAULT_CONTEXT}]",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Texts generated together.")] = 1,

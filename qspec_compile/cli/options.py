@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
-from rich.markup import escape
 
 from .errors import CommandError
 
@@ -106,12 +105,18 @@ def _int_or_auto(value: str | int) -> int | str:
 class ModelOptions:
     """Which model, in which precision, and how it is converted; None leaves an option at quantspec's default."""
 
+    PANEL: ClassVar[str] = "Model"
+
     model: Annotated[
         str, typer.Argument(metavar="MODEL", show_default=False, help="Hub id, local folder, saved pair or GGUF file.")
     ]
     dtype: Annotated[
         Dtype,
-        typer.Option(help="auto: the checkpoint's own; to run on a CPU without half-precision matmuls, float32."),
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, float16, bfloat16, or auto: the checkpoint's own; to run on a CPU without half-precision "
+            "matmuls, float32.",
+        ),
     ] = Dtype.AUTO
     num_speculative_tokens: Annotated[
         int | None,
@@ -120,17 +125,18 @@ class ModelOptions:
             "--num-speculative-tokens",
             parser=_int_or_auto,
             metavar="N|auto",
-            help=escape("Tokens drafted per cycle, 0 to 15. [default: 4]"),
+            help="Tokens drafted per cycle, 0 to 15. [default: 4]",
         ),
     ] = None
     kv_group_size: Annotated[
-        int | None, typer.Option(metavar="N", help=escape("Tokens quantized together in the KV cache. [default: 128]"))
+        int | None, typer.Option(metavar="N", help="Tokens quantized together in the KV cache. [default: 128]")
     ] = None
     weight_group_size: Annotated[
-        int | None, typer.Option(metavar="N", help=escape("Input channels that share an INT4 scale. [default: 128]"))
+        int | None, typer.Option(metavar="N", help="Input channels that share an INT4 scale. [default: 128]")
     ] = None
     weight_quantizer: Annotated[
-        Quantizer | None, typer.Option(help=escape("How INT4 scales are chosen. [default: tinygemm]"))
+        Quantizer | None,
+        typer.Option(metavar="NAME", help="How INT4 scales are chosen: tinygemm or hqq. [default: tinygemm]"),
     ] = None
     quantize_lm_head: Annotated[
         bool | None,
@@ -138,9 +144,7 @@ class ModelOptions:
     ] = None
     max_cache_len: Annotated[
         int | None,
-        typer.Option(
-            parser=tokens(), metavar="N", help=escape("Most tokens of a text. [default: the model's context]")
-        ),
+        typer.Option(parser=tokens(), metavar="N", help="Most tokens of a text. [default: the model's context]"),
     ] = None
 
     revision: Annotated[
@@ -148,7 +152,7 @@ class ModelOptions:
     ] = None
     token: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help=escape("For private models on the Hub. [default: of `hf auth login`]")),
+        typer.Option(metavar="TEXT", help="For private models on the Hub. [default: of `hf auth login`]"),
     ] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -171,15 +175,17 @@ class ModelOptions:
 class RunOptions:
     """Where and how the pair runs."""
 
+    PANEL: ClassVar[str] = "Running"
+
     device: Annotated[
-        str | None, typer.Option(help=escape("cpu, cuda or cuda:N. [default: cuda where there is one]"))
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
     ] = None
     self_check: Annotated[
         bool | None,
         typer.Option(
             "--self-check/--no-self-check",
             show_default=False,
-            help=escape("Compare the pair with the model first. [default: self-check]"),
+            help="Compare the pair with the model first. [default: self-check]",
         ),
     ] = None
     compile: Annotated[
@@ -187,7 +193,7 @@ class RunOptions:
         typer.Option(
             "--compile/--no-compile",
             show_default=False,
-            help=escape("Run through torch.compile. [default: on GPUs]"),
+            help="Run through torch.compile. [default: on GPUs]",
         ),
     ] = None
 
@@ -200,13 +206,15 @@ class RunOptions:
 class SamplingOptions:
     """How tokens are chosen and when the text ends; None leaves it to the model's generation config."""
 
+    PANEL: ClassVar[str] = "Text"
+
     max_new_tokens: Annotated[int, typer.Option(parser=tokens(), metavar="N", help="Most tokens to generate.")] = 256
     sample: Annotated[
         bool | None,
         typer.Option(
             "--sample/--greedy",
             show_default=False,
-            help=escape("Draw tokens, or take the most likely. [default: as the model's generation config says]"),
+            help="Draw tokens, or take the most likely. [default: as the model's generation config says]",
         ),
     ] = None
     temperature: Annotated[
@@ -268,7 +276,11 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if dataclasses.is_dataclass(hints[name]):
             groups[name] = group = hints[name]
             field_hints = get_type_hints(group, include_extras=True)
-            parameters += [_parameter(f.name, field_hints[f.name], f.default) for f in dataclasses.fields(group)]
+            for part in dataclasses.fields(group):
+                parameters.append(_parameter(part.name, field_hints[part.name], part.default))
+                for info in field_hints[part.name].__metadata__:
+                    if isinstance(info, typer.models.OptionInfo):
+                        info.rich_help_panel = group.PANEL  # type: ignore[attr-defined]
         else:
             parameters.append(_parameter(name, hints[name], parameter.default))
 

@@ -8,23 +8,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
 
 from .console import working
 from .errors import CommandError, check_folder, read_text
 from .eval import check_lm_eval
 from .generate import apply_chat_template
+from .help import Command
 from .loading import find_pair
 from .options import ModelOptions, RunOptions, tokens
 
 _TASKS = "--tasks"
 
 
-class _ParityCommand(TyperCommand):
+class _ParityCommand(Command):
     """The command, with any number of tasks after one ``--tasks``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -48,7 +47,10 @@ def _one_task_each(arguments: list[str]) -> Iterator[str]:
             yield from (_TASKS, remaining.pop(0))
 
 
-SETTINGS = {"cls": _ParityCommand}
+SETTINGS = {
+    "cls": _ParityCommand,
+    "epilog": "quantspec parity MODEL --output report\nquantspec parity MODEL --tasks reference_choice --limit 64",
+}
 
 
 def _batch_size(value: str | int) -> int | str:
@@ -64,8 +66,10 @@ def _batch_size(value: str | int) -> int | str:
 class ComparisonOptions:
     """The fields of :class:`quantspec.evals.parity.ParityOptions` and their defaults, without importing torch."""
 
+    PANEL: ClassVar[str] = "Comparison"
+
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help=escape("Documents per task, the first ones. [default: all]"))
+        int | None, typer.Option(metavar="N", help="Documents per task, the first ones. [default: all]")
     ] = None
     batch_size: Annotated[
         int,
@@ -122,7 +126,7 @@ def command(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help=escape("The long text; '' for none. [default: Python's language reference]")),
+        typer.Option(metavar="FILE", help="The long text; '' for none. [default: Python's language reference]"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write parity.json, parity.md and parity.png there.")
