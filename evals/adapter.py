@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 import quantspec
 from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
+from quantspec.checkpoint.config_check import check_config
 from quantspec.checkpoint.folder import DESCRIPTION_FILE
 from quantspec.config import check_num_speculative_tokens
 
@@ -110,6 +111,8 @@ class QuantSpecLM(HFLM):
     def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:
         """Load the model, or the saved pair whose folder ``pretrained`` is; HFLM has loaded the tokenizer before."""
         if self._loading_options is None:
+            if self.role is not EvalRole.REFERENCE:
+                check_config(self._config)
             return super()._create_model(pretrained, dtype=dtype, **options)
         refused = [name for name, value in options.items() if value and name not in _ANY_MODELS_OPTIONS]
         if refused:

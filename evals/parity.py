@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel
+from quantspec.checkpoint.config_check import known_limit
 
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
@@ -87,6 +88,12 @@ class ParityOptions:
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("max_standard_errors", "max_paired_standard_errors", "max_perplexity_change"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("min_argmax_agreement", "min_speculative_match"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a fraction from 0 to 1, not {getattr(self, name)}")
         for name in ("limit", "batch_size"):
             number = getattr(self, name)
             if isinstance(number, int) and number < 1:
@@ -273,11 +280,6 @@ def parity(
         remove_report(output)
     qs = model if isinstance(model, QuantSpecModel) else quantspec.convert(model, **conversion)
     return measure(qs, material, output=output, name=name)
-
-
-def known_limit(model_config: PreTrainedConfig, config: QuantSpecConfig) -> int | None:
-    """The ``max_cache_len`` that a pair will have, as far as it is known before the model is converted."""
-    return config.max_cache_len or getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)

@@ -327,6 +327,11 @@ def _check_model(model: object, structure_only: bool) -> None:
                 f"weight '{tensor_name}' of {name} is {tensor.dtype}; load the model in float32, float16 or bfloat16, "
                 "not quantized: the draft's INT4 weights are made from them"
             )
+    check_rope(name, config)
+
+
+def check_rope(name: str, config: object) -> None:
+    """Raise ``UnsupportedModelError`` for a RoPE in the config of ``name`` that moves what is cached."""
     for key, parameters in _rope_parameters(config):
         rope_type = parameters.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):

@@ -188,7 +188,7 @@ def test_chat_template_of_a_prompt(run, pair, tokenizer, folder):
         (["Hi", "--device", "toaster"], ["'toaster' is not a device"]),
         (["Hi", "--device", "cuda:99"], ["there is no device 'cuda:99'"]),
         (["Hi", "--greedy", "--top-k", "3"], ["greedy search does not sample"]),
-        (["Hi", "--file", "prompt.txt"], ["two prompts"]),
+        (["Hi", "--file", "prompt.txt"], ["cannot read the prompt from 'prompt.txt'"]),
         (["--file", "no-such.txt"], ["cannot read the prompt from 'no-such.txt': No such file"]),
         ([""], ["the prompt is empty"]),
         ([], ["the prompt is empty"]),

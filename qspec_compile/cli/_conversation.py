@@ -31,6 +31,11 @@ class Conversation:
         self.arguments = arguments
         self.reset()
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether anything has been answered since the start or the last reset."""
+        return any(message["role"] == "assistant" for message in self.messages)
+
     def reset(self) -> None:
         """Forget every message but the system's."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -49,7 +54,7 @@ class Conversation:
                 **inputs,
                 **self.arguments,
                 # What the cache holds before the first answer is a warm-up's.
-                continue_cache=any(message["role"] == "assistant" for message in messages),
+                continue_cache=self.has_turns,
                 stopping_criteria=StoppingCriteriaList([interrupt]),
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )

@@ -16,9 +16,11 @@ from quantspec import __version__
 
 from .console import quiet_libraries
 from .errors import print_error
+from .help import Command, Group
 from .options import expand_options
 
 _DEBUG = "--debug"
+_HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
 def _print_version(value: bool) -> None:
@@ -40,13 +42,15 @@ def _root(
 
 def build_app() -> typer.Typer:
     """The application with a subcommand for each module of this package that defines ``command``."""
-    app = typer.Typer(name="quantspec", add_completion=False, callback=_root)
+    app = typer.Typer(
+        name="quantspec", cls=Group, callback=_root, rich_markup_mode=None, context_settings=_HELP_OPTIONS
+    )
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module_info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{__package__}.{module_info.name}")
         if hasattr(module, "command"):
-            settings = getattr(module, "SETTINGS", {})
+            settings = {"cls": Command, "context_settings": _HELP_OPTIONS, **getattr(module, "SETTINGS", {})}
             app.command(module_info.name, **settings)(expand_options(module.command))
     return app
 

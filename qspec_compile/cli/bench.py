@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import stderr, stdout, working
-from .errors import CommandError, make_folder
+from .errors import CommandError, check_folder, make_folder, write_whole
+from .options import tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,12 +41,19 @@ class BenchModel(StrEnum):
     LLAMA_2_7B = "llama-2-7b"
 
 
+SETTINGS = {"epilog": "quantspec bench\nquantspec bench decode --model llama-3.1-8b --contexts 4k,32k"}
+
+
 def command(
     what: Annotated[
         What, typer.Argument(help="decode: generation against Hugging Face and a strong baseline; kernels: each op.")
     ] = What.DECODE,
     model: Annotated[
-        BenchModel, typer.Option(help="Of decode: SmolLM2, or random weights of a Llama's shape (on a GPU).")
+        BenchModel,
+        typer.Option(
+            metavar="NAME",
+            help="Of decode: smollm2, or on a GPU random weights of the shape of llama-3.1-8b or llama-2-7b.",
+        ),
     ] = BenchModel.SMOLLM2,
     contexts: Annotated[
         str | None, typer.Option(metavar="N,N", show_default=False, help="Of decode: tokens of the prompts.")
@@ -66,7 +74,7 @@ def command(
     else:
         _check_decode(gpu, model)
     if out is not None:
-        make_folder(out)
+        check_folder(out)
     figures: Any
     if what is What.KERNELS:
         name, (figures, table) = "kernels", _bench_kernels(full, out)
@@ -75,7 +83,7 @@ def command(
     else:
         name, (figures, table) = "generate", _bench_generate(lengths, full)
     if out is not None:
-        (out / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        write_whole(out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
     console = stdout()
     if as_json or not console.is_terminal:
         print(json.dumps(figures, indent=1))
@@ -85,10 +93,11 @@ def command(
 
 def _lengths(contexts: str | None, model: BenchModel) -> tuple[int, ...]:
     """The numbers of ``--contexts``; none if it is not given."""
+    number = tokens(0)
     try:
-        lengths = tuple(int(part) for part in contexts.split(",")) if contexts is not None else ()
-    except ValueError:
-        raise CommandError(f"--contexts '{contexts}' is not a list of numbers", "for example 2048,4096") from None
+        lengths = tuple(number(part) for part in contexts.split(",")) if contexts is not None else ()
+    except typer.BadParameter:
+        raise CommandError(f"--contexts '{contexts}' is not a list of numbers", "for example 2048,4k") from None
     if lengths and min(lengths) < 1:
         raise CommandError(f"--contexts '{contexts}': a context has at least 1 token", "for example 2048,4096")
     if model is BenchModel.SMOLLM2 and lengths and max(lengths) > _SMOLLM2_CONTEXT:
@@ -125,6 +134,7 @@ def _bench_kernels(full: bool, out: Path | None) -> tuple[list[dict[str, Any]], 
 
     rows = _measured(kernels.measured_rows(kernels.Cases() if full else kernels.QUICK))
     if full and out is not None:
+        make_folder(out)
         kernels.plot(rows, out / "kernels.png")
     return rows, kernels_table(rows)
 

@@ -10,32 +10,40 @@ import typer
 from .console import stderr
 from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
-from .loading import load_pair
+from .loading import find_pair
 from .options import ModelOptions, RunOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from ._conversation import Conversation
 
 _COMMANDS = "/reset forgets the conversation, /stats tells of the last answer, /exit ends"
+_HELLO = {"role": "user", "content": "Hello"}
+
+
+SETTINGS = {"epilog": 'quantspec chat MODEL\nquantspec chat MODEL --system "Answer in one sentence." --temperature 0.7'}
 
 
 def command(
     model: ModelOptions,
     run: RunOptions,
     sampling: SamplingOptions,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
     """Talk with a model; Ctrl-C interrupts an answer, /exit or Ctrl-D ends."""
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()
-    qs, tokenizer = load_pair(model, run)
-    # A model without a chat template is refused before the first message.
-    inputs = apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]).to(qs.device)
+    found = find_pair(model, run)
+    tokenizer = found.tokenizer
+    # A template that refuses these messages is told of before the first one.
+    first = [*([{"role": "system", "content": system}] if system is not None else []), _HELLO]
+    inputs = apply_chat_template(tokenizer, first)
+    found.check_fit(inputs.input_ids.shape[1] + arguments["max_new_tokens"])
+    qs = found.load()
     if model.num_speculative_tokens is not None:
         arguments["num_speculative_tokens"] = model.num_speculative_tokens
     arguments["tokenizer"] = tokenizer
-    warm_up(qs, {**inputs, **arguments})
+    warm_up(qs, {**inputs.to(qs.device), **arguments})
     from ._conversation import Conversation
 
     talk(Conversation(qs, tokenizer, system, arguments))
@@ -43,6 +51,8 @@ def command(
 
 def talk(conversation: Conversation) -> None:
     """Read lines from stdin until its end or ``/exit``: messages and commands."""
+    from quantspec import CacheFullError
+
     if sys.stdin.isatty():
         stderr().print(f"[dim]{_COMMANDS}[/]")
     while True:
@@ -54,6 +64,11 @@ def talk(conversation: Conversation) -> None:
                 _obey(conversation, line)
         except KeyboardInterrupt:
             stderr().print("\n[dim]interrupted; /exit ends[/]")
+        except CacheFullError as error:
+            hint = "a shorter message, fewer --max-new-tokens or a larger --max-cache-len fit"
+            if conversation.has_turns:
+                hint = "/reset forgets the conversation and makes room"
+            print_error(CommandError(str(error), hint))
         except Exception as error:
             print_error(error)
 

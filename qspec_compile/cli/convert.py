@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from .console import stderr, working
-from .errors import CommandError, make_folder
-from .loading import Kind, find_source, load_pair
+from .errors import CommandError, check_folder
+from .loading import Kind, find_pair, find_source
 from .options import ModelOptions, RunOptions
+
+SETTINGS = {"epilog": "quantspec convert MODEL OUT\nquantspec convert MODEL OUT --weight-group-size 64"}
 
 
 def command(
@@ -23,10 +25,11 @@ def command(
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
-    make_folder(out)
-    qs, tokenizer = load_pair(model, run, to_save=True)
+    check_folder(out)
+    found = find_pair(model, run, to_save=True)
+    qs = found.load()
     with working("saving"):
         qs.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        found.tokenizer.save_pretrained(out)
     dtype = str(qs.model.dtype).removeprefix("torch.")
     stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)

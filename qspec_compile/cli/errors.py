@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import tempfile
 from pathlib import Path
 
 from rich.markup import escape
@@ -25,6 +28,9 @@ _HINTS = {
     "ValueError": "`--help` after a command lists its options",
     "TypeError": "`--help` after a command lists its options",
 }
+
+
+_NOT_UTF8 = "convert it, for example with iconv -t UTF-8"
 
 
 class CommandError(Exception):
@@ -59,9 +65,22 @@ def read_text(file: Path, what: str) -> str:
     """
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CommandError(f"cannot read the {what} from '{file}': {reason}", "check the path") from error
+    except OSError as error:
+        raise CommandError(f"cannot read the {what} from '{file}': {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"cannot read the {what} from '{file}': it is not UTF-8 text", _NOT_UTF8) from error
+
+
+def read_stdin() -> str:
+    """All of stdin.
+
+    Raises:
+        CommandError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise CommandError("cannot read the prompt from stdin: it is not UTF-8 text", _NOT_UTF8) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -73,8 +92,50 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"cannot write to '{folder}': {error.strerror}"
-        raise CommandError(message, "choose a folder that can be written to") from error
+        raise _unwritable(folder, error) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that ``folder`` can be made and written to, and leave everything as it was.
+
+    So nothing is left over where the work whose results are written there fails, or is killed.
+
+    Raises:
+        CommandError: it cannot be written to, or is a file.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for place in missing:
+            # Not there, or another program has put something in it.
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> CommandError:
+    return CommandError(f"cannot write to '{folder}': {error.strerror}", "choose a folder that can be written to")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``text`` to ``file``, which is there to its end or as it was before.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
+    make_folder(file.parent)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise _unwritable(file.parent, error) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def print_error(error: Exception) -> None:

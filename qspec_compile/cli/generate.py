@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import stderr, working
-from .errors import CommandError, read_text
-from .loading import load_pair
+from .errors import CommandError, read_stdin, read_text
+from .loading import find_pair
 from .options import ModelOptions, RunOptions, SamplingOptions
 
 # Cycles of the number of drafts that is timed, and with --gamma auto of those it begins with.
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from quantspec import QuantSpecModel
 
 
+SETTINGS = {
+    "epilog": 'quantspec generate MODEL "Once upon a time" --max-new-tokens 64\n'
+    'quantspec generate MODEL --file report.txt "Summarize this." --chat'
+}
+
+
 def command(
     model: ModelOptions,
     run: RunOptions,
@@ -30,7 +36,9 @@ def command(
     prompt: Annotated[
         str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt, or a document that goes before it, from FILE.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, token counts, statistics.")
@@ -40,11 +48,20 @@ def command(
     """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
-    qs, tokenizer = load_pair(model, run)
-    inputs = encode(tokenizer, text, chat).to(qs.device)
-    if inputs.input_ids.shape[1] == 0:
+    found = find_pair(model, run)
+    tokenizer = found.tokenizer
+    inputs = encode(tokenizer, text, chat)
+    num_tokens = inputs.input_ids.shape[1]
+    if num_tokens == 0:
         raise CommandError("the prompt has no tokens", "give some text")
-    arguments = {**inputs, **arguments, "num_speculative_tokens": model.num_speculative_tokens, "tokenizer": tokenizer}
+    found.check_fit(num_tokens + arguments["max_new_tokens"])
+    qs = found.load()
+    arguments = {
+        **inputs.to(qs.device),
+        **arguments,
+        "num_speculative_tokens": model.num_speculative_tokens,
+        "tokenizer": tokenizer,
+    }
     warm_up(qs, arguments)
     new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
     if as_json:
@@ -54,24 +71,25 @@ def command(
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The text from wherever it was given.
+    """The text from wherever it was given: a document from the file, and after it what to do with it.
 
     Raises:
-        CommandError: from two places, from none, or empty.
+        CommandError: none was given, or it is empty.
     """
-    if prompt is not None and file is not None:
-        raise CommandError("two prompts: the argument and --file", "give one of them")
-    if file is not None:
-        text = read_text(file, "prompt")
-    elif prompt is not None and prompt != "-":
+    document = None if file is None else read_text(file, "prompt")
+    if document is not None and not document.strip():
+        raise CommandError(f"the text in '{file}' is empty", "give another file")
+    if document is not None and prompt is None:
+        return document
+    if prompt is not None and prompt != "-":
         text = prompt
     elif sys.stdin is None or sys.stdin.closed or (prompt is None and sys.stdin.isatty()):
         raise CommandError("no prompt", "give it as an argument, with --file, or on stdin")
     else:
-        text = sys.stdin.read()
+        text = read_stdin()
     if not text.strip():
         raise CommandError("the prompt is empty", "give it as an argument, with --file, or on stdin")
-    return text
+    return text if document is None else f"{document.rstrip()}\n\n{text}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> BatchEncoding:
@@ -85,11 +103,19 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     """``input_ids`` and ``attention_mask`` of a conversation that awaits the model's answer, ``(1, S)``.
 
     Raises:
-        CommandError: the tokenizer has no chat template.
+        CommandError: the tokenizer has no chat template, or it does not take these messages.
     """
     if tokenizer.chat_template is None:
         raise CommandError("the model's tokenizer has no chat template", "use an instruction-tuned model")
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        message = f"the model's chat template refuses the messages: {error}"
+        raise CommandError(message, "not every template takes a --system message") from error
     return encoded  # type: ignore[return-value]
 
 

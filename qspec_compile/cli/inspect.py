@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, dtype_to_load, find_device, find_source, load_config
-from .options import ModelOptions
+from .loading import Kind, dtype_to_load, find_device, find_model, load_config
+from .options import ModelOptions, tokens, whole
 
 if TYPE_CHECKING:
     from quantspec.config import QuantSpecConfig
@@ -24,17 +24,24 @@ _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
 
 
+SETTINGS = {"epilog": "quantspec inspect MODEL --context 128k\nquantspec inspect MODEL --json > structure.json"}
+
+
 def command(
     model: ModelOptions,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Tokens of a text. \\[default: the model's limit, at most {_DEFAULT_CONTEXT}]"),
+        typer.Option(
+            parser=tokens(),
+            metavar="N",
+            help=f"Tokens of a text. [default: the model's limit, at most {_DEFAULT_CONTEXT}]",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts generated together.")] = 1,
+    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Texts generated together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
     """Show attention layers, linears and the memory of a conversion or a saved pair, without loading weights."""
-    source = find_source(model.model)
+    source = find_model(model)
     with working("importing"):
         from quantspec.cache import check_cache_len
         from quantspec.checkpoint.folder import Description

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 # DESCRIPTION_FILE of quantspec.saved_format, whose import takes seconds; a wrong path is told at once.
 _PAIR_CONFIG = "quantspec_config.json"
+# Of PEFT.
+_ADAPTER_CONFIG = "adapter_config.json"
+# Of the model itself, as transformers names them.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class Kind(Enum):
@@ -35,16 +39,26 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``name`` as ``from_pretrained`` takes it, with ``gguf_file`` besides for GGUF."""
+    """Where a model comes from: ``name`` as ``from_pretrained`` takes it, with ``gguf_file`` besides for GGUF.
+
+    Attributes:
+        access: how it may be reached and run, ``revision``, ``token`` and ``trust_remote_code`` of transformers.
+    """
 
     kind: Kind
     name: str
     gguf_file: str | None = None
+    access: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``from_pretrained``."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {**({"gguf_file": self.gguf_file} if self.gguf_file else {}), **self.access}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Of these, those that say where files are found."""
+        return {name: self.access[name] for name in ("revision", "token") if name in self.access}
 
 
 def find_source(model: str, gguf_file: str | None = None) -> Source:
@@ -53,6 +67,8 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     Raises:
         CommandError: a path to nothing, or to a folder or file that holds no model.
     """
+    if not model.strip():
+        raise CommandError("MODEL is empty", "give a model's folder, a GGUF file or a Hub id")
     path = Path(model).expanduser()
     if gguf_file is not None and path.suffix.lower() == ".gguf":
         raise CommandError(f"two GGUF files: '{model}' and '{gguf_file}'", "leave --gguf-file out")
@@ -61,6 +77,8 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     if path.is_dir():
         if (path / _PAIR_CONFIG).is_file():
             return Source(Kind.PAIR, str(path))
+        if (path / _ADAPTER_CONFIG).is_file() and not any(file for name in _WEIGHTS for file in path.glob(name)):
+            raise _adapter(model)
         if (path / "config.json").is_file():
             return Source(Kind.FOLDER, str(path))
         files = sorted(file.name for file in path.glob("*.gguf"))
@@ -69,12 +87,23 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return Source(Kind.GGUF, str(path.parent), path.name)
-        raise CommandError(f"'{model}' is not a GGUF file", "give a model's folder, a GGUF file or a Hub id")
+        hint = "give a model's folder, a GGUF file or a Hub id"
+        if (path.parent / "config.json").is_file():
+            hint = f"give its folder, '{path.parent}'"
+        raise CommandError(f"'{model}' is not a GGUF file", hint)
     if path.suffix.lower() == ".gguf":
         raise CommandError(f"there is no GGUF file '{model}'", "check the path")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CommandError(f"there is no folder or file '{model}'", "check the path, or give a Hub id as OWNER/NAME")
     return Source(Kind.HUB, model, gguf_file)
+
+
+def _adapter(model: str) -> CommandError:
+    merged = f"AutoPeftModelForCausalLM.from_pretrained('{model}').merge_and_unload()"
+    return CommandError(
+        f"'{model}' holds an adapter (PEFT), not a whole model: merge it into its base model first",
+        f"in Python: {merged}.save_pretrained(FOLDER), and the base model's tokenizer into FOLDER too",
+    )
 
 
 def find_device(name: str | None) -> torch.device:
@@ -98,34 +127,70 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def find_model(model: ModelOptions, gguf_file: str | None = None) -> Source:
+    """The source that ``model`` names, with what it says about access to it.
+
+    Raises:
+        CommandError: as :func:`find_source`, or a revision of something local.
+    """
+    source = find_source(model.model, gguf_file)
+    access = model.access()
+    if source.kind is not Kind.HUB:
+        if "revision" in access:
+            raise CommandError(f"--revision is of a model on the Hub, and '{model.model}' is local", "leave it out")
+        access.pop("token", None)
+    return replace(source, access=access)
+
+
 @contextlib.contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Turns what libraries make of damaged files into an error that names the file or folder."""
+    """Turns what libraries make of missing and damaged files into an error that names the file or folder."""
     from safetensors import SafetensorError
 
     # The reader of GGUF files trusts the numbers in them.
     damage = (ValueError, IndexError, KeyError, struct.error) if source.gguf_file else ()
+    absence = () if source.kind is Kind.HUB else (OSError,)
     try:
         yield
-    except (SafetensorError, *damage) as error:
+    except (SafetensorError, *damage, *absence) as error:
         name = str(Path(source.name, source.gguf_file or ""))
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise CommandError(f"cannot read '{name}': {reason}", "is it complete? fetch or save it again") from error
+        hint = "is it complete? fetch or save it again"
+        raise CommandError(f"cannot read '{name}': {_first_line(error)}", hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:")
 
 
 def load_config(source: Source) -> PreTrainedConfig:
-    """The model's configuration alone."""
+    """The model's configuration alone.
+
+    Raises:
+        CommandError: it is missing or damaged, or describes an adapter.
+        UnsupportedModelError: it describes what cannot be converted.
+    """
     from transformers import AutoConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from quantspec.checkpoint.config_check import check_config
 
     try:
         with _reading(source):
-            return AutoConfig.from_pretrained(source.name, **source.arguments)
+            config = AutoConfig.from_pretrained(source.name, **source.arguments)
+    except ValueError as error:
+        hint = "a newer transformers may know this model"
+        if "trust_remote_code" in str(error):
+            hint = "--trust-remote-code runs code that comes with the checkpoint: read it first"
+        raise CommandError(f"cannot load the config of '{source.name}': {_first_line(error)}", hint) from error
     except OSError as error:
-        if source.kind is not Kind.HUB:
-            raise
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        if find_adapter_config_file(source.name, **source.place) is not None:
+            raise _adapter(source.name) from error
+        reason = _first_line(error)
         hint = "check the name and the network, or give a local folder"
         raise CommandError(f"cannot load '{source.name}' from the Hub: {reason}", hint) from error
+    check_config(config)
+    return config
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -139,9 +204,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError) as error:
-        if source.kind is Kind.HUB:
-            raise
         hint = "save it into the same folder with tokenizer.save_pretrained()"
+        if source.kind is Kind.HUB or any(Path(source.name).glob("tokenizer*")):
+            message = f"cannot load the tokenizer of '{source.name}': {_first_line(error)}"
+            raise CommandError(message, "is it complete? fetch or save it again") from error
         raise CommandError(f"no tokenizer found with '{source.name}'", hint) from error
 
 
@@ -181,6 +247,7 @@ class FoundPair:
     Attributes:
         dtype: of the weights; None is the checkpoint's own.
         options: of ``convert``, those that were given.
+        limit: the ``max_cache_len`` of the pair, as far as it is known; None if it is not.
     """
 
     source: Source
@@ -188,6 +255,18 @@ class FoundPair:
     dtype: torch.dtype | None
     options: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
+    limit: int | None
+
+    def check_fit(self, num_tokens: int) -> None:
+        """Refuse a text of more tokens than the pair will hold.
+
+        Raises:
+            CacheFullError: it is too long.
+        """
+        from quantspec.cache import check_cache_len
+
+        if self.limit is not None:
+            check_cache_len(num_tokens, self.limit)
 
     def load(self) -> QuantSpecModel:
         """Load and convert the model, or load the saved pair."""
@@ -195,7 +274,9 @@ class FoundPair:
 
         if self.source.kind is Kind.PAIR:
             with working("loading"):
-                return quantspec.from_pretrained(self.source.name, device=self.device, dtype=self.dtype, **self.options)
+                return quantspec.from_pretrained(
+                    self.source.name, device=self.device, dtype=self.dtype, **self.source.access, **self.options
+                )
         # transformers draws the bars of downloading and loading itself.
         loaded = load_model(self.source, self.dtype, self.device)
         with working("converting"):
@@ -215,28 +296,27 @@ def find_pair(
     Raises:
         CommandError, ValueError, TypeError: something is wrong with the arguments.
     """
-    source = find_source(model.model, gguf_file)
+    source = find_model(model, gguf_file)
     device = find_device(run.device)
     options = {**model.conversion(), **run.conversion()}
     with working("importing"):
         import quantspec
+        from quantspec.checkpoint.config_check import known_limit
+        from quantspec.loading import changed_options, resolve_dtype
+        from quantspec.saved_format import Description
 
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
-    if source.kind is not Kind.PAIR:
-        quantspec.QuantSpecConfig.from_options(None, options)
+    if source.kind is Kind.PAIR:
+        saved = Description.read(Path(source.name))
+        limit = changed_options(saved.options, options).max_cache_len
+        resolve_dtype(saved, dtype)
+    else:
+        config = quantspec.QuantSpecConfig.from_options(None, options)
         # The cheapest thing that can be missing, first.
-        load_config(source)
+        limit = known_limit(load_config(source), config)
         if to_save:
             _check_can_be_saved(source)
-    return FoundPair(source, device, dtype, options, load_tokenizer(source))
-
-
-def load_pair(
-    model: ModelOptions, run: RunOptions, *, to_save: bool = False
-) -> tuple[QuantSpecModel, PreTrainedTokenizerBase]:
-    """Load and convert the model, or load a saved pair, and its tokenizer; see :func:`find_pair`."""
-    found = find_pair(model, run, to_save=to_save)
-    return found.load(), found.tokenizer
+    return FoundPair(source, device, dtype, options, load_tokenizer(source), limit)
 
 
 def _check_can_be_saved(source: Source) -> None:
@@ -246,4 +326,4 @@ def _check_can_be_saved(source: Source) -> None:
 
     # Most models have the file; without it transformers makes a config by itself.
     with contextlib.suppress(OSError):
-        check_generation_config(GenerationConfig.from_pretrained(source.name))
+        check_generation_config(GenerationConfig.from_pretrained(source.name, **source.place))

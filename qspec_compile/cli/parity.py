@@ -8,22 +8,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
 
 from .console import working
-from .errors import CommandError, make_folder, read_text
+from .errors import CommandError, check_folder, read_text
 from .eval import check_lm_eval
-from .loading import Kind, find_pair, load_config
-from .options import ModelOptions, RunOptions
+from .generate import apply_chat_template
+from .help import Command
+from .loading import find_pair
+from .options import ModelOptions, RunOptions, tokens
 
 _TASKS = "--tasks"
 
 
-class _ParityCommand(TyperCommand):
+class _ParityCommand(Command):
     """The command, with any number of tasks after one ``--tasks``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -47,7 +47,10 @@ def _one_task_each(arguments: list[str]) -> Iterator[str]:
             yield from (_TASKS, remaining.pop(0))
 
 
-SETTINGS = {"cls": _ParityCommand}
+SETTINGS = {
+    "cls": _ParityCommand,
+    "epilog": "quantspec parity MODEL --output report\nquantspec parity MODEL --tasks reference_choice --limit 64",
+}
 
 
 def _batch_size(value: str | int) -> int | str:
@@ -63,33 +66,43 @@ def _batch_size(value: str | int) -> int | str:
 class ComparisonOptions:
     """The fields of :class:`quantspec.evals.parity.ParityOptions` and their defaults, without importing torch."""
 
-    limit: Annotated[int | None, typer.Option(help=escape("Documents per task, the first ones. [default: all]"))] = None
+    PANEL: ClassVar[str] = "Comparison"
+
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Documents per task, the first ones. [default: all]")
+    ] = None
     batch_size: Annotated[
         int,
-        typer.Option(parser=_batch_size, metavar="INTEGER|auto", help="Sequences of a task answered together."),
+        typer.Option(parser=_batch_size, metavar="N|auto", help="Sequences of a task answered together."),
     ] = 1
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Put the tasks into the model's chat template.")
     ] = False
-    context_tokens: Annotated[int, typer.Option(help="Of the long text, prefilled.")] = 3072
-    scored_tokens: Annotated[int, typer.Option(help="Of the long text, read token by token after those.")] = 1024
-    prompts: Annotated[int, typer.Option(help="Places of the text that are continued greedily; 0 for none.")] = 8
-    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.")] = 1024
-    new_tokens: Annotated[int, typer.Option(help="Of each continuation.")] = 64
+    context_tokens: Annotated[int, typer.Option(parser=tokens(0), metavar="N", help="Of the long text, prefilled.")] = (
+        3072
+    )
+    scored_tokens: Annotated[
+        int, typer.Option(parser=tokens(0), metavar="N", help="Of the long text, read token by token after those.")
+    ] = 1024
+    prompts: Annotated[
+        int, typer.Option(metavar="N", help="Places of the text that are continued greedily; 0 for none.")
+    ] = 8
+    prompt_tokens: Annotated[int, typer.Option(parser=tokens(0), metavar="N", help="Of each prompt.")] = 1024
+    new_tokens: Annotated[int, typer.Option(parser=tokens(0), metavar="N", help="Of each continuation.")] = 64
     max_standard_errors: Annotated[
-        float, typer.Option(help="By which a task's metric may differ from the model's.")
+        float, typer.Option(metavar="X", help="By which a task's metric may differ from the model's.")
     ] = 1.0
     max_paired_standard_errors: Annotated[
-        float, typer.Option(help="Of the paired difference, by which it may differ besides.")
+        float, typer.Option(metavar="X", help="Of the paired difference, by which it may differ besides.")
     ] = 2.0
     max_perplexity_change: Annotated[
-        float, typer.Option(help="Relative, of the target on the text and on tasks with a perplexity.")
+        float, typer.Option(metavar="X", help="Relative, of the target on the text and on tasks with a perplexity.")
     ] = 0.005
     min_argmax_agreement: Annotated[
-        float, typer.Option(help="Fraction of the text's tokens with the same argmax, of the target.")
+        float, typer.Option(metavar="X", help="Fraction of the text's tokens with the same argmax, of the target.")
     ] = 0.99
     min_speculative_match: Annotated[
-        float, typer.Option(help="Fraction of greedy texts that are the same with and without drafting.")
+        float, typer.Option(metavar="X", help="Fraction of greedy texts that are the same with and without drafting.")
     ] = 1.0
 
 
@@ -113,7 +126,7 @@ def command(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help=escape("The long text; '' for none. [default: Python's language reference]")),
+        typer.Option(metavar="FILE", help="The long text; '' for none. [default: Python's language reference]"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write parity.json, parity.md and parity.png there.")
@@ -127,19 +140,13 @@ def command(
     long_text = read_text(Path(text), "text") if text else text
     if text and not (long_text or "").strip():
         raise CommandError(f"the text in '{text}' is empty", "give another file, or '' for none")
-    found = find_pair(model, run, gguf_file=gguf_file)
     with working("importing"):
-        from quantspec.checkpoint.folder import Description
-        from quantspec.checkpoint.loading import changed_options
-        from quantspec.config import QuantSpecConfig
-        from quantspec.evals.parity import ParityOptions, known_limit, measure, prepare, remove_report
+        from quantspec.evals.parity import ParityOptions, measure, prepare, remove_report
 
-    if found.source.kind is Kind.PAIR:
-        config = changed_options(Description.read(Path(found.source.name)).options, found.options)
-    else:
-        config = QuantSpecConfig.from_options(None, found.options)
-    limit = known_limit(load_config(found.source), config)
     options = ParityOptions(**asdict(comparison))
+    found = find_pair(model, run, gguf_file=gguf_file)
+    if names and options.apply_chat_template:
+        apply_chat_template(found.tokenizer, [{"role": "user", "content": "Hello"}])
     # lm-eval prints notes of its own.
     with contextlib.redirect_stdout(sys.stderr):
         material = prepare(
@@ -148,10 +155,10 @@ def command(
             text=long_text,
             options=options,
             include_path=include_path,
-            max_cache_len=limit,
+            max_cache_len=found.limit,
         )
         if output is not None:
-            make_folder(output)
+            check_folder(output)
             remove_report(output)
         report = measure(found.load(), material, output=output)
     print(report)

@@ -1,0 +1,67 @@
+"""Help screens: grouped panels whose option names are never cut, whatever the width of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+# Longer names of one option go below each other.
+_WIDEST_NAMES = 32
+
+
+class Command(TyperCommand):
+    """A command with this module's help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print usage, description, arguments and options by panel, and examples."""
+        _print_start(self, ctx)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for title, rows in panels.items():
+            _print_panel(title, rows)
+        if self.epilog:
+            _print_in_panel("Examples", Text(self.epilog))
+
+
+class Group(TyperGroup):
+    """The program with this module's help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print usage, description, options and commands."""
+        _print_start(self, ctx)
+        records = (parameter.get_help_record(ctx) for parameter in self.get_params(ctx))
+        _print_panel("Options", [record for record in records if record is not None])
+        commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        _print_panel("Commands", [(name, command.help or "") for name, command in commands if command is not None])
+
+
+def _print_start(command: Any, ctx: Any) -> None:
+    console = Console(highlight=False)
+    console.print(Text(command.get_usage(ctx), style="bold"), soft_wrap=True)
+    console.print(Text(f"\n{command.help or ''}\n"))
+
+
+def _print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Names in a column as wide as the longest; the text beside them takes the rest."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(ratio=1)
+    for name, text in rows:
+        names = name if len(name) <= _WIDEST_NAMES else name.replace(", ", "\n").replace(" / ", "\n")
+        table.add_row(names, Text(" ".join(text.split())))
+    _print_in_panel(title, table)
+
+
+def _print_in_panel(title: str, content: Table | Text) -> None:
+    Console(highlight=False).print(Panel(content, title=title, title_align="left", border_style="dim"))
