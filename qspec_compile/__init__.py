@@ -6,6 +6,8 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from .versions import noting_untested_versions
+
 if TYPE_CHECKING:
     from .cache import CacheFullError
     from .config import QuantSpecConfig
@@ -49,7 +51,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    with noting_untested_versions():
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
