@@ -73,13 +73,17 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
 def build_pair(captured: Capture, config: QuantSpecConfig, vocab_size: int, source: Int4Source | None = None) -> Pair:
     """Clone the captured graph once per role and run that role's passes; ``source`` has ready INT4 weights.
 
+    ``config`` has a ``max_cache_len``.
+
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
     """
     base = clone(captured.graph_module)
     quantize, weight_passes = draft_weight_passes(config, source)
+    assert config.max_cache_len is not None
+    check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
     graphs = {role: run_passes(clone(base), [LowerAttention(role, config.kv_group_size)]) for role in Role}
