@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -253,21 +253,18 @@ def _capture_interfaces(model: PreTrainedModel) -> Iterator[_Recorder]:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _marker_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask_spec)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _marker_experts)
-    # Configs are easily shared between models, so each module gets a copy for the length of the capture.
-    copies: dict[int, object] = {}
+    # Configs are easily shared between models, so each module gets a copy for the length of the capture. One memo for
+    # all keeps what modules share, such as the text's config that is also part of the whole model's.
+    memo: dict[int, Any] = {}
     originals = []
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is None or not hasattr(config, "_attn_implementation"):
-            continue
-        if id(config) not in copies:
-            duplicate = copy.deepcopy(config)
-            duplicate._attn_implementation_internal = IMPLEMENTATION
-            if hasattr(duplicate, "_experts_implementation_internal"):
-                duplicate._experts_implementation_internal = IMPLEMENTATION
-            copies[id(config)] = duplicate
-        originals.append((module, config))
-        module.config = copies[id(config)]  # type: ignore[assignment]
+        if isinstance(config, PreTrainedConfig):
+            originals.append((module, config))
+            module.config = copy.deepcopy(config, memo)  # type: ignore[assignment]
+    for duplicate in [value for value in memo.values() if isinstance(value, PreTrainedConfig)]:
+        duplicate._attn_implementation_internal = IMPLEMENTATION
+        duplicate._experts_implementation_internal = IMPLEMENTATION
     training = [module for module in model.modules() if module.training]
     model.eval()
     _Recorder.active = recorder = _Recorder(model)
@@ -377,6 +374,37 @@ def _mask_problem(spec: MaskSpec) -> str | None:
     return None
 
 
+def _check_own_positions(model: PreTrainedModel, recorder: _Recorder, positions: Tensor) -> None:
+    """Refuse a model that, left to itself, counts positions otherwise than ``positions (B, T)``, 0, 1, 2, ..."""
+    ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    ids = (ids % model.get_input_embeddings().weight.shape[0]).to(positions.device)  # type: ignore[operator, union-attr]
+
+    def outputs(**position_ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        made: list[tuple[nn.Module, Tensor]] = []
+
+        def keep(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                made.append((module, output))
+
+        with contextlib.ExitStack() as hooks:
+            for module in recorder.module_names:
+                hooks.enter_context(module.register_forward_hook(keep))
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **position_ids)
+        return [*made, (model, output.logits)]
+
+    given, own = outputs(position_ids=positions), outputs()
+    logits = given[-1][1].float()
+    if not (own[-1][1].float() - logits).norm() > 1e-2 * logits.norm():
+        return
+    for (module, expected), (_, output) in zip(given, own, strict=False):
+        if expected.shape != output.shape or not torch.equal(expected, output):
+            raise recorder.unsupported(
+                module,
+                "given no position_ids, the model does not count positions from 0 (an offset, or token ids that are "
+                "not counted); the positions of a text are the cache's to give",
+            )
+
+
 def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:
     """Raise ``UnsupportedModelError`` for heads that the kernels of ``device`` do not decode."""
     for layer in layers:
@@ -426,14 +454,17 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
             if "Constraints violated" in reason:
                 reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
             raise recorder.unsupported(model if module is None else module, reason) from error
-    if not recorder.layers:
+        layers = tuple(recorder.layers)
+        if not structure_only:
+            _check_own_positions(model, recorder, positions)
+    if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
             "interface, so its key/value cache cannot be replaced"
         )
-    check_head_dims(recorder.layers, model.device)
+    check_head_dims(layers, model.device)
     for spec, module in recorder.masks.items():
         problem = _mask_problem(spec)
         if problem is not None:
             raise recorder.unsupported(module, problem)
-    return Capture(program.module(check_guards=False), tuple(recorder.layers))
+    return Capture(program.module(check_guards=False), layers)

@@ -90,7 +90,7 @@ class QuantSpecModel:
         self._parameters = dict(model.named_parameters())
         self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
-        pair = build_pair(captured, config, self.vocab_size, source)
+        pair = build_pair(captured, self.config, self.vocab_size, source)
         self.target: torch.fx.GraphModule = pair.target
         self.draft: torch.fx.GraphModule = pair.draft
         self.prefill: torch.fx.GraphModule = pair.prefill

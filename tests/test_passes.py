@@ -553,7 +553,7 @@ def test_widen_leaves_float32_alone():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_token_mixing_check_passes_decoders_and_changes_nothing(architecture):
-    apply(decoder(architecture), CheckTokenMixing(96), modifies=False)
+    apply(decoder(architecture), CheckTokenMixing(96, 512), modifies=False)
 
 
 def test_token_mixing_check_names_the_node_and_the_module():
@@ -565,7 +565,7 @@ def test_token_mixing_check_names_the_node_and_the_module():
     add.replace_all_uses_with(shifted, delete_user_cb=lambda user: user is not shifted)
     gm.recompile()
     with pytest.raises(TokenMixingError, match=f"node '{shifted.name}' .*aten.roll.* mixes tokens"):
-        CheckTokenMixing(96)(gm)
+        CheckTokenMixing(96, 512)(gm)
 
 
 def test_token_mixing_check_sees_a_model_that_counts_positions_itself():
@@ -578,7 +578,7 @@ def test_token_mixing_check_sees_a_model_that_counts_positions_itself():
     positions.replace_all_uses_with(counted, delete_user_cb=lambda user: user.target is not torch.zeros_like)
     gm.recompile()
     with pytest.raises(TokenMixingError):
-        CheckTokenMixing(96)(gm)
+        CheckTokenMixing(96, 512)(gm)
 
 
 def test_without_attention_every_token_keeps_its_own_value():

@@ -51,10 +51,11 @@ class Pair:
         self.model: PreTrainedModel = model
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
+        config = replace(config, max_cache_len=self.max_len)
         self.graphs: Mapping[Role, fx.GraphModule]
         self.graphs, self.linears = build_graphs(captured, config, recipes, self.vocab_size, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
-        self.config: QuantSpecConfig = replace(config, max_cache_len=self.max_len, adapted_group_sizes=adapted)
+        self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
         self._recipes = recipes
         self._forwards = {

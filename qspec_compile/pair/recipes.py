@@ -122,7 +122,7 @@ def build_graphs(
 
     Args:
         captured: the decoder; it is left as it is.
-        config: the options.
+        config: the options, with a ``max_cache_len``.
         recipes: of each role.
         vocab_size: token ids that the embedding knows.
         source: has ready weights of the draft; without it they are quantized.
@@ -131,8 +131,10 @@ def build_graphs(
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
     """
     base = clone(captured.graph_module)
+    assert config.max_cache_len is not None
+    check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        run_passes(base, [CheckTokenMixing(vocab_size), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
     graphs, linears = {}, []
