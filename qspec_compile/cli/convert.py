@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantspec.new_folder import removed_on_failure
+
 from .console import stderr, working
 from .errors import CommandError, make_folder
 from .loading import Kind, find_source, load_pair
@@ -23,10 +25,11 @@ def command(
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
-    make_folder(out)
-    qs, tokenizer = load_pair(model, run, to_save=True)
-    with working("saving"):
-        qs.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+    with removed_on_failure(out):
+        make_folder(out)
+        qs, tokenizer = load_pair(model, run, to_save=True)
+        with working("saving"):
+            qs.save_pretrained(out)
+            tokenizer.save_pretrained(out)
     dtype = str(qs.model.dtype).removeprefix("torch.")
     stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)
