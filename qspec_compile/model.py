@@ -147,8 +147,8 @@ class QuantSpecModel:
     def check_unmoved(self) -> None:
         """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
 
-        That is a model cast, moved, or with a weight, buffer, module, hook or forward replaced. A weight that is changed
-        in place is not seen: the target follows it, the draft keeps its INT4 copy.
+        That is a model cast, moved, or with a weight, buffer, module, hook or forward replaced. Weights that change in
+        place are not seen: the target follows them, the draft keeps its INT4 copy.
 
         Raises:
             ValueError: naming what changed.
