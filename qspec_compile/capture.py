@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -291,13 +292,20 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
 
 
-def _check_model(model: object, structure_only: bool) -> None:
+def check_model(model: object, structure_only: bool = False) -> None:
+    """Refuse what needs no capture to be refused; raises as :func:`capture` does."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"convert() takes a loaded transformers model (PreTrainedModel), not {type(model).__name__}; "
-            "load it with AutoModelForCausalLM.from_pretrained(...)"
+            f"{_way_in(model)}"
         )
     name = type(model).__name__
+    for path, module in model.named_modules():
+        if _is_of_peft(module):
+            raise UnsupportedModelError(
+                f"module '{path}' of {name} holds an adapter, which can be switched at any time; merge it into the "
+                "weights first, with merge_and_unload() of its PeftModel (PeftModel.from_pretrained(model, adapter))"
+            )
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
@@ -334,6 +342,37 @@ def check_rope(name: str, config: object) -> None:
         if rope_type in ("dynamic", "longrope"):
             raise UnsupportedModelError(
                 f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text grows"
+            )
+
+
+def _way_in(model: object) -> str:
+    """How to get at the model that was meant."""
+    if _is_of_peft(model):
+        return "merge the adapter into its weights first, with merge_and_unload()"
+    children = model.named_children() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, child in children if isinstance(child, PreTrainedModel)), None)
+    if inner is not None:
+        return f"pass the model that it wraps, its attribute '{inner}'"
+    return "load it with AutoModelForCausalLM.from_pretrained(...)"
+
+
+def _is_of_peft(module: object) -> bool:
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def _check_precision(model: PreTrainedModel, program: torch.export.ExportedProgram, recorder: _Recorder) -> None:
+    """Raise ``UnsupportedModelError`` where a forward casts to another dtype as it runs."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in chain.from_iterable(graph.nodes for graph in graphs):
+        if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            # The capture's wrapper holds the model as 'model'.
+            path = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+            raise recorder.unsupported(
+                model.get_submodule(path),
+                f"its forward runs under autocast to {node.args[1]}, as accelerate and Trainer wrap it for mixed "
+                "precision; take the wrapper off with accelerator.unwrap_model(model, keep_fp32_wrapper=False), and "
+                "load the model in the dtype that it shall run in",
             )
 
 
@@ -436,7 +475,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
         TypeError: not a transformers model.
         UnsupportedModelError: it cannot be captured, or attends outside transformers' attention interface.
     """
-    _check_model(model, structure_only)
+    check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
@@ -462,6 +501,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
             "interface, so its key/value cache cannot be replaced"
         )
+    _check_precision(model, program, recorder)
     check_head_dims(layers, model.device)
     for spec, module in recorder.masks.items():
         problem = _mask_problem(spec)

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.passes import LinearReport, Role, WeightSource
 
 from .cache import HierarchicalCache
-from .capture import Capture, capture, converting
+from .capture import Capture, capture, check_model, converting
 from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig
 from .engine.cycle import GraphedCycle
@@ -84,10 +84,12 @@ class QuantSpecModel:
 
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
+        check_model(model)
+        self._frozen = FrozenModel(model)
         captured = capture(model)
+        self._frozen.forget_what_running_changed()
         self.model: PreTrainedModel = model
         self._converted_as = (model.device, model.dtype)
-        self._parameters = dict(model.named_parameters())
         self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
         self.layers = captured.layers
         pair = build_pair(captured, self.config, self.vocab_size, source)
@@ -143,7 +145,10 @@ class QuantSpecModel:
         )
 
     def check_unmoved(self) -> None:
-        """Refuse work if the model was cast, moved or given other weights since its conversion: the pair has the old.
+        """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
+
+        That is a model cast, moved, or with a weight, buffer, module, hook or forward replaced. Weights that change in
+        place are not seen: the target follows them, the draft keeps its INT4 copy.
 
         Raises:
             ValueError: naming what changed.
@@ -157,10 +162,7 @@ class QuantSpecModel:
             raise ValueError(
                 f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
             )
-        parameters = dict(self.model.named_parameters())
-        for name in self._parameters.keys() | parameters.keys():
-            if parameters.get(name) is not self._parameters.get(name):
-                raise ValueError(f"weight '{name}' of the model was replaced after conversion; convert it again")
+        self._frozen.check()
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
@@ -352,7 +354,8 @@ class QuantSpecModel:
             max_shard_size: most bytes of a file, or as text such as ``"5GB"``.
 
         Raises:
-            SavedModelError: the folder holds anything else, cannot be written to, or has too little room.
+            SavedModelError: the folder holds anything else, cannot be written to, or has too little room; or the model
+                was changed since its conversion, or would be loaded as another one.
         """
         save_pretrained(self, directory, max_shard_size)
 

@@ -19,7 +19,7 @@ _LOGGER = logging.getLogger(__name__)
 
 # Tokens decoded after the prompt: one by one, then as a block.
 _STEPS = (1, 1, 3)
-_EXACT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+EXACT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # The INT8 read of the cache may move logits by this much more.
 _QUANTIZED_TOLERANCE = 5e-2
 
@@ -72,7 +72,7 @@ def self_check(qs: QuantSpecModel) -> None:
     """
     _LOGGER.info("checking the pair against the model")
     group = qs.config.kv_group_size
-    tolerance = _EXACT_TOLERANCE[qs.model.dtype]
+    tolerance = EXACT_TOLERANCE[qs.model.dtype]
     limit = qs.config.max_cache_len or 0
     cases = [("nothing quantized", 7, tolerance), ("quantized cache", 2 * group + 3, tolerance + _QUANTIZED_TOLERANCE)]
     # The CPU's numbers, whatever the default device.

@@ -1,10 +1,18 @@
 """The dynamo backend."""
 
+import gc
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch.fx.passes.infra.pass_base import PassResult
 
 from quantspec.kernels.int4_linear import dequantize_int4
+from quantspec.passes import int4_weights, prepack_int4
 from quantspec.passes.int4_weights import WeightQuantizer, quantize_int4
 
 
@@ -59,3 +67,137 @@ def test_bad_options_are_named(model, options: dict, message: str) -> None:
     """A typo in the options is an error that lists the choices."""
     with pytest.raises(Exception, match=message):
         _logits(model, torch.ones(1, 3, dtype=torch.long), backend="quantspec", options=options)
+
+
+OPTIONS = {"role": "draft", "weight_group_size": 32}
+ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Mlp(torch.nn.Module):
+    """Two linears, of which the last is taken for the language-model head, and a buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up = torch.nn.Linear(64, 96)
+        self.head = torch.nn.Linear(96, 32)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``(N, 64)`` to ``(N, 32)``."""
+        return self.head(self.dropout(torch.relu(self.up(x) * self.scale)))
+
+
+def _compiled(model: torch.nn.Module, **options) -> Callable:
+    return torch.compile(model, backend="quantspec", options={**OPTIONS, **options})
+
+
+@torch.no_grad()
+def _assert_own_int4_weights(compiled: Callable, model: Mlp) -> None:
+    """The compiled draft is this model with the first linear's weight rounded to INT4."""
+    weight = dequantize_int4(*quantize_int4(model.up.weight, 32, WeightQuantizer.TINYGEMM), torch.float32)
+    expected = model.head(torch.relu(torch.nn.functional.linear(ROWS, weight, model.up.bias) * model.scale))
+    # The CPU kernel multiplies in bfloat16.
+    assert (compiled(ROWS) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.fixture
+def mlps() -> list[Mlp]:
+    torch._dynamo.reset()
+    return [Mlp(seed).eval() for seed in range(3)]
+
+
+def test_models_of_one_class_have_weights_of_their_own(mlps) -> None:
+    compiled = [_compiled(model) for model in mlps]
+    for _ in range(2):
+        for function, model in zip(compiled, mlps, strict=True):
+            _assert_own_int4_weights(function, model)
+
+
+def test_weights_that_change_are_quantized_again(mlps) -> None:
+    """Replaced, loaded with assign=True, loaded and changed in place, and given other data; buffers too."""
+    model, *others = mlps
+    compiled = _compiled(model)
+    _assert_own_int4_weights(compiled, model)
+    model.up.weight = torch.nn.Parameter(others[0].up.weight.detach().clone())
+    _assert_own_int4_weights(compiled, model)
+    model.load_state_dict(others[1].state_dict(), assign=True)
+    _assert_own_int4_weights(compiled, model)
+    model.load_state_dict(others[0].state_dict())
+    _assert_own_int4_weights(compiled, model)
+    with torch.no_grad():
+        model.up.weight.mul_(-2)
+    _assert_own_int4_weights(compiled, model)
+    model.up.weight.data = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    _assert_own_int4_weights(compiled, model)
+    model.scale = torch.tensor(3.0)
+    _assert_own_int4_weights(compiled, model)
+
+
+def test_weights_are_quantized_once_per_model(mlps, monkeypatch) -> None:
+    quantized = []
+    monkeypatch.setattr(int4_weights, "quantize_int4", lambda *a: quantized.append(a) or quantize_int4(*a))
+    compiled = [_compiled(model) for model in mlps]
+    with torch.no_grad():
+        for function in compiled * 3:
+            function(ROWS)
+    assert len(quantized) == len(mlps)
+
+
+def test_models_are_freed(mlps, monkeypatch) -> None:
+    """The INT4 weights of a model go with it."""
+    sources, packed = [], []
+
+    def note(weight, *options):
+        tensors = quantize_int4(weight, *options)
+        sources.append(weakref.ref(weight))
+        packed.append(weakref.ref(tensors[0]))
+        return tensors
+
+    monkeypatch.setattr(int4_weights, "quantize_int4", note)
+    # The plain layout is what the compiled graph gets.
+    monkeypatch.setattr(prepack_int4.PrepackInt4ForCpu, "call", lambda self, module: PassResult(module, False))
+    with torch.no_grad():
+        for model in mlps:
+            _compiled(model)(ROWS)
+    assert [tensor() is not None for tensor in packed] == [True] * 3
+    parameter = weakref.ref(mlps.pop().up.weight)
+    del model
+    gc.collect()
+    assert parameter() is None
+    assert [tensor() is not None for tensor in packed] == [True, True, False]
+
+
+def test_a_draft_without_int4_weights_warns(mlps) -> None:
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="no linear of this graph INT4 weights.*quantize_lm_head=True"),
+    ):
+        _compiled(mlps[0].up)(ROWS)
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _compiled(mlps[0].up, quantize_lm_head=True)(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_group_size": 32}, "no use for option 'kv_group_size' in role 'draft'; it takes role, weight_group_size"),
+        ({"num_assistant_tokens": 3}, "no use for option 'num_assistant_tokens'"),
+        ({"role": "target"}, "no use for option 'weight_group_size' in role 'target'; it takes role$"),
+    ],
+    ids=str,
+)
+def test_options_without_use_are_named(mlps, options: dict, message: str) -> None:
+    with torch.no_grad(), pytest.raises(Exception, match=re.compile(message, re.MULTILINE)):
+        _compiled(mlps[0], **options)(ROWS)
+
+
+def test_training_is_refused(mlps) -> None:
+    with pytest.raises(Exception, match="no gradients: call the compiled model under"):
+        _compiled(mlps[0])(ROWS)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match=r"dropout .* runs as in training: call model\.eval\(\)"):
+        _compiled(mlps[0].train())(ROWS)

@@ -7,6 +7,7 @@
 In ``quantspec*.safetensors`` linear NAME has a tensor ``draft.NAME.PART`` for each part of its weight format, see
 ``quantspec.passes.int4_weights``. Tensors of the model that transformers would not bring back bit for bit (buffers it
 computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
+``check.logits (1, T, V)`` are what the target made of ``check.input_ids (1, T)``; folders saved before had none.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ DESCRIPTION_FILE = "quantspec_config.json"
 TENSOR_FILES = "quantspec{suffix}.safetensors"
 DRAFT_PREFIX = "draft."
 MODEL_PREFIX = "model."
+TOKENS_KEY = "check.input_ids"
+LOGITS_KEY = "check.logits"
+# Holds no weights and is for people to edit; the tokenizer's files are not part of a save at all.
+EDITABLE_FILE = "generation_config.json"
 _HASH_CHUNK = 1 << 22
 _HASH_THREADS = 4
 _SAVE_AGAIN = "copy the folder again, or save the model again"
@@ -163,6 +168,8 @@ def _sha256(path: Path) -> str:
 def check_files(folder: Path, description: Description, hashes: bool) -> None:
     """Compare a folder's files with its description: all there, of the right size, nothing in their place.
 
+    :data:`EDITABLE_FILE` may differ.
+
     Args:
         hashes: whether contents are compared too, which reads every file once.
 
@@ -173,6 +180,8 @@ def check_files(folder: Path, description: Description, hashes: bool) -> None:
         path = folder / name
         if not path.is_file():
             raise SavedModelError(f"'{path}' is missing: {_SAVE_AGAIN}")
+        if name == EDITABLE_FILE:
+            continue
         size = path.stat().st_size
         if size != expected.bytes:
             raise SavedModelError(f"'{path}' has {size} bytes instead of {expected.bytes}: {_SAVE_AGAIN}")
@@ -181,6 +190,6 @@ def check_files(folder: Path, description: Description, hashes: bool) -> None:
         if path.name not in description.files:
             raise SavedModelError(f"'{path}' does not belong to this model: move it elsewhere")
     if hashes:
-        for name, found in fingerprints(folder, description.files).items():
+        for name, found in fingerprints(folder, description.files.keys() - {EDITABLE_FILE}).items():
             if found != description.files[name]:
                 raise SavedModelError(f"'{folder / name}' was changed since it was saved: {_SAVE_AGAIN}")

@@ -12,7 +12,7 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantspec.capture import DTYPES, converting
 from quantspec.config import QuantSpecConfig
@@ -20,9 +20,19 @@ from quantspec.errors import SavedModelError
 from quantspec.model import QuantSpecModel
 from quantspec.pair.recipes import recipes_for
 from quantspec.passes import Role, WeightFormat
-from quantspec.self_check import self_check
+from quantspec.self_check import EXACT_TOLERANCE, self_check
 
-from .folder import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
+from .folder import (
+    DRAFT_PREFIX,
+    EDITABLE_FILE,
+    LOGITS_KEY,
+    MODEL_PREFIX,
+    TENSOR_FILES,
+    TOKENS_KEY,
+    Description,
+    check_files,
+)
+from .identity import distance, target_logits
 
 # The saved INT4 weights were made with these.
 _FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")
@@ -60,7 +70,8 @@ def from_pretrained(
         The pair.
 
     Raises:
-        SavedModelError: the folder is missing, incomplete, damaged, or of a later format; names the file.
+        SavedModelError: the folder is missing, incomplete, damaged, or of a later format (names the file), or the
+            model is not the one that was saved.
         TypeError, ValueError: a bad option.
         SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
     """
@@ -75,6 +86,7 @@ def from_pretrained(
     target_dtype = resolve_dtype(description, dtype)
     placement = _check_device(device)
     check_files(folder, description, hashes=verify)
+    _check_generation_config(folder, description)
     model = _load_model(folder, description, target_dtype, trust_remote_code)
     model.to(placement)  # type: ignore[arg-type]
     tensors = _SavedTensors(folder)
@@ -91,6 +103,7 @@ def from_pretrained(
                 f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
                 f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
             )
+        _check_logits(qs, tensors, description)
         if config.self_check:
             self_check(qs)
     return qs
@@ -148,7 +161,41 @@ def _load_model(folder: Path, description: Description, dtype: torch.dtype, trus
                 f"{description.model_class} ({kind}: {', '.join(sorted(map(str, problems[kind])))}); "
                 "install those versions"
             )
+    if type(model).__name__ != description.model_class:
+        raise SavedModelError(
+            f"'{folder}' was saved as {description.model_class} and is loaded as {type(model).__name__}: register that "
+            "class first with AutoModelForCausalLM.register(), or pass trust_remote_code=True if its code lies in the "
+            "folder"
+        )
     return model
+
+
+def _check_generation_config(folder: Path, description: Description) -> None:
+    """Raise ``SavedModelError`` where transformers would take its defaults in place of what it cannot read."""
+    if EDITABLE_FILE not in description.files:
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise SavedModelError(
+            f"'{folder / EDITABLE_FILE}' cannot be read: {error}; correct it, or save the model again"
+        ) from error
+
+
+def _check_logits(qs: QuantSpecModel, tensors: _SavedTensors, description: Description) -> None:
+    """Compare the target with the saved one, on the tokens that were saved with its logits."""
+    if LOGITS_KEY not in tensors.names(LOGITS_KEY):
+        return
+    ids = tensors.get(TOKENS_KEY)[:, : qs.config.max_cache_len].to(qs.device)
+    expected = tensors.get(LOGITS_KEY)[:, : ids.shape[1]]
+    error = distance(target_logits(qs, ids), expected)
+    allowed = max(EXACT_TOLERANCE[dtype] for dtype in (qs.model.dtype, expected.dtype))
+    if not error <= allowed:
+        raise SavedModelError(
+            f"the model in '{tensors.folder}' computes other logits than the saved {description.model_class} did (by "
+            f"{error:.3g}, allowed {allowed:.3g}): its class, or what was patched in it, is not that of "
+            f"{_versions(description)}; install those versions and patch it as it was, or {_CONVERT_AGAIN}"
+        )
 
 
 def _versions(description: Description) -> str:

@@ -23,11 +23,14 @@ from .folder import (
     DESCRIPTION_FILE,
     DRAFT_PREFIX,
     FORMAT_VERSION,
+    LOGITS_KEY,
     MODEL_PREFIX,
     TENSOR_FILES,
+    TOKENS_KEY,
     Description,
     fingerprints,
 )
+from .saved_identity import check_can_be_loaded, fixed_tokens, target_logits
 from .staging import is_staged, locked, publish, staged
 
 if TYPE_CHECKING:
@@ -40,14 +43,19 @@ def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_s
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
     check_generation_config(qs.model.generation_config)
+    tokens = fixed_tokens(qs)
+    logits = target_logits(qs, tokens)
+    check_can_be_loaded(qs, logits)
+    check = {TOKENS_KEY: tokens, LOGITS_KEY: logits}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            _files_to_replace(folder)
-        with staged(folder) as written:
-            _check_space(qs, folder)
-            _write(qs, written, max_shard_size)
-            publish(written, folder, _files_to_replace)
+        with removed_on_failure(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                _files_to_replace(folder)
+            with staged(folder) as written:
+                _check_space(qs, folder)
+                _write(qs, written, max_shard_size, check)
+                publish(written, folder, _files_to_replace)
     except (OSError, SafetensorError) as error:
         raise SavedModelError(
             f"cannot save to '{folder}': {getattr(error, 'strerror', None) or error}; choose a folder that can be "
@@ -69,10 +77,11 @@ def check_generation_config(config: GenerationConfig | None) -> None:
         ) from error
 
 
-def _write(qs: QuantSpecModel, written: Path, max_shard_size: int | str) -> None:
+def _write(qs: QuantSpecModel, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> None:
     with _as_dense(qs.model):
         qs.model.save_pretrained(written, max_shard_size=max_shard_size)
-    save_torch_state_dict(_tensors(qs), written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
+    tensors = _in_host_memory(_tensors(qs) | check)
+    save_torch_state_dict(tensors, written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
     Description(
         format_version=FORMAT_VERSION,
         versions={package: version(package) for package in ("quantspec", "torch", "transformers")},
@@ -133,7 +142,7 @@ def _as_dense(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _tensors(qs: QuantSpecModel) -> dict[str, Tensor]:
-    """Contents of the ``quantspec*.safetensors`` files, in host memory."""
+    """The draft's weights and what transformers would not restore, as named in the saved files."""
     tensors = {
         f"{DRAFT_PREFIX}{linear}.{part}": tensor
         for linear, parts in plain_weights(qs.draft).items()
@@ -141,6 +150,10 @@ def _tensors(qs: QuantSpecModel) -> dict[str, Tensor]:
     }
     for name, tensor in _not_restored_by_transformers(qs.model).items():
         tensors[f"{MODEL_PREFIX}{name}"] = tensor
+    return tensors
+
+
+def _in_host_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # Fused weights are views of one tensor, which safetensors refuses.
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantspec.checkpoint.new_folder import removed_on_failure
+
 from .console import stderr, working
 from .errors import CommandError, check_folder
 from .loading import Kind, find_pair, find_source
@@ -26,10 +28,11 @@ def command(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
     check_folder(out)
-    found = find_pair(model, run, to_save=True)
-    qs = found.load()
-    with working("saving"):
-        qs.save_pretrained(out)
-        found.tokenizer.save_pretrained(out)
+    with removed_on_failure(out):
+        found = find_pair(model, run, to_save=True)
+        qs = found.load()
+        with working("saving"):
+            qs.save_pretrained(out)
+            found.tokenizer.save_pretrained(out)
     dtype = str(qs.model.dtype).removeprefix("torch.")
     stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)

@@ -1,0 +1,106 @@
+"""What a capture froze of a model (modules, tensors, hooks, forwards), and whether it is still so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+# What a module holds in dicts of its own.
+_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+# They change what training does.
+_OF_TRAINING = frozenset({"training", "gradient_checkpointing"})
+
+
+class FrozenModel:
+    """A model as it was captured.
+
+    In-place changes of weights are no part of it: graphs that share the tensors see them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parts = dict(_parts(model))
+        self._remember()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's objects have other addresses.
+        return {**vars(self), "_dicts": [], "_classes": [], "_seen": None}
+
+    def forget_what_running_changed(self) -> None:
+        """Leave out what the model itself has changed since, a counter for example."""
+        now = dict(_parts(self._model))
+        self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
+        self._remember()
+
+    def check(self) -> None:
+        """Compare, in a fraction of a millisecond where nothing has changed.
+
+        Raises:
+            ValueError: naming the first part that was replaced, added or removed.
+        """
+        if self._seen is not None and self._addresses() == self._seen:
+            return
+        now = dict(_parts(self._model))
+        for name, part in self._parts.items():
+            if name not in now or not _same(part, now[name]):
+                raise _changed(name)
+        for name in now.keys() - self._parts.keys():
+            # What running changes is not in the parts, and a module may be given attributes that it does not read.
+            if name.startswith(("weight", "buffer", "module")):
+                raise _changed(name)
+        self._remember()
+
+    def _remember(self) -> None:
+        modules = list(self._model.modules())
+        self._dicts = [vars(module) for module in modules]
+        self._dicts += [vars(module)[held] for module in modules for held in _HELD]
+        self._classes = list({type(module) for module in modules})
+        self._seen = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        values = chain.from_iterable(map(dict.values, self._dicts))
+        return [*map(id, values), *(id(kind.forward) for kind in self._classes)]
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Everything that a capture reads of a model and that can be replaced, by what an error calls it."""
+    modules = list(model.named_modules())
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            yield f"weight '{path}{'.' if path else ''}{name}'", parameter
+    for path, module in modules:
+        prefix = f"{path}." if path else ""
+        where = f"module '{path}'" if path else type(model).__name__
+        yield where, type(module)
+        for name, buffer in module._buffers.items():
+            yield f"buffer '{prefix}{name}'", buffer
+        yield f"a forward hook of {where}", tuple(module._forward_hooks.values())
+        yield f"a forward pre-hook of {where}", tuple(module._forward_pre_hooks.values())
+        yield f"the forward of {where}", _forward(module)
+        for name, value in vars(module).items():
+            number = isinstance(value, int | float)
+            function = path and callable(value) and not isinstance(value, nn.Module) and name != "forward"
+            if not name.startswith("_") and name not in _OF_TRAINING and (number or function):
+                yield f"attribute '{prefix}{name}'", value
+
+
+def _forward(module: nn.Module) -> Any:
+    """What runs as a module's forward; torch.compile around it changes nothing."""
+    forward = module.forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return forward.__func__ if getattr(forward, "__self__", None) is module else forward
+
+
+def _same(part: Any, now: Any) -> bool:
+    if isinstance(part, tuple):
+        return isinstance(now, tuple) and len(part) == len(now) and all(map(_same, part, now))
+    if isinstance(part, int | float):
+        return type(part) is type(now) and part == now
+    return part is now
+
+
+def _changed(part: str) -> ValueError:
+    return ValueError(f"{part} of the model was replaced after conversion; convert it again")
