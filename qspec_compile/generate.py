@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -32,8 +33,31 @@ from .stats import GenerationStats
 if TYPE_CHECKING:
     from .model import QuantSpecModel
 
-# What generate() makes for model.forward, and the loop has no use for.
-_IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+# What generate() makes for model.forward in every version, and the loop has no use for.
+_IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+
+# Options that the loop obeys through what Hugging Face prepares, or that greedy search and sampling do not read.
+SUPPORTED_OPTIONS = frozenset(
+    """
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id cache_config
+    compile_config continuous_batching_config decoder_start_token_id disable_compile diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty low_memory max_cache_len
+    max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beams num_return_sequences output_scores pad_token_id
+    prefill_chunk_size remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
+    sequence_bias stop_strings suppress_tokens target_lookbehind temperature top_h top_k top_p transformers_version
+    typical_p use_cache
+    """.split()
+)
+
+# Values with which other options ask for nothing.
+_ASKS_FOR_NOTHING: dict[str, tuple] = {
+    "cache_implementation": ("dynamic",),
+    "guidance_scale": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+}
 
 NAN_LOGITS = (
     "the model's logits are NaN, so no token can be chosen; check the weights, or load the model in bfloat16 or "
@@ -173,29 +197,26 @@ def _take_stop_strings(
     options["stop_strings"] = None
 
 
-def refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse by name what this loop does not do."""
-    refused = {
-        "penalty_alpha": (config.penalty_alpha or 0) > 0,
-        "use_mtp": bool(config.use_mtp),
-        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
-        "constraints": config.constraints is not None,
-        "force_words_ids": config.force_words_ids is not None,
-        "num_beam_groups": config.num_beam_groups not in (None, 1),
-        "is_assistant": bool(config.is_assistant),
-        "assistant_ensemble_weight": config.assistant_ensemble_weight is not None,
-        "speculation_type": config.speculation_type is not None,
-        "dola_layers": config.dola_layers is not None,
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        "assistant_early_exit": config.assistant_early_exit is not None,
-        "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
-        "watermarking_config": config.watermarking_config is not None,
-        "token_healing": bool(config.token_healing),
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
-        "output_logits": bool(config.output_logits),
-    }
-    names = [name for name, asked in refused.items() if asked]
+def refuse_unsupported(
+    config: GenerationConfig, model_kwargs: dict[str, Any], bare_call: Callable[[], set[str]]
+) -> None:
+    """Refuse by name what this loop does not do, also options and arguments that it has never heard of.
+
+    Args:
+        config: as Hugging Face prepared it.
+        model_kwargs: the caller's arguments for ``model.forward`` and what Hugging Face added to them.
+        bare_call: names of the model arguments of the same call without any of the caller's own.
+    """
+    names = [
+        name
+        for name, default in vars(GenerationConfig()).items()
+        if not name.startswith("_")
+        and name not in SUPPORTED_OPTIONS
+        and (value := getattr(config, name, None)) is not None
+        and value is not False
+        and value != default
+        and value not in _ASKS_FOR_NOTHING.get(name, ())
+    ]
     if names:
         raise ValueError(f"generation option {', '.join(names)} is not supported by quantspec; leave it unset")
     mode = config.get_generation_mode()
@@ -204,16 +225,35 @@ def refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -
             f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
             "quantspec does greedy search and sampling: set num_beams=1"
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"generate() does not take past_key_values: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED_MODEL_KWARGS
-    )
-    if unknown:
+    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    for name, value in given.items():
+        if isinstance(value, Cache) and value.get_seq_length() > 0:
+            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
+    unknown = {name for name, value in given.items() if not isinstance(value, Cache)} - _IGNORED_MODEL_KWARGS
+    if unknown and (unknown := unknown - bare_call()):
         raise ValueError(
-            f"model argument {', '.join(unknown)} is not supported by quantspec; only input_ids and attention_mask"
+            f"model argument {', '.join(sorted(unknown))} is not supported by quantspec; only input_ids and "
+            "attention_mask"
         )
+
+
+def bare_call_arguments(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+) -> set[str]:
+    """Names of what Hugging Face hands to a decoding loop for the model when the caller gives it a prompt alone."""
+    names: set[str] = set()
+
+    def note(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
+        names.update(arguments)
+        return input_ids
+
+    config = copy.copy(config)
+    # The tokenizer that stop strings need has been dropped, and the length is in max_length by now.
+    config.stop_strings = config.max_new_tokens = None
+    type(model).generate(
+        model, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=note
+    )
+    return names
 
 
 @torch.no_grad()
@@ -254,7 +294,9 @@ def decode(
     if model is not qs.model:
         raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
     qs.check_unmoved()
-    refuse_unsupported(generation_config, model_kwargs)
+    attention_mask = model_kwargs.get("attention_mask")
+    bare_call = functools.partial(bare_call_arguments, model, input_ids, attention_mask, generation_config)
+    refuse_unsupported(generation_config, model_kwargs, bare_call)
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(
             f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
@@ -271,7 +313,6 @@ def decode(
         check_num_speculative_tokens(num_speculative_tokens)
     # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
     input_ids = input_ids.long()
-    attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     check_attention_mask(input_ids, attention_mask)
