@@ -48,7 +48,7 @@ SUPPORTED_OPTIONS = frozenset(
     prefill_chunk_size remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
     sequence_bias stop_strings suppress_tokens target_lookbehind temperature top_h top_k top_p transformers_version
     typical_p use_cache
-    """.split()
+    """.split()  # noqa: SIM905 (a word a line would fill a page)
 )
 
 # Values with which other options ask for nothing.
