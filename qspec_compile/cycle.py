@@ -94,8 +94,7 @@ class Cycle:
             ``(B, num_drafts + 4)`` int64 for :meth:`CycleResult.read` and the target's scores
             ``(B, num_drafts + 1, V)``.
         """
-        drafts, draft_probs = self._draft(num_drafts)
-        logits = self._verify(drafts)
+        drafts, draft_probs, logits = self.propose(num_drafts)
         scores = self.process(logits, 0)
         if self.do_sample:
             probs = scores.softmax(-1)
@@ -106,10 +105,30 @@ class Cycle:
         else:
             accepted, next_tokens = self._accept_greedy(drafts, scores)
             has_nan = self._has_nan(logits)
-        due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
-        self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
+        due = self.keep(accepted, next_tokens)
         columns = (accepted, next_tokens, due.expand_as(accepted), has_nan & self.running)
         return torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1), scores
+
+    @torch.no_grad()
+    def propose(self, num_drafts: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Draft and verify.
+
+        Returns:
+            ``(B, num_drafts)`` drafted tokens, when sampling the distribution ``(B, V)`` that each was drawn from, and
+            the target's logits ``(B, num_drafts + 1, V)``.
+        """
+        drafts, draft_probs = self._draft(num_drafts)
+        return drafts, draft_probs, self._verify(drafts)
+
+    def keep(self, accepted: Tensor, next_tokens: Tensor) -> Tensor:
+        """Move the running sequences on by ``accepted (B,)`` drafts and ``next_tokens (B,)``.
+
+        Returns:
+            A bool tensor ``()`` on the device: whether a flush is due.
+        """
+        due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
+        self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
+        return due
 
     def _draft(self, num_drafts: int) -> tuple[Tensor, list[Tensor]]:
         """``num_drafts`` tokens ``(B, T)`` of the INT4 draft and, when sampling, a distribution ``(B, V)`` of each."""

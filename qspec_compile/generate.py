@@ -25,8 +25,8 @@ from .config import ALIASES, check_num_speculative_tokens
 from .cycle import Cycle, CycleResult, GraphedCycle
 from .prefill import prefill
 from .progress import Progress
-from .sampling import sample
-from .scores import ScoreProcessor
+from .sampling import sample, sample_step
+from .scores import ScoreProcessor, apply_processors, stateless
 from .speculation import DraftCount
 from .stats import GenerationStats
 
@@ -404,22 +404,15 @@ class SpeculativeLoop:
         pending = self._prefill(prompts)
         if not any(self.progress.running):
             return
-        if self.progress.scores is None and self.qs.graphs_cycles(self.processors):
+        if len(stateless(self.processors)) < len(self.processors):
+            self._run_in_lockstep(pending, draft_count)
+        elif self.progress.scores is None and self.qs.graphs_cycles(self.processors):
             self._run_graphed(pending, draft_count)
         else:
             self._run_eager(pending, draft_count)
 
     def _run_eager(self, pending: Tensor, draft_count: DraftCount) -> None:
-        context = self.process.needs_context
-        cycle = Cycle(
-            self.qs,
-            self.cache,
-            lambda logits, num_drafted: self.process(logits, self.progress, num_drafted),
-            self.do_sample,
-            self.generator,
-            self.progress.write_draft if context else None,
-        )
-        cycle.pending.copy_(pending)
+        cycle = self._eager_cycle(pending, self.process)
         while any(self.progress.running):
             start = self._now()
             cycle.running.copy_(torch.tensor(self.progress.running, device="cpu"))
@@ -428,6 +421,63 @@ class SpeculativeLoop:
             if result.flush_due:
                 self.cache.flush()
             self._finish(result, scores, draft_count, start, start)
+
+    def _eager_cycle(self, pending: Tensor, process: ScoreProcessor) -> Cycle:
+        cycle = Cycle(
+            self.qs,
+            self.cache,
+            lambda logits, num_drafted: process(logits, self.progress, num_drafted),
+            self.do_sample,
+            self.generator,
+            self.progress.write_draft if process.needs_context else None,
+        )
+        cycle.pending.copy_(pending)
+        return cycle
+
+    def _run_in_lockstep(self, pending: Tensor, draft_count: DraftCount) -> None:
+        """Cycles in which processors see what they see in plain decoding: one call per token, for all rows at once.
+
+        Drafts know of the stateless ones alone, which costs acceptance but leaves the target's distribution as it is.
+        """
+        cycle = self._eager_cycle(pending, ScoreProcessor(stateless(self.processors)))
+        while any(self.progress.running):
+            start = self._now()
+            running = self.progress.running
+            cycle.running.copy_(torch.tensor(running, device="cpu"))
+            drafts, draft_probs, logits = cycle.propose(min(draft_count.choose(), self.progress.remaining - 1))
+            accepted, tokens = self._walk(drafts, draft_probs, logits)
+            flush_due = bool(cycle.keep(torch.full_like(tokens, accepted), tokens))
+            if flush_due:
+                self.cache.flush()
+            counts = [accepted] * sum(running)
+            draft_count.record(drafts.shape[1], counts, self._now() - start)
+            self.stats.flushes += flush_due
+            self.stats.record_cycle(drafts.shape[1], counts, self._clock() - start)
+
+    def _walk(self, drafts: Tensor, draft_probs: list[Tensor], logits: Tensor) -> tuple[int, Tensor]:
+        """Emit the tokens of a block one by one until one sequence rejects its draft, or all are done.
+
+        Returns:
+            How many drafts every sequence accepted, and the token ``(B,)`` of each that follows them.
+        """
+        for step in range(logits.shape[1]):
+            running = torch.tensor(self.progress.running, device="cpu").to(logits.device)
+            if bool(logits[running, step].isnan().any()):
+                raise FloatingPointError(NAN_LOGITS)
+            # Running sequences are equally long, and those that are done are padded.
+            text = self.progress.sequences[:, : max(self.progress.context_lens)]
+            scores = apply_processors(self.processors, text, logits[:, step].to(torch.float32, copy=True))
+            if step < drafts.shape[1]:
+                tokens = self._choose(scores, drafts[:, step], draft_probs[step] if self.do_sample else None)
+                rejected = bool((tokens != drafts[:, step])[running].any())
+            else:
+                tokens, rejected = self._choose(scores), True
+            for row, token in enumerate(tokens.tolist()):
+                self.progress.append(row, [token], scores[row : row + 1])
+            self._judge()
+            if rejected or not any(self.progress.running):
+                break
+        return step, tokens
 
     def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
         graphed: GraphedCycle | None = None
@@ -495,18 +545,24 @@ class SpeculativeLoop:
         if bool(logits.isnan().any()):
             raise FloatingPointError(NAN_LOGITS)
         scores = self.process(logits, self.progress)
-        if self.do_sample:
-            probs = scores[:, 0].softmax(-1)
-            if bool(probs.isnan().any()):
-                raise FloatingPointError(NO_DISTRIBUTION)
-            pending = sample(probs, self.generator)
-        else:
-            pending = scores[:, 0].argmax(-1)
+        pending = self._choose(scores[:, 0])
         for row, token in enumerate(pending.tolist()):
             self.progress.append(row, [token], scores[row])
         self._judge()
         self.stats.prefill_seconds = self._clock() - start
         return pending
+
+    def _choose(self, scores: Tensor, drafts: Tensor | None = None, draft_probs: Tensor | None = None) -> Tensor:
+        """The token ``(B,)`` that scores ``(B, V)`` choose, when sampling by way of the drafts ``(B,)`` if any."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        probs = scores.softmax(-1)
+        running = torch.tensor(self.progress.running, device="cpu").to(probs.device)
+        if bool(probs[running].isnan().any()):
+            raise FloatingPointError(NO_DISTRIBUTION)
+        if drafts is None or draft_probs is None:
+            return sample(probs, self.generator)
+        return sample_step(drafts, draft_probs, probs, self.generator)
 
     def _judge(self) -> None:
         """Stream what is complete, and stop where the criteria say so."""
