@@ -39,22 +39,21 @@ _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "use_cache"
 # Options that the loop obeys through what Hugging Face prepares, or that greedy search and sampling do not read.
 SUPPORTED_OPTIONS = frozenset(
     """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id cache_config
-    compile_config continuous_batching_config decoder_start_token_id disable_compile diversity_penalty do_sample
-    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty low_memory max_cache_len
-    max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
-    num_assistant_tokens num_assistant_tokens_schedule num_beams num_return_sequences output_scores pad_token_id
-    prefill_chunk_size remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
-    sequence_bias stop_strings suppress_tokens target_lookbehind temperature top_h top_k top_p transformers_version
-    typical_p use_cache
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id
+    cache_config compile_config continuous_batching_config decoder_start_token_id disable_compile diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff
+    eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale
+    length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length
+    min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beams
+    num_return_sequences output_scores pad_token_id prefill_chunk_size remove_invalid_values renormalize_logits
+    repetition_penalty return_dict_in_generate sequence_bias stop_strings suppress_tokens target_lookbehind
+    temperature top_h top_k top_p transformers_version typical_p use_cache watermarking_config
     """.split()  # noqa: SIM905 (a word a line would fill a page)
 )
 
 # Values with which other options ask for nothing.
 _ASKS_FOR_NOTHING: dict[str, tuple] = {
     "cache_implementation": ("dynamic",),
-    "guidance_scale": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
 }

@@ -296,7 +296,8 @@ class QuantSpecModel:
                 except with ``num_speculative_tokens="auto"``.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
-                asked about drafts too, so they must be functions of ``input_ids`` and ``scores`` alone.
+                called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'
+                usual ones, see no drafts, and the rows of a batch advance together.
 
         Returns:
             ``(B, S + new)`` int64 token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
