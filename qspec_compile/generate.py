@@ -9,14 +9,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -53,7 +61,8 @@ SUPPORTED_OPTIONS = frozenset(
 
 # Values with which other options ask for nothing.
 _ASKS_FOR_NOTHING: dict[str, tuple] = {
-    "cache_implementation": ("dynamic",),
+    # The hybrid cache is an old name of the dynamic one.
+    "cache_implementation": ("dynamic", "hybrid"),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
 }
@@ -92,6 +101,7 @@ class Arguments:
 
 def prepare_arguments(
     qs: QuantSpecModel,
+    default_config: GenerationConfig,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
@@ -104,11 +114,13 @@ def prepare_arguments(
     options = dict(kwargs)
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
-    if generation_config is not None and generation_config.token_healing:
-        raise ValueError(f"generate() does not take token_healing: {_UNSUPPORTED_ARGUMENTS['token_healing']}")
     for name, reason in _UNSUPPORTED_ARGUMENTS.items():
         value = options.pop(name, None)
         if value is not None and value is not False:
+            raise ValueError(f"generate() does not take {name}: {reason}")
+    configs = (generation_config, default_config)
+    for name, reason in _UNSUPPORTED_OPTIONS.items():
+        if _option(name, options, configs) not in (None, False, *_ASKS_FOR_NOTHING.get(name, ())):
             raise ValueError(f"generate() does not take {name}: {reason}")
     for alias, name in ALIASES.items():
         if alias in options:
@@ -122,7 +134,7 @@ def prepare_arguments(
     if attention_mask is not None:
         check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
-    _take_stop_strings(qs, options, generation_config, tokenizer)
+    _take_stop_strings(options, configs, tokenizer)
     if not isinstance(continue_cache, bool):
         raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
     return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
@@ -135,9 +147,31 @@ _UNSUPPORTED_ARGUMENTS = {
     "position_ids": "positions follow from attention_mask",
     "inputs_embeds": "pass input_ids",
     "past_key_values": "the pair keeps its own cache; continue_cache=True goes on with it",
+}
+# Options for which Hugging Face does some work before it calls decode().
+_UNSUPPORTED_OPTIONS = {
     "cache_implementation": "the pair keeps its own cache",
     "token_healing": "heal the prompt before",
 }
+
+
+def _option(name: str, options: dict[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
+    """What Hugging Face takes an option for: a keyword wins, also None; a config where it says something."""
+    if name in options:
+        return options[name]
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def check_seed(seed: Any) -> int:
+    """``seed`` as an int that torch takes."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an int, not {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
+    return number
 
 
 def check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
@@ -161,7 +195,8 @@ def check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
         raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
 
 
-def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
+def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor, pad: Tensor | None = None) -> None:
+    """Refuse a mask that cannot be used; one that hides ``pad`` tokens alone may be Hugging Face's own."""
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
     if input_ids is not None and attention_mask.shape != input_ids.shape:
@@ -172,20 +207,19 @@ def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> No
         raise ValueError(f"attention_mask is on {attention_mask.device}, but input_ids on {input_ids.device}")
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold 0 and 1 only")
-    if not bool(attention_mask.any(dim=1).all()):
+    hidden = ~attention_mask.any(dim=1)
+    if pad is not None and input_ids is not None and bool((hidden & (input_ids == pad).all(dim=1)).any()):
+        raise ValueError(
+            f"a prompt holds nothing but padding (token {int(pad)}); give it another token, or pass an attention_mask "
+            "that shows one"
+        )
+    if bool(hidden.any()):
         raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
 
 
-def _take_stop_strings(
-    qs: QuantSpecModel, options: dict[str, Any], generation_config: GenerationConfig | None, tokenizer: Any
-) -> None:
+def _take_stop_strings(options: dict[str, Any], configs: Sequence[GenerationConfig | None], tokenizer: Any) -> None:
     """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer before it calls :func:`decode`."""
-    given = (
-        options.pop("stop_strings", None),
-        None if generation_config is None else generation_config.stop_strings,
-        qs.model.generation_config.stop_strings,
-    )
-    strings = next((value for value in given if value is not None), None)
+    strings = _option("stop_strings", options, configs)
     if strings is None:
         return
     if tokenizer is None:
@@ -194,6 +228,22 @@ def _take_stop_strings(
     criteria.extend(options.get("stopping_criteria") or [])
     options["stopping_criteria"] = criteria
     options["stop_strings"] = None
+
+
+def end_quietly(streamer: Any) -> None:
+    """Tell whoever reads from ``streamer`` in another thread that nothing more comes; the error goes its own way."""
+    if hasattr(streamer, "end"):
+        with contextlib.suppress(Exception):
+            streamer.end()
+
+
+@contextlib.contextmanager
+def _ends_on_failure(streamer: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        end_quietly(streamer)
+        raise
 
 
 def refuse_unsupported(
@@ -290,64 +340,69 @@ def decode(
         ValueError, TypeError: another model than the converted one, or as :meth:`QuantSpecModel.generate`, which names
             the other errors too.
     """
-    if model is not qs.model:
-        raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
-    qs.check_unmoved()
-    attention_mask = model_kwargs.get("attention_mask")
-    bare_call = functools.partial(bare_call_arguments, model, input_ids, attention_mask, generation_config)
-    refuse_unsupported(generation_config, model_kwargs, bare_call)
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise TypeError(
-            f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
-            f"{type(streamer).__name__}"
-        )
-    check_input_ids(qs, input_ids)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
-    if generator is not None and generator.device.type != qs.device.type:
-        raise ValueError(f"generator is on {generator.device} and the model on {qs.device}")
-    if num_speculative_tokens is None:
-        num_speculative_tokens = qs.config.num_speculative_tokens
-    else:
-        check_num_speculative_tokens(num_speculative_tokens)
-    # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
-    input_ids = input_ids.long()
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    check_attention_mask(input_ids, attention_mask)
-    prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
-    longest = max(map(len, prompts))
-    max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    assert qs.config.max_cache_len is not None
-    check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
+    with _ends_on_failure(streamer):
+        if model is not qs.model:
+            raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+        qs.check_unmoved()
+        attention_mask = model_kwargs.get("attention_mask")
+        bare_call = functools.partial(bare_call_arguments, model, input_ids, attention_mask, generation_config)
+        refuse_unsupported(generation_config, model_kwargs, bare_call)
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(
+                f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
+                f"{type(streamer).__name__}"
+            )
+        check_input_ids(qs, input_ids)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed="
+            )
+        if generator is not None and generator.device.type != qs.device.type:
+            raise ValueError(f"generator is on {generator.device} and the model on {qs.device}")
+        if num_speculative_tokens is None:
+            num_speculative_tokens = qs.config.num_speculative_tokens
+        else:
+            check_num_speculative_tokens(num_speculative_tokens)
+        # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
+        input_ids = input_ids.long()
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        pad = generation_config._pad_token_tensor
+        check_attention_mask(input_ids, attention_mask, pad)
+        prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        longest = max(map(len, prompts))
+        # A caller's criterion takes the place of the config's.
+        lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+        max_new_tokens = max(1, min(lengths, default=generation_config.max_length) - input_ids.shape[1])
+        assert qs.config.max_cache_len is not None
+        check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
 
-    draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
-    stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
-    pad = generation_config._pad_token_tensor
-    returns_dict = bool(generation_config.return_dict_in_generate)
-    progress = Progress(
-        input_ids,
-        max_new_tokens,
-        0 if pad is None else int(pad),
-        stopping_criteria,
-        streamer,
-        returns_dict and bool(generation_config.output_scores),
-        slack=draft_count.most + 1,
-    )
-    with qs.exclusive():
-        try:
-            with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
-                cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
-                cache.reserve(longest + max_new_tokens)
-                stats.continued_tokens = int(cache.length.sum())
-                do_sample = bool(generation_config.do_sample)
-                loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
-                if streamer is not None:
-                    streamer.put(input_ids.cpu())
-                loop.run(prompts, draft_count)
-            qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
-        finally:
-            qs.last_stats = stats
+        draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
+        stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
+        returns_dict = bool(generation_config.return_dict_in_generate)
+        progress = Progress(
+            input_ids,
+            max_new_tokens,
+            0 if pad is None else int(pad),
+            stopping_criteria,
+            streamer,
+            returns_dict and bool(generation_config.output_scores),
+            slack=draft_count.most + 1,
+        )
+        with qs.exclusive():
+            try:
+                with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
+                    cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
+                    cache.reserve(longest + max_new_tokens)
+                    stats.continued_tokens = int(cache.length.sum())
+                    do_sample = bool(generation_config.do_sample)
+                    loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
+                    if streamer is not None:
+                        streamer.put(input_ids.cpu())
+                    loop.run(prompts, draft_count)
+                qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+            finally:
+                qs.last_stats = stats
     if streamer is not None:
         streamer.end()
     if not returns_dict:

@@ -22,8 +22,9 @@ from .cache import HierarchicalCache
 from .capture import Capture, capture, converting
 from .config import QuantSpecConfig
 from .cycle import GraphedCycle
-from .generate import GenerateOutput, decode, prepare_arguments
+from .generate import GenerateOutput, check_seed, decode, end_quietly, prepare_arguments
 from .learned_positions import learned_positions
+from .locks import LockOfProcess
 from .pair import build_pair, unique_tensors
 from .pictures import plot
 from .regions import compile_graph
@@ -45,26 +46,28 @@ class _Turns:
     """Lets one call at a time use what the calls of a pair share; a copy of the pair takes turns of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._taken = False
+        self._lock = LockOfProcess(threading.RLock)
+        self._taken_in: int | None = None
 
     def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
         return _Turns, ()
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        with self._lock:
+    def take(self) -> Iterator[bool]:
+        """Wait for the others; gives whether this process was forked while its parent was using what is shared."""
+        with self._lock():
+            process = os.getpid()
             # Other threads wait above, so this one asks a second time.
-            if self._taken:
+            if self._taken_in == process:
                 raise RuntimeError(
                     "the pair is generating: a streamer, logits processor or stopping criterion cannot use its cache; "
                     "call it after generate(), or convert a second pair"
                 )
-            self._taken = True
+            forked, self._taken_in = self._taken_in is not None, process
             try:
-                yield
+                yield forked
             finally:
-                self._taken = False
+                self._taken_in = None
 
 
 class QuantSpecModel:
@@ -161,13 +164,18 @@ class QuantSpecModel:
             if parameters.get(name) is not self._parameters.get(name):
                 raise ValueError(f"weight '{name}' of the model was replaced after conversion; convert it again")
 
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
         """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
 
         Raises:
             RuntimeError: this thread holds them already.
         """
-        return self._turns.take()
+        with self._turns.take() as forked:
+            if forked:
+                # The copy of the cache is half written.
+                self.release_cache()
+            yield
 
     def acquire_cache(
         self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False
@@ -310,25 +318,71 @@ class QuantSpecModel:
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
             torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
         """
-        self.check_unmoved()
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("pass either generator or seed, not both")
-            generator = torch.Generator(device=self.device).manual_seed(seed)
-        arguments = prepare_arguments(
-            self,
+        return self._generate(
+            self.model,
             input_ids,
             attention_mask,
             generation_config,
-            tokenizer,
-            num_speculative_tokens,
-            continue_cache,
-            kwargs,
+            streamer,
+            num_speculative_tokens=num_speculative_tokens,
+            continue_cache=continue_cache,
+            generator=generator,
+            seed=seed,
+            tokenizer=tokenizer,
+            **kwargs,
         )
-        method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
-        return self.model.generate(  # type: ignore[operator]
-            input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
-        )
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        *,
+        num_speculative_tokens: int | str | None = None,
+        continue_cache: bool = False,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateOutput:
+        """:meth:`generate` with what ``model``, the converted one or a view of it, has for a generation config."""
+        decodes = False
+
+        def method(_: Any, *args: Any, **prepared: Any) -> Tensor | GenerateOutput:
+            nonlocal decodes
+            decodes = True
+            return self.decode(
+                self.model, *args, streamer=streamer, generator=generator, **arguments.decoding, **prepared
+            )
+
+        try:
+            self.check_unmoved()
+            if seed is not None:
+                if generator is not None:
+                    raise ValueError("pass either generator or seed, not both")
+                generator = torch.Generator(device=self.device).manual_seed(check_seed(seed))
+            arguments = prepare_arguments(
+                self,
+                model.generation_config,
+                input_ids,
+                attention_mask,
+                generation_config,
+                tokenizer,
+                num_speculative_tokens,
+                continue_cache,
+                kwargs,
+            )
+            # Not the instance's attribute, which may be this pair's.
+            return type(model).generate(  # type: ignore[operator]
+                model, input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
+            )
+        except BaseException:
+            # From there on decode() does.
+            if not decodes:
+                end_quietly(streamer)
+            raise
 
     @property
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
@@ -384,10 +438,7 @@ class QuantSpecModel:
 
         @functools.wraps(self.generate)
         def generate(*args: Any, **options: Any) -> Tensor | GenerateOutput:
-            # The two may be given different configs.
-            if model.generation_config is not self.model.generation_config and len(args) < 3:
-                options.setdefault("generation_config", model.generation_config)
-            return self.generate(*args, **options)
+            return self._generate(model, *args, **options)
 
         model.generate = generate  # type: ignore[assignment]
         # A pipeline moves a model to a device of its choice, and the draft would stay, unless accelerate has placed it.
