@@ -349,8 +349,8 @@ def decode(
         refuse_unsupported(generation_config, model_kwargs, bare_call)
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise TypeError(
-                f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
-                f"{type(streamer).__name__}"
+                "streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), "
+                f"not {type(streamer).__name__}"
             )
         check_input_ids(qs, input_ids)
         if generator is not None and not isinstance(generator, torch.Generator):

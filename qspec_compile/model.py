@@ -301,7 +301,8 @@ class QuantSpecModel:
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: randomness for sampling, on the model's device; the global one if None.
             seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
-                except with ``num_speculative_tokens="auto"``.
+                except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
+                which leave other parts of the text quantized.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
                 called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'
