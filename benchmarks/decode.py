@@ -231,7 +231,7 @@ class Baseline:
 
 
 def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A rule of acceptance in place of ``accept_greedy``'s that accepts each token with probability ``rate``, a tensor on the device."""
+    """A rule of acceptance that accepts each token with probability ``rate``, a tensor on the device."""
 
     @torch._dynamo.disable
     def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,6 @@ from typing import Any
 from quantspec import QuantSpecModel
 from quantspec.passes import Role
 
-from .draft_decoding import decode_with_draft
-
 
 class EvalRole(StrEnum):
     """Who answers."""
@@ -58,7 +56,5 @@ def decoding_method(
     """
     if role is EvalRole.REFERENCE:
         return None
-    if role is EvalRole.DRAFT:
-        return functools.partial(decode_with_draft, qs)
-    drafted = 0 if role is EvalRole.TARGET else num_speculative_tokens
-    return functools.partial(qs.decode, num_speculative_tokens=drafted)
+    drafted = num_speculative_tokens if role is EvalRole.SPECULATIVE else 0
+    return functools.partial(qs.decode, num_speculative_tokens=drafted, verifier=role.graph)

@@ -21,6 +21,7 @@ from quantspec.engine.loop import NAN_LOGITS
 from quantspec.engine.prefill import prefill
 from quantspec.passes import Role
 
+
 class Score(NamedTuple):
     """A continuation's log-probability (natural), and whether each of its tokens is the argmax."""
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
-    from .checkpoint.loading import from_pretrained
     from .config import QuantSpecConfig
     from .engine.stats import GenerationStats
     from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
     from .hugging_face.decode import GenerateOutput
-    from .model import QuantSpecModel, convert
+    from .model import QuantSpecModel, convert, from_pretrained
 
 __version__ = version("quantspec")
 
@@ -43,7 +42,7 @@ _MODULES = {
     "SelfCheckError": "errors",
     "UnsupportedModelError": "errors",
     "convert": "model",
-    "from_pretrained": "checkpoint.loading",
+    "from_pretrained": "model",
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,12 @@ from quantspec.kernels import attention, expert_linear
 from quantspec.kernels.cached_attention import MAX_HEAD_DIM
 
 from .errors import UnsupportedModelError
+from .locks import LockOfProcess
 
 _LOGGER = logging.getLogger(__name__)
 
 IMPLEMENTATION = "quantspec_capture"
-_CONVERSION = threading.Lock()
+_CONVERSION = LockOfProcess()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
@@ -456,7 +456,7 @@ def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> No
 @contextlib.contextmanager
 def converting() -> Iterator[None]:
     """Let one thread at a time convert, since registries and tracing are the process's, and none under autocast."""
-    with _CONVERSION, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with _CONVERSION(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 

@@ -49,7 +49,6 @@ class CycleTimes:
         return self.draft + self.verify + self.rest
 
 
-@torch.no_grad()
 def cycle_times(qs: HasSession, num_drafts: int | None = None) -> CycleTimes:
     """Time the parts of a greedy cycle on the cache that the latest ``generate`` call left behind.
 
@@ -66,11 +65,17 @@ def cycle_times(qs: HasSession, num_drafts: int | None = None) -> CycleTimes:
         ValueError: nothing has been generated, or the cache has no room for that many drafts.
         RuntimeError: called while this thread generates, as by a streamer.
     """
-    with qs.session.exclusive():
-        return _cycle_times(qs.session, num_drafts)
+    return time_cycle(qs.session, num_drafts)
 
 
-def _cycle_times(session: Session, num_drafts: int | None) -> CycleTimes:
+@torch.no_grad()
+def time_cycle(session: Session, num_drafts: int | None = None) -> CycleTimes:
+    """:func:`cycle_times` of the pair that ``session`` belongs to."""
+    with session.exclusive():
+        return _time_cycle(session, num_drafts)
+
+
+def _time_cycle(session: Session, num_drafts: int | None) -> CycleTimes:
     cache = session.cache
     if cache is None or session.last_stats is None or not bool(cache.length.any()):
         raise ValueError("no cache to measure on: call generate() first")

@@ -1,35 +1,28 @@
-"""``convert``: a Hugging Face decoder becomes a target and a draft that share its weights and one cache."""
+"""The face: ``convert``, ``from_pretrained`` and what they return; it composes a pair and a session and delegates."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.passes import LinearReport, Role, WeightSource
-
-from .cache import HierarchicalCache
-from .capture import Capture, capture, check_model, converting
+from .capture import converting
+from .checkpoint.loading import load_pair
 from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig
-from .engine.cycle import GraphedCycle
-from .engine.draft_count import AutoDraftCount, DraftCount, FixedDraftCount
-from .engine.logits_processors import graph_key
+from .engine.session import Session
 from .engine.stats import GenerationStats
-from .hugging_face.decode import GenerateOutput, decode, prepare_arguments
-from .learned_positions import learned_positions
-from .pair.compile_by_layer import compile_graph
-from .pair.recipes import build_pair, unique_tensors
+from .hugging_face.decode import GenerateOutput, decode
+from .hugging_face.generate import generate
+from .pair import Pair
+from .passes import Role
 from .pictures import plot
 from .self_check import self_check
 from .versions import noting_untested_versions
@@ -37,235 +30,46 @@ from .versions import noting_untested_versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PREFILL_STEP = 1024
-# CUDA graphs that are kept, of numbers of drafts and kinds of sampling; each holds memory of its own.
-_MOST_GRAPHS = 16
-
-
-class _Turns:
-    """Lets one call at a time use what the calls of a pair share; a copy of the pair takes turns of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._taken = False
-
-    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
-        return _Turns, ()
-
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        with self._lock:
-            # Other threads wait above, so this one asks a second time.
-            if self._taken:
-                raise RuntimeError(
-                    "the pair is generating: a streamer, logits processor or stopping criterion cannot use its cache; "
-                    "call it after generate(), or convert a second pair"
-                )
-            self._taken = True
-            try:
-                yield
-            finally:
-                self._taken = False
-
 
 class QuantSpecModel:
-    """A converted decoder. Create it with :func:`convert`.
+    """A converted decoder. Create it with :func:`convert` or :func:`from_pretrained`.
 
     Attributes:
+        pair: what conversion made; the attributes below are its own.
+        session: what calls share: the cache, captured cycles, statistics.
         model: the Hugging Face model, untouched; its tensors are the target's.
         target, draft, prefill: the graph of each role, see :class:`quantspec.pair.Pair`.
         config: the options in force, group sizes as adapted.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
-        last_stats: :class:`GenerationStats` of the ``generate`` call that ended last, also if it was interrupted; None
-            before the first.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
-        """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
-        check_model(model)
-        self._frozen = FrozenModel(model)
-        captured = capture(model)
-        self._frozen.forget_what_running_changed()
-        self.model: PreTrainedModel = model
-        self._converted_as = (model.device, model.dtype)
-        self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
-        self.layers = captured.layers
-        pair = build_pair(captured, self.config, self.vocab_size, source)
-        self.target: torch.fx.GraphModule = pair.target
-        self.draft: torch.fx.GraphModule = pair.draft
-        self.prefill: torch.fx.GraphModule = pair.prefill
-        self.linears: tuple[LinearReport, ...] = pair.linears
-        adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
-        self.config = replace(self.config, adapted_group_sizes=adapted)
-        self.last_stats: GenerationStats | None = None
-        self._cache: HierarchicalCache | None = None
-        self._kept: list[Tensor] | None = None
-        self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
-        self._graphed: dict[Hashable, GraphedCycle] = {}
-        self._graphed_storage: tuple[int, int] | None = None
-        self._turns = _Turns()
-        self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
-        self._graphs = {
-            Role.TARGET: compile_graph(self.target) if self.compiles else self.target.forward,
-            Role.DRAFT: compile_graph(self.draft) if self.compiles else self.draft.forward,
-            # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
-            Role.PREFILL: self.prefill.forward,
-        }
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.session = Session(pair)
+        self.model: PreTrainedModel = pair.model
+        self.target, self.draft, self.prefill = (pair.graphs[role] for role in (Role.TARGET, Role.DRAFT, Role.PREFILL))
+        self.config, self.layers, self.linears, self.compiles = pair.config, pair.layers, pair.linears, pair.compiles
 
     @property
     def device(self) -> torch.device:
         """Where the weights and the cache live."""
-        return self.model.device
+        return self.pair.device
 
     @property
     def vocab_size(self) -> int:
         """Token ids the embedding knows."""
-        embedding = self.model.get_input_embeddings()
-        assert isinstance(embedding.weight, Tensor)
-        return embedding.weight.shape[0]
+        return self.pair.vocab_size
 
-    @torch.no_grad()
-    def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
-        """Run a role's graph on ``inputs`` and the cache; returns logits ``(B, R, V)``. See :class:`Pair`."""
-        return self._graphs[role](*inputs, *cache.inputs(role))
-
-    def new_cache(self, batch_size: int, num_speculative_tokens: int) -> HierarchicalCache:
-        """An empty cache for this model; :meth:`HierarchicalCache.reserve` gives it room."""
-        assert self.config.max_cache_len is not None
-        return HierarchicalCache(
-            self.layers,
-            batch_size,
-            self.config.kv_group_size,
-            num_speculative_tokens,
-            self.config.max_cache_len,
-            self.model.dtype,
-            self.device,
-        )
-
-    def check_unmoved(self) -> None:
-        """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
-
-        That is a model cast, moved, or with a weight, buffer, module, hook or forward replaced. Weights that change in
-        place are not seen: the target follows them, the draft keeps its INT4 copy.
-
-        Raises:
-            ValueError: naming what changed.
-        """
-        device, dtype = self._converted_as
-        if self.model.dtype != dtype:
-            raise ValueError(
-                f"the model was cast from {dtype} to {self.model.dtype} after conversion; convert it again"
-            )
-        if self.model.device != device:
-            raise ValueError(
-                f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
-            )
-        self._frozen.check()
-
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.
-
-        Raises:
-            RuntimeError: this thread holds them already.
-        """
-        return self._turns.take()
-
-    def acquire_cache(
-        self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False
-    ) -> HierarchicalCache:
-        """The cache of the previous call if it fits, else a new one in its place; for :meth:`exclusive` use.
-
-        It is empty, or with ``continue_cache`` holds what the previous text and the prompts begin with, except for the
-        last token of a prompt, whose logits are needed.
-
-        Raises:
-            ValueError: the model was cast or moved since its conversion.
-        """
-        self.check_unmoved()
-        cache, self._kept, kept = self._cache, None, self._kept
-        if cache is None or cache.batch_size != len(prompts) or cache.num_speculative_tokens < num_speculative_tokens:
-            # The old storage is released before the new one is taken.
-            self._cache = cache = kept = None
-            self._graphed.clear()
-            self._cache = cache = self.new_cache(len(prompts), num_speculative_tokens)
-        if continue_cache and kept is not None:
-            same = [_common_prefix(text, prompt[:-1]) for text, prompt in zip(kept, prompts, strict=True)]
-            cache.rewind(torch.minimum(cache.length, torch.stack(same)))
-        else:
-            cache.reset()
-        return cache
-
-    def keep_cache(self, cache: HierarchicalCache, texts: list[Tensor]) -> None:
-        """Remember which ``texts`` the cache holds (but for the newest token), for ``continue_cache``."""
-        if cache is self._cache:
-            self._kept = texts
-
-    def reset(self) -> None:
-        """Release the cache and its CUDA graphs; the next call allocates anew.
-
-        Raises:
-            RuntimeError: called while this thread generates, as by a streamer.
-        """
-        with self.exclusive():
-            self.release_cache()
-
-    def release_cache(self) -> None:
-        """:meth:`reset` for those with :meth:`exclusive` use."""
-        self._cache = self._kept = None
-        self._graphed.clear()
-
-    def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
-        if not isinstance(num_speculative_tokens, str):
-            return FixedDraftCount(num_speculative_tokens)
-        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount())
-
-    def graphs_cycles(self, processors: LogitsProcessorList) -> bool:
-        """Whether cycles are CUDA graphs: compiled, on a GPU, and no processor reads the text or keeps state."""
-        return self.compiles and self.device.type == "cuda" and graph_key(processors) is not None
-
-    def graphed_cycle(
-        self, cache: HierarchicalCache, num_drafts: int, processors: LogitsProcessorList, do_sample: bool
-    ) -> tuple[GraphedCycle, bool]:
-        """The CUDA graph of such a cycle, and whether it is new and was captured for this."""
-        storage = (id(cache), cache.capacity)
-        if self._graphed_storage != storage:
-            self._graphed.clear()
-            self._graphed_storage = storage
-        key = (num_drafts, do_sample, graph_key(processors))
-        is_new = key not in self._graphed
-        graphed = self._graphed.pop(key, None) or GraphedCycle(self, cache, num_drafts, processors, do_sample)
-        # The latest used is the last.
-        self._graphed[key] = graphed
-        if len(self._graphed) > _MOST_GRAPHS:
-            del self._graphed[next(iter(self._graphed))]
-        return graphed, is_new
-
-    def prefill_chunk(self, batch_size: int, num_tokens: int) -> int:
-        """Prompt tokens per prefill pass: all of them on a CPU; on a GPU what half the free memory holds, in 1,024s.
-
-        A token's activations are taken to be six of the widest linear's inputs and outputs in the model's dtype.
-        """
-        if self.device.type != "cuda":
-            return max(1, num_tokens)
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        # Logits are made of one token per prompt, so the language-model head does not count.
-        vocab = self.vocab_size
-        width = max(r.in_features + r.out_features for r in self.linears if r.out_features != vocab)
-        per_token = batch_size * 6 * width * self.model.dtype.itemsize
-        return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
+    @property
+    def last_stats(self) -> GenerationStats | None:
+        """Of the ``generate`` call that ended last, also if it was interrupted; None before the first."""
+        return self.session.last_stats
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
-        shared = unique_tensors(self.target, self.prefill, self.model)
-        added = {address: t for address, t in unique_tensors(self.draft).items() if address not in shared}
-        return {
-            "target": sum(t.nbytes for t in shared.values()),
-            "draft_int4": sum(t.nbytes for t in added.values()),
-        }
+        return dict(self.pair.weight_bytes)
 
     @noting_untested_versions()
     def generate(
@@ -297,10 +101,12 @@ class QuantSpecModel:
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: randomness for sampling, on the model's device; the global one if None.
             seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
-                except with ``num_speculative_tokens="auto"``.
+                except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
+                which leave other parts of the text quantized.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
-                asked about drafts too, so they must be functions of ``input_ids`` and ``scores`` alone.
+                called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'
+                usual ones, see no drafts, and the rows of a batch advance together.
 
         Returns:
             ``(B, S + new)`` int64 token ids, or :class:`GenerateOutput` with ``return_dict_in_generate=True``.
@@ -313,30 +119,34 @@ class QuantSpecModel:
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
             torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
         """
-        self.check_unmoved()
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("pass either generator or seed, not both")
-            generator = torch.Generator(device=self.device).manual_seed(seed)
-        arguments = prepare_arguments(
-            self,
+        return generate(
+            self.session,
+            self.model,
             input_ids,
             attention_mask,
             generation_config,
-            tokenizer,
-            num_speculative_tokens,
-            continue_cache,
-            kwargs,
-        )
-        method = functools.partial(self.decode, streamer=streamer, generator=generator, **arguments.decoding)
-        return self.model.generate(  # type: ignore[operator]
-            input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
+            streamer,
+            num_speculative_tokens=num_speculative_tokens,
+            continue_cache=continue_cache,
+            generator=generator,
+            seed=seed,
+            tokenizer=tokenizer,
+            **kwargs,
         )
 
     @property
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
-        return functools.partial(decode, self)
+        return functools.partial(decode, self.session)
+
+    def reset(self) -> None:
+        """Release the cache and its CUDA graphs; the next call allocates anew.
+
+        Raises:
+            RuntimeError: called while this thread generates, as by a streamer.
+        """
+        with self.session.exclusive():
+            self.session.release()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Save the pair to a folder that :func:`quantspec.from_pretrained` loads without quantizing again.
@@ -357,7 +167,7 @@ class QuantSpecModel:
             SavedModelError: the folder holds anything else, cannot be written to, or has too little room; or the model
                 was changed since its conversion, or would be loaded as another one.
         """
-        save_pretrained(self, directory, max_shard_size)
+        save_pretrained(self.pair, directory, max_shard_size)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the latest ``generate`` call: acceptance, where a cycle's time goes, and the cache's memory.
@@ -376,7 +186,7 @@ class QuantSpecModel:
             RuntimeError: called while this thread generates, as by a streamer.
             ImportError: matplotlib is missing.
         """
-        return plot(self, path)
+        return plot(self.session, path)
 
     def as_pretrained_model(self) -> PreTrainedModel:
         """The Hugging Face model for code that takes one, such as pipelines: its ``generate`` is this pair's.
@@ -387,53 +197,16 @@ class QuantSpecModel:
         model = copy.copy(self.model)
 
         @functools.wraps(self.generate)
-        def generate(*args: Any, **options: Any) -> Tensor | GenerateOutput:
-            # The two may be given different configs.
-            if model.generation_config is not self.model.generation_config and len(args) < 3:
-                options.setdefault("generation_config", model.generation_config)
-            return self.generate(*args, **options)
+        def generate_with_pair(*args: Any, **options: Any) -> Tensor | GenerateOutput:
+            return generate(self.session, model, *args, **options)
 
-        model.generate = generate  # type: ignore[assignment]
+        model.generate = generate_with_pair  # type: ignore[assignment]
         # A pipeline moves a model to a device of its choice, and the draft would stay, unless accelerate has placed it.
         model.hf_device_map = {"": self.device}  # type: ignore[assignment]
         return model
 
     def __repr__(self) -> str:
-        left = [r for r in self.linears if r.group_size is None]
-        sizes = sorted({r.group_size for r in self.linears if r.group_size is not None})
-        weights = self.weight_bytes()
-        target, added = weights["target"] / 2**20, weights["draft_int4"] / 2**20
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        lines = [
-            f"QuantSpecModel({type(self.model).__name__}, {dtype}, {self.device})",
-            f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
-            f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
-            f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
-            f" (asked for {self.config.weight_group_size})",
-        ]
-        lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
-        return "\n".join(lines)
-
-
-def _max_cache_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:
-    """The option, or the model's limit; no more than the positions that the model has learned."""
-    learned = learned_positions(captured.graph_module)
-    if config.max_cache_len is None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limit = limit or torch.iinfo(torch.int32).max
-        return limit if learned is None else min(limit, learned[1])
-    if learned is not None and config.max_cache_len > learned[1]:
-        raise ValueError(
-            f"max_cache_len={config.max_cache_len} is more than the {learned[1]} positions that the model has learned "
-            f"('{learned[0]}'); set max_cache_len to at most {learned[1]}, or leave it None"
-        )
-    return config.max_cache_len
-
-
-def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
-    """Number of tokens that both begin with."""
-    shorter = min(len(text), len(prompt))
-    return (text[:shorter] == prompt[:shorter]).long().cumprod(0).sum()
+        return f"QuantSpecModel({self.pair.describe()}"
 
 
 @noting_untested_versions()
@@ -455,7 +228,47 @@ def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **opt
     """
     resolved = QuantSpecConfig.from_options(config, options)
     with converting():
-        converted = QuantSpecModel(model, resolved)
+        pair = Pair(model, resolved)
         if resolved.self_check:
-            self_check(converted)
-    return converted
+            self_check(pair)
+    return QuantSpecModel(pair)
+
+
+@noting_untested_versions()
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> QuantSpecModel:
+    """Load what :meth:`QuantSpecModel.save_pretrained` wrote; nothing is quantized.
+
+    Weights are read one by one into the one model, so host memory holds them once. Without ``dtype`` the pair is bit
+    for bit the one that was saved.
+
+    Args:
+        directory: a local folder.
+        device: where the weights and the cache shall live; the CPU if None.
+        dtype: of the target's weights, the saved one if None. Models saved in float32 or bfloat16 load in either.
+        verify: compare every file with its SHA-256 in ``quantspec_config.json``; False compares sizes only. This finds
+            damage, not fraud: who changes a file can change its hash. No file is ever unpickled.
+        trust_remote_code: as in transformers, for models whose code lies in the folder.
+        **options: fields of :class:`QuantSpecConfig` that shall differ from the saved ones; those that the INT4 weights
+            were made with cannot.
+
+    Returns:
+        The pair.
+
+    Raises:
+        SavedModelError: the folder is missing, incomplete, damaged, or of a later format (names the file), or the
+            model is not the one that was saved.
+        TypeError, ValueError: a bad option.
+        SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
+    """
+    pair = load_pair(
+        directory, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code, options=options
+    )
+    return QuantSpecModel(pair)

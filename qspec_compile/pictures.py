@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .config import QuantSpecConfig
-from .cycle_times import CycleTimes, cycle_times
+from .cycle_times import CycleTimes, time_cycle
 from .engine.stats import GenerationStats
 from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .model import QuantSpecModel
+    from .engine.session import Session
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _DRAFT, _TARGET, _RECENT, _REST, _INK = "#0072B2", "#56B4E9", "#E69F00", "#B8B8B8", "#333333"
@@ -38,9 +38,9 @@ _MOST_CONTEXT = 131_072
 _MINIMUM_WINDOW = 8
 
 
-def plot(qs: QuantSpecModel, path: str | os.PathLike[str] | None) -> Figure:
+def plot(session: Session, path: str | os.PathLike[str] | None) -> Figure:
     """See :meth:`QuantSpecModel.plot`."""
-    stats, cache = qs.last_stats, qs._cache
+    stats, cache, pair = session.last_stats, session.cache, session.pair
     if stats is None or cache is None:
         raise ValueError("nothing to draw yet: call generate() first")
     figure = _new_figure((11, 7.6))
@@ -49,17 +49,16 @@ def plot(qs: QuantSpecModel, path: str | os.PathLike[str] | None) -> Figure:
     axes = figure.subplots(2, 2)
     plot_acceptance_by_position(stats, axes[0, 0])
     plot_acceptance_over_time(stats, axes[0, 1])
-    plot_cycle(cycle_times(qs), axes[1, 0])
-    assert qs.config.max_cache_len is not None
+    plot_cycle(time_cycle(session), axes[1, 0])
     context = int(cache.length.max())
     plot_memory(
-        qs.layers,
+        pair.layers,
         axes[1, 1],
-        max_context=max(context, min(qs.config.max_cache_len, _MOST_CONTEXT)),
+        max_context=max(context, min(pair.max_len, _MOST_CONTEXT)),
         batch_size=cache.batch_size,
-        kv_group_size=qs.config.kv_group_size,
+        kv_group_size=pair.config.kv_group_size,
         num_speculative_tokens=cache.num_speculative_tokens,
-        dtype=qs.model.dtype,
+        dtype=pair.model.dtype,
         context=context,
     )
     if path is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quantspec.passes import Role
-
+from .engine.forced_text import read_incrementally
 from .errors import SelfCheckError
-
-if TYPE_CHECKING:
-    from .model import QuantSpecModel
+from .pair import Pair
+from .passes import Role
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -24,13 +23,19 @@ EXACT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-
 _QUANTIZED_TOLERANCE = 5e-2
 
 
+class HasPair(Protocol):
+    """A converted model, such as :class:`quantspec.QuantSpecModel`."""
+
+    pair: Pair
+
+
 def incremental_logits(
-    qs: QuantSpecModel, ids: Tensor, prompt_len: int, steps: tuple[int, ...], role: Role = Role.TARGET
+    qs: HasPair, ids: Tensor, prompt_len: int, steps: Sequence[int], role: Role = Role.TARGET
 ) -> Tensor:
     """A role's logits of the last prompt token and of every later one, decoded in blocks of ``steps`` tokens.
 
     Args:
-        qs: the pair; a cache of its own is made for this.
+        qs: the converted model; a cache of its own is made for this.
         ids: ``(1, prompt_len + sum(steps))`` int64; the prompt is always prefilled by the target.
         prompt_len: tokens of the prompt, at least 1.
         steps: tokens of each block, one block at least.
@@ -42,27 +47,10 @@ def incremental_logits(
     Raises:
         CacheFullError: ``ids`` are more than ``max_cache_len``.
     """
-    cache = qs.new_cache(1, max(steps))
-    cache.reserve(ids.shape[1])
-
-    def positions(start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count, device=ids.device)[None]
-
-    prompt = torch.tensor([prompt_len], device=ids.device)
-    state = (cache.quantized_len, cache.length, prompt)
-    inputs = (ids[:, :prompt_len], positions(0, prompt_len), prompt[:, None] - 1)
-    logits = [qs.forward(Role.PREFILL, *inputs, *state, cache=cache)]
-    cache.advance_prefill(prompt)
-    start = prompt_len
-    for count in steps:
-        inputs = (ids[:, start : start + count], positions(start, count), positions(0, count))
-        logits.append(qs.forward(role, *inputs, cache.quantized_len, cache.length, cache=cache))
-        cache.accept(torch.tensor([count], device=ids.device))
-        start += count
-    return torch.cat(logits, 1)
+    return read_incrementally(qs.pair, ids, prompt_len, steps, role)
 
 
-def self_check(qs: QuantSpecModel) -> None:
+def self_check(pair: Pair) -> None:
     """Compare prefill and incremental decoding with the original model's full forward.
 
     Once with a text shorter than 2G, where nothing is quantized, and once with a longer one, read at INT8.
@@ -71,25 +59,25 @@ def self_check(qs: QuantSpecModel) -> None:
         SelfCheckError: naming which comparison failed and by how much.
     """
     _LOGGER.info("checking the pair against the model")
-    group = qs.config.kv_group_size
-    tolerance = EXACT_TOLERANCE[qs.model.dtype]
-    limit = qs.config.max_cache_len or 0
+    group = pair.config.kv_group_size
+    tolerance = EXACT_TOLERANCE[pair.model.dtype]
+    limit = pair.max_len
     cases = [("nothing quantized", 7, tolerance), ("quantized cache", 2 * group + 3, tolerance + _QUANTIZED_TOLERANCE)]
     # The CPU's numbers, whatever the default device.
     generator = torch.Generator("cpu").manual_seed(0)
-    training = [module for module in qs.model.modules() if module.training]
-    qs.model.eval()
+    training = [module for module in pair.model.modules() if module.training]
+    pair.model.eval()
     try:
         for name, prompt_len, allowed in cases:
             total = prompt_len + sum(_STEPS)
             if total > limit:
                 continue
-            ids = torch.randint(0, qs.vocab_size, (1, total), generator=generator, device="cpu").to(qs.device)
+            ids = torch.randint(0, pair.vocab_size, (1, total), generator=generator, device="cpu").to(pair.device)
             with torch.no_grad():
-                ours = incremental_logits(qs, ids, prompt_len, _STEPS).float()
+                ours = read_incrementally(pair, ids, prompt_len, _STEPS).float()
                 mask = torch.ones_like(ids)
                 expected = (
-                    qs.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, prompt_len - 1 :].float()
+                    pair.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, prompt_len - 1 :].float()
                 )
             error = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
             if not error <= allowed:

@@ -85,8 +85,8 @@ OPTIONS: dict[str, Option] = {
     "begin_suppress_tokens": _honoured("first"),
     "sequence_bias": _honoured([[[30], 100.0]]),
     "token_healing": _refused(True, "heal the prompt before"),
-    "guidance_scale": _refused(1.5, "needs a second forward pass per token"),
-    "watermarking_config": _refused(WatermarkingConfig(), "not implemented"),
+    "guidance_scale": _honoured(1.5, "a second forward pass per token, of Hugging Face's model"),
+    "watermarking_config": _honoured(WatermarkingConfig(bias=5.0)),
     "num_return_sequences": _honoured(2, **_SAMPLING),
     "output_attentions": _refused(True, "the ops keep no attention weights"),
     "output_hidden_states": _refused(True, "the graphs return logits alone"),
@@ -134,14 +134,14 @@ ARGUMENTS: dict[str, Option] = {
     "inputs": _refused(object(), "the prompt is `input_ids`"),
     "generation_config": Option(HONOURED, "over the model's own; keywords over both"),
     "logits_processor": Option(
-        HONOURED, "each position sees the text before it; one with state of its own needs `num_speculative_tokens=0`"
+        HONOURED, "called once per token, in order; drafts are proposed without those that are not transformers' own"
     ),
     "stopping_criteria": Option(HONOURED, "called once per token, in order"),
-    "prefix_allowed_tokens_fn": Option(HONOURED),
+    "prefix_allowed_tokens_fn": Option(HONOURED, "called once per token, in order; drafts are proposed without it"),
     "synced_gpus": _irrelevant("one device"),
     "assistant_model": _refused(object(), "the draft is the model itself"),
     "streamer": Option(HONOURED, "per token; with `custom_generate=qs.decode` Hugging Face drops it"),
-    "negative_prompt_ids": _irrelevant("read with `guidance_scale` only"),
-    "negative_prompt_attention_mask": _irrelevant("read with `guidance_scale` only"),
+    "negative_prompt_ids": Option(HONOURED, "read with `guidance_scale`"),
+    "negative_prompt_attention_mask": Option(HONOURED, "read with `guidance_scale`"),
     "custom_generate": _refused(print, "it is one itself"),
 }

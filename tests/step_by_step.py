@@ -21,20 +21,20 @@ class StepByStep:
 
     def __init__(self, qs: QuantSpecModel, prompt: Sequence[int], max_len: int = 512) -> None:
         self.qs = qs
-        self.cache = qs.new_cache(1, 0)
+        self.cache = qs.pair.new_cache(1, 0)
         self.cache.reserve(max_len)
         count = torch.tensor([len(prompt)])
         positions = torch.arange(len(prompt))[None]
         state = (self.cache.quantized_len, self.cache.length, count)
         inputs = (torch.tensor([list(prompt)]), positions, count[:, None] - 1)
-        self.logits: Tensor = qs.forward(Role.PREFILL, *inputs, *state, cache=self.cache)[0, -1].float()
+        self.logits: Tensor = qs.pair.forward(Role.PREFILL, *inputs, *state, cache=self.cache)[0, -1].float()
         self.cache.advance_prefill(count)
 
     def feed(self, token: int) -> Tensor:
         """Append ``token``; returns the logits ``(V,)`` of the next one."""
         length = self.cache.length
         inputs = (torch.tensor([[token]]), length[:, None].clone(), torch.zeros(1, 1, dtype=torch.long))
-        logits = self.qs.forward(Role.TARGET, *inputs, self.cache.quantized_len, length, cache=self.cache)
+        logits = self.qs.pair.forward(Role.TARGET, *inputs, self.cache.quantized_len, length, cache=self.cache)
         self.cache.accept(torch.tensor([1]))
         self.logits = logits[0, -1].float()
         return self.logits

@@ -118,7 +118,7 @@ def test_memory_beyond_the_model_is_int4_weights_and_cache(qs):
     assert qs.weight_bytes() == {"target": model_bytes, "draft_int4": added}
 
     batch, draft_tokens, tokens = 3, 4, 5 * GROUP + 1
-    cache = qs.new_cache(batch, draft_tokens)
+    cache = qs.pair.new_cache(batch, draft_tokens)
     cache.reserve(tokens)
     groups, slots = 5, 2 * GROUP + draft_tokens + 1
     totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0}
@@ -157,7 +157,7 @@ def test_experts_are_int4_and_routers_are_reported(architecture):
 def test_key_and_value_head_dims_may_differ():
     qs = converted("deepseek_v3")
     assert {(layer.key_dim, layer.value_dim) for layer in qs.layers} == {(24, 16)}
-    cache = qs.new_cache(2, 4)
+    cache = qs.pair.new_cache(2, 4)
     cache.reserve(3 * GROUP)
     for layer in cache.layers:
         assert layer.k_recent.shape == (2, 4, 2 * GROUP + 5, 24)

@@ -180,7 +180,7 @@ def test_the_table_is_long_enough():
 def test_bad_call(qs, expected, monkeypatch, bad):
     """The error's type and message, no forward pass, and a right answer to the next good call."""
     stats = qs.last_stats
-    forward, calls = type(qs).forward, []
+    forward, calls = type(qs.pair).forward, []
     defaults = qs.model.generation_config.to_dict()
     with monkeypatch.context() as patch:
         patch.setattr(type(qs), "forward", lambda *args, **options: calls.append(args))
@@ -189,7 +189,7 @@ def test_bad_call(qs, expected, monkeypatch, bad):
             bad.call(qs)
     assert type(caught.value) is bad.error
     assert not calls, "work was done before the call was refused"
-    assert type(qs).forward is forward
+    assert type(qs.pair).forward is forward
     assert qs.last_stats is stats
     assert qs.model.generation_config.to_dict() == defaults
     output = qs.generate(IDS, max_new_tokens=5, eos_token_id=None)

@@ -269,7 +269,7 @@ def loops(monkeypatch) -> list[tuple]:
         seen.append((*chosen, [prompt.tolist() for prompt in prompts], loop.progress.num_generated()))
 
     monkeypatch.setattr(SpeculativeLoop, "run", run)
-    monkeypatch.setattr("quantspec.model.compile_graph", lambda graph: graph.forward)
+    monkeypatch.setattr("quantspec.pair.pair.compile_graph", lambda graph: graph.forward)
     return seen
 
 

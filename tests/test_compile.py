@@ -61,7 +61,7 @@ def test_another_conversion_finds_every_graph_in_the_compilers_cache(pair) -> No
 def test_compiled_code_copies_no_cache(pair, role: Role) -> None:
     """Inductor writes the recent buffers in place: the generated code allocates nothing of a cache tensor's size."""
     _, qs = pair
-    cache = qs.new_cache(1, 4)
+    cache = qs.pair.new_cache(1, 4)
     cache.reserve(512)
     cache.length += 300
     cache.quantized_len += 272

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import quantspec
-from quantspec.engine.logits_processors import GraphedProcessors, ScoreProcessor, graph_key
+from quantspec.engine.logits_processors import ReplayedProcessors, ScoreProcessor, replay_key
 from quantspec.engine.progress import Progress
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
@@ -37,7 +37,7 @@ def test_graphed_processors_follow_new_parameters(inference_mode):
     """Captured once, they give what fresh processors with other parameters give, outside of inference mode too."""
     logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(inference_mode):
-        captured = GraphedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
+        captured = ReplayedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
     ids = torch.zeros(2, 4, dtype=torch.long)
     for parameters in ((0.5, 20, 0.9, 0.1), (2.0, 20, 0.3, 0.0)):
         processors = warpers(*parameters)
@@ -49,7 +49,7 @@ def test_graphed_processors_follow_new_parameters(inference_mode):
 def test_graphed_processors_are_exact_whatever_the_default_dtype():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        captured = GraphedProcessors(warpers(0.7, 20, 0.999, 0.001), torch.device("cpu"))
+        captured = ReplayedProcessors(warpers(0.7, 20, 0.999, 0.001), torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
     logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
@@ -59,11 +59,11 @@ def test_graphed_processors_are_exact_whatever_the_default_dtype():
     torch.testing.assert_close(captured(logits, 0), expected)
 
 
-def test_graph_key_tells_what_a_graph_is_fixed_to():
-    assert graph_key(warpers(1.0, 20, 0.5, 0.1)) == graph_key(warpers(0.2, 20, 0.9, 0.0))
-    assert graph_key(warpers(1.0, 20, 0.5, 0.1)) != graph_key(warpers(1.0, 10, 0.5, 0.1))
-    assert graph_key(LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.2)])) is None
-    assert graph_key(LogitsProcessorList()) == ()
+def test_replay_key_tells_what_a_graph_is_fixed_to():
+    assert replay_key(warpers(1.0, 20, 0.5, 0.1)) == replay_key(warpers(0.2, 20, 0.9, 0.0))
+    assert replay_key(warpers(1.0, 20, 0.5, 0.1)) != replay_key(warpers(1.0, 10, 0.5, 0.1))
+    assert replay_key(LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.2)])) is None
+    assert replay_key(LogitsProcessorList()) == ()
 
 
 @pytest.mark.parametrize("chunk", [1, GROUP - 1, GROUP, 3 * GROUP + 5])
@@ -83,7 +83,7 @@ def test_chunked_prefill_says_the_same(qs, monkeypatch, chunk):
 def test_nan_logits_are_an_error_and_the_object_survives(qs, monkeypatch):
     ids = torch.tensor([random_prompt(LONG, 4)])
     expected = qs.generate(ids, max_new_tokens=12, eos_token_id=None)
-    forward = type(qs).forward
+    forward = type(qs.pair).forward
     calls = []
 
     def broken(self, role, *inputs, cache):
@@ -223,11 +223,11 @@ def test_conversations_forget_what_differs(qs):
     qs.reset()
     qs.generate(torch.tensor([[*prompt, 5]]), **options)
     assert qs.last_stats.continued_tokens == 0
-    storage = qs._cache.layers[0].k_upper.data_ptr()
+    storage = qs.session.cache.layers[0].k_upper.data_ptr()
     edited = [*prompt[: 2 * GROUP + 3], prompt[2 * GROUP + 3] ^ 1, *prompt[2 * GROUP + 4 :]]
     ours = qs.generate(torch.tensor([edited]), **options)
     assert qs.last_stats.continued_tokens == 2 * GROUP
-    assert qs._cache.layers[0].k_upper.data_ptr() == storage
+    assert qs.session.cache.layers[0].k_upper.data_ptr() == storage
     expected = qs.generate(torch.tensor([edited]), **(options | {"continue_cache": False}))
     assert_same_text(qs, edited, ours[0, len(edited) :].tolist(), expected[0, len(edited) :].tolist(), tie=0.08)
     qs.generate(torch.tensor([random_prompt(9, 1)]), **options)
@@ -251,5 +251,5 @@ def test_out_of_memory_releases_the_cache(qs, monkeypatch):
         patch.setattr(type(qs), "forward", exhausted)
         with pytest.raises(torch.OutOfMemoryError, match=r"1 sequence.* of up to 44 tokens.*released"):
             qs.generate(ids, max_new_tokens=4)
-    assert qs._cache is None
+    assert qs.session.cache is None
     assert torch.equal(qs.generate(ids, max_new_tokens=4), expected)

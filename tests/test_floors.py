@@ -86,10 +86,7 @@ def test_every_module_has_a_floor():
 
 def test_imports_go_down():
     upward = [
-        f"{name} -> {target}"
-        for name, targets in arrows().items()
-        for target in targets
-        if floor(target) > floor(name)
+        f"{name} -> {target}" for name, targets in arrows().items() for target in targets if floor(target) > floor(name)
     ]
     assert not upward
 

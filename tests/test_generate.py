@@ -146,7 +146,7 @@ def test_draft_with_random_weights_changes_nothing_but_speed(qs, random_draft_we
 
 @pytest.mark.parametrize("kind", ["random", "constant", "worst"])
 def test_draft_that_returns_garbage_changes_nothing_but_speed(qs, monkeypatch, kind):
-    forward = type(qs).forward
+    forward = type(qs.pair).forward
 
     def garbage(self, role, *inputs, cache):
         logits = forward(self, role, *inputs, cache=cache)
@@ -642,7 +642,7 @@ def test_interrupted_call_leaves_nothing_behind(qs, error):
 def test_interrupted_forward_leaves_nothing_behind(qs, monkeypatch):
     prompt = random_prompt(LONG, seed=6)
     expected = decode_step_by_step(qs, prompt, GROUP)
-    forward = type(qs).forward
+    forward = type(qs.pair).forward
     calls = []
 
     def interrupted(self, role, *inputs, cache):

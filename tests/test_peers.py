@@ -93,7 +93,7 @@ def test_5_eos_and_criteria_inside_an_accepted_block(qs, monkeypatch):
 
     prompt = random_prompt(LONG, seed=4)
     free = decode_step_by_step(qs, prompt, 12)
-    forward = type(qs).forward
+    forward = type(qs.pair).forward
     as_target = {Role.DRAFT: Role.TARGET}
     monkeypatch.setattr(
         type(qs),

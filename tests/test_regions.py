@@ -39,7 +39,7 @@ def test_regions_compute_the_graph_and_equal_layers_are_one(name: str, role: Rol
     assert len(regions) == 6
     assert len({_signature(gm, region, region_graph(region)) for region in regions[1:-1]}) == kinds
 
-    cache = qs.new_cache(1, 4)
+    cache = qs.pair.new_cache(1, 4)
     cache.reserve(64)
     ids = torch.tensor([[5, 7, 11]])
     rows = torch.arange(3)[None]
@@ -81,7 +81,7 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself() -> None:
     forward = compile_graph(qs.draft)
 
     def compilations(batch: int) -> int:
-        cache = qs.new_cache(batch, 1)
+        cache = qs.pair.new_cache(batch, 1)
         cache.reserve(300)
         zeros = torch.zeros(batch, 1, dtype=torch.long)
         forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(Role.DRAFT))

@@ -301,7 +301,7 @@ def test_scores_past_the_end_of_a_text_may_leave_nothing(small_qs):
 
 def test_a_constraint_that_nothing_meets_behind_rejected_drafts_is_no_error(small_qs, monkeypatch):
     """Token 3 is forbidden by the target alone, and after it nothing is allowed: the text never gets there."""
-    forward = type(small_qs).forward
+    forward = type(small_qs.pair).forward
 
     def opposed(self, role, *inputs, cache):
         logits = forward(self, role, *inputs, cache=cache)

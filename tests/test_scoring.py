@@ -118,7 +118,7 @@ def test_logits_that_are_nan_are_an_error_and_leave_the_pair_usable(qs, monkeypa
 def test_as_many_sequences_as_fit_the_memory(qs):
     room = 2**24
     fitting = sequences_that_fit(qs, 500, room)
-    cache = qs.new_cache(fitting, MAX_BLOCK - 1)
+    cache = qs.pair.new_cache(fitting, MAX_BLOCK - 1)
     cache.reserve(500)
     assert room / 2 < sum(cache.bytes_by_part().values()) < room
     assert sequences_that_fit(qs, 50, room) > fitting

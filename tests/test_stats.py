@@ -89,7 +89,7 @@ def test_prompt_tokens_exclude_padding(qs):
 
 def test_perfect_draft_is_all_accepted(qs, monkeypatch):
     """A draft that is the target itself: acceptance 1, mean acceptance length gamma + 1."""
-    forward = type(qs).forward
+    forward = type(qs.pair).forward
     monkeypatch.setattr(
         type(qs),
         "forward",
@@ -181,7 +181,7 @@ def test_the_librarys_time_counts_and_the_callers_does_not(qs, monkeypatch):
 def test_bytes(qs):
     """Cache bytes are those of its tensors, weight bytes those of the model and of what the draft adds."""
     stats = run(qs, [random_prompt(LONG)], 9)
-    tensors = [part for layer in qs._cache.layers for part in layer.parts()]
+    tensors = [part for layer in qs.session.cache.layers for part in layer.parts()]
     assert sum(stats.cache_bytes.values()) == sum(tensor.nbytes for tensor in tensors)
     assert set(stats.cache_bytes) == {"upper", "lower", "scales", "recent"}
     assert all(stats.cache_bytes.values())

@@ -16,7 +16,6 @@ from quantspec.errors import CacheFullError
 from quantspec.kernels import flush
 from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
 from quantspec.kernels.hierarchical import num_flushed_groups
-from quantspec.passes import Role, cache_parts
 
 from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
 

@@ -10,41 +10,35 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantspec.capture import converting
+from quantspec.errors import SavedModelError
+from quantspec.pair import Pair
 from quantspec.passes import Role
-
-from .capture import converting
-from .errors import SavedModelError
-from .self_check import EXACT_TOLERANCE
-
-if TYPE_CHECKING:
-    from .model import QuantSpecModel
+from quantspec.self_check import EXACT_TOLERANCE
 
 _NUM_TOKENS = 8
 # One logit may be off by this much more, in root mean squares of all, than all are on average.
 _SINGLE_LOGIT = 10
 
 
-def fixed_tokens(qs: QuantSpecModel) -> Tensor:
+def fixed_tokens(pair: Pair) -> Tensor:
     """``(1, T)`` int64 on the pair's device, the same for every model of that vocabulary."""
-    count = min(_NUM_TOKENS, qs.config.max_cache_len or _NUM_TOKENS)
-    return (torch.arange(count, device=qs.device) * 7919 + 13)[None] % qs.vocab_size
+    count = min(_NUM_TOKENS, pair.max_len)
+    return (torch.arange(count, device=pair.device) * 7919 + 13)[None] % pair.vocab_size
 
 
-def target_logits(qs: QuantSpecModel, input_ids: Tensor) -> Tensor:
+def target_logits(pair: Pair, input_ids: Tensor) -> Tensor:
     """The target's logits ``(1, T, V)`` of every token of ``input_ids (1, T)``, in host memory."""
     count = input_ids.shape[1]
-    cache = qs.new_cache(1, 1)
+    cache = pair.new_cache(1, count)
     cache.reserve(count)
-    positions = torch.arange(count, device=qs.device)[None]
-    state = (cache.quantized_len, cache.length, torch.tensor([count], device=qs.device))
-    return qs.forward(Role.PREFILL, input_ids, positions, positions, *state, cache=cache).cpu()
+    return pair.read(Role.TARGET, input_ids, cache).cpu()
 
 
 def distance(ours: Tensor, expected: Tensor) -> float:
@@ -61,19 +55,19 @@ def distance(ours: Tensor, expected: Tensor) -> float:
     return (torch.maximum(difference.norm(dim=-1), single) / norm).median().item()
 
 
-def check_can_be_loaded(qs: QuantSpecModel, logits: Tensor) -> None:
+def check_can_be_loaded(pair: Pair, logits: Tensor) -> None:
     """Compare the pair with what loading will make of the model's class, config and tensors.
 
     Args:
-        qs: the pair.
+        pair: the pair.
         logits: the target's of :func:`fixed_tokens`.
 
     Raises:
         SavedModelError: the model was changed since its conversion, or would be loaded as another one.
     """
-    model, name = qs.model, type(qs.model).__name__
+    model, name = pair.model, type(pair.model).__name__
     try:
-        qs.check_unmoved()
+        pair.check_unmoved()
     except ValueError as error:
         raise SavedModelError(f"the pair is no longer the model's: {error}") from error
     if not _is_found_by_name(model):
@@ -84,7 +78,7 @@ def check_can_be_loaded(qs: QuantSpecModel, logits: Tensor) -> None:
         )
     try:
         with converting(), torch.no_grad():
-            ids = fixed_tokens(qs)
+            ids = fixed_tokens(pair)
             anew = _made_anew(model)
             theirs = anew(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except SavedModelError:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from quantspec.capture import DTYPES, converting
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
-from quantspec.model import QuantSpecModel
+from quantspec.pair import Pair
 from quantspec.pair.recipes import recipes_for
 from quantspec.passes import Role, WeightFormat
 from quantspec.self_check import EXACT_TOLERANCE, self_check
@@ -42,39 +42,16 @@ _CONVERT_AGAIN = (
 )
 
 
-def from_pretrained(
+def load_pair(
     directory: str | os.PathLike[str],
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    verify: bool = True,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> QuantSpecModel:
-    """Load what :meth:`QuantSpecModel.save_pretrained` wrote; nothing is quantized.
-
-    Weights are read one by one into the one model, so host memory holds them once. Without ``dtype`` the pair is bit
-    for bit the one that was saved.
-
-    Args:
-        directory: a local folder.
-        device: where the weights and the cache shall live; the CPU if None.
-        dtype: of the target's weights, the saved one if None. Models saved in float32 or bfloat16 load in either.
-        verify: compare every file with its SHA-256 in ``quantspec_config.json``; False compares sizes only. This finds
-            damage, not fraud: who changes a file can change its hash. No file is ever unpickled.
-        trust_remote_code: as in transformers, for models whose code lies in the folder.
-        **options: fields of :class:`QuantSpecConfig` that shall differ from the saved ones; those that the INT4 weights
-            were made with cannot.
-
-    Returns:
-        The pair.
-
-    Raises:
-        SavedModelError: the folder is missing, incomplete, damaged, or of a later format (names the file), or the
-            model is not the one that was saved.
-        TypeError, ValueError: a bad option.
-        SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
-    """
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    verify: bool,
+    trust_remote_code: bool,
+    options: dict[str, Any],
+) -> Pair:
+    """The pair of :func:`quantspec.from_pretrained`, which says what is what."""
     folder = Path(directory)
     if not folder.is_dir():
         raise SavedModelError(
@@ -93,20 +70,20 @@ def from_pretrained(
     if str(target_dtype) == f"torch.{description.dtype}":
         _restore(model, tensors, target_dtype)
     with converting():
-        qs = QuantSpecModel(model, config, source=tensors.packed)
+        pair = Pair(model, config, source=tensors.packed)
         # A note's wording may change between versions.
         made, expected = (
-            {replace(report, note="") for report in reports} for reports in (qs.linears, description.linears)
+            {replace(report, note="") for report in reports} for reports in (pair.linears, description.linears)
         )
         if made != expected:
             raise SavedModelError(
                 f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
                 f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
             )
-        _check_logits(qs, tensors, description)
+        _check_logits(pair, tensors, description)
         if config.self_check:
-            self_check(qs)
-    return qs
+            self_check(pair)
+    return pair
 
 
 def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpecConfig:
@@ -182,14 +159,14 @@ def _check_generation_config(folder: Path, description: Description) -> None:
         ) from error
 
 
-def _check_logits(qs: QuantSpecModel, tensors: _SavedTensors, description: Description) -> None:
+def _check_logits(pair: Pair, tensors: _SavedTensors, description: Description) -> None:
     """Compare the target with the saved one, on the tokens that were saved with its logits."""
     if LOGITS_KEY not in tensors.names(LOGITS_KEY):
         return
-    ids = tensors.get(TOKENS_KEY)[:, : qs.config.max_cache_len].to(qs.device)
+    ids = tensors.get(TOKENS_KEY)[:, : pair.max_len].to(pair.device)
     expected = tensors.get(LOGITS_KEY)[:, : ids.shape[1]]
-    error = distance(target_logits(qs, ids), expected)
-    allowed = max(EXACT_TOLERANCE[dtype] for dtype in (qs.model.dtype, expected.dtype))
+    error = distance(target_logits(pair, ids), expected)
+    allowed = max(EXACT_TOLERANCE[dtype] for dtype in (pair.model.dtype, expected.dtype))
     if not error <= allowed:
         raise SavedModelError(
             f"the model in '{tensors.folder}' computes other logits than the saved {description.model_class} did (by "

@@ -1,4 +1,4 @@
-"""``QuantSpecModel.save_pretrained``: the folder of :mod:`quantspec.saved_format`."""
+"""``QuantSpecModel.save_pretrained``: the folder of :mod:`quantspec.checkpoint.folder`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -17,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantspec.errors import SavedModelError
-from quantspec.passes import plain_weights
+from quantspec.pair import Pair
+from quantspec.passes import Role, plain_weights
 
 from .folder import (
     DESCRIPTION_FILE,
@@ -30,22 +30,20 @@ from .folder import (
     Description,
     fingerprints,
 )
-from .saved_identity import check_can_be_loaded, fixed_tokens, target_logits
+from .identity import check_can_be_loaded, fixed_tokens, target_logits
+from .new_folder import removed_on_failure
 from .staging import is_staged, locked, publish, staged
 
-if TYPE_CHECKING:
-    from quantspec.model import QuantSpecModel
 
-
-def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
+def save_pretrained(pair: Pair, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
     """See :meth:`QuantSpecModel.save_pretrained`."""
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
-    check_generation_config(qs.model.generation_config)
-    tokens = fixed_tokens(qs)
-    logits = target_logits(qs, tokens)
-    check_can_be_loaded(qs, logits)
+    check_generation_config(pair.model.generation_config)
+    tokens = fixed_tokens(pair)
+    logits = target_logits(pair, tokens)
+    check_can_be_loaded(pair, logits)
     check = {TOKENS_KEY: tokens, LOGITS_KEY: logits}
     try:
         with removed_on_failure(folder):
@@ -53,8 +51,8 @@ def save_pretrained(qs: QuantSpecModel, directory: str | os.PathLike[str], max_s
             with locked(folder):
                 _files_to_replace(folder)
             with staged(folder) as written:
-                _check_space(qs, folder)
-                _write(qs, written, max_shard_size, check)
+                _check_space(pair, folder)
+                _write(pair, written, max_shard_size, check)
                 publish(written, folder, _files_to_replace)
     except (OSError, SafetensorError) as error:
         raise SavedModelError(
@@ -77,18 +75,18 @@ def check_generation_config(config: GenerationConfig | None) -> None:
         ) from error
 
 
-def _write(qs: QuantSpecModel, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> None:
-    with _as_dense(qs.model):
-        qs.model.save_pretrained(written, max_shard_size=max_shard_size)
-    tensors = _in_host_memory(_tensors(qs) | check)
+def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> None:
+    with _as_dense(pair.model):
+        pair.model.save_pretrained(written, max_shard_size=max_shard_size)
+    tensors = _in_host_memory(_tensors(pair) | check)
     save_torch_state_dict(tensors, written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
     Description(
         format_version=FORMAT_VERSION,
         versions={package: version(package) for package in ("quantspec", "torch", "transformers")},
-        model_class=type(qs.model).__name__,
-        dtype=str(qs.model.dtype).removeprefix("torch."),
-        options=qs.config,
-        linears=qs.linears,
+        model_class=type(pair.model).__name__,
+        dtype=str(pair.model.dtype).removeprefix("torch."),
+        options=pair.config,
+        linears=pair.linears,
         files=fingerprints(written, sorted(path.name for path in written.iterdir())),
     ).write(written)
     for path in written.iterdir():
@@ -116,8 +114,8 @@ def _files_to_replace(folder: Path) -> list[str]:
         ) from error
 
 
-def _check_space(qs: QuantSpecModel, folder: Path) -> None:
-    needed, free = sum(qs.weight_bytes().values()), shutil.disk_usage(folder).free
+def _check_space(pair: Pair, folder: Path) -> None:
+    needed, free = sum(pair.weight_bytes.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise SavedModelError(
             f"cannot save to '{folder}': about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free"
@@ -141,14 +139,14 @@ def _as_dense(model: PreTrainedModel) -> Iterator[None]:
         model.config.quantization_config = description
 
 
-def _tensors(qs: QuantSpecModel) -> dict[str, Tensor]:
+def _tensors(pair: Pair) -> dict[str, Tensor]:
     """The draft's weights and what transformers would not restore, as named in the saved files."""
     tensors = {
         f"{DRAFT_PREFIX}{linear}.{part}": tensor
-        for linear, parts in plain_weights(qs.draft).items()
+        for linear, parts in plain_weights(pair.graphs[Role.DRAFT]).items()
         for part, tensor in parts.items()
     }
-    for name, tensor in _not_restored_by_transformers(qs.model).items():
+    for name, tensor in _not_restored_by_transformers(pair.model).items():
         tensors[f"{MODEL_PREFIX}{name}"] = tensor
     return tensors
 

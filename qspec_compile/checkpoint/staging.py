@@ -62,6 +62,9 @@ def locked(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                # A child forked meanwhile has the file open too, and would go on holding the lock.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
             return
 
 

@@ -100,7 +100,7 @@ def _int_or_auto(value: str | int) -> int | str:
 
 def _help(text: str, option: str) -> str:
     """``text`` and the default that an option of ``convert`` has."""
-    return escape(f"{text} [default: {getattr(_DEFAULTS, option)}]")
+    return f"{text} [default: {getattr(_DEFAULTS, option)}]"
 
 
 @dataclass(frozen=True)

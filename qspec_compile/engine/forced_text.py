@@ -63,7 +63,7 @@ def forced_blocks(
 
 
 @torch.no_grad()
-def incremental_logits(
+def read_incrementally(
     pair: Pair, ids: Tensor, prompt_len: int, steps: Sequence[int], role: Role = Role.TARGET
 ) -> Tensor:
     """A role's logits of the last prompt token and of every later one, decoded in blocks of ``steps`` tokens.

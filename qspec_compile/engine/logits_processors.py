@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -27,6 +26,29 @@ _CONTEXT_FREE = (
     hf.SuppressTokensLogitsProcessor,
 )
 
+# Processors that are functions of the text and the scores, so that they may be asked about drafts too.
+_STATELESS = (
+    *_CONTEXT_FREE,
+    hf.TopHLogitsWarper,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+def stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Those that are known to keep no state. Any other, also a subclass, may count its calls or follow a grammar."""
+    return LogitsProcessorList(processor for processor in processors if type(processor) in _STATELESS)
+
 
 # Their parameters may change between replays of a CUDA graph, so it reads them from a tensor.
 _TENSOR_PARAMETERS = {
@@ -36,7 +58,7 @@ _TENSOR_PARAMETERS = {
 }
 
 
-def graph_key(processors: LogitsProcessorList) -> tuple | None:
+def replay_key(processors: LogitsProcessorList) -> tuple | None:
     """What a CUDA graph of these processors is fixed to; None if they cannot be captured."""
     key = []
     for processor in processors:
@@ -48,8 +70,8 @@ def graph_key(processors: LogitsProcessorList) -> tuple | None:
     return tuple(key)
 
 
-class GraphedProcessors:
-    """Copies of processors with equal :func:`graph_key` whose temperature, top_p and min_p are tensors."""
+class ReplayedProcessors:
+    """Copies of processors with equal :func:`replay_key` whose temperature, top_p and min_p are tensors."""
 
     # Later calls, in inference mode or not, write the parameters.
     @torch.inference_mode(False)
@@ -76,11 +98,15 @@ class GraphedProcessors:
         if not self.processors:
             return scores
         flat = scores.flatten(0, 1)
-        return _apply(self.processors, flat.new_zeros(len(flat), 1, dtype=torch.int64), flat).view(scores.shape)
+        return apply_processors(self.processors, flat.new_zeros(len(flat), 1, dtype=torch.int64), flat).view(
+            scores.shape
+        )
 
 
 class ScoreProcessor:
     """Applies a ``LogitsProcessorList`` to the logits of several positions of sequences of different lengths.
+
+    Processors that are not :func:`stateless` are for one position of sequences of equal length.
 
     Attributes:
         needs_context: whether any processor may read the preceding tokens, drafted ones included.
@@ -106,35 +132,22 @@ class ScoreProcessor:
         batch, tokens, vocab = scores.shape
         if not self.needs_context:
             ids = progress.sequences.new_zeros(batch * tokens, 1)
-            return _apply(self.processors, ids, scores.view(-1, vocab)).view(batch, tokens, vocab)
+            return apply_processors(self.processors, ids, scores.view(-1, vocab)).view(batch, tokens, vocab)
         for t in range(tokens):
             offset = num_drafted + t
             rows = [row for row, awaited in enumerate(progress.awaits(offset)) if awaited]
             lens = {row: progress.context_lens[row] + offset for row in rows}
             if len(set(lens.values())) == 1:
-                scores[:, t] = _apply(self.processors, progress.sequences[:, : lens[rows[0]]], scores[:, t])
+                scores[:, t] = apply_processors(self.processors, progress.sequences[:, : lens[rows[0]]], scores[:, t])
                 continue
             for row in rows:
                 # Every row shows this sequence, so that a processor with something per row finds the batch it expects.
                 ids = progress.sequences[row : row + 1, : lens[row]].expand(batch, -1)
                 same = scores[row : row + 1, t].repeat(batch, 1)
-                scores[row, t] = _apply(self._for_row(row), ids, same)[row]
+                scores[row, t] = apply_processors(self.processors, ids, same)[row]
         return scores
 
-    def _for_row(self, row: int) -> LogitsProcessorList:
-        """The processors, with ``prefix_allowed_tokens_fn`` asked about sequence ``row`` wherever it is shown."""
-        processors = LogitsProcessorList()
-        for processor in self.processors:
-            if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-                processor = copy.copy(processor)
-                processor._prefix_allowed_tokens_fn = _about_row(processor._prefix_allowed_tokens_fn, row)
-            processors.append(processor)
-        return processors
 
-
-def _about_row(allowed_tokens: Callable, row: int) -> Callable:
-    return lambda _shown_in, ids: allowed_tokens(row, ids)
-
-
-def _apply(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
+def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
+    """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids."""
     return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))

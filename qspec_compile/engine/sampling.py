@@ -43,6 +43,21 @@ def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     return torch.where(total > 0, excess / total.clamp(min=torch.finfo(excess.dtype).tiny), target_probs)
 
 
+def sample_step(
+    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Speculative sampling of one token ``(B,)`` of each sequence: the drafted one, or what stands in its place.
+
+    Args:
+        draft_tokens: ``(B,)`` int64, drawn from ``draft_probs``.
+        draft_probs, target_probs: ``(B, V)``.
+        generator: source of randomness, or None for the global one.
+    """
+    p, q = (probs.gather(-1, draft_tokens[:, None])[:, 0] for probs in (target_probs, draft_probs))
+    uniform = torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+    return torch.where(uniform * q < p, draft_tokens, sample(residual(target_probs, draft_probs), generator))
+
+
 def accept_sampled(
     draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantspec.cache import HierarchicalCache
+from quantspec.locks import LockOfProcess
 from quantspec.pair import Pair
 
 from .cycle_graph import CycleReplays
@@ -21,26 +23,28 @@ class _Turns:
     """Lets one call at a time use what the calls of a pair share; a copy of the pair takes turns of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._taken = False
+        self._lock = LockOfProcess(threading.RLock)
+        self._taken_in: int | None = None
 
     def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
         return _Turns, ()
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        with self._lock:
+    def take(self) -> Iterator[bool]:
+        """Wait for the others; gives whether this process was forked while its parent was using what is shared."""
+        with self._lock():
+            process = os.getpid()
             # Other threads wait above, so this one asks a second time.
-            if self._taken:
+            if self._taken_in == process:
                 raise RuntimeError(
                     "the pair is generating: a streamer, logits processor or stopping criterion cannot use its cache; "
                     "call it after generate(), or convert a second pair"
                 )
-            self._taken = True
+            forked, self._taken_in = self._taken_in is not None, process
             try:
-                yield
+                yield forked
             finally:
-                self._taken = False
+                self._taken_in = None
 
 
 class Session:
@@ -62,13 +66,18 @@ class Session:
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
         self._turns = _Turns()
 
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
         """Hold the cache, its replays and ``last_stats`` against other threads, which wait.
 
         Raises:
             RuntimeError: this thread holds them already.
         """
-        return self._turns.take()
+        with self._turns.take() as forked:
+            if forked:
+                # The copy of the cache is half written.
+                self.release()
+            yield
 
     def acquire_cache(
         self, prompts: Sequence[Tensor], num_speculative_tokens: int, continue_cache: bool = False

@@ -1,48 +1,40 @@
-"""The speculative loop: prefill, then cycles of draft, verify, accept, flush.
+"""The ``custom_generate`` callable: checks, session, loop, output.
 
-Hugging Face's own ``generate`` prepares everything around it (defaults, logits processors, stopping criteria, lengths)
-and calls :func:`decode` through ``custom_generate``, so options mean what they mean there.
+Hugging Face's own ``generate`` prepares everything around it (defaults, logits processors, stopping criteria, lengths),
+so options mean what they mean there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import time
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec.cache import HierarchicalCache, check_cache_len
-from quantspec.config import ALIASES, check_num_speculative_tokens
-from quantspec.engine.cycle import Cycle, CycleResult, GraphedCycle
-from quantspec.engine.draft_count import DraftCount
-from quantspec.engine.logits_processors import ScoreProcessor
-from quantspec.engine.prefill import prefill
+from quantspec.cache import check_cache_len
+from quantspec.config import check_num_speculative_tokens
+from quantspec.engine.cycles import Call
+from quantspec.engine.loop import SpeculativeLoop
 from quantspec.engine.progress import Progress
-from quantspec.engine.sampling import sample
+from quantspec.engine.session import Session
 from quantspec.engine.stats import GenerationStats
+from quantspec.passes import Role
 
-if TYPE_CHECKING:
-    from quantspec.model import QuantSpecModel
-
-# What generate() makes for model.forward, and the loop has no use for.
-_IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
-
-NAN_LOGITS = (
-    "the model's logits are NaN, so no token can be chosen; check the weights, or load the model in bfloat16 or "
-    "float32 if it overflows float16"
-)
-
-NO_DISTRIBUTION = (
-    "no token can be sampled: after logits processors and temperature every score is -inf, or one is NaN or inf; check "
-    "the processors (a constraint that leaves no token, a tiny temperature) and whether the model's logits are NaN"
+from .arguments import (
+    bare_call_arguments,
+    check_attention_mask,
+    check_generator,
+    check_input_ids,
+    check_streamer,
+    refuse_unsupported,
 )
 
 
@@ -59,166 +51,9 @@ class GenerateOutput(GenerateDecoderOnlyOutput):
     statistics: GenerationStats | None = None
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Arguments of ``generate`` sorted by who takes them: the decoding loop or Hugging Face."""
-
-    decoding: dict[str, Any]
-    hugging_face: dict[str, Any]
-
-
-def prepare_arguments(
-    qs: QuantSpecModel,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    generation_config: GenerationConfig | None,
-    tokenizer: Any,
-    num_speculative_tokens: int | str | None,
-    continue_cache: bool,
-    kwargs: dict[str, Any],
-) -> Arguments:
-    """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to :func:`decode`."""
-    options = dict(kwargs)
-    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
-        raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
-    if generation_config is not None and generation_config.token_healing:
-        raise ValueError(f"generate() does not take token_healing: {_UNSUPPORTED_ARGUMENTS['token_healing']}")
-    for name, reason in _UNSUPPORTED_ARGUMENTS.items():
-        value = options.pop(name, None)
-        if value is not None and value is not False:
-            raise ValueError(f"generate() does not take {name}: {reason}")
-    for alias, name in ALIASES.items():
-        if alias in options:
-            if num_speculative_tokens is not None:
-                raise TypeError(f"{alias} and {name} are the same option; pass one of them")
-            num_speculative_tokens = options.pop(alias)
-    if num_speculative_tokens is not None:
-        check_num_speculative_tokens(num_speculative_tokens)
-    if input_ids is not None:
-        check_input_ids(qs, input_ids)
-    if attention_mask is not None:
-        check_attention_mask(input_ids, attention_mask)
-        options["attention_mask"] = attention_mask
-    _take_stop_strings(qs, options, generation_config, tokenizer)
-    if not isinstance(continue_cache, bool):
-        raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
-    return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
-
-
-_UNSUPPORTED_ARGUMENTS = {
-    "inputs": "the prompt is called input_ids",
-    "custom_generate": "it is one itself; call model.generate(custom_generate=qs.decode) from the other side",
-    "assistant_model": "the draft is the model itself",
-    "position_ids": "positions follow from attention_mask",
-    "inputs_embeds": "pass input_ids",
-    "past_key_values": "the pair keeps its own cache; continue_cache=True goes on with it",
-    "cache_implementation": "the pair keeps its own cache",
-    "token_healing": "heal the prompt before",
-}
-
-
-def check_input_ids(qs: QuantSpecModel, input_ids: Tensor) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(
-            f"input_ids must be a tensor of shape (batch, tokens), not {type(input_ids).__name__}; "
-            "pass tokenizer(..., return_tensors='pt').input_ids"
-        )
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}")
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids must hold integers, not {input_ids.dtype}")
-    if input_ids.numel() == 0:
-        raise ValueError(f"input_ids is empty (shape {tuple(input_ids.shape)}); pass at least one token per prompt")
-    if input_ids.device != qs.device:
-        raise ValueError(
-            f"input_ids are on {input_ids.device} and the model on {qs.device}; use input_ids.to('{qs.device}')"
-        )
-    low, high = (int(bound) for bound in torch.aminmax(input_ids))
-    if low < 0 or high >= qs.vocab_size:
-        raise ValueError(f"input_ids must be in 0..{qs.vocab_size - 1}, found {low if low < 0 else high}")
-
-
-def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor) -> None:
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
-    if input_ids is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
-        )
-    if input_ids is not None and attention_mask.device != input_ids.device:
-        raise ValueError(f"attention_mask is on {attention_mask.device}, but input_ids on {input_ids.device}")
-    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError("attention_mask must hold 0 and 1 only")
-    if not bool(attention_mask.any(dim=1).all()):
-        raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
-
-
-def _take_stop_strings(
-    qs: QuantSpecModel, options: dict[str, Any], generation_config: GenerationConfig | None, tokenizer: Any
-) -> None:
-    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer before it calls :func:`decode`."""
-    given = (
-        options.pop("stop_strings", None),
-        None if generation_config is None else generation_config.stop_strings,
-        qs.model.generation_config.stop_strings,
-    )
-    strings = next((value for value in given if value is not None), None)
-    if strings is None:
-        return
-    if tokenizer is None:
-        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate()")
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
-    criteria.extend(options.get("stopping_criteria") or [])
-    options["stopping_criteria"] = criteria
-    options["stop_strings"] = None
-
-
-def refuse_unsupported(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse by name what this loop does not do."""
-    refused = {
-        "penalty_alpha": (config.penalty_alpha or 0) > 0,
-        "use_mtp": bool(config.use_mtp),
-        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
-        "constraints": config.constraints is not None,
-        "force_words_ids": config.force_words_ids is not None,
-        "num_beam_groups": config.num_beam_groups not in (None, 1),
-        "is_assistant": bool(config.is_assistant),
-        "assistant_ensemble_weight": config.assistant_ensemble_weight is not None,
-        "speculation_type": config.speculation_type is not None,
-        "dola_layers": config.dola_layers is not None,
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        "assistant_early_exit": config.assistant_early_exit is not None,
-        "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
-        "watermarking_config": config.watermarking_config is not None,
-        "token_healing": bool(config.token_healing),
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
-        "output_logits": bool(config.output_logits),
-    }
-    names = [name for name, asked in refused.items() if asked]
-    if names:
-        raise ValueError(f"generation option {', '.join(names)} is not supported by quantspec; leave it unset")
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
-            "quantspec does greedy search and sampling: set num_beams=1"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"generate() does not take past_key_values: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in _IGNORED_MODEL_KWARGS
-    )
-    if unknown:
-        raise ValueError(
-            f"model argument {', '.join(unknown)} is not supported by quantspec; only input_ids and attention_mask"
-        )
-
-
 @torch.no_grad()
 def decode(
-    qs: QuantSpecModel,
+    session: Session,
     model: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
@@ -228,86 +63,120 @@ def decode(
     generator: torch.Generator | None = None,
     num_speculative_tokens: int | str | None = None,
     continue_cache: bool = False,
+    verifier: Role = Role.TARGET,
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
-    """Decode prepared inputs; the ``custom_generate`` callable of ``model.generate`` with ``qs`` bound.
+    """Decode prepared inputs; the ``custom_generate`` callable of ``model.generate`` with ``session`` bound.
 
     Args:
-        qs: the pair.
+        session: of the pair.
         model: the Hugging Face model that calls; must be the converted one.
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
-        streamer, generator: as in :meth:`QuantSpecModel.generate`.
+        streamer, generator: as in :meth:`quantspec.QuantSpecModel.generate`.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
         continue_cache: prefill only what the previous call's text does not begin with.
+        verifier: the role whose distribution is emitted.
         synced_gpus: Hugging Face's, for several GPUs; has no effect on one.
         **model_kwargs: what Hugging Face prepared for the model's forward; only ``attention_mask`` is used.
 
     Returns:
-        As :meth:`QuantSpecModel.generate`.
+        As :meth:`quantspec.QuantSpecModel.generate`.
 
     Raises:
-        ValueError, TypeError: another model than the converted one, or as :meth:`QuantSpecModel.generate`, which names
-            the other errors too.
+        ValueError, TypeError: another model than the converted one, or as :meth:`quantspec.QuantSpecModel.generate`,
+            which names the other errors too.
     """
-    if model is not qs.model:
-        raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
-    qs.check_unmoved()
-    refuse_unsupported(generation_config, model_kwargs)
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise TypeError(
-            f"streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), not "
-            f"{type(streamer).__name__}"
+    with ends_on_failure(streamer):
+        pair = session.pair
+        if model is not pair.model:
+            raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+        pair.check_unmoved()
+        check_input_ids(pair, input_ids)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            check_attention_mask(input_ids, mask, generation_config._pad_token_tensor)
+        bare_call = functools.partial(bare_call_arguments, model, input_ids, mask, generation_config)
+        refuse_unsupported(generation_config, model_kwargs, bare_call)
+        return decode_checked(
+            session,
+            input_ids,
+            mask,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            generator,
+            num_speculative_tokens,
+            continue_cache,
+            verifier,
         )
-    check_input_ids(qs, input_ids)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
-    if generator is not None and generator.device.type != qs.device.type:
-        raise ValueError(f"generator is on {generator.device} and the model on {qs.device}")
+
+
+def decode_checked(
+    session: Session,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    generator: torch.Generator | None,
+    num_speculative_tokens: int | str | None,
+    continue_cache: bool,
+    verifier: Role = Role.TARGET,
+) -> Tensor | GenerateOutput:
+    """:func:`decode` of ids, mask and options that have been checked; the rest is checked here."""
+    pair = session.pair
+    check_streamer(streamer)
+    check_generator(generator, pair.device)
     if num_speculative_tokens is None:
-        num_speculative_tokens = qs.config.num_speculative_tokens
+        num_speculative_tokens = pair.config.num_speculative_tokens
     else:
         check_num_speculative_tokens(num_speculative_tokens)
     # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
     input_ids = input_ids.long()
-    attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    check_attention_mask(input_ids, attention_mask)
     prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     longest = max(map(len, prompts))
-    max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    assert qs.config.max_cache_len is not None
-    check_cache_len(longest + max_new_tokens, qs.config.max_cache_len)
+    # A caller's criterion takes the place of the config's.
+    lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+    max_new_tokens = max(1, min(lengths, default=generation_config.max_length) - input_ids.shape[1])
+    num_tokens = longest + max_new_tokens
+    check_cache_len(num_tokens, pair.max_len)
 
-    draft_count = qs.draft_count(num_speculative_tokens, len(prompts), longest)
+    draft_count = session.draft_count(num_speculative_tokens, len(prompts), longest)
     stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
+    collects_scores = returns_dict and bool(generation_config.output_scores)
     progress = Progress(
         input_ids,
+        prompts,
         max_new_tokens,
         0 if pad is None else int(pad),
         stopping_criteria,
         streamer,
-        returns_dict and bool(generation_config.output_scores),
+        collects_scores,
         slack=draft_count.most + 1,
     )
-    with qs.exclusive():
+    call = Call(progress, logits_processor, bool(generation_config.do_sample), generator, verifier)
+    with session.exclusive():
         try:
-            with _out_of_memory_releases(qs, len(prompts), longest + max_new_tokens):
-                cache = qs.acquire_cache(prompts, draft_count.most, continue_cache)
-                cache.reserve(longest + max_new_tokens)
+            with _out_of_memory_releases(session, len(prompts), num_tokens):
+                cache = session.acquire_cache(prompts, draft_count.most, continue_cache)
+                cache.reserve(num_tokens)
                 stats.continued_tokens = int(cache.length.sum())
-                do_sample = bool(generation_config.do_sample)
-                loop = SpeculativeLoop(qs, cache, progress, logits_processor, do_sample, generator, stats)
                 if streamer is not None:
                     streamer.put(input_ids.cpu())
-                loop.run(prompts, draft_count)
-            qs.keep_cache(cache, [torch.cat(pair) for pair in zip(prompts, progress.new_tokens(), strict=True)])
+                SpeculativeLoop(session, cache, call, draft_count, stats).run()
+            # What another verifier cached is not the target's.
+            if verifier is Role.TARGET:
+                session.keep_texts(progress.texts())
         finally:
-            qs.last_stats = stats
+            session.last_stats = stats
     if streamer is not None:
         streamer.end()
     if not returns_dict:
@@ -320,164 +189,25 @@ def decode(
 
 
 @contextlib.contextmanager
-def _out_of_memory_releases(qs: QuantSpecModel, num_sequences: int, num_tokens: int) -> Iterator[None]:
+def ends_on_failure(streamer: Any) -> Iterator[None]:
+    """On an error tell whoever reads from ``streamer`` in another thread that nothing more comes."""
+    try:
+        yield
+    except BaseException:
+        if hasattr(streamer, "end"):
+            with contextlib.suppress(Exception):
+                streamer.end()
+        raise
+
+
+@contextlib.contextmanager
+def _out_of_memory_releases(session: Session, num_sequences: int, num_tokens: int) -> Iterator[None]:
     """Turn running out of memory into an error that says what was asked for, with the cache given back."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        qs.release_cache()
+        session.release()
         raise torch.OutOfMemoryError(
             f"out of memory with {num_sequences} sequence(s) of up to {num_tokens} tokens; use a smaller batch, a "
             f"shorter prompt or fewer max_new_tokens (the cache has been released): {error}"
         ) from error
-
-
-class SpeculativeLoop:
-    """The host's part of one generation: prefill, cycles, and what each cycle's result means for the output."""
-
-    def __init__(
-        self,
-        qs: QuantSpecModel,
-        cache: HierarchicalCache,
-        progress: Progress,
-        processors: LogitsProcessorList,
-        do_sample: bool,
-        generator: torch.Generator | None,
-        stats: GenerationStats,
-    ) -> None:
-        self.qs = qs
-        self.cache = cache
-        self.progress = progress
-        self.processors = processors
-        self.process = ScoreProcessor(processors)
-        self.do_sample = do_sample
-        self.generator = generator
-        self.stats = stats
-
-    def run(self, prompts: list[Tensor], draft_count: DraftCount) -> None:
-        """Generate after ``prompts`` until every sequence is done; what the cache holds of them is not prefilled.
-
-        Raises:
-            FloatingPointError: the model's logits are NaN, or no token can be sampled from the processed scores.
-        """
-        pending = self._prefill(prompts)
-        if not any(self.progress.running):
-            return
-        if self.progress.scores is None and self.qs.graphs_cycles(self.processors):
-            self._run_graphed(pending, draft_count)
-        else:
-            self._run_eager(pending, draft_count)
-
-    def _run_eager(self, pending: Tensor, draft_count: DraftCount) -> None:
-        context = self.process.needs_context
-        cycle = Cycle(
-            self.qs,
-            self.cache,
-            lambda logits, num_drafted: self.process(logits, self.progress, num_drafted),
-            self.do_sample,
-            self.generator,
-            self.progress.write_draft if context else None,
-        )
-        cycle.pending.copy_(pending)
-        while any(self.progress.running):
-            start = self._now()
-            cycle.running.copy_(torch.tensor(self.progress.running, device="cpu"))
-            packed, scores = cycle(min(draft_count.choose(), self.progress.remaining - 1))
-            result = CycleResult.read(packed)
-            if result.flush_due:
-                self.cache.flush()
-            self._finish(result, scores, draft_count, start, start)
-
-    def _run_graphed(self, pending: Tensor, draft_count: DraftCount) -> None:
-        graphed: GraphedCycle | None = None
-        running: list[bool] = []
-        try:
-            while any(self.progress.running):
-                start = self._clock()
-                chosen, is_new = self.qs.graphed_cycle(
-                    self.cache, draft_count.choose(), self.processors, self.do_sample
-                )
-                if chosen is not graphed:
-                    if graphed is not None:
-                        graphed.end(self.generator)
-                        pending = graphed.cycle.pending
-                    chosen.begin(self.processors, self.generator)
-                    chosen.cycle.pending.copy_(pending)
-                    graphed, running = chosen, []
-                if running != self.progress.running:
-                    running = self.progress.running
-                    graphed.cycle.running.copy_(torch.tensor(running, device="cpu"))
-                # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
-                replay = self._clock()
-                result = CycleResult.read(graphed())
-                if result.flush_due:
-                    graphed.flush()
-                self._finish(result, None, draft_count, start, None if is_new else replay)
-        finally:
-            if graphed is not None:
-                graphed.end(self.generator)
-
-    def _finish(
-        self,
-        result: CycleResult,
-        scores: Tensor | None,
-        draft_count: DraftCount,
-        start: float,
-        typical_start: float | None,
-    ) -> None:
-        """Count a cycle and emit each running sequence's accepted tokens and the target's own next one.
-
-        The cycle began at ``start``, and at ``typical_start`` what every cycle of so many drafts does; None if this one
-        is unlike others.
-        """
-        if result.has_nan:
-            raise FloatingPointError(NO_DISTRIBUTION if self.do_sample else NAN_LOGITS)
-        running = self.progress.running
-        accepted = [count for count, runs in zip(result.accepted, running, strict=True) if runs]
-        for row, count in enumerate(result.accepted):
-            if running[row]:
-                tokens = [*result.drafts[row][:count], result.next_tokens[row]]
-                self.progress.append(row, tokens, None if scores is None else scores[row, : count + 1])
-        # Judging takes as long per token however many were drafted, so choosing their number does without it.
-        now = self._now()
-        draft_count.record(len(result.drafts[0]), accepted, None if typical_start is None else now - typical_start)
-        self._judge()
-        self.stats.flushes += result.flush_due
-        self.stats.record_cycle(len(result.drafts[0]), accepted, self._clock() - start)
-
-    def _prefill(self, prompts: list[Tensor]) -> Tensor:
-        """Cache what is new of the prompts; emits and returns the first token of each, ``(B,)``."""
-        start = self._now()
-        logits = prefill(self.qs, self.cache, prompts)
-        self.stats.cache_bytes = self.cache.bytes_by_part()
-        self.stats.weight_bytes = self.qs.weight_bytes()
-        if bool(logits.isnan().any()):
-            raise FloatingPointError(NAN_LOGITS)
-        scores = self.process(logits, self.progress)
-        if self.do_sample:
-            probs = scores[:, 0].softmax(-1)
-            if bool(probs.isnan().any()):
-                raise FloatingPointError(NO_DISTRIBUTION)
-            pending = sample(probs, self.generator)
-        else:
-            pending = scores[:, 0].argmax(-1)
-        for row, token in enumerate(pending.tolist()):
-            self.progress.append(row, [token], scores[row])
-        self._judge()
-        self.stats.prefill_seconds = self._clock() - start
-        return pending
-
-    def _judge(self) -> None:
-        """Stream what is complete, and stop where the criteria say so."""
-        self.progress.judge()
-        self.stats.generated_tokens = self.progress.num_generated()
-
-    def _clock(self) -> float:
-        """Seconds, standing still in the caller's streamer and stopping criteria."""
-        return time.perf_counter() - self.progress.user_seconds
-
-    def _now(self) -> float:
-        """The clock, once the device has done what was asked of it."""
-        if self.qs.device.type == "cuda":
-            torch.cuda.synchronize(self.qs.device)
-        return self._clock()

@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache
-from quantspec.capture import Capture, capture
+from quantspec.capture import Capture, capture, check_model
 from quantspec.config import QuantSpecConfig
 from quantspec.learned_positions import learned_positions
 from quantspec.passes import Role, WeightSource
 
 from .compile_by_layer import compile_graph
+from .frozen import FrozenModel
 from .recipes import build_graphs, recipes_for
 
 _PREFILL_STEP = 1024
@@ -47,7 +48,10 @@ class Pair:
             ValueError: an option that does not suit the model.
         """
         recipes = recipes_for(config)
+        check_model(model)
+        self._frozen = FrozenModel(model)
         captured = capture(model)
+        self._frozen.forget_what_running_changed()
         self.model: PreTrainedModel = model
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
@@ -63,7 +67,6 @@ class Pair:
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
-        self._parameters = dict(model.named_parameters())
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +154,10 @@ class Pair:
         return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
 
     def check_unmoved(self) -> None:
-        """Refuse work if the model was cast, moved or given other weights since its conversion: the pair has the old.
+        """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
+
+        That is a model cast, moved, or with a weight, buffer, module, hook or forward replaced. Weights that change in
+        place are not seen: the target follows them, the draft keeps its INT4 copy.
 
         Raises:
             ValueError: naming what changed.
@@ -165,10 +171,23 @@ class Pair:
             raise ValueError(
                 f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
             )
-        parameters = dict(self.model.named_parameters())
-        for name in self._parameters.keys() | parameters.keys():
-            if parameters.get(name) is not self._parameters.get(name):
-                raise ValueError(f"weight '{name}' of the model was replaced after conversion; convert it again")
+        self._frozen.check()
+
+    def describe(self) -> str:
+        """Lines for people: model, layers, weights, and what the draft keeps in full precision."""
+        left = [r for r in self.linears if r.group_size is None]
+        sizes = sorted({r.group_size for r in self.linears if r.group_size is not None})
+        target, added = (self.weight_bytes[part] / 2**20 for part in ("target", "draft_int4"))
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        lines = [
+            f"{type(self.model).__name__}, {dtype}, {self.device})",
+            f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
+            f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
+            f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
+            f" (asked for {self.config.weight_group_size})",
+        ]
+        lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
+        return "\n".join(lines)
 
     @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:

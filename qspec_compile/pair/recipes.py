@@ -73,9 +73,7 @@ def register(recipe: Recipe) -> Recipe:
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET]))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
-register(
-    Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated)
-)
+register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
 

@@ -1,0 +1,256 @@
+"""What a caller of ``generate`` gives: checked before any work, and refused by name where it cannot be honoured."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMode
+
+from quantspec.config import ALIASES, check_num_speculative_tokens
+from quantspec.pair import Pair
+
+# What generate() makes for model.forward in every version, and the loop has no use for.
+_IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "use_cache", "logits_to_keep"})
+
+# Options that the loop obeys through what Hugging Face prepares, or that greedy search and sampling do not read.
+SUPPORTED_OPTIONS = frozenset(
+    """
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id
+    cache_config compile_config continuous_batching_config decoder_start_token_id disable_compile diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff
+    eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale
+    length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length
+    min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beams
+    num_return_sequences output_scores pad_token_id prefill_chunk_size remove_invalid_values renormalize_logits
+    repetition_penalty return_dict_in_generate sequence_bias stop_strings suppress_tokens target_lookbehind
+    temperature top_h top_k top_p transformers_version typical_p use_cache watermarking_config
+    """.split()  # noqa: SIM905 (a word a line would fill a page)
+)
+
+# Values with which other options ask for nothing.
+_ASKS_FOR_NOTHING: dict[str, tuple] = {
+    # The hybrid cache is an old name of the dynamic one.
+    "cache_implementation": ("dynamic", "hybrid"),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of ``generate`` sorted by who takes them: the decoding loop or Hugging Face."""
+
+    decoding: dict[str, Any]
+    hugging_face: dict[str, Any]
+
+
+def prepare_arguments(
+    pair: Pair,
+    default_config: GenerationConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    generation_config: GenerationConfig | None,
+    tokenizer: Any,
+    num_speculative_tokens: int | str | None,
+    continue_cache: bool,
+    kwargs: dict[str, Any],
+) -> Arguments:
+    """Check the inputs of ``generate`` and take out what Hugging Face would drop on the way to the loop."""
+    options = dict(kwargs)
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, not {type(generation_config).__name__}")
+    for name, reason in _UNSUPPORTED_ARGUMENTS.items():
+        value = options.pop(name, None)
+        if value is not None and value is not False:
+            raise ValueError(f"generate() does not take {name}: {reason}")
+    configs = (generation_config, default_config)
+    for name, reason in _UNSUPPORTED_OPTIONS.items():
+        if _option(name, options, configs) not in (None, False, *_ASKS_FOR_NOTHING.get(name, ())):
+            raise ValueError(f"generate() does not take {name}: {reason}")
+    for alias, name in ALIASES.items():
+        if alias in options:
+            if num_speculative_tokens is not None:
+                raise TypeError(f"{alias} and {name} are the same option; pass one of them")
+            num_speculative_tokens = options.pop(alias)
+    if num_speculative_tokens is not None:
+        check_num_speculative_tokens(num_speculative_tokens)
+    if input_ids is not None:
+        check_input_ids(pair, input_ids)
+    if attention_mask is not None:
+        check_attention_mask(input_ids, attention_mask)
+        options["attention_mask"] = attention_mask
+    _take_stop_strings(options, configs, tokenizer)
+    if not isinstance(continue_cache, bool):
+        raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
+    return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
+
+
+_UNSUPPORTED_ARGUMENTS = {
+    "inputs": "the prompt is called input_ids",
+    "custom_generate": "it is one itself; call model.generate(custom_generate=qs.decode) from the other side",
+    "assistant_model": "the draft is the model itself",
+    "position_ids": "positions follow from attention_mask",
+    "inputs_embeds": "pass input_ids",
+    "past_key_values": "the pair keeps its own cache; continue_cache=True goes on with it",
+}
+# Options for which Hugging Face does some work before it calls decode().
+_UNSUPPORTED_OPTIONS = {
+    "cache_implementation": "the pair keeps its own cache",
+    "token_healing": "heal the prompt before",
+}
+
+
+def _option(name: str, options: dict[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
+    """What Hugging Face takes an option for: a keyword wins, also None; a config where it says something."""
+    if name in options:
+        return options[name]
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def check_seed(seed: Any) -> int:
+    """``seed`` as an int that torch takes."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an int, not {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
+    return number
+
+
+def check_input_ids(pair: Pair, input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor of shape (batch, tokens), not {type(input_ids).__name__}; "
+            "pass tokenizer(..., return_tensors='pt').input_ids"
+        )
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must hold integers, not {input_ids.dtype}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids is empty (shape {tuple(input_ids.shape)}); pass at least one token per prompt")
+    if input_ids.device != pair.device:
+        raise ValueError(
+            f"input_ids are on {input_ids.device} and the model on {pair.device}; use input_ids.to('{pair.device}')"
+        )
+    low, high = (int(bound) for bound in torch.aminmax(input_ids))
+    if low < 0 or high >= pair.vocab_size:
+        raise ValueError(f"input_ids must be in 0..{pair.vocab_size - 1}, found {low if low < 0 else high}")
+
+
+def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor, pad: Tensor | None = None) -> None:
+    """Refuse a mask that cannot be used; one that hides ``pad`` tokens alone may be Hugging Face's own."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, not {type(attention_mask).__name__}")
+    if input_ids is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
+        )
+    if input_ids is not None and attention_mask.device != input_ids.device:
+        raise ValueError(f"attention_mask is on {attention_mask.device}, but input_ids on {input_ids.device}")
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("attention_mask must hold 0 and 1 only")
+    hidden = ~attention_mask.any(dim=1)
+    if pad is not None and input_ids is not None and bool((hidden & (input_ids == pad).all(dim=1)).any()):
+        raise ValueError(
+            f"a prompt holds nothing but padding (token {int(pad)}); give it another token, or pass an attention_mask "
+            "that shows one"
+        )
+    if bool(hidden.any()):
+        raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
+
+
+def check_streamer(streamer: Any) -> None:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(
+            "streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), "
+            f"not {type(streamer).__name__}"
+        )
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}; a number goes to seed=")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device} and the model on {device}")
+
+
+def _take_stop_strings(options: dict[str, Any], configs: Sequence[GenerationConfig | None], tokenizer: Any) -> None:
+    """Turn ``stop_strings`` into a criterion here: Hugging Face drops the tokenizer before it calls the loop."""
+    strings = _option("stop_strings", options, configs)
+    if strings is None:
+        return
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate()")
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+    criteria.extend(options.get("stopping_criteria") or [])
+    options["stopping_criteria"] = criteria
+    options["stop_strings"] = None
+
+
+def refuse_unsupported(
+    config: GenerationConfig, model_kwargs: dict[str, Any], bare_call: Callable[[], set[str]]
+) -> None:
+    """Refuse by name what this loop does not do, also options and arguments that it has never heard of.
+
+    Args:
+        config: as Hugging Face prepared it.
+        model_kwargs: the caller's arguments for ``model.forward`` and what Hugging Face added to them.
+        bare_call: names of the model arguments of the same call without any of the caller's own.
+    """
+    names = [
+        name
+        for name, default in vars(GenerationConfig()).items()
+        if not name.startswith("_")
+        and name not in SUPPORTED_OPTIONS
+        and (value := getattr(config, name, None)) is not None
+        and value is not False
+        and value != default
+        and value not in _ASKS_FOR_NOTHING.get(name, ())
+    ]
+    if names:
+        raise ValueError(f"generation option {', '.join(names)} is not supported by quantspec; leave it unset")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
+            "quantspec does greedy search and sampling: set num_beams=1"
+        )
+    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    for name, value in given.items():
+        if isinstance(value, Cache) and value.get_seq_length() > 0:
+            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
+    unknown = {name for name, value in given.items() if not isinstance(value, Cache)} - _IGNORED_MODEL_KWARGS
+    if unknown and (unknown := unknown - bare_call()):
+        raise ValueError(
+            f"model argument {', '.join(sorted(unknown))} is not supported by quantspec; only input_ids and "
+            "attention_mask"
+        )
+
+
+def bare_call_arguments(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+) -> set[str]:
+    """Names of what Hugging Face hands to a decoding loop for the model when the caller gives it a prompt alone."""
+    names: set[str] = set()
+
+    def note(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
+        names.update(arguments)
+        return input_ids
+
+    config = copy.copy(config)
+    # The tokenizer that stop strings need has been dropped, and the length is in max_length by now.
+    config.stop_strings = config.max_new_tokens = None
+    type(model).generate(
+        model, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=note
+    )
+    return names

@@ -1,0 +1,93 @@
+"""``generate`` of a pair: the caller's arguments through Hugging Face's own ``generate`` and back to our loop."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from quantspec.engine.session import Session
+
+from .arguments import (
+    bare_call_arguments,
+    check_attention_mask,
+    check_input_ids,
+    check_seed,
+    prepare_arguments,
+    refuse_unsupported,
+)
+from .decode import GenerateOutput, decode_checked, ends_on_failure
+
+
+def generate(
+    session: Session,
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: BaseStreamer | None = None,
+    *,
+    num_speculative_tokens: int | str | None = None,
+    continue_cache: bool = False,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """:meth:`quantspec.QuantSpecModel.generate`; ``model`` is the converted one or a view with a config of its own."""
+    pair = session.pair
+
+    def method(
+        _: Any,
+        ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **prepared: Any,
+    ) -> Tensor | GenerateOutput:
+        mask = prepared.get("attention_mask")
+        # What the caller gave has been checked.
+        if input_ids is None:
+            check_input_ids(pair, ids)
+        if attention_mask is None and mask is not None:
+            check_attention_mask(ids, mask, generation_config._pad_token_tensor)
+        prepared.pop("synced_gpus", None)
+        bare_call = functools.partial(bare_call_arguments, pair.model, ids, mask, generation_config)
+        refuse_unsupported(generation_config, prepared, bare_call)
+        return decode_checked(
+            session,
+            ids,
+            mask,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            generator,
+            **arguments.decoding,
+        )
+
+    with ends_on_failure(streamer):
+        pair.check_unmoved()
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("pass either generator or seed, not both")
+            generator = torch.Generator(device=pair.device).manual_seed(check_seed(seed))
+        arguments = prepare_arguments(
+            pair,
+            model.generation_config,
+            input_ids,
+            attention_mask,
+            generation_config,
+            tokenizer,
+            num_speculative_tokens,
+            continue_cache,
+            kwargs,
+        )
+        # Not the instance's attribute, which may be this pair's.
+        return type(model).generate(  # type: ignore[operator]
+            model, input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
+        )
