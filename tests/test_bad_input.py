@@ -183,7 +183,7 @@ def test_bad_call(qs, expected, monkeypatch, bad):
     forward, calls = type(qs.pair).forward, []
     defaults = qs.model.generation_config.to_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(type(qs), "forward", lambda *args, **options: calls.append(args))
+        patch.setattr(type(qs.pair), "forward", lambda *args, **options: calls.append(args))
         patch.setattr(qs.model, "forward", _counting(qs.model.forward, calls))
         with pytest.raises(bad.error, match=bad.message) as caught:
             bad.call(qs)

@@ -25,7 +25,7 @@ from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
 from quantspec.cli import main
 from quantspec.cli.loading import Kind, find_source
 from quantspec.config import WeightQuantizer
-from quantspec.hugging_face.decode import SpeculativeLoop
+from quantspec.engine.loop import SpeculativeLoop
 from quantspec.memory import expected_memory
 
 TEMPLATE = (

@@ -42,7 +42,7 @@ def test_graphed_processors_follow_new_parameters(inference_mode):
     for parameters in ((0.5, 20, 0.9, 0.1), (2.0, 20, 0.3, 0.0)):
         processors = warpers(*parameters)
         captured.load(processors)
-        expected = ScoreProcessor(processors)(logits, Progress(ids, 8, 0, [], None, False, slack=4))
+        expected = ScoreProcessor(processors)(logits, Progress(ids, list(ids), 8, 0, [], None, False, slack=4))
         torch.testing.assert_close(captured(logits, 0), expected)
 
 
@@ -53,8 +53,9 @@ def test_graphed_processors_are_exact_whatever_the_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(2, 4, dtype=torch.long)
     expected = ScoreProcessor(warpers(0.7, 20, 0.999, 0.001))(
-        logits, Progress(torch.zeros(2, 4, dtype=torch.long), 8, 0, [], None, False, slack=4)
+        logits, Progress(ids, list(ids), 8, 0, [], None, False, slack=4)
     )
     torch.testing.assert_close(captured(logits, 0), expected)
 
@@ -73,7 +74,7 @@ def test_chunked_prefill_says_the_same(qs, monkeypatch, chunk):
     ids, mask = pad_batch(prompts, [0, 7, 0], 5 * GROUP)
     options = {"max_new_tokens": GROUP + 4, "eos_token_id": None, "do_sample": False}
     whole = qs.generate(ids, mask, **options)
-    monkeypatch.setattr(type(qs), "prefill_chunk", lambda self, batch, tokens: chunk)
+    monkeypatch.setattr(type(qs.pair), "fill_chunk", lambda self, batch, tokens: chunk)
     chunked = qs.generate(ids, mask, **options)
     width = ids.shape[1]
     for row, prompt in enumerate(prompts):
@@ -92,7 +93,7 @@ def test_nan_logits_are_an_error_and_the_object_survives(qs, monkeypatch):
         return logits if len(calls) < 9 else logits * float("nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(qs), "forward", broken)
+        patch.setattr(type(qs.pair), "forward", broken)
         with pytest.raises(FloatingPointError, match="logits are NaN"):
             qs.generate(ids, max_new_tokens=12, eos_token_id=None)
         with pytest.raises(FloatingPointError, match="logits are NaN"):
@@ -118,7 +119,7 @@ def test_graph_replay_equals_eager_in_batches(gpu_qs, monkeypatch, rows):
     ids, mask = (x.cuda() for x in pad_batch(prompts, [0] * rows, lengths[-1]))
     options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": False}
     ours = gpu_qs.generate(ids, mask, **options)
-    monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
     assert torch.equal(gpu_qs.generate(ids, mask, **options), ours)
 
 
@@ -131,7 +132,7 @@ def test_graph_replay_equals_eager_at_32k(monkeypatch):
     options = {"max_new_tokens": 400, "eos_token_id": None, "do_sample": False}
     ours = qs.generate(ids, **options)
     assert qs.last_stats.accepted
-    monkeypatch.setattr(type(qs), "graphs_cycles", lambda self, processors: False)
+    monkeypatch.setattr(type(qs.session.replays), "suit", lambda self, processors: False)
     assert torch.equal(qs.generate(ids, **options), ours)
 
 
@@ -148,8 +149,8 @@ def test_graph_replay_equals_eager(gpu_qs, monkeypatch, gamma, do_sample):
     # At the end eager cycles draft fewer tokens, which draws other random numbers.
     compared = slice(None, -gamma - 1 if do_sample else None)
     ours = gpu_qs.generate(ids, mask, **options)[:, compared]
-    assert gpu_qs._graphed
-    monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
+    assert gpu_qs.session.replays.kept()
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
     assert torch.equal(gpu_qs.generate(ids, mask, **options)[:, compared], ours)
 
 
@@ -159,11 +160,11 @@ def test_graphs_sample_reproducibly_and_are_kept(gpu_qs):
     ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
     options = {"max_new_tokens": 2 * GROUP, "eos_token_id": None, "do_sample": True, "top_k": 20}
     first = gpu_qs.generate(ids, temperature=0.9, seed=3, **options)
-    graphs, compiled = dict(gpu_qs._graphed), counters["stats"]["unique_graphs"]
+    replays, compiled = gpu_qs.session.replays.kept(), counters["stats"]["unique_graphs"]
     again = gpu_qs.generate(ids, temperature=0.9, seed=3, **options)
     gpu_qs.generate(ids[:, : LONG - 5], temperature=0.3, seed=3, **options)
     assert torch.equal(again, first)
-    assert gpu_qs._graphed == graphs
+    assert gpu_qs.session.replays.kept() == replays
     assert counters["stats"]["unique_graphs"] == compiled
     unseeded = [gpu_qs.generate(ids, temperature=5.0, **options) for _ in range(2)]
     assert not torch.equal(*unseeded)
@@ -185,11 +186,11 @@ def test_graphs_take_turns(gpu_qs, monkeypatch):
     ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
     options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": True, "temperature": 2.0, "seed": 3}
     counts = itertools.cycle([4, 1, 4, 0, 2])
-    monkeypatch.setattr("quantspec.model.FixedDraftCount.choose", lambda self: next(counts))
+    monkeypatch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda self: next(counts))
     # Eager cycles draft less at the end, which draws other random numbers.
     graphed = gpu_qs.generate(ids, **options)[:, :-5]
     counts = itertools.cycle([4, 1, 4, 0, 2])
-    monkeypatch.setattr(type(gpu_qs), "graphs_cycles", lambda self, processors: False)
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
     assert torch.equal(gpu_qs.generate(ids, **options)[:, :-5], graphed)
 
 
@@ -198,7 +199,7 @@ def test_graphs_that_are_not_used_are_released(gpu_qs):
     ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
     for top_k in range(1, 20):
         gpu_qs.generate(ids, max_new_tokens=2, eos_token_id=None, do_sample=True, top_k=top_k)
-    assert len(gpu_qs._graphed) == 16
+    assert len(gpu_qs.session.replays.kept()) == 16
 
 
 @pytest.mark.parametrize("turn", [3, GROUP, 4 * GROUP])
@@ -248,7 +249,7 @@ def test_out_of_memory_releases_the_cache(qs, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(qs), "forward", exhausted)
+        patch.setattr(type(qs.pair), "forward", exhausted)
         with pytest.raises(torch.OutOfMemoryError, match=r"1 sequence.* of up to 44 tokens.*released"):
             qs.generate(ids, max_new_tokens=4)
     assert qs.session.cache is None

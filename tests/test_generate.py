@@ -34,9 +34,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from quantspec import GenerateOutput, QuantSpecModel
-from quantspec import cycle as cycle_module
-from quantspec.pair.recipes import unique_tensors
+from quantspec import GenerateOutput
+from quantspec.engine.acceptance import Rules
+from quantspec.engine.sampling import accept_greedy
+from quantspec.engine.session import Session
+from quantspec.pair import Pair
+from quantspec.pair.pair import by_address
 from quantspec.passes import Role
 
 LONG = 2 * GROUP + 8
@@ -120,8 +123,8 @@ def test_short_text_equals_hugging_face(qs):
 @pytest.fixture
 def random_draft_weights(qs):
     """The draft's own (INT4) tensors filled with random bits and scales, for the length of a test."""
-    shared = unique_tensors(qs.target, qs.prefill, qs.model)
-    own = [tensor for address, tensor in unique_tensors(qs.draft).items() if address not in shared]
+    shared = by_address(qs.target, qs.prefill, qs.model)
+    own = [tensor for address, tensor in by_address(qs.draft).items() if address not in shared]
     assert own
     saved = [tensor.clone() for tensor in own]
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +159,7 @@ def test_draft_that_returns_garbage_changes_nothing_but_speed(qs, monkeypatch, k
 
     prompt = random_prompt(LONG, seed=2)
     expected = decode_step_by_step(qs, prompt, GROUP + 9)
-    monkeypatch.setattr(type(qs), "forward", garbage)
+    monkeypatch.setattr(type(qs.pair), "forward", garbage)
     tokens = generate(qs, prompt, GROUP + 9)
     assert qs.last_stats.draft_acceptance_rate < 0.2
     assert_same_text(qs, prompt, tokens, expected)
@@ -192,20 +195,20 @@ def test_rows_of_a_batch_are_independent(qs, batch, gamma, max_new_tokens):
 
 
 @pytest.fixture
-def uneven(monkeypatch):
+def uneven(qs, monkeypatch):
     """The first row accepts whole blocks (its draft is the target itself), the others nothing."""
-    forward, accept = QuantSpecModel.forward, cycle_module.accept_greedy
+    forward = Pair.forward
 
     def perfect(self, role, *inputs, cache):
         return forward(self, Role.TARGET if role is Role.DRAFT else role, *inputs, cache=cache)
 
     def first_row_only(drafts, scores):
-        accepted, _ = accept(drafts, scores)
+        accepted, _ = accept_greedy(drafts, scores)
         accepted[1:] = 0
         return accepted, scores.argmax(-1).gather(1, accepted[:, None]).squeeze(1)
 
-    monkeypatch.setattr(QuantSpecModel, "forward", perfect)
-    monkeypatch.setattr(cycle_module, "accept_greedy", first_row_only)
+    monkeypatch.setattr(Pair, "forward", perfect)
+    monkeypatch.setattr(qs, "session", Session(qs.pair, Rules(greedy=first_row_only)))
 
 
 def test_rows_that_advance_at_different_speeds(qs, uneven):
@@ -652,15 +655,15 @@ def test_interrupted_forward_leaves_nothing_behind(qs, monkeypatch):
         return forward(self, role, *inputs, cache=cache)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(qs), "forward", interrupted)
+        patch.setattr(type(qs.pair), "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(qs, random_prompt(3 * GROUP, seed=7), GROUP)
     assert_same_text(qs, prompt, generate(qs, prompt, GROUP), expected)
 
 
-def test_calls_inside_and_outside_inference_mode(qs, monkeypatch):
+def test_calls_inside_and_outside_inference_mode(qs):
     """A cache made in inference mode serves calls outside of it, and the other way round."""
-    monkeypatch.setattr(qs, "_cache", None)
+    qs.reset()
     prompt = random_prompt(LONG)
     expected = decode_step_by_step(qs, prompt, 6)
     with torch.inference_mode():

@@ -117,7 +117,7 @@ def test_num_assistant_tokens(qs):
 def test_refused(qs, monkeypatch, name, given):
     """The error names the option, and no graph has run."""
     option = OPTIONS[name]
-    monkeypatch.setattr(type(qs), "forward", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr(type(qs.pair), "forward", lambda *args, **kwargs: pytest.fail("work was done"))
     options = {name: option.example, **option.companions, "max_new_tokens": 3}
     if given == "config":
         options = {"generation_config": GenerationConfig(**options)}

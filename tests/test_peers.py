@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import quantspec
-from quantspec import cycle as cycle_module
 from quantspec.cache import HierarchicalCache
+from quantspec.engine.acceptance import Rules
+from quantspec.engine.sampling import accept_greedy, accept_sampled
+from quantspec.engine.session import Session
 from quantspec.passes import Role
 from quantspec.self_check import incremental_logits
 
@@ -58,8 +60,7 @@ def test_3_acceptance_does_not_collapse_at_temperature_one(qs, monkeypatch):
             overlap.append(torch.minimum(p, q).sum(-1).mean())
         return accept_sampled(drafts, draft_probs, target_probs, generator)
 
-    accept_sampled = cycle_module.accept_sampled
-    monkeypatch.setattr(cycle_module, "accept_sampled", recorded)
+    monkeypatch.setattr(qs, "session", Session(qs.pair, Rules(sampled=recorded)))
     ids = torch.tensor([random_prompt(LONG, seed) for seed in range(6)])
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "eos_token_id": None, "seed": 0}
     qs.generate(ids, max_new_tokens=30, num_speculative_tokens=2, **options)
@@ -96,7 +97,7 @@ def test_5_eos_and_criteria_inside_an_accepted_block(qs, monkeypatch):
     forward = type(qs.pair).forward
     as_target = {Role.DRAFT: Role.TARGET}
     monkeypatch.setattr(
-        type(qs),
+        type(qs.pair),
         "forward",
         lambda self, role, *inputs, cache: forward(self, as_target.get(role, role), *inputs, cache=cache),
     )
@@ -161,7 +162,6 @@ def test_8_rollback_over_flush_boundaries(qs, monkeypatch, length):
     Every rollback length at every boundary: test_cache.py.
     """
     calls = []
-    accept_greedy = cycle_module.accept_greedy
 
     def rejects_in_turn(drafts, scores):
         # Accept at most 0, 1, 2, ... of the block in turn, so that every rollback length occurs.
@@ -173,7 +173,7 @@ def test_8_rollback_over_flush_boundaries(qs, monkeypatch, length):
 
     prompt = random_prompt(length, seed=length)
     expected = decode_step_by_step(qs, prompt, 2 * GROUP)
-    monkeypatch.setattr(cycle_module, "accept_greedy", rejects_in_turn)
+    monkeypatch.setattr(qs, "session", Session(qs.pair, Rules(greedy=rejects_in_turn)))
     tokens = generate(qs, prompt, 2 * GROUP, num_speculative_tokens=5)
     assert qs.last_stats.flushes >= 1
     assert_same_text(qs, prompt, tokens, expected)

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 import quantspec
-from quantspec import sampling
+from quantspec.engine.acceptance import Rules
 from quantspec.engine.sampling import accept_greedy, accept_sampled, residual, sample
+from quantspec.engine.session import Session
 from quantspec.passes import Role
 
 VOCAB = 8
@@ -132,7 +133,7 @@ class Table:
         self.target[:, 2] = float("-inf")
 
     def forward(self, role: Role, ids: Tensor, positions: Tensor, rows: Tensor, *state: Tensor, cache) -> Tensor:
-        """Stands in for ``QuantSpecModel.forward``."""
+        """Stands in for ``Pair.forward``."""
         table = self.draft if role is Role.DRAFT else self.target
         return table[ids.gather(1, rows)]
 
@@ -181,7 +182,7 @@ def processed(logits: Tensor, options: dict) -> Tensor:
 def run_table(qs, monkeypatch, options: dict, gamma: int = 3, seed: int = 0) -> tuple[Tensor, Table]:
     """20,480 tokens of a table model through the whole loop; returns them with the last prompt token in front."""
     table = Table()
-    monkeypatch.setattr(qs, "forward", table.forward, raising=True)
+    monkeypatch.setattr(qs.pair, "forward", table.forward, raising=True)
     ids = torch.randint(3, VOCAB, (512, 4), generator=seeded(9))
     output = qs.generate(
         ids,
@@ -212,7 +213,13 @@ def test_emitted_tokens_follow_the_target_for_every_gamma(small_qs, monkeypatch,
 
 def test_the_test_notices_a_missing_residual(small_qs, monkeypatch):
     """Drawing from p instead of the residual after a rejection is the classic mistake; the chi-square rejects it."""
-    monkeypatch.setattr(sampling, "residual", lambda target_probs, draft_probs: target_probs)
+
+    def without_residual(drafts, draft_probs, target_probs, generator):
+        accepted, _ = accept_sampled(drafts, draft_probs, target_probs, generator)
+        row = accepted[:, None, None].expand(-1, 1, VOCAB)
+        return accepted, sample(target_probs.gather(1, row)[:, 0], generator)
+
+    monkeypatch.setattr(small_qs, "session", Session(small_qs.pair, Rules(sampled=without_residual)))
     sequences, table = run_table(small_qs, monkeypatch, OPTIONS["plain"])
     assert transition_pvalue(sequences, processed(table.target, OPTIONS["plain"])) < ALPHA
 
@@ -312,7 +319,7 @@ def test_a_constraint_that_nothing_meets_behind_rejected_drafts_is_no_error(smal
         def __call__(self, input_ids, scores):
             return scores.masked_fill((input_ids[:, -1:] == 3), float("-inf"))
 
-    monkeypatch.setattr(type(small_qs), "forward", opposed)
+    monkeypatch.setattr(type(small_qs.pair), "forward", opposed)
     ids = torch.tensor([[3, 4, 5, 6, 7, 3, 4, 5]])
     tokens = small_qs.generate(
         ids, do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=None, logits_processor=[NothingAfter()]

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantspec
-from quantspec import QuantSpecModel, SavedModelError, SelfCheckError, loading, saving
+from quantspec import QuantSpecModel, SavedModelError, SelfCheckError
+from quantspec.checkpoint import loading, saving
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, EDITABLE_FILE, Description
 from quantspec.passes import WeightFormat, int4_weights, plain_weights
 from quantspec.passes.prepack_int4 import unpack_cpu_layout

@@ -9,6 +9,7 @@ from conftest import GROUP
 from step_by_step import assert_same_text, random_prompt
 
 from quantspec.cache import HierarchicalCache
+from quantspec.engine.acceptance import GreedyAcceptance
 from quantspec.engine.cycle import Cycle
 from quantspec.engine.draft_count import AUTO_CHOICES, AutoDraftCount, FixedDraftCount
 
@@ -108,7 +109,7 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
         def __init__(self, num_drafts: int, cache: HierarchicalCache) -> None:
             passes(16.0)
             self.num_drafts, self.of_cache = num_drafts, cache
-            self.cycle = Cycle(qs, cache, lambda logits, _: logits.float(), do_sample=False, generator=None)
+            self.cycle = Cycle(qs.pair, cache, GreedyAcceptance(lambda logits, _: logits.float(), compiles=False))
 
         def begin(self, *_) -> None:
             passes(4.0)
@@ -138,15 +139,15 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
 
     graphs: dict[int, Replayed] = {}
 
-    def graphed_cycle(_, cache, num_drafts, *__) -> tuple[Replayed, bool]:
+    def replay(_, cache, num_drafts, *__) -> tuple[Replayed, bool]:
         is_new = num_drafts not in graphs
         graphs[num_drafts] = graphs.get(num_drafts) or Replayed(num_drafts, cache)
         return graphs[num_drafts], is_new
 
     counts = Alternating()
-    monkeypatch.setattr(type(qs), "graphs_cycles", lambda *_: True)
-    monkeypatch.setattr(type(qs), "graphed_cycle", graphed_cycle)
-    monkeypatch.setattr(type(qs), "draft_count", lambda *_: counts)
+    monkeypatch.setattr(type(qs.session.replays), "suit", lambda *_: True)
+    monkeypatch.setattr(type(qs.session.replays), "of", replay)
+    monkeypatch.setattr(type(qs.session), "draft_count", lambda *_: counts)
     qs.generate(torch.tensor([random_prompt(2 * GROUP)]), max_new_tokens=12, eos_token_id=None, do_sample=False)
     numbers = [number for number, _ in counts.seconds]
     assert numbers[:4] == [1, 2, 1, 2]

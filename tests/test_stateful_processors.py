@@ -160,7 +160,7 @@ def test_drafts_are_accepted_in_lockstep(qs, monkeypatch):
         draft = role is type(role).DRAFT
         return forward(self, type(role).TARGET if draft else role, *inputs, cache=cache)
 
-    monkeypatch.setattr(type(qs), "forward", perfect)
+    monkeypatch.setattr(type(qs.pair), "forward", perfect)
     recorder = Recorder()
     qs.generate(
         max_new_tokens=11, eos_token_id=None, logits_processor=[recorder], num_speculative_tokens=4, **ragged(2)

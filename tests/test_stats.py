@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec import GenerationStats
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.draft_count import AutoDraftCount
-from quantspec.pair.recipes import unique_tensors
+from quantspec.pair.pair import by_address
 from quantspec.passes import Role
 
 LONG = 2 * GROUP + 8
@@ -91,7 +91,7 @@ def test_perfect_draft_is_all_accepted(qs, monkeypatch):
     """A draft that is the target itself: acceptance 1, mean acceptance length gamma + 1."""
     forward = type(qs.pair).forward
     monkeypatch.setattr(
-        type(qs),
+        type(qs.pair),
         "forward",
         lambda self, role, *inputs, cache: forward(
             self, Role.TARGET if role is Role.DRAFT else role, *inputs, cache=cache
@@ -185,9 +185,9 @@ def test_bytes(qs):
     assert sum(stats.cache_bytes.values()) == sum(tensor.nbytes for tensor in tensors)
     assert set(stats.cache_bytes) == {"upper", "lower", "scales", "recent"}
     assert all(stats.cache_bytes.values())
-    model = unique_tensors(qs.model)
+    model = by_address(qs.model)
     assert stats.weight_bytes["target"] >= sum(tensor.nbytes for tensor in model.values())
-    draft = {address: t for address, t in unique_tensors(qs.draft).items() if address not in model}
+    draft = {address: t for address, t in by_address(qs.draft).items() if address not in model}
     assert stats.weight_bytes["draft_int4"] == sum(tensor.nbytes for tensor in draft.values()) > 0
 
 

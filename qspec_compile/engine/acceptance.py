@@ -17,8 +17,17 @@ Process = Callable[[Tensor, int], Tensor]
 """``process(logits (B, T, V), num_ahead)`` gives float32 scores of the tokens after the first ``num_ahead`` drafts."""
 
 
-Accept = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``accept(drafts (B, T), scores (B, T + 1, V))`` gives how many stand and what follows them, each ``(B,)``."""
+class Rules(NamedTuple):
+    """Which drafts stand: ``greedy`` is :func:`quantspec.engine.sampling.accept_greedy`'s rule or another of the same
+    arguments, ``sampled`` that of :func:`quantspec.engine.sampling.accept_sampled`.
+    """
+
+    greedy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = accept_greedy
+    sampled: Callable[[Tensor, Tensor, Tensor, torch.Generator | None], tuple[Tensor, Tensor]] = accept_sampled
+
+
+RULES = Rules()
+"""Those that leave the target's distribution as it is."""
 
 
 class Verdict(NamedTuple):
@@ -50,11 +59,11 @@ class Acceptance(Protocol):
 class GreedyAcceptance:
     """A draft stands while it is the target's arg-max."""
 
-    def __init__(self, process: Process, compiles: bool, accept: Accept = accept_greedy) -> None:
-        """``compiles``: fuse what reads the whole vocabulary into a few kernels; ``accept``: another rule."""
+    def __init__(self, process: Process, compiles: bool, rules: Rules = RULES) -> None:
+        """``compiles``: fuse what reads the whole vocabulary into a few kernels instead of many."""
         self._process = process
         compiled: Callable[..., Any] = torch.compile if compiles else lambda function: function
-        self._argmax, self._has_nan, self._accept = compiled(_argmax), compiled(_has_nan), compiled(accept)
+        self._argmax, self._has_nan, self._accept = compiled(_argmax), compiled(_has_nan), compiled(rules.greedy)
 
     def draft(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """The arg-max."""
@@ -70,9 +79,10 @@ class GreedyAcceptance:
 class SampledAcceptance:
     """A draft x stands with probability min(1, p(x)/q(x)), see :mod:`quantspec.engine.sampling`."""
 
-    def __init__(self, process: Process, generator: torch.Generator | None) -> None:
+    def __init__(self, process: Process, generator: torch.Generator | None, rules: Rules = RULES) -> None:
         """``generator``: source of randomness, or None for the global one."""
         self._process = process
+        self._accept = rules.sampled
         self._generator = generator
 
     def draft(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +95,7 @@ class SampledAcceptance:
         scores = self._process(logits, 0)
         probs = scores.softmax(-1)
         draft_probs = torch.stack(tuple(proposed), 1) if proposed else probs[:, :0]
-        accepted, next_tokens = accept_sampled(drafts, draft_probs, probs, self._generator)
+        accepted, next_tokens = self._accept(drafts, draft_probs, probs, self._generator)
         # Nothing is accepted where a softmax is NaN, which it is in all places or none.
         has_nan = probs[..., 0].gather(1, accepted[:, None])[:, 0].isnan()
         return Verdict(accepted, next_tokens, has_nan, scores)

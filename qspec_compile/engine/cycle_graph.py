@@ -15,10 +15,9 @@ from transformers import LogitsProcessorList
 from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 
-from .acceptance import Accept, Acceptance, GreedyAcceptance, SampledAcceptance
+from .acceptance import RULES, Acceptance, GreedyAcceptance, Rules, SampledAcceptance
 from .cycle import Cycle
 from .logits_processors import ReplayedProcessors, replay_key
-from .sampling import accept_greedy
 
 # Cycles before capture: compilation, autotuning and workspace allocation happen in the first.
 _WARM_UPS = 2
@@ -42,18 +41,15 @@ class CycleReplay:
         num_drafts: int,
         processors: LogitsProcessorList,
         do_sample: bool,
-        accept: Accept = accept_greedy,
+        rules: Rules = RULES,
     ) -> None:
-        """Compile what is not compiled yet and capture. What the cache holds is left as it is.
-
-        ``accept`` is the rule of greedy search.
-        """
+        """Compile what is not compiled yet and capture. What the cache holds is left as it is."""
         self.processors = ReplayedProcessors(processors, pair.device)
         self.generator = torch.Generator(device=pair.device)
         acceptance: Acceptance = (
-            SampledAcceptance(self.processors, self.generator)
+            SampledAcceptance(self.processors, self.generator, rules)
             if do_sample
-            else GreedyAcceptance(self.processors, pair.compiles_on_gpu, accept)
+            else GreedyAcceptance(self.processors, pair.compiles_on_gpu, rules)
         )
         self.cycle = Cycle(pair, cache, acceptance)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
@@ -107,13 +103,15 @@ class CycleReplay:
 class CycleReplays:
     """The replays of one pair's cache, the latest used kept."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, rules: Rules) -> None:
         self._pair = pair
+        self._rules = rules
         self._kept: dict[Hashable, CycleReplay] = {}
         self._storage: tuple[int, int] | None = None
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def kept(self) -> tuple[CycleReplay, ...]:
+        """Those that are kept, the one used last at the end."""
+        return tuple(self._kept.values())
 
     def suit(self, processors: LogitsProcessorList) -> bool:
         """Whether such cycles can be replayed: compiled, on a GPU, and no processor reads the text or keeps state."""
@@ -129,7 +127,9 @@ class CycleReplays:
             self._storage = storage
         key = (num_drafts, do_sample, replay_key(processors))
         is_new = key not in self._kept
-        replay = self._kept.pop(key, None) or CycleReplay(self._pair, cache, num_drafts, processors, do_sample)
+        replay = self._kept.pop(key, None) or CycleReplay(
+            self._pair, cache, num_drafts, processors, do_sample, self._rules
+        )
         # The latest used is the last.
         self._kept[key] = replay
         if len(self._kept) > _MOST_REPLAYS:

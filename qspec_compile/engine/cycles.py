@@ -18,7 +18,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 from quantspec.passes import Role
 
-from .acceptance import Acceptance, GreedyAcceptance, SampledAcceptance
+from .acceptance import Acceptance, GreedyAcceptance, Rules, SampledAcceptance
 from .cycle import Cycle, CycleResult
 from .cycle_graph import CycleReplay, CycleReplays
 from .logits_processors import ScoreProcessor, apply_processors, stateless
@@ -44,6 +44,7 @@ class Call(NamedTuple):
         processors: of the scores, in order.
         do_sample: sampling, else greedy search.
         generator: of randomness, or None for the global one.
+        rules: which drafts stand.
         verifier: the role whose distribution is emitted.
     """
 
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     processors: LogitsProcessorList
     do_sample: bool
     generator: torch.Generator | None
+    rules: Rules
     verifier: Role = Role.TARGET
 
 
@@ -137,7 +139,9 @@ def _eager_cycle(
         return process(logits, call.progress, num_ahead)
 
     acceptance: Acceptance = (
-        SampledAcceptance(scores, call.generator) if call.do_sample else GreedyAcceptance(scores, pair.compiles_on_gpu)
+        SampledAcceptance(scores, call.generator, call.rules)
+        if call.do_sample
+        else GreedyAcceptance(scores, pair.compiles_on_gpu, call.rules)
     )
     on_draft = call.progress.write_draft if process.needs_context else None
     cycle = Cycle(pair, cache, acceptance, call.verifier, on_draft)

@@ -14,6 +14,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.locks import LockOfProcess
 from quantspec.pair import Pair
 
+from .acceptance import RULES, Rules
 from .cycle_graph import CycleReplays
 from .draft_count import AutoDraftCount, DraftCount, FixedDraftCount
 from .stats import GenerationStats
@@ -52,15 +53,17 @@ class Session:
 
     Attributes:
         pair: whose cache it is.
+        rules: which drafts stand.
         cache: of the call before, whatever it holds; None before the first and after a release.
         replays: captured cycles on that cache.
         last_stats: of the call that ended last, also if it was interrupted; None before the first.
     """
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, rules: Rules = RULES) -> None:
         self.pair = pair
+        self.rules = rules
         self.cache: HierarchicalCache | None = None
-        self.replays = CycleReplays(pair)
+        self.replays = CycleReplays(pair, rules)
         self.last_stats: GenerationStats | None = None
         self._texts: list[Tensor] | None = None
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}

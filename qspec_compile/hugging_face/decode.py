@@ -162,7 +162,7 @@ def decode_checked(
         collects_scores,
         slack=draft_count.most + 1,
     )
-    call = Call(progress, logits_processor, bool(generation_config.do_sample), generator, verifier)
+    call = Call(progress, logits_processor, bool(generation_config.do_sample), generator, session.rules, verifier)
     with session.exclusive():
         try:
             with _out_of_memory_releases(session, len(prompts), num_tokens):

@@ -88,8 +88,8 @@ class Pair:
     @cached_property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
-        shared = _by_address(self.graphs[Role.TARGET], self.graphs[Role.PREFILL], self.model)
-        added = {address: t for address, t in _by_address(self.graphs[Role.DRAFT]).items() if address not in shared}
+        shared = by_address(self.graphs[Role.TARGET], self.graphs[Role.PREFILL], self.model)
+        added = {address: t for address, t in by_address(self.graphs[Role.DRAFT]).items() if address not in shared}
         return {
             "target": sum(t.nbytes for t in shared.values()),
             "draft_int4": sum(t.nbytes for t in added.values()),
@@ -210,6 +210,6 @@ def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture)
     return config.max_cache_len
 
 
-def _by_address(*modules: torch.nn.Module) -> dict[int, Tensor]:
+def by_address(*modules: torch.nn.Module) -> dict[int, Tensor]:
     """Parameters and buffers by address, so that shared storage counts once."""
     return {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
