@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 import quantspec
 from quantspec.capture import converting
-from quantspec.staging import locked
+from quantspec.checkpoint.staging import locked
 
 OPTIONS = {"max_new_tokens": GROUP, "eos_token_id": None, "do_sample": False}
 IDS = torch.tensor([random_prompt(3 * GROUP)])

@@ -25,7 +25,7 @@ import quantspec
 from quantspec import QuantSpecModel, SavedModelError, UnsupportedModelError, saving
 from quantspec.capture import capture, check_model
 from quantspec.cli import convert as convert_command
-from quantspec.saved_format import DESCRIPTION_FILE, Description, fingerprints
+from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description, fingerprints
 
 PROMPT = torch.tensor([random_prompt(12)])
 

@@ -9,7 +9,7 @@ from generation_options import REFUSED
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerationMixin
 
-from quantspec.generate import SUPPORTED_OPTIONS
+from quantspec.hugging_face.arguments import SUPPORTED_OPTIONS
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 OPTIONS = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, Waterma
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 from transformers.generation import logits_process as hf
 
-from quantspec.sampling import sample, sample_step
+from quantspec.engine.sampling import sample, sample_step
 
 __all__ = ["small_qs"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from quantspec import QuantSpecModel
 
-# DESCRIPTION_FILE of quantspec.saved_format, whose import takes seconds; a wrong path is told at once.
+# DESCRIPTION_FILE of quantspec.checkpoint.folder, whose import takes seconds; a wrong path is told at once.
 _PAIR_CONFIG = "quantspec_config.json"
 # Of PEFT.
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -302,8 +302,8 @@ def find_pair(
     with working("importing"):
         import quantspec
         from quantspec.checkpoint.config_check import known_limit
-        from quantspec.loading import changed_options, resolve_dtype
-        from quantspec.saved_format import Description
+        from quantspec.checkpoint.loading import changed_options, resolve_dtype
+        from quantspec.checkpoint.folder import Description
 
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
     if source.kind is Kind.PAIR:
