@@ -35,6 +35,7 @@ from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.draft_count import cycle_tokens
 from quantspec.evals import load_smollm2, python_reference
+from quantspec.kernels.cache_layout import part_names
 from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.passes import Role
 from quantspec.passes.graph import clone, find_calls
@@ -202,13 +203,10 @@ class Baseline:
         self.qs = qs
         gm = clone(qs.target)
         for node in list(find_calls(gm.graph, torch.ops.quantspec.cached_attention.default)):
-            query, key, value, k_recent, v_recent = node.args[:5]
-            length, scale = node.args[14], node.args[15]
+            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=True))
+            read = [given[name] for name in ("query", "key", "value", *part_names("recent"), "length", "scale")]
             with gm.graph.inserting_before(node):
-                dense = gm.graph.call_function(
-                    torch.ops.quantspec_benchmark.dense_attention.default,
-                    (query, key, value, k_recent, v_recent, length, scale),
-                )
+                dense = gm.graph.call_function(torch.ops.quantspec_benchmark.dense_attention.default, tuple(read))
             node.replace_all_uses_with(dense)
             gm.graph.erase_node(node)
         gm.recompile()
@@ -225,7 +223,8 @@ class Baseline:
         unused = torch.zeros(1, device="cuda")
         inputs = []
         for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
-            inputs += [k_cache, v_cache] + [unused] * 8
+            dense = dict(zip(part_names("recent"), (k_cache, v_cache), strict=True))
+            inputs += [dense.get(name, unused) for name in part_names()]
         ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
         length = torch.tensor([context], device="cuda")
         return milliseconds(lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs))

@@ -21,9 +21,13 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantspec.cache import LayerCache
+from quantspec.capture import CapturedLayer
 from quantspec.evals.environment import current_commit
 from quantspec.kernels import cached_attention, flush, int4_linear
+from quantspec.kernels.cache_layout import CACHE_PARTS, part_names
 from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.passes import Role, cache_parts
 
 from .common import LOG, print_progress
 
@@ -112,12 +116,19 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / min(measure([copy])["median_us"] for copy in copies) / 1e3
 
 
-def random_planes(batch: int, kv_heads: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Random bytes as a key plane and a value plane, the latter with the tokens of a channel adjacent."""
-    shape = (batch, kv_heads, groups, GROUP // 2, HEAD_DIM)
-    keys = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    values = torch.randint(0, 256, (*shape[:3], HEAD_DIM, GROUP // 2), dtype=torch.uint8, device="cuda")
-    return keys, values.transpose(-1, -2)
+def random_cache(heads: int, kv_heads: int, batch: int, context: int, dtype: torch.dtype) -> LayerCache:
+    """One layer's cache of random codes, with room for ``context`` tokens in the planes."""
+    layer = CapturedLayer("", heads, kv_heads, HEAD_DIM, HEAD_DIM, 0, 0.0, False)
+    cache = LayerCache.allocate(layer, batch, context // GROUP, GROUP, 2 * GROUP + 8, dtype, "cuda")
+    for part, tensor in zip(CACHE_PARTS, cache.parts(), strict=True):
+        if part.kind == "recent":
+            tensor.normal_()
+        elif part.kind != "scales":
+            tensor.random_(0, 256)
+    for scale, zero in ((cache.k_scale, cache.k_zero), (cache.v_scale, cache.v_zero)):
+        scale.uniform_(0.2, 0.4)
+        zero.copy_(-8 * scale)
+    return cache
 
 
 def attention_inputs(heads: int, kv_heads: int, tokens: int, batch: int, context: int) -> list[Any]:
@@ -125,19 +136,14 @@ def attention_inputs(heads: int, kv_heads: int, tokens: int, batch: int, context
 
     With more than one token both planes are given: the target's verification.
     """
-    groups = context // GROUP
-    k_upper, v_upper = random_planes(batch, kv_heads, groups)
-    k_lower, v_lower = random_planes(batch, kv_heads, groups) if tokens > 1 else (None, None)
-    scales = [torch.rand(batch, kv_heads, groups, HEAD_DIM, device="cuda").mul_(0.2).add_(0.2).half() for _ in range(2)]
-    zeros = [-8 * scale for scale in scales]
-    recent = [torch.randn(batch, kv_heads, 2 * GROUP + 8, HEAD_DIM, device="cuda").half() for _ in range(2)]
+    cache = random_cache(heads, kv_heads, batch, context, torch.float16)
+    read = cache_parts(Role.TARGET if tokens > 1 else Role.DRAFT)
     query = torch.randn(batch, heads, tokens, HEAD_DIM, device="cuda").half()
     key, value = (torch.randn(batch, kv_heads, tokens, HEAD_DIM, device="cuda").half() for _ in range(2))
     quantized = torch.full((batch,), context, device="cuda")
     return [
-        *(query, key, value, *recent),
-        *(k_upper, k_lower, scales[0], zeros[0]),
-        *(v_upper, v_lower, scales[1].unsqueeze(-1), zeros[1].unsqueeze(-1)),
+        *(query, key, value),
+        *(getattr(cache, name) if name in read else None for name in part_names()),
         *(quantized, quantized + 192, HEAD_DIM**-0.5, 0, 0.0, None),
     ]
 
@@ -241,13 +247,15 @@ def encode_rows() -> Iterator[dict[str, Any]]:
     """Prefill encoding of a whole layer, and the flush of one group where it is due and where it is not."""
     heads, kv_heads, context = 32, 8, 131072
     shape = {"heads": heads, "kv_heads": kv_heads, "batch": 1, "context": context, "dtype": "bfloat16"}
-    arguments = attention_inputs(heads, kv_heads, 2, 1, context)
-    cache = [arguments[3].bfloat16(), arguments[4].bfloat16(), *arguments[5:13]]
+    layer = random_cache(heads, kv_heads, 1, context, torch.bfloat16)
+    cache = layer.parts()
     key, value = (
         torch.randn(1, context + 192, kv_heads, HEAD_DIM, device="cuda").bfloat16().transpose(1, 2) for _ in range(2)
     )
     none, new = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.full((1,), context + 192, device="cuda")
-    size = key.nbytes + value.nbytes + num_bytes(cache[2:])
+    size = (
+        key.nbytes + value.nbytes + num_bytes([getattr(layer, name) for name in part_names("upper", "lower", "scales")])
+    )
     yield (
         shape
         | {"op": "encode", "implementation": "quantspec", "bytes": size}

@@ -26,7 +26,7 @@ class CachePart:
         holds: what is in it, ``"keys"`` or ``"values"``.
         kind: what it counts as.
         axes: its axes in order. B batch, K key/value heads, R recent slots, N groups of G tokens, D channels of a head,
-            V groups that share a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`).
+            V groups of channels, each with a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`).
         dtype: None for the model's.
         tokens_adjacent_on_cuda: whether CUDA stores its last two axes the other way round, since tokens are what the
             product with a value plane sums over.

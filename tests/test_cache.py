@@ -16,7 +16,7 @@ from quantspec import CacheFullError
 from quantspec.cache import HierarchicalCache, LayerCache
 from quantspec.capture import CapturedLayer
 from quantspec.kernels import cached_attention, prefill_attention
-from quantspec.kernels.cache_layout import CACHE_PARTS
+from quantspec.kernels.cache_layout import CACHE_PARTS, part_names
 from quantspec.kernels.hierarchical import dense_key_value
 
 G = 16
@@ -131,7 +131,7 @@ class Driver:
             for index, layer in enumerate(LAYERS):
                 query, key, value = self.source.tokens(layer, self.batch, 1)
                 cached = self.cache.layers[index]
-                parts = [None if name.endswith("lower") else getattr(cached, name) for name in PLANES]
+                parts = [None if name in part_names("lower") else getattr(cached, name) for name in PLANES]
                 state = (self.cache.quantized_len, self.cache.length + step)
                 out = cached_attention(
                     query, 50 * key, 50 * value, cached.k_recent, cached.v_recent, *parts, *state, *self.options(layer)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
 from quantspec.kernels.attention import QUERY_BLOCK, masked_attention
+from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.hierarchical import (
     decode_keys,
     decode_values,
@@ -299,7 +300,7 @@ class Cached:
 
     def view(self, draft: bool) -> list[Tensor | None]:
         """Fresh copies of the parts in the ops' order; a draft has no lower planes."""
-        return [None if draft and name.endswith("lower") else part.clone() for name, part in self.parts.items()]
+        return [None if draft and name in part_names("lower") else part.clone() for name, part in self.parts.items()]
 
     def state(self) -> tuple[Tensor, Tensor]:
         """Lengths, as the ops take them."""
@@ -592,7 +593,7 @@ def op_cases() -> dict[str, tuple]:
         cache = random_cache([(GROUP, 2 * GROUP), (0, 5)], 2, dims, 2, seed=7)
         parts = {name: p.float() if p.dtype == torch.float64 else p for name, p in cache.parts.items()}
         target = list(parts.values())
-        draft = [None if name.endswith("lower") else part for name, part in parts.items()]
+        draft = [None if name in part_names("lower") else part for name, part in parts.items()]
         state, new = cache.state(), (query, key, value)
         num_new = torch.tensor([3, 2])
         for label, options in (("plain", (0.3, 0, 0.0, None)), ("windowed", (0.3, 5, 2.0, sinks))):
