@@ -8,6 +8,7 @@ from test_passes import _CheckValues, _Linears, apply, count, decoder, exported,
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from quantspec.pair import run_passes
 from quantspec.passes import (
     FuseSharedInputLinears,
     Part,
@@ -183,6 +184,16 @@ def test_formats_share_a_graph_but_no_fused_linear():
     first.meta[PACKED_LINEARS] = PackedLinears(twin.name, first.meta[PACKED_LINEARS].rows)
     gm = apply(gm, FuseSharedInputLinears(), modifies=False)
     assert count(gm, INT8.linear) == 5
+
+
+def test_passes_run_in_their_written_order():
+    gm = exported(_Linears(), randn(2, 96))
+    with pytest.raises(RuntimeError, match=r"Expected .*FuseSharedInputLinears.* before .*QuantizeWeights"):
+        run_passes(gm, [FuseSharedInputLinears(), quantizer()])
+    with pytest.raises(RuntimeError, match=r"Expected .*Transpose.* before .*FuseSharedInputLinears"):
+        run_passes(gm, [quantizer(), Transpose(), FuseSharedInputLinears()])
+    gm = run_passes(gm, [quantizer(), FuseSharedInputLinears(), Transpose()])
+    assert count(gm, Transpose.op) == 4
 
 
 def test_names_of_formats_are_unique():
