@@ -71,7 +71,7 @@ def _alike(gm: fx.GraphModule) -> list[list[fx.Node]]:
         if PACKED_LINEARS in node.meta and node.target is format_of(node).linear:
             parts = zip(format_of(node).parts, plain_parts(gm, node), strict=True)
             columns = tuple((_without(tensor, part.row_axis), tensor.dtype) for part, tensor in parts)
-            sets[(node.args[0], node.target, columns, node.args[-1] is None)].append(node)
+            sets[(node.args[0], format_of(node).name, columns, node.args[-1] is None)].append(node)
     return [nodes for nodes in sets.values() if len(nodes) > 1]
 
 

@@ -68,3 +68,10 @@ class SelectLogitRows(PassBase):
         head.update_arg(0, gathered)
         finish(graph_module)
         return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        head = logits_linear(graph_module.graph)
+        assert head is not None
+        hidden = head.args[0]
+        assert isinstance(hidden, fx.Node)
+        assert hidden.target is aten.gather.default

@@ -31,26 +31,30 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
+def _shared_tables(graph: fx.Graph) -> list[fx.Node]:
+    """What the pass matches, in the graph's order, so that compilers recognize the graph in the next process."""
+    tables = from_positions(graph)
+    return [
+        node
+        for node in graph.nodes
+        if node in tables
+        and node.op == "call_function"
+        and not _is_view(node)
+        and node.target is not torch.ops.quantspec.materialize.default
+        and len({user for user in _readers(node) if user not in tables}) > 1
+    ]
+
+
 class MaterializePositionTables(PassBase):
     """Matches a value computed from ``position_ids`` and constants that two or more other nodes read, such as rotary
     cosines; writes ``materialize(value)``, which a compiler computes once.
 
-    Requires nothing. Ensures the same outputs, bit for bit.
+    Requires nothing. Ensures the same outputs, bit for bit, and that no such value is left.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        tables = from_positions(graph)
-        shared = [
-            node
-            # In the graph's order, so that compilers recognize the graph in the next process.
-            for node in graph.nodes
-            if node in tables
-            and node.op == "call_function"
-            and not _is_view(node)
-            and node.target is not torch.ops.quantspec.materialize.default
-            and len({user for user in _readers(node) if user not in tables}) > 1
-        ]
+        shared = _shared_tables(graph)
         for node in shared:
             users = list(node.users)
             with graph.inserting_after(node):
@@ -60,3 +64,6 @@ class MaterializePositionTables(PassBase):
         if shared:
             finish(graph_module)
         return PassResult(graph_module, bool(shared))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        assert not _shared_tables(graph_module.graph)

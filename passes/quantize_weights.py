@@ -151,10 +151,10 @@ class QuantizeWeights(PassBase):
                 for part, packed in zip(weight_format.parts, self._packed(name, tensor, size), strict=True)
             ]
             if tensor.dim() == 3:
-                target, inputs = weight_format.expert_linear, (x, node.args[1])
+                target, ids = weight_format.expert_linear, [node.args[1]]
             else:
-                target, inputs = weight_format.linear, (x,)
-            new = add_call(gm.graph, target, (*inputs, *weights, bias), node, value=node.meta.get("val"))
+                target, ids = weight_format.linear, []
+            new = add_call(gm.graph, target, (x, *ids, *weights, bias), node, value=node.meta.get("val"))
         new.meta[PACKED_LINEARS] = PackedLinears(weight_format.name, ((name, tensor.shape[-2]),))
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)

@@ -17,7 +17,8 @@ class RemoveNoOps(PassBase):
     Pattern: ``aten.slice(x, d, 0, maxint)``, ``aten.to(x, ...)`` to the dtype and device x has, ``aten.dropout(x, p,
     False)``, and metadata assertions.
 
-    Requires value metadata to decide on ``aten.to``; nodes without it are kept. Ensures the same outputs, bit for bit.
+    Requires value metadata to decide on ``aten.to``; nodes without it are kept. Ensures the same outputs, bit for
+    bit, and that no such node is left.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -35,6 +36,10 @@ class RemoveNoOps(PassBase):
         if removed:
             finish(graph_module)
         return PassResult(graph_module, removed > 0)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+        assert not any(self._returns_input(node) for node in calls)
 
     @staticmethod
     def _returns_input(node: fx.Node) -> bool:

@@ -18,15 +18,14 @@ class WidenLinears(PassBase):
     bfloat16 matmul over a long prompt takes several times as long as casting the weights and multiplying in float32;
     the wide copy of a weight lives only as long as its matmul.
 
-    Requires nothing. Ensures the same outputs up to the (better) accumulation.
+    Requires nothing. Ensures the same outputs up to the (better) accumulation, and that no such linear is left.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        graph, modified = graph_module.graph, False
-        for node in find_calls(graph, aten.linear.default):
-            value = node.meta.get("val")
-            if value is None or value.dtype not in _HALF or value.device.type != "cpu":
-                continue
+        graph = graph_module.graph
+        found = _narrow(graph)
+        for node in found:
+            value = node.meta["val"]
             with graph.inserting_before(node):
                 wide = [
                     None if arg is None else add_call(graph, aten.to.dtype, (arg, torch.float32), node)
@@ -36,10 +35,18 @@ class WidenLinears(PassBase):
                 out = add_call(graph, aten.to.dtype, (out, value.dtype), node, value=value)
             node.replace_all_uses_with(out)
             graph.erase_node(node)
-            modified = True
-        if modified:
+        if found:
             finish(graph_module)
-        return PassResult(graph_module, modified)
+        return PassResult(graph_module, bool(found))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        assert not _narrow(graph_module.graph)
+
+
+def _narrow(graph: fx.Graph) -> list[fx.Node]:
+    """Linears in half precision on a CPU."""
+    calls = [node for node in find_calls(graph, aten.linear.default) if "val" in node.meta]
+    return [node for node in calls if node.meta["val"].dtype in _HALF and node.meta["val"].device.type == "cpu"]
 
 
 def cpu_lacks_half_matmul() -> bool:

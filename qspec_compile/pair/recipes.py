@@ -30,11 +30,25 @@ from quantspec.passes import (
     Role,
     SelectLogitRows,
     WeightFormat,
+    WeightLayout,
     WeightSource,
     WidenLinears,
     cpu_lacks_half_matmul,
 )
 from quantspec.passes.graph import clone
+
+ORDER = (
+    CheckTokenMixing,
+    RemoveNoOps,
+    SelectLogitRows,
+    MaterializePositionTables,
+    LowerAttention,
+    QuantizeWeights,
+    FuseSharedInputLinears,
+    WeightLayout,
+    WidenLinears,
+)
+"""The passes in the order in which a graph goes through those that its role has."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,20 @@ def weight_passes(
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
-    """Run ``passes`` in order, each once; returns the rewritten module."""
+    """Run ``passes``, each once, in their order, which :data:`ORDER` must have too; returns the rewritten module."""
+    manager = PassManager(passes=list(passes), constraints=[_in_order])
+    manager.validate_constraints()
     try:
-        return PassManager(passes=list(passes))(graph_module).graph_module
+        return manager(graph_module).graph_module
     except Exception as error:
         # PassManager wraps a pass's own error into a bare Exception that names no node.
         raise (error.__cause__ or error) from None
+
+
+def _in_order(first: PassBase, second: PassBase) -> bool:
+    """Whether ``first`` may run before ``second``; of passes that are not in :data:`ORDER` any may."""
+    places = [[place for place, kind in enumerate(ORDER) if isinstance(one, kind)] for one in (first, second)]
+    return places[0] <= places[1] if all(places) else True
 
 
 def build_graphs(
