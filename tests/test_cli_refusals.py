@@ -237,6 +237,28 @@ def test_a_template_that_takes_no_system_message(run, folder, tmp_path):
     assert_error(run("chat", model, "--system", "Be"), "chat template refuses the messages: no system here")
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_own_code_runs_where_it_is_trusted(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    model = described(folder, tmp_path / "model", model_type="own", architectures=["OwnForCausalLM"], auto_map=own)
+    (model / "own.py").write_text(OWN_CODE)
+    assert_error(run("inspect", model), "--trust-remote-code runs")
+    status, out, err = run("inspect", model, "--trust-remote-code", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["model"] == "OwnForCausalLM"
+
+
 # --- Wrong paths and files -------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def command(
         options = QuantSpecConfig.from_options(None, model.conversion())
     config = load_config(source)
     with working("building the model without weights"):
-        structure = structure_of(config, options, dtype)
+        structure = structure_of(config, options, dtype, model.trust_remote_code)
     limit = options.max_cache_len or structure.max_len
     num_tokens = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if limit is not None:

@@ -284,7 +284,7 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 parameters.append(_parameter(part.name, field_hints[part.name], part.default))
                 for info in field_hints[part.name].__metadata__:
                     if isinstance(info, typer.models.OptionInfo):
-                        info.rich_help_panel = group.PANEL  # type: ignore[attr-defined]
+                        info.rich_help_panel = group.PANEL
         else:
             parameters.append(_parameter(name, hints[name], parameter.default))
 

@@ -45,7 +45,12 @@ class Structure:
     max_len: int | None
 
 
-def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torch.dtype | None = None) -> Structure:
+def structure_of(
+    config: PreTrainedConfig,
+    options: QuantSpecConfig,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Structure:
     """The structure of the model that ``config`` describes, in ``dtype`` (the config's own if None).
 
     Nothing is downloaded or allocated. What only real weights show is not checked (``convert`` does): whether tokens
@@ -56,7 +61,9 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
         ValueError: not a causal decoder that transformers knows.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
     with converting():
         captured = capture(model, structure_only=True)
     weight_format = recipes_for(options)[Role.DRAFT].weight_format
