@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 import quantspec
 from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
 from quantspec.config import check_num_speculative_tokens
+from quantspec.gguf import dense_weights
 from quantspec.saved_format import DESCRIPTION_FILE
 
 from .roles import EvalRole, decoding_method
@@ -110,7 +111,8 @@ class QuantSpecLM(HFLM):
     def _create_model(self, pretrained: str, dtype: str | torch.dtype | None = "auto", **options: Any) -> None:
         """Load the model, or the saved pair whose folder ``pretrained`` is; HFLM has loaded the tokenizer before."""
         if self._loading_options is None:
-            return super()._create_model(pretrained, dtype=dtype, **options)
+            dense = dense_weights(options.get("gguf_file"))
+            return super()._create_model(pretrained, dtype=dtype, **{**options, **dense})
         refused = [name for name, value in options.items() if value and name not in _ANY_MODELS_OPTIONS]
         if refused:
             raise ValueError(f"a saved pair is evaluated as it was saved; leave out {', '.join(refused)}")

@@ -27,10 +27,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention import compute_dtype, masked_attention, softmax_with_sinks
 from .current_device import on_tensors_device
@@ -44,6 +41,7 @@ from .inline_asm import (
     launches_overlap,
     use_inline_asm,
 )
+from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Of keys and values, on CUDA: a program holds two value groups at most.
 MAX_HEAD_DIM = 256

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import LogitsProcessorList
-from triton.testing import do_bench_cudagraph
 
 from .cycle import Cycle
 
@@ -85,6 +84,8 @@ def _cycle_times(qs: QuantSpecModel, num_drafts: int | None) -> CycleTimes:
 def _seconds(qs: QuantSpecModel, call: Callable[[], object]) -> float:
     """Median duration of ``call``."""
     if qs.graphs_cycles(LogitsProcessorList()):
+        from triton.testing import do_bench_cudagraph
+
         # It measures on a stream of its own.
         torch.cuda.synchronize(qs.device)
         return do_bench_cudagraph(call, return_mode="median") / 1000

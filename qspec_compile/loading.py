@@ -20,6 +20,7 @@ from .errors import SavedModelError
 from .model import QuantSpecModel
 from .saved_format import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
 from .self_check import self_check
+from .versions import noting_untested_versions
 
 # The saved INT4 weights were made with these.
 _FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")
@@ -29,6 +30,7 @@ _CONVERT_AGAIN = (
 )
 
 
+@noting_untested_versions()
 def from_pretrained(
     directory: str | os.PathLike[str],
     *,

@@ -169,8 +169,11 @@ def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) 
     """The original model on ``device``, in eval mode."""
     from transformers import AutoModelForCausalLM
 
+    from quantspec.gguf import dense_weights
+
+    options = {"dtype": dtype or "auto", **source.arguments, **dense_weights(source.gguf_file)}
     with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype or "auto", **source.arguments)
+        model = AutoModelForCausalLM.from_pretrained(source.name, **options)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
