@@ -31,7 +31,7 @@ REORDERED = ("attn_q", "attn_k")
 
 
 def random_q4_k(rows: int, seed: str) -> np.ndarray:
-    """``(rows, 144)`` bytes, a block of 256 weights each: two float16 scales, 12 bytes of their 6-bit factors, codes."""
+    """``(rows, 144)`` bytes, a block of 256 weights each: two float16 scales, their 6-bit factors, codes."""
     random = np.random.default_rng(list(seed.encode()))
     scales = np.array([1e-4, 7.5e-4], np.float16).view(np.uint8)  # of codes 0..15, and of what is subtracted
     return np.concatenate((np.tile(scales, (rows, 1)), random.integers(0, 256, (rows, 140), np.uint8)), 1)
