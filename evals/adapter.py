@@ -28,6 +28,7 @@ import quantspec
 from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
 from quantspec.checkpoint.config_check import check_config
 from quantspec.checkpoint.folder import DESCRIPTION_FILE
+from quantspec.checkpoint.gguf import dense_weights
 from quantspec.config import check_num_speculative_tokens
 
 from .roles import EvalRole, decoding_method
@@ -113,7 +114,8 @@ class QuantSpecLM(HFLM):
         if self._loading_options is None:
             if self.role is not EvalRole.REFERENCE:
                 check_config(self._config)
-            return super()._create_model(pretrained, dtype=dtype, **options)
+            dense = dense_weights(options.get("gguf_file"))
+            return super()._create_model(pretrained, dtype=dtype, **{**options, **dense})
         refused = [name for name, value in options.items() if value and name not in _ANY_MODELS_OPTIONS]
         if refused:
             raise ValueError(f"a saved pair is evaluated as it was saved; leave out {', '.join(refused)}")

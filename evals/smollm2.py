@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from quantspec.checkpoint.gguf import dense_weights
+
 
 def gguf_path() -> Path:
     """The GGUF file inside the installed package.
@@ -40,5 +42,6 @@ def load_smollm2(
     """
     path = gguf_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    options = {"gguf_file": path.name, "dtype": dtype, **dense_weights(path.name)}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]

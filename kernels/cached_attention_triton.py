@@ -16,10 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .cached_attention import MAX_HEAD_DIM, cached_attention
 from .current_device import on_tensors_device
@@ -32,6 +29,7 @@ from .inline_asm import (
     launches_overlap,
     use_inline_asm,
 )
+from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)

@@ -9,11 +9,10 @@ lengths on the device, so their grids depend on the allocated sizes only. The co
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .current_device import on_tensors_device
+from .optional_triton import tl, triton
 
 # Adding 1.5 * 2^23 to a small float32 rounds it to the nearest even integer and leaves that in the low bits.
 _ROUND = tl.constexpr(12582912.0)

@@ -15,12 +15,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .current_device import on_tensors_device
 from .int4_linear import dequantize_int4
+from .optional_triton import tl, triton
 
 # Most bytes of weights that rows read in all, each its own expert's: a hundredth of a second, and more rows than
 # cycles of 16 sequences have with experts of any model known.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
+
+from .optional_triton import tl, triton
 
 # Four bytes (b3 b2 b1 b0) become the halves {b1, b0} and {b3, b2}: 0x6400 | low nibble and 0x5400 | high nibble << 4.
 _NIBBLES_ASM = tl.constexpr(

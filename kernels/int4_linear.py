@@ -19,13 +19,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .current_device import on_tensors_device
 from .inline_asm import biased_quarters, exact_dot, launches_overlap, nibble_bias, ones_like, split_pair, use_inline_asm
+from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16

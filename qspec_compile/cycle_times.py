@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from transformers import LogitsProcessorList
-from triton.testing import do_bench_cudagraph
 
 from .engine.acceptance import GreedyAcceptance
 from .engine.cycle import Cycle
@@ -97,6 +96,8 @@ def _seconds(session: Session, call: Callable[[], object]) -> float:
     """Median duration of ``call``."""
     device = session.pair.device
     if session.replays.suit(LogitsProcessorList()):
+        from triton.testing import do_bench_cudagraph
+
         # It measures on a stream of its own.
         torch.cuda.synchronize(device)
         return do_bench_cudagraph(call, return_mode="median") / 1000

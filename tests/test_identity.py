@@ -24,8 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import quantspec
 from quantspec import QuantSpecModel, SavedModelError, UnsupportedModelError, saving
 from quantspec.capture import capture, check_model
-from quantspec.cli import convert as convert_command
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description, fingerprints
+from quantspec.cli import convert as convert_command
 
 PROMPT = torch.tensor([random_prompt(12)])
 

@@ -97,7 +97,9 @@ def _lengths(contexts: str | None, model: BenchModel) -> tuple[int, ...]:
     try:
         lengths = tuple(number(part) for part in contexts.split(",")) if contexts is not None else ()
     except typer.BadParameter:
-        raise CommandError(f"--contexts '{contexts}' is not a list of numbers", "for example 2048,4096 or 2k,4k") from None
+        raise CommandError(
+            f"--contexts '{contexts}' is not a list of numbers", "for example 2048,4096 or 2k,4k"
+        ) from None
     if lengths and min(lengths) < 1:
         raise CommandError(f"--contexts '{contexts}': a context has at least 1 token", "for example 2048,4096")
     if model is BenchModel.SMOLLM2 and lengths and max(lengths) > _SMOLLM2_CONTEXT:

@@ -235,8 +235,11 @@ def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) 
     """The original model on ``device``, in eval mode."""
     from transformers import AutoModelForCausalLM
 
+    from quantspec.checkpoint.gguf import dense_weights
+
+    options = {"dtype": dtype or "auto", **source.arguments, **dense_weights(source.gguf_file)}
     with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype or "auto", **source.arguments)
+        model = AutoModelForCausalLM.from_pretrained(source.name, **options)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -302,8 +305,8 @@ def find_pair(
     with working("importing"):
         import quantspec
         from quantspec.checkpoint.config_check import known_limit
-        from quantspec.checkpoint.loading import changed_options, resolve_dtype
         from quantspec.checkpoint.folder import Description
+        from quantspec.checkpoint.loading import changed_options, resolve_dtype
 
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
     if source.kind is Kind.PAIR:
