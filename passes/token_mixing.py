@@ -37,10 +37,7 @@ class _WithoutAttention(fx.Interpreter):
         try:
             result = super().run_node(n)
         except Exception as error:
-            raise TokenMixingError(
-                f"{describe(n)} does not run with another number of tokens than it was captured with, or at positions "
-                f"near the limit: {error}"
-            ) from error
+            raise TokenMixingError(f"{describe(n)} does not run as it was captured: {error}") from error
         if self.keep:
             self.values[n] = result
         return result

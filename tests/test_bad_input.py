@@ -11,7 +11,7 @@ import torch
 from conftest import GROUP
 from step_by_step import decode_step_by_step, random_prompt
 from tiny_models import tiny_model
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList, WatermarkingConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import quantspec
 from quantspec import CacheFullError, QuantSpecConfig, QuantSpecModel
@@ -128,8 +128,6 @@ CALLS = [
     generates(
         "another assistant", ValueError, "assistant_model: the draft is the model itself", assistant_model=object()
     ),
-    generates("guidance", ValueError, "guidance_scale", guidance_scale=1.5),
-    generates("watermark", ValueError, "watermarking_config", watermarking_config=WatermarkingConfig()),
     generates("prompt lookup", ValueError, "prompt_lookup_num_tokens", prompt_lookup_num_tokens=3),
     generates("dola", ValueError, "dola_layers", dola_layers="high"),
     generates("early exit", ValueError, "assistant_early_exit", assistant_early_exit=1),

@@ -55,13 +55,13 @@ def test_a_callers_length_criterion_counts_for_the_cache(qs):
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["eos_token_id", "suppress_tokens", "repetition_penalty", "stop_strings"])
+@pytest.mark.parametrize("field", ["eos_token_id", "suppress_tokens", "bad_words_ids", "stop_strings"])
 def test_a_views_config_fills_what_the_call_leaves_open(qs, tokenizer, field):
     text = qs.model.generate(IDS, **OPTIONS)[0, 8:].tolist()
     value = {
         "eos_token_id": text[2],
         "suppress_tokens": text[:2],
-        "repetition_penalty": 3.0,
+        "bad_words_ids": [text[:1]],
         "stop_strings": tokenizer.decode(text[2:3]),
     }[field]
     outputs = []

@@ -159,7 +159,7 @@ def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor, pad: 
         raise ValueError(f"attention_mask is on {attention_mask.device}, but input_ids on {input_ids.device}")
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold 0 and 1 only")
-    hidden = ~attention_mask.any(dim=1)
+    hidden = (attention_mask == 0).all(dim=1)
     if pad is not None and input_ids is not None and bool((hidden & (input_ids == pad).all(dim=1)).any()):
         raise ValueError(
             f"a prompt holds nothing but padding (token {int(pad)}); give it another token, or pass an attention_mask "
