@@ -7,6 +7,7 @@ configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,19 @@ from quantspec.kernels.hierarchical import num_value_groups
 from .config import QuantSpecConfig
 
 _SCALE_BYTES = torch.float16.itemsize
+
+
+@dataclass(frozen=True)
+class HeldState:
+    """What transformers' own cache holds for an attention call, which may be less than its keys and values.
+
+    Attributes:
+        per_token: numbers of each token; 0 where the call reads what another has cached.
+        most: tokens that are kept; 0 for all.
+    """
+
+    per_token: int
+    most: int
 
 
 class AttentionShape(Protocol):
@@ -98,14 +112,17 @@ def expected_memory(
         for part, size in cache_bytes_per_token(layers, kv_group_size).items()
     }
     slots = recent_slots(kv_group_size, num_speculative_tokens)
-    per_slot = full_precision_bytes(layers, 1, batch_size, dtype)
-    return {**quantized, "recent": slots * per_slot}
+    per_slot = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
+    return {**quantized, "recent": batch_size * slots * per_slot}
 
 
 def full_precision_bytes(
     layers: Sequence[AttentionShape], context: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of transformers' own cache; its layers with a sliding window keep that many tokens.
+    """Bytes of transformers' own cache.
+
+    A layer of a capture knows what that cache holds for it: latent vectors, or nothing where layers share keys and
+    values. Of any other layer it is taken to hold keys and values, one token less than a sliding window.
 
     Args:
         layers: the model's attention layers.
@@ -113,11 +130,11 @@ def full_precision_bytes(
         batch_size: sequences.
         dtype: of keys and values.
     """
-    return sum(
-        batch_size
-        * min(context, layer.window or context)
-        * layer.kv_heads
-        * (layer.key_dim + layer.value_dim)
-        * dtype.itemsize
-        for layer in layers
-    )
+    held = [_held(layer) for layer in layers]
+    elements = sum(min(context, state.most or context) * state.per_token for state in held)
+    return batch_size * elements * dtype.itemsize
+
+
+def _held(layer: AttentionShape) -> HeldState:
+    known = getattr(layer, "held", None)
+    return known or HeldState(layer.kv_heads * (layer.key_dim + layer.value_dim), max(0, layer.window - 1))

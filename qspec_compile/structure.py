@@ -12,6 +12,7 @@ from quantspec.passes.graph import clone
 
 from .capture import CapturedLayer, capture, converting
 from .config import QuantSpecConfig
+from .errors import UnsupportedModelError
 from .pair import run_passes
 
 
@@ -52,11 +53,22 @@ def structure_of(config: PreTrainedConfig, options: QuantSpecConfig, dtype: torc
     mix outside attention, and whether keys survive quantization.
 
     Raises:
-        UnsupportedModelError: the model cannot be captured.
+        UnsupportedModelError: the model cannot be captured, or its checkpoint is quantized.
         ValueError: not a causal decoder that transformers knows.
     """
+    quantized = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized already (quantization_config, {getattr(method, 'value', method)}); convert "
+            "the original weights: the draft's INT4 weights are made from them"
+        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or config.get_text_config().dtype or torch.float32
+        )
     with converting():
         captured = capture(model, structure_only=True)
     # HQQ looks at the data, and its codes and scales take the same room.

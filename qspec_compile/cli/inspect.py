@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, dtype_to_load, find_device, find_source, load_config
+from .loading import Kind, dtype_to_load, find_source, load_config
 from .options import ModelOptions
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def command(
         from quantspec.saved_format import Description
         from quantspec.structure import structure_of
 
-    dtype = dtype_to_load(source, model.dtype, find_device(None))
+    dtype = dtype_to_load(source, model.dtype, None)
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))
         options, dtype = changed_options(saved.options, model.conversion()), resolve_dtype(saved, dtype)
@@ -126,6 +126,12 @@ def _print_tables(structure: Structure, facts: dict[str, Any]) -> None:
     console.print(_attention_table(structure))
     console.print(_linears_table(structure))
     console.print(_memory_table(facts["memory"]))
+    own, theirs = sum(facts["memory"]["cache"].values()), facts["memory"]["unconverted"]["cache"]
+    if own > theirs:
+        console.print(
+            f"The cache takes {own / theirs:.1f} times what transformers' own does: it holds the keys and values of "
+            "every attention call and a recent buffer in full precision."
+        )
 
 
 def _attention_table(structure: Structure) -> Table:
