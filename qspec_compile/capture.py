@@ -13,12 +13,13 @@ import copy
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -28,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantspec.kernels import attention, expert_linear
 from quantspec.kernels.cached_attention import MAX_HEAD_DIM
 
+from .cache.geometry import HeldState
 from .errors import UnsupportedModelError
 from .locks import LockOfProcess
 
@@ -106,6 +108,7 @@ class CapturedLayer:
         window: sliding window in tokens including the current one; 0 for none.
         softcap: bound of the soft-capped scores; 0 for none.
         has_sinks: whether a learned logit per query head joins the softmax.
+        held: what transformers' own cache holds for it; None where that is not known.
     """
 
     module: str
@@ -116,6 +119,7 @@ class CapturedLayer:
     window: int
     softcap: float
     has_sinks: bool
+    held: HeldState | None = None
 
 
 @dataclass(frozen=True)
@@ -444,6 +448,37 @@ def _check_own_positions(model: PreTrainedModel, recorder: _Recorder, positions:
             )
 
 
+def _held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | None]:
+    """What the cache that transformers makes for ``model`` holds, read off two lengths of text without computing.
+
+    One for each attention call; layers of that cache that hold nothing are left out, and calls beyond the rest hold
+    nothing. None for all where the model does not run so.
+    """
+    lengths = (2, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+    try:
+        short, long = (_held_elements(model, num_tokens) for num_tokens in lengths)
+    except Exception as error:
+        _LOGGER.debug("what transformers' cache would hold is not known: %s", error)
+        return [None] * num_calls
+    states = [
+        HeldState(few // lengths[0], 0 if many == few // lengths[0] * lengths[1] else many * lengths[0] // few)
+        for few, many in zip(short, long, strict=True)
+        if few
+    ]
+    return [*states, *[HeldState(0, 0)] * (num_calls - len(states))]
+
+
+def _held_elements(model: PreTrainedModel, num_tokens: int) -> list[int]:
+    """Elements of the tensors in each layer of transformers' cache after a text of ``num_tokens``."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
+    # Scalars are lengths and the like.
+    tensors = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1] for layer in cache.layers]
+    return [sum(x.numel() for x in held) for held in tensors]
+
+
 def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:
     """Raise ``UnsupportedModelError`` for heads that the kernels of ``device`` do not decode."""
     for layer in layers:
@@ -496,6 +531,8 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
         layers = tuple(recorder.layers)
         if not structure_only:
             _check_own_positions(model, recorder, positions)
+        held = _held_states(model, len(layers))
+    layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "

@@ -77,7 +77,10 @@ def expected_memory(
 def full_precision_bytes(
     layers: Sequence[AttentionShape], context: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes of transformers' own cache; its layers with a sliding window keep that many tokens.
+    """Bytes of transformers' own cache.
+
+    A layer of a capture knows what that cache holds for it: latent vectors, or nothing where layers share keys and
+    values. Of any other layer it is taken to hold keys and values, one token less than a sliding window.
 
     Args:
         layers: the model's attention layers.
@@ -85,11 +88,11 @@ def full_precision_bytes(
         batch_size: sequences.
         dtype: of keys and values.
     """
-    return sum(
-        batch_size
-        * min(context, layer.window or context)
-        * layer.kv_heads
-        * (layer.key_dim + layer.value_dim)
-        * dtype.itemsize
-        for layer in layers
-    )
+    held = [_held(layer) for layer in layers]
+    elements = sum(min(context, state.most or context) * state.per_token for state in held)
+    return batch_size * elements * dtype.itemsize
+
+
+def _held(layer: AttentionShape) -> HeldState:
+    known = getattr(layer, "held", None)
+    return known or HeldState(layer.kv_heads * (layer.key_dim + layer.value_dim), max(0, layer.window - 1))

@@ -486,13 +486,13 @@ def test_convert_keeps_the_checkpoints_dtype(run, weak_cpu, tokenizer, tmp_path,
     assert Description.read(tmp_path / "asked").dtype == "float32"
 
 
-def test_inspect_tells_the_dtype_that_generate_runs(run, weak_cpu, tmp_path, monkeypatch):
+def test_inspect_tells_the_checkpoints_dtype(run, weak_cpu, tmp_path):
+    """Also on a machine that would run another."""
     config = tiny_model("llama").config
     config.dtype = torch.bfloat16
     config.save_pretrained(tmp_path)
-    assert json.loads(run("inspect", tmp_path, "--json")[1])["dtype"] == "float32"
-    monkeypatch.setattr("quantspec.passes.cpu_lacks_half_matmul", lambda: False)
     assert json.loads(run("inspect", tmp_path, "--json")[1])["dtype"] == "bfloat16"
+    assert json.loads(run("inspect", tmp_path, "--dtype", "float32", "--json")[1])["dtype"] == "float32"
 
 
 def test_convert_refuses_what_cannot_be_saved_before_loading(run, folder, tmp_path, monkeypatch):

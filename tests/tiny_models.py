@@ -28,6 +28,7 @@ _GPT2 = {
 }
 _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 # Model type -> what it needs beyond _COMMON.
 ARCHITECTURES: dict[str, dict] = {
@@ -79,6 +80,21 @@ ARCHITECTURES: dict[str, dict] = {
     "exaone4": {"sliding_window": 12, "sliding_window_pattern": 2},
     "glm4": {"head_dim": 16},
     "qwen2_moe": {"shared_expert_intermediate_size": 64, **_MOE},
+    # Whole multimodal classes, given text.
+    "gemma3": {"text_config": {**_COMMON, "head_dim": 16, **_WINDOWS}, "vision_config": _VISION},
+    "gemma4": {
+        "text_config": {
+            **_COMMON,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 0,
+            **_WINDOWS,
+        },
+        "vision_config": _VISION,
+    },
 }
 
 

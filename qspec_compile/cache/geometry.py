@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from quantspec.kernels.cache_layout import CachePart
+
+
+@dataclass(frozen=True)
+class HeldState:
+    """What transformers' own cache holds for an attention call, which may be less than its keys and values.
+
+    Attributes:
+        per_token: numbers of each token; 0 where the call reads what another has cached.
+        most: tokens that are kept; 0 for all.
+    """
+
+    per_token: int
+    most: int
 
 
 class AttentionShape(Protocol):

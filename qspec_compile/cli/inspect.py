@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, dtype_to_load, find_device, find_model, load_config
+from .loading import Kind, dtype_to_load, find_model, load_config
 from .options import ModelOptions, tokens, whole
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def command(
         from quantspec.config import QuantSpecConfig
         from quantspec.pair.preview import structure_of
 
-    dtype = dtype_to_load(source, model.dtype, find_device(None))
+    dtype = dtype_to_load(source, model.dtype, None)
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))
         options, dtype = changed_options(saved.options, model.conversion()), resolve_dtype(saved, dtype)
@@ -133,6 +133,12 @@ def _print_tables(structure: Structure, facts: dict[str, Any]) -> None:
     console.print(_attention_table(structure))
     console.print(_linears_table(structure))
     console.print(_memory_table(facts["memory"]))
+    own, theirs = sum(facts["memory"]["cache"].values()), facts["memory"]["unconverted"]["cache"]
+    if own > theirs:
+        console.print(
+            f"The cache takes {own / theirs:.1f} times what transformers' own does: it holds the keys and values of "
+            "every attention call and a recent buffer in full precision."
+        )
 
 
 def _attention_table(structure: Structure) -> Table:

@@ -62,7 +62,9 @@ def structure_of(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            config,
+            dtype=dtype or config.dtype or config.get_text_config().dtype or torch.float32,
+            trust_remote_code=trust_remote_code,
         )
     with converting():
         captured = capture(model, structure_only=True)

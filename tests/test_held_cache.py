@@ -1,0 +1,81 @@
+"""The memory of transformers' own cache is told as that cache holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+
+from quantspec import QuantSpecConfig, UnsupportedModelError
+from quantspec.capture import capture, converting
+from quantspec.memory import full_precision_bytes
+from quantspec.pair.preview import structure_of
+
+# Latents, a shared cache, windows, two attention calls a layer, one key head, two kinds of head dims.
+MODELS = ("llama", "deepseek_v3", "mistral", "gemma2", "gemma3", "gpt_oss", "diffllama", "gpt_bigcode")
+TOKENS = 40
+
+
+def held_by_transformers(model) -> int:
+    ids = torch.randint(3, 96, (2, TOKENS))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dim() > 1)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_full_precision_bytes_of_a_capture_are_transformers_own(architecture):
+    model = tiny_model(architecture)
+    with converting():
+        layers = capture(model).layers
+    assert all(layer.held is not None for layer in layers)
+    assert full_precision_bytes(layers, TOKENS, 2, torch.float32) == held_by_transformers(model)
+    # From the config alone, in the checkpoint's dtype.
+    model.config.dtype = torch.bfloat16
+    structure = structure_of(model.config, QuantSpecConfig())
+    assert structure.dtype == torch.bfloat16
+    assert [layer.held for layer in structure.layers] == [layer.held for layer in layers]
+
+
+def test_shared_keys_and_values_count_once():
+    sharing = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    options = {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 12}
+    widths = {"hidden_size_per_layer_input": 16, "laurel_rank": 16, "vocab_size_per_layer_input": 96, "head_dim": 16}
+    model = tiny_model("gemma3n_text", num_hidden_layers=4, **sharing, **options, **widths)
+    with converting():
+        layers = capture(model).layers
+    assert len(layers) == 4
+    assert full_precision_bytes(layers, TOKENS, 2, torch.float32) == held_by_transformers(model)
+
+
+def test_a_model_without_a_known_cache_counts_keys_and_values():
+    model = tiny_model("llama")
+    with converting():
+        layers = capture(model).layers
+    unknown = [dataclasses.replace(layer, held=None) for layer in layers]
+    assert full_precision_bytes(unknown, TOKENS) == full_precision_bytes(layers, TOKENS)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantized_checkpoint_has_no_structure(nested):
+    config = tiny_model("gemma3").config
+    (config.text_config if nested else config).quantization_config = {"quant_method": "awq"}
+    with pytest.raises(UnsupportedModelError, match=r"quantized already \(quantization_config, awq\)"):
+        structure_of(config, QuantSpecConfig())
+
+
+def test_inspect_tells_where_the_cache_is_larger_than_transformers_own(run, tmp_path):
+    tiny_model("deepseek_v3").config.save_pretrained(tmp_path / "latent")
+    tiny_model("llama", max_position_embeddings=8192).config.save_pretrained(tmp_path / "plain")
+    status, out, _ = run("inspect", tmp_path / "latent")
+    memory = json.loads(run("inspect", tmp_path / "latent", "--json")[1])["memory"]
+    times = sum(memory["cache"].values()) / memory["unconverted"]["cache"]
+    assert status == 0
+    assert times > 1
+    assert f"{times:.1f} times what transformers' own does" in " ".join(out.split())
+    assert "transformers' own" not in run("inspect", tmp_path / "plain")[1]

@@ -1,0 +1,136 @@
+"""What follows the number of tokens is refused, however long a text must be to show it; what only looks so converts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from quantspec import QuantSpecModel, UnsupportedModelError, convert
+
+# Beyond every length that a short run would see, within the tiny models' limit of 512 tokens.
+FAR = 400
+
+
+def with_change(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A llama whose second MLP's input is changed."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden: forward(change(hidden))
+    return model
+
+
+def converted(model: nn.Module, **options) -> QuantSpecModel:
+    return convert(model, kv_group_size=16, weight_group_size=32, **options)
+
+
+def indices(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[1], device=hidden.device)[:, None]
+
+
+TABLE = torch.cat((torch.ones(FAR), torch.linspace(1, 2, 512 - FAR)))[:, None]
+
+FROM_SIZES = {
+    "scale": lambda hidden: hidden * (1 + (indices(hidden) + 1).div(FAR, rounding_mode="floor").log1p()),
+    "bucket": lambda hidden: hidden + (indices(hidden) > FAR),
+    "counted ones": lambda hidden: hidden * (torch.ones_like(hidden[..., :1]).cumsum(1) < FAR),
+    "length": lambda hidden: hidden * (1 + hidden.shape[1] // FAR),
+    "clamp": lambda hidden: hidden.clamp(max=10 + hidden.shape[1] // FAR),
+    "table": lambda hidden: hidden * TABLE[: hidden.shape[1]],
+}
+
+
+@pytest.mark.parametrize("name", FROM_SIZES)
+def test_values_from_sizes_are_refused_by_node_and_module(name):
+    with pytest.raises(UnsupportedModelError) as error:
+        converted(with_change(FROM_SIZES[name]))
+    message = str(error.value)
+    assert "is made from the number of tokens instead of position_ids" in message
+    assert "of module 'model.layers.1" in message
+
+
+SAME = {
+    "constant": lambda hidden: hidden + torch.full_like(hidden, 0.5),
+    "equal rows": lambda hidden: hidden * torch.full((512, 1), 0.5)[: hidden.shape[1]],
+    "shape alone": lambda hidden: hidden + torch.zeros_like(indices(hidden)),
+    "tokens named": lambda hidden: hidden[:, torch.arange(hidden.shape[1])],
+    "views": lambda hidden: hidden.reshape(hidden.shape[0] * hidden.shape[1], -1).view(hidden.shape),
+    "one token alone": lambda hidden: hidden if hidden.shape[1] == 1 else hidden.clone(),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_no_token_count_changes_converts(name):
+    assert len(converted(with_change(SAME[name])).layers) == 2
+
+
+BRANCHES = {
+    "tokens <= 400": lambda hidden: hidden * 2 if hidden.shape[1] > FAR else hidden,
+    "Ne(Mod(tokens, 128), 0)": lambda hidden: hidden * 2 if hidden.shape[1] % 128 == 0 else hidden,
+    "batch*tokens <= 400": lambda hidden: hidden * 2 if hidden.shape[0] * hidden.shape[1] > FAR else hidden,
+}
+
+
+@pytest.mark.parametrize("condition", BRANCHES)
+def test_a_branch_on_the_number_of_tokens_is_refused_with_its_condition_and_line(condition):
+    with pytest.raises(UnsupportedModelError, match="branches on the number of tokens") as error:
+        converted(with_change(BRANCHES[condition]))
+    assert condition in str(error.value)
+    assert "test_token_counts.py:" in str(error.value)
+
+
+def test_a_branch_beyond_the_longest_text_is_no_obstacle():
+    assert converted(with_change(BRANCHES["tokens <= 400"]), max_cache_len=400).config.max_cache_len == 400
+
+
+def test_a_state_that_only_keys_see_is_refused():
+    model = tiny_model("llama")
+    projection = model.model.layers[1].self_attn.k_proj
+    forward = projection.forward
+    projection.forward = lambda hidden: forward(nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
+    with pytest.raises(UnsupportedModelError, match=r"mixes tokens .*in the key/value cache"):
+        converted(model, self_check=False)
+
+
+def test_what_follows_the_furthest_position_of_a_call_is_refused():
+    """As RoPE that is rescaled for the whole text once one of its tokens is far enough."""
+    model = tiny_model("llama")
+    rope = model.model.rotary_emb
+    forward = rope.forward
+
+    def rescaled(hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return forward(hidden, torch.where(position_ids.max() > FAR, position_ids * 0.5, position_ids * 1.0))
+
+    rope.forward = rescaled
+    with pytest.raises(UnsupportedModelError, match="mixes tokens"):
+        converted(model, self_check=False)
+
+
+@pytest.mark.parametrize("self_check", [False, True])
+@pytest.mark.parametrize("architecture", ["roberta", "camembert", "data2vec-text", "xlm-roberta"])
+def test_a_model_that_counts_positions_by_itself_is_refused_by_module(architecture, self_check):
+    model = tiny_model(architecture, is_decoder=True)
+    with pytest.raises(UnsupportedModelError, match=r"module '.*' \(.*\): given no position_ids, .* from 0"):
+        converted(model, self_check=self_check)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_positions_that_the_model_scales_by_position_ids_convert():
+    """Llama 4's temperature counted from position_ids instead of from arange(T)."""
+    model = tiny_model("llama")
+    rope = model.model.rotary_emb
+    forward = rope.forward
+    rope.forward = lambda hidden, position_ids: forward(hidden, position_ids.clamp(max=FAR))
+    assert len(converted(model).layers) == 2
+
+
+def test_llama_4s_temperature_is_refused():
+    model = tiny_model(
+        "llama4_text", layer_types=["full_attention"] * 2, no_rope_layers=[1, 0], intermediate_size_mlp=96
+    )
+    with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers\.1\.self_attn' is made from the number"):
+        converted(model)
