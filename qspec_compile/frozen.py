@@ -30,7 +30,7 @@ class FrozenModel:
         return {**vars(self), "_modules": [], "_dicts": [], "_seen": None}
 
     def forget_what_running_changed(self) -> None:
-        """Leave out what the model itself has changed since, a counter for example."""
+        """Leave out what has changed since because the model ran, a counter for example."""
         now = dict(_parts(self._model))
         self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
         self._remember()

@@ -77,6 +77,7 @@ class QuantSpecModel:
         config: the options in force, group sizes as adapted.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
         linears: what became of each linear in the draft.
+        frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the target's and the draft's graphs go through torch.compile.
         last_stats: :class:`GenerationStats` of the ``generate`` call that ended last, also if it was interrupted; None
             before the first.
@@ -85,9 +86,8 @@ class QuantSpecModel:
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: Int4Source | None = None) -> None:
         """``source`` has ready INT4 weights of the draft; without it they are quantized here."""
         check_model(model)
-        self._frozen = FrozenModel(model)
+        self.frozen = FrozenModel(model)
         captured = capture(model)
-        self._frozen.forget_what_running_changed()
         self.model: PreTrainedModel = model
         self._converted_as = (model.device, model.dtype)
         self.config: QuantSpecConfig = replace(config, max_cache_len=_max_cache_len(model, config, captured))
@@ -162,7 +162,7 @@ class QuantSpecModel:
             raise ValueError(
                 f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
             )
-        self._frozen.check()
+        self.frozen.check()
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Hold the cache, its CUDA graphs and ``last_stats`` against other threads, which wait.

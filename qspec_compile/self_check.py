@@ -98,6 +98,7 @@ def self_check(qs: QuantSpecModel) -> None:
                     f"{error:.3g} (allowed {allowed:.3g}). The model keeps state that the cache does not, or its keys "
                     "do not survive quantization; please report it. self_check=False converts anyway"
                 )
+        qs.frozen.forget_what_running_changed()
     finally:
         for module in training:
             module.training = True
