@@ -13,7 +13,7 @@ import torch
 
 from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
 
-from .cache.geometry import AttentionShape, part_shape, planned_groups, recent_slots
+from .cache.geometry import AttentionShape, HeldState, part_shape, planned_groups, recent_slots
 from .config import QuantSpecConfig
 
 

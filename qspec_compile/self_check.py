@@ -90,6 +90,7 @@ def self_check(pair: Pair) -> None:
                     f"self-check failed ({name}): logits decoded through the cache differ from the model's own by "
                     f"{error:.3g} (allowed {allowed:.3g}). {reason} self_check=False converts anyway"
                 )
+        pair.frozen.forget_what_running_changed()
     finally:
         for module in training:
             module.training = True

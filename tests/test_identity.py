@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,7 @@ def pair() -> QuantSpecModel:
     model = Counting(config).eval()
     model.model.calls = 0
     model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
-    return convert(model)
+    return quantspec.convert(model, kv_group_size=GROUP)
 
 
 def _layer(model: nn.Module) -> nn.Module:
@@ -125,7 +126,6 @@ def test_what_a_graph_does_not_hold_may_change(pair):
     changed = copy.deepcopy(pair)
     model = changed.model
     model.train()
-    model.gradient_checkpointing_enable()
     model.generation_config = copy.deepcopy(model.generation_config)
     model.config.pad_token_id = 5
     model.config.use_cache = False
@@ -147,7 +147,6 @@ def test_what_a_graph_does_not_hold_may_change(pair):
 
 def test_adapters_are_to_be_merged():
     """Whatever state they are in, since it can change at any time."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(one_layer(), config)
     with pytest.raises(TypeError, match=r"not PeftModelForCausalLM; merge the adapter .* merge_and_unload\(\)"):
@@ -271,7 +270,9 @@ def test_a_model_changed_after_conversion_does_not_replace_its_save(plain, folde
 def test_a_class_that_computes_something_else_is_not_loaded(folder):
     """Patched in the process that loads, or changed by another version; the loaded graphs are compared."""
     with (
-        mock.patch.object(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x))),
+        mock.patch.object(
+            LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) - self.up_proj(x))
+        ),
         pytest.raises(SavedModelError, match="computes other logits than the saved LlamaForCausalLM did"),
     ):
         quantspec.from_pretrained(folder, self_check=False)

@@ -27,10 +27,10 @@ class FrozenModel:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's objects have other addresses.
-        return {**vars(self), "_dicts": [], "_classes": [], "_seen": None}
+        return {**vars(self), "_modules": [], "_dicts": [], "_seen": None}
 
     def forget_what_running_changed(self) -> None:
-        """Leave out what the model itself has changed since, a counter for example."""
+        """Leave out what has changed since because the model ran, a counter for example."""
         now = dict(_parts(self._model))
         self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
         self._remember()
@@ -54,15 +54,15 @@ class FrozenModel:
         self._remember()
 
     def _remember(self) -> None:
-        modules = list(self._model.modules())
-        self._dicts = [vars(module) for module in modules]
-        self._dicts += [vars(module)[held] for module in modules for held in _HELD]
-        self._classes = list({type(module) for module in modules})
+        self._modules = list(self._model.modules())
+        self._dicts = [vars(module) for module in self._modules]
+        self._dicts += [vars(module)[held] for module in self._modules for held in _HELD]
         self._seen = self._addresses()
 
     def _addresses(self) -> list[int]:
-        values = chain.from_iterable(map(dict.values, self._dicts))
-        return [*map(id, values), *(id(kind.forward) for kind in self._classes)]
+        classes = list(map(type, self._modules))
+        forwards = (kind.forward for kind in set(classes))
+        return [*map(id, chain(classes, *map(dict.values, self._dicts))), *sorted(map(id, forwards))]
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ class Pair:
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
+        frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the graphs of recipes that say so go through torch.compile.
     """
 
@@ -49,9 +50,8 @@ class Pair:
         """
         recipes = recipes_for(config)
         check_model(model)
-        self._frozen = FrozenModel(model)
+        self.frozen = FrozenModel(model)
         captured = capture(model)
-        self._frozen.forget_what_running_changed()
         self.model: PreTrainedModel = model
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
@@ -171,7 +171,7 @@ class Pair:
             raise ValueError(
                 f"the model was moved from {device} to {self.model.device} after conversion; convert it again"
             )
-        self._frozen.check()
+        self.frozen.check()
 
     def describe(self) -> str:
         """Lines for people: model, layers, weights, and what the draft keeps in full precision."""
