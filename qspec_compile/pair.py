@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -90,7 +91,7 @@ def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.G
         raise (error.__cause__ or error) from None
 
 
-def _in_order(first: PassBase, second: PassBase) -> bool:
+def _in_order(first: Callable[..., Any], second: Callable[..., Any]) -> bool:
     """Whether ``first`` may run before ``second``; of passes that are not in :data:`ORDER` any may."""
     places = [[place for place, kind in enumerate(ORDER) if isinstance(one, kind)] for one in (first, second)]
     return places[0] <= places[1] if all(places) else True
