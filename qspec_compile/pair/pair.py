@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache
 from quantspec.capture import Capture, capture, check_model
+from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
-from quantspec.learned_positions import learned_positions
 from quantspec.passes import Role, WeightSource
 
 from .compile_by_layer import compile_graph

@@ -1,0 +1,187 @@
+"""What is refused at a capture, by the name of the module and the reason."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from quantspec.errors import UnsupportedModelError
+from quantspec.kernels.cached_attention import MAX_HEAD_DIM
+
+from .interfaces import CapturedLayer, MaskSpec, Recorder
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_model(model: object, structure_only: bool = False) -> None:
+    """Refuse what needs no capture to be refused; raises as :func:`capture` does."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"convert() takes a loaded transformers model (PreTrainedModel), not {type(model).__name__}; "
+            f"{_way_in(model)}"
+        )
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if _is_of_peft(module):
+            raise UnsupportedModelError(
+                f"module '{path}' of {name} holds an adapter, which can be switched at any time; merge it into the "
+                "weights first, with merge_and_unload() of its PeftModel (PeftModel.from_pretrained(model, adapter))"
+            )
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1 or places & {"disk", "meta"}:
+        raise UnsupportedModelError(
+            f"{name} was loaded with a device_map over {', '.join(sorted(places))}; load it on one device, for example "
+            "device_map='cuda:0'"
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for tensor_name, tensor in tensors:
+        if tensor.device.type == "meta" and not structure_only:
+            raise UnsupportedModelError(f"weight '{tensor_name}' of {name} is on the meta device; load its data first")
+    devices = sorted({str(tensor.device) for _, tensor in tensors})
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"{name} is spread over {', '.join(devices)}; move it to one device")
+    for tensor_name, tensor in tensors:
+        # A buffer may count or index; packed weights are integers too, but of 8 or 32 bits.
+        packed = tensor.dtype in (torch.int8, torch.uint8, torch.int32) and tensor.dim() > 1
+        if packed or (isinstance(tensor, nn.Parameter) and tensor.dtype not in DTYPES):
+            raise UnsupportedModelError(
+                f"weight '{tensor_name}' of {name} is {tensor.dtype}; load the model in float32, float16 or bfloat16, "
+                "not quantized: the draft's INT4 weights are made from them"
+            )
+    check_rope(name, config)
+
+
+def check_rope(name: str, config: object) -> None:
+    """Raise ``UnsupportedModelError`` for a RoPE in the config of ``name`` that moves what is cached."""
+    for key, parameters in _rope_parameters(config):
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text grows"
+            )
+
+
+def _way_in(model: object) -> str:
+    """How to get at the model that was meant."""
+    if _is_of_peft(model):
+        return "merge the adapter into its weights first, with merge_and_unload()"
+    children = model.named_children() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, child in children if isinstance(child, PreTrainedModel)), None)
+    if inner is not None:
+        return f"pass the model that it wraps, its attribute '{inner}'"
+    return "load it with AutoModelForCausalLM.from_pretrained(...)"
+
+
+def _is_of_peft(module: object) -> bool:
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def check_precision(model: PreTrainedModel, program: torch.export.ExportedProgram, recorder: Recorder) -> None:
+    """Raise ``UnsupportedModelError`` where a forward casts to another dtype as it runs."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in chain.from_iterable(graph.nodes for graph in graphs):
+        if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            # The capture's wrapper holds the model as 'model'.
+            path = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+            raise recorder.unsupported(
+                model.get_submodule(path),
+                f"its forward runs under autocast to {node.args[1]}, as accelerate and Trainer wrap it for mixed "
+                "precision; take the wrapper off with accelerator.unwrap_model(model, keep_fp32_wrapper=False), and "
+                "load the model in the dtype that it shall run in",
+            )
+
+
+def _rope_parameters(config: object) -> Iterator[tuple[str, dict]]:
+    """Every RoPE description in a config: one for the model, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict):
+        return
+    yield "rope_parameters", parameters
+    for key, nested in parameters.items():
+        if isinstance(nested, dict):
+            yield f"rope_parameters[{key}]", nested
+
+
+def _mask_problem(spec: MaskSpec) -> str | None:
+    """What keeps a mask rule from being causal (windowed) attention, judged on a grid of positions; None if nothing."""
+    if spec.mask_function is None:
+        return None
+    span = 2 * spec.window + 3 if spec.window else 8
+    # The rule is elementwise in its indices, so a window's edges and a few far points describe it.
+    points = sorted({0, 1, 2, span // 2, span - 1} | {max(0, span - 1 - spec.window + d) for d in (-1, 0, 1)})
+    q = torch.tensor(points, device="cpu")[:, None]
+    kv = q.T
+    expected = kv <= q
+    if spec.window:
+        expected = expected & (kv > q - spec.window)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
+    try:
+        matches = torch.equal(spec.mask_function(zero, zero, q, kv).expand_as(expected), expected)
+    except Exception:
+        # Such a rule holds tensors of the export.
+        return "its attention mask depends on more than the tokens' positions (chunked attention, packed sequences)"
+    if not matches:
+        return (
+            "its attention mask is not causal with an optional sliding window (chunked, prefix or bidirectional "
+            "attention); such a mask cannot be cached token by token"
+        )
+    return None
+
+
+def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> None:
+    """Refuse a model that, left to itself, counts positions otherwise than ``positions (B, T)``, 0, 1, 2, ..."""
+    ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    ids = (ids % model.get_input_embeddings().weight.shape[0]).to(positions.device)  # type: ignore[operator, union-attr]
+
+    def outputs(**position_ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        made: list[tuple[nn.Module, Tensor]] = []
+
+        def keep(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                made.append((module, output))
+
+        with contextlib.ExitStack() as hooks:
+            for module in recorder.module_names:
+                hooks.enter_context(module.register_forward_hook(keep))
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **position_ids)
+        return [*made, (model, output.logits)]
+
+    given, own = outputs(position_ids=positions), outputs()
+    logits = given[-1][1].float()
+    if not (own[-1][1].float() - logits).norm() > 1e-2 * logits.norm():
+        return
+    for (module, expected), (_, output) in zip(given, own, strict=False):
+        if expected.shape != output.shape or not torch.equal(expected, output):
+            raise recorder.unsupported(
+                module,
+                "given no position_ids, the model does not count positions from 0 (an offset, or token ids that are "
+                "not counted); the positions of a text are the cache's to give",
+            )
+
+
+def check_masks(recorder: Recorder) -> None:
+    """Raise ``UnsupportedModelError`` for a mask that is not causal with an optional sliding window."""
+    for spec, module in recorder.masks.items():
+        problem = _mask_problem(spec)
+        if problem is not None:
+            raise recorder.unsupported(module, problem)
+
+
+def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:
+    """Raise ``UnsupportedModelError`` for heads that the kernels of ``device`` do not decode."""
+    for layer in layers:
+        dim = max(layer.key_dim, layer.value_dim)
+        if device.type == "cuda" and dim > MAX_HEAD_DIM:
+            reason = f"it has heads of {dim} dims; a GPU decodes at most {MAX_HEAD_DIM}, a CPU any number"
+            raise UnsupportedModelError(f"cannot convert module '{layer.module}': {reason}")

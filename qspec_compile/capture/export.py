@@ -1,0 +1,106 @@
+"""Capture: one ``torch.export`` of a Hugging Face decoder into an FX graph with an attention marker per layer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from quantspec.errors import UnsupportedModelError
+from quantspec.locks import LockOfProcess
+
+from .checks import check_head_dims, check_masks, check_model, check_own_positions, check_precision
+from .held_state import held_states
+from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
+
+_LOGGER = logging.getLogger(__name__)
+
+_CONVERSION = LockOfProcess()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The captured decoder.
+
+    Attributes:
+        graph_module: ``graph_module(input_ids, position_ids) -> logits`` with ``(B, T)`` int64 inputs and ``(B, T, V)``
+            logits in the model's dtype, both B and T dynamic; its parameters are the model's own tensors.
+        layers: its attention calls, in forward order.
+    """
+
+    graph_module: fx.GraphModule
+    layers: tuple[CapturedLayer, ...]
+
+
+class _Logits(nn.Module):
+    """The decoder as a function of token ids and positions alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # An explicit mask keeps transformers from reading packed sequences out of the positions.
+        mask = torch.ones_like(input_ids)
+        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def converting() -> Iterator[None]:
+    """Let one thread at a time convert, since registries and tracing are the process's, and none under autocast."""
+    with _CONVERSION(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
+    """Export ``model`` once, with dynamic batch and token axes.
+
+    Args:
+        model: a loaded decoder with a language-model head, on one device, in float32, float16 or bfloat16. It is
+            left as it was.
+        structure_only: the weights may be on the meta device, for a graph that is looked at and not run.
+
+    Returns:
+        The graph, with one ``quantspec::attention`` marker per attention call.
+
+    Raises:
+        TypeError: not a transformers model.
+        UnsupportedModelError: it cannot be captured, or attends outside transformers' attention interface.
+    """
+    check_model(model, structure_only)
+    _LOGGER.info("capturing the graph")
+    ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
+    positions = torch.arange(7, device=model.device).expand(2, 7).clone()
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with capture_interfaces(model) as recorder, RefuseConvolutions(), torch.no_grad():
+        try:
+            program = torch.export.export(_Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            module = recorder.module_of(error)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if not isinstance(error, MaskReadError | StateError):
+                reason = f"torch.export cannot capture it: {reason}"
+            if "Constraints violated" in reason:
+                reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
+            raise recorder.unsupported(model if module is None else module, reason) from error
+        layers = tuple(recorder.layers)
+        if not structure_only:
+            check_own_positions(model, recorder, positions)
+        held = held_states(model, len(layers))
+    layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
+            "interface, so its key/value cache cannot be replaced"
+        )
+    check_precision(model, program, recorder)
+    check_head_dims(layers, model.device)
+    check_masks(recorder)
+    return Capture(program.module(check_guards=False), layers)

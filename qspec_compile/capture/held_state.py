@@ -1,0 +1,46 @@
+"""What transformers' own cache would hold of a model, read off without computing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from quantspec.cache.geometry import HeldState
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | None]:
+    """What the cache that transformers makes for ``model`` holds, read off two lengths of text without computing.
+
+    One for each attention call; layers of that cache that hold nothing are left out, and calls beyond the rest hold
+    nothing. None for all where the model does not run so.
+    """
+    lengths = (2, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+    try:
+        short, long = (_held_elements(model, num_tokens) for num_tokens in lengths)
+    except Exception as error:
+        _LOGGER.debug("what transformers' cache would hold is not known: %s", error)
+        return [None] * num_calls
+    states = [
+        HeldState(few // lengths[0], 0 if many == few // lengths[0] * lengths[1] else many * lengths[0] // few)
+        for few, many in zip(short, long, strict=True)
+        if few
+    ]
+    return [*states, *[HeldState(0, 0)] * (num_calls - len(states))]
+
+
+def _held_elements(model: PreTrainedModel, num_tokens: int) -> list[int]:
+    """Elements of the tensors in each layer of transformers' cache after a text of ``num_tokens``."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)
+    # Scalars are lengths and the like.
+    tensors = [[x for x in vars(layer).values() if isinstance(x, Tensor) and x.dim() > 1] for layer in cache.layers]
+    return [sum(x.numel() for x in held) for held in tensors]

@@ -1,0 +1,257 @@
+"""transformers' registries of attention, masks and experts, pointed at functions that emit markers.
+
+For the length of a capture, and on a copy of the model's config, attention becomes one ``quantspec::attention`` node,
+a mask becomes a :class:`MaskSpec` that says what it would have been, and expert layers become two
+``quantspec::expert_linear`` nodes around the model's own activation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantspec.cache.geometry import HeldState
+from quantspec.errors import UnsupportedModelError
+from quantspec.kernels import attention, expert_linear
+
+IMPLEMENTATION = "quantspec_capture"
+_CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
+_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+
+# Keyword arguments that models pass to the attention interface and that do not change what it computes here.
+_NEUTRAL_ATTENTION_KWARGS = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
+        "layer_idx",
+        "deterministic",
+        "return_dict",
+        "training",
+    }
+)
+
+
+class MaskReadError(Exception):
+    """A model used its attention mask as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__("it reads its attention mask itself; only transformers' attention interface may")
+
+
+class StateError(Exception):
+    """A model keeps state that is not keys and values."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__(f"{function} mixes tokens, and its state is not in the key/value cache")
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What a mask tensor would have said: causal, within ``window`` tokens (0: all). Using it as a tensor fails."""
+
+    window: int = 0
+    mask_function: Callable | None = None
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise MaskReadError
+
+    def __getitem__(self, index: object) -> object:
+        raise MaskReadError
+
+    @classmethod
+    def __torch_function__(cls, *args: object) -> object:
+        raise MaskReadError
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One attention call of the graph, in forward order.
+
+    Attributes:
+        module: dotted name of the attention module in the model.
+        query_heads, kv_heads: query heads (H) and key/value heads (K).
+        key_dim, value_dim: channels of a query or key head, and of a value head.
+        window: sliding window in tokens including the current one; 0 for none.
+        softcap: bound of the soft-capped scores; 0 for none.
+        has_sinks: whether a learned logit per query head joins the softmax.
+        held: what transformers' own cache holds for it; None where that is not known.
+    """
+
+    module: str
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
+    softcap: float
+    has_sinks: bool
+    held: HeldState | None = None
+
+
+class Recorder:
+    """Collects the attention calls of one capture; the registered functions find it through ``active``."""
+
+    active: Recorder | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module_names = {module: name for name, module in model.named_modules()}
+        self.layers: list[CapturedLayer] = []
+        self.masks: dict[MaskSpec, nn.Module] = {}
+
+    def unsupported(self, module: nn.Module, reason: str) -> UnsupportedModelError:
+        """The error that names ``module``."""
+        name = self.module_names.get(module)
+        where = f"module '{name}' ({type(module).__name__})" if name else type(module).__name__
+        return UnsupportedModelError(f"cannot convert {where}: {reason}")
+
+    def module_of(self, error: BaseException) -> nn.Module | None:
+        """The innermost module of the model whose forward raised ``error``, or None."""
+        found = None
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self.module_names:
+                found = owner
+        return found
+
+
+def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
+    assert Recorder.active is not None
+    return Recorder.active.unsupported(module, reason)
+
+
+def _marker_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskSpec | Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function of a capture: emits one marker and records its layer."""
+    recorder = Recorder.active
+    if recorder is None:
+        raise RuntimeError(f"'{IMPLEMENTATION}' is an attention implementation for quantspec's capture only")
+    if isinstance(attention_mask, Tensor):
+        raise _unsupported(module, "it builds its own attention mask or position bias instead of using the interface")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise _unsupported(module, "its attention is not causal")
+    if key.shape[2] != query.shape[2]:
+        raise _unsupported(module, "its keys are not those of the same tokens as its queries (cross-attention)")
+    for name, argument in kwargs.items():
+        if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
+            raise _unsupported(module, f"the attention argument '{name}' is not supported")
+    # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
+    window = attention_mask.window if attention_mask is not None else sliding_window or 0
+    if attention_mask is not None:
+        recorder.masks.setdefault(attention_mask, module)
+    layer = len(recorder.layers)
+    recorder.layers.append(
+        CapturedLayer(
+            module=recorder.module_names.get(module, ""),
+            query_heads=query.shape[1],
+            kv_heads=key.shape[1],
+            key_dim=query.shape[3],
+            value_dim=value.shape[3],
+            window=window,
+            softcap=float(softcap or 0.0),
+            has_sinks=s_aux is not None,
+        )
+    )
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return attention(query, key, value, layer, scale, window, float(softcap or 0.0), s_aux), None
+
+
+def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> MaskSpec:
+    """The mask function of a capture: keeps the mask's rule instead of building the tensor."""
+    return MaskSpec(window=local_size or 0, mask_function=mask_function)
+
+
+def _marker_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function of a capture: transformers' own batched form with the two linears as marker ops."""
+    top_k = top_k_index.shape[-1]
+    ids = top_k_index.reshape(-1)
+    rows = hidden_states.repeat_interleave(top_k, dim=0)
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    up_bias = getattr(self, f"{name}_bias") if self.has_bias else None
+    down_bias = self.down_proj_bias if self.has_bias else None
+    hidden = expert_linear(rows, ids, getattr(self, name), up_bias, self.is_transposed)
+    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    out = expert_linear(hidden, ids, self.down_proj, down_bias, self.is_transposed)
+    out = out * top_k_weights.reshape(-1, 1)
+    return out.view(-1, top_k, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+class RefuseConvolutions(TorchFunctionMode):
+    """Refuses convolutions over neighbouring tokens and recurrent layers as the text's forward reaches them.
+
+    What is not called (the vision tower of a multimodal model) may convolve.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if function in _RECURRENT:
+            raise StateError(function.__name__)
+        if function in _CONVOLUTIONS:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            if any(size > 1 for size in weight.shape[2:]):
+                raise StateError(function.__name__)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def capture_interfaces(model: PreTrainedModel) -> Iterator[Recorder]:
+    """Point the model at this file's functions, in eval mode, and put everything back on exit."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _marker_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask_spec)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _marker_experts)
+    # Configs are easily shared between models, so each module gets a copy for the length of the capture. One memo for
+    # all keeps what modules share, such as the text's config that is also part of the whole model's.
+    memo: dict[int, Any] = {}
+    originals = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            originals.append((module, config))
+            module.config = copy.deepcopy(config, memo)  # type: ignore[assignment]
+    for duplicate in [value for value in memo.values() if isinstance(value, PreTrainedConfig)]:
+        duplicate._attn_implementation_internal = IMPLEMENTATION
+        duplicate._experts_implementation_internal = IMPLEMENTATION
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    Recorder.active = recorder = Recorder(model)
+    try:
+        yield recorder
+    finally:
+        Recorder.active = None
+        for module, config in originals:
+            module.config = config
+        for module in training:
+            module.training = True
