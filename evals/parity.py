@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -511,9 +510,3 @@ def _measure_generation(report: ParityReport, qs: QuantSpecModel, prompts: Tenso
     )
     if tokens.keys() >= set(pairs[-1]):
         _judge_speculation(report, "continuations", report.generation[-1].exact_match_rate)
-
-
-if __name__ == "__main__":
-    from quantspec.cli import main
-
-    sys.exit(main(["parity", *sys.argv[1:]]))
