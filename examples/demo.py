@@ -22,7 +22,7 @@ import quantspec  # noqa: E402
 from quantspec.evals import load_smollm2  # noqa: E402
 from quantspec.passes import cpu_lacks_half_matmul  # noqa: E402
 
-DOCUMENT = Path(__file__).parent.parent / "LICENSE"
+DOCUMENT = Path(__file__).parent / "document.txt"
 # One of the instructions that the model was trained with.
 INSTRUCTION = (
     "Provide a concise, objective summary of the input text in up to three sentences, focusing on key actions and "
