@@ -25,6 +25,8 @@ _SHAPE_READERS = (
     aten.new_full,
     aten.new_empty,
 )
+# Of equal values along an axis they make what follows its size or an index into it.
+_COUNTING = (aten.cumsum, aten.cumprod, aten.sum, aten.softmax, aten._softmax, aten.sort, aten.argsort, aten.nonzero)
 _INDEXING_LISTS = (aten.index, aten.index_put)
 _INDEXING_AXES = (
     aten.gather,
@@ -82,12 +84,12 @@ def value_from_sizes(graph_module: fx.GraphModule) -> tuple[fx.Node, fx.Node] | 
         elif node.op == "call_function" and node.target is aten.sym_size.int:
             constant.add(node)
             begun[node] = node
-        elif node.op == "call_function" and all(source in constant for source in node.all_input_nodes):
+        elif node.op == "call_function" and all(source in constant for source, _ in _values_read(node)):
             constant.add(node)
-            sources = [source for source, _ in _values_read(node) if source in begun]
+            sources = [source for source, _ in _values_read(node) if source in begun or _counts(node, source)]
             if sources and not _is_slice_of_equals(graph_module, node, begun):
                 tensors = [source for source in sources if isinstance(source.meta.get("val"), Tensor)]
-                begun[node] = begun[tensors[0]] if tensors else node
+                begun[node] = begun.get(tensors[0], node) if tensors else node
         elif node.op == "call_function" and node in needed:
             for source, kind in _values_read(node):
                 if source in begun and ("Tensor" in kind or "number" in kind) and not _names_tokens(node, source):
@@ -119,6 +121,13 @@ def _values_read(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
             found: list[fx.Node] = []
             fx.node.map_arg(given.get(argument.name), found.append)
             yield from ((source, kind) for source in found)
+
+
+def _counts(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node`` adds up or orders ``source``, which has an axis of variable size."""
+    value = source.meta.get("val")
+    counting = getattr(node.target, "overloadpacket", None) in _COUNTING
+    return counting and isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
 
 
 def _names_tokens(node: fx.Node, source: fx.Node) -> bool:
