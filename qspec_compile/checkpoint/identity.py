@@ -85,10 +85,10 @@ def check_can_be_loaded(pair: Pair, logits: Tensor) -> None:
         raise
     except Exception as error:
         raise SavedModelError(f"{name} made anew from its config and weights does not run: {error}") from error
-    error, allowed = distance(theirs.cpu(), logits), EXACT_TOLERANCE[model.dtype]
-    if not error <= allowed:
+    off, allowed = distance(theirs.cpu(), logits), EXACT_TOLERANCE[model.dtype]
+    if not off <= allowed:
         raise SavedModelError(
-            f"{name} made anew from its config and weights computes other logits (by {error:.3g}, allowed "
+            f"{name} made anew from its config and weights computes other logits (by {off:.3g}, allowed "
             f"{allowed:.3g}): hooks, a patched forward and replaced modules are not saved. Make them a class of their "
             "own and register it with AutoModelForCausalLM, or remove them, and convert the model again"
         )

@@ -36,7 +36,7 @@ class FrozenModel:
         self._remember()
 
     def check(self) -> None:
-        """Compare, in a fraction of a millisecond where nothing has changed.
+        """Compare, in about a millisecond for 32 layers where nothing has changed.
 
         Raises:
             ValueError: naming the first part that was replaced, added or removed.
@@ -60,7 +60,7 @@ class FrozenModel:
         self._seen = self._addresses()
 
     def _addresses(self) -> list[int]:
-        classes = list(map(type, self._modules))
+        classes: list[type[nn.Module]] = list(map(type, self._modules))
         forwards = (kind.forward for kind in set(classes))
         return [*map(id, chain(classes, *map(dict.values, self._dicts))), *sorted(map(id, forwards))]
 
@@ -89,7 +89,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _forward(module: nn.Module) -> Any:
     """What runs as a module's forward; torch.compile around it changes nothing."""
-    forward = module.forward
+    forward: Any = module.forward
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     return forward.__func__ if getattr(forward, "__self__", None) is module else forward
 
