@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -207,12 +206,3 @@ def test_parity_needs_lm_eval_for_tasks_before_it_loads_a_model(run, monkeypatch
         monkeypatch.setitem(sys.modules, "lm_eval", None)
     expected = "./no-such-model" if installed else "pip install 'quantspec[eval]'"
     assert_error(run("parity", "./no-such-model", "--tasks", "reference_choice"), expected)
-
-
-def test_the_module_runs_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["parity", "./nope"])
-    monkeypatch.delitem(sys.modules, "quantspec.evals.parity")
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("quantspec.evals.parity", run_name="__main__")
-    assert stop.value.code == 2
-    assert "there is no folder or file './nope'" in capsys.readouterr().err
