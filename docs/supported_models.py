@@ -74,7 +74,8 @@ def converted_row(architecture: str) -> str:
     qs = quantspec.convert(tiny_model(architecture), kv_group_size=GROUP, weight_group_size=32)
     prefill, decoding = differences(qs)
     layers = qs.layers
-    experts = {p.shape[0] for p in qs.model.parameters() if p.dim() == 3}
+    names = {report.name for report in qs.linears}
+    experts = {p.shape[0] for name, p in qs.model.named_parameters() if p.dim() == 3 and name in names}
     notes = {report.note for report in qs.linears if report.group_size is None}
     cells = [
         f"`{architecture}`",
