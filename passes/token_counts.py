@@ -134,9 +134,9 @@ def _names_tokens(node: fx.Node, source: fx.Node) -> bool:
     """Whether ``node`` reads ``source`` as an index into an axis of variable size alone."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _INDEXING_LISTS:
-        axes = [axis for axis, index in enumerate(node.args[1]) if index is source]  # type: ignore[arg-type, var-annotated]
+        axes = [axis for axis, index in enumerate(node.args[1]) if index is source]  # type: ignore[arg-type]
     elif packet in _INDEXING_AXES and node.args[2] is source:
-        axes = [node.args[1]]
+        axes = [node.args[1]]  # type: ignore[list-item]
     else:
         return False
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]

@@ -142,7 +142,7 @@ def _mask_problem(spec: MaskSpec) -> str | None:
 def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> None:
     """Refuse a model that, left to itself, counts positions otherwise than ``positions (B, T)``, 0, 1, 2, ..."""
     ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    ids = (ids % model.get_input_embeddings().weight.shape[0]).to(positions.device)  # type: ignore[operator, union-attr]
+    ids = (ids % model.get_input_embeddings().weight.shape[0]).to(positions.device)  # type: ignore[index]
 
     def outputs(**position_ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
         made: list[tuple[nn.Module, Tensor]] = []

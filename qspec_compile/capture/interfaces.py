@@ -252,6 +252,6 @@ def capture_interfaces(model: PreTrainedModel) -> Iterator[Recorder]:
     finally:
         Recorder.active = None
         for module, config in originals:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
         for module in training:
             module.training = True

@@ -88,6 +88,6 @@ def generate(
             kwargs,
         )
         # Not the instance's attribute, which may be this pair's.
-        return type(model).generate(  # type: ignore[operator]
+        return type(model).generate(  # type: ignore[attr-defined]
             model, input_ids, generation_config=generation_config, custom_generate=method, **arguments.hugging_face
         )

@@ -116,7 +116,7 @@ def weight_passes(
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> fx.GraphModule:
     """Run ``passes``, each once, in their order, which :data:`ORDER` must have too; returns the rewritten module."""
-    manager = PassManager(passes=list(passes), constraints=[_in_order])
+    manager = PassManager(passes=list(passes), constraints=[_in_order])  # type: ignore[list-item]
     manager.validate_constraints()
     try:
         return manager(graph_module).graph_module
