@@ -78,13 +78,13 @@ class CheckTokenMixing(PassBase):
         self.max_len = max_len
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self._run(graph_module)
         condition = frozen_condition(graph_module.graph, self.max_len)
         if condition is not None:
             raise TokenMixingError(
                 f"the model branches on the number of tokens: only texts with {condition} are computed as the graph "
                 "was captured; a max_cache_len that keeps to it can be converted"
             )
-        self._run(graph_module)
         found = value_from_sizes(graph_module)
         if found is not None:
             raise TokenMixingError(

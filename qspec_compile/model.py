@@ -205,6 +205,10 @@ class QuantSpecModel:
         model.hf_device_map = {"": self.device}  # type: ignore[assignment]
         return model
 
+    def __copy__(self) -> QuantSpecModel:
+        # It takes turns of its own, on a cache of its own.
+        return QuantSpecModel(self.pair)
+
     def __repr__(self) -> str:
         return f"QuantSpecModel({self.pair.describe()}"
 

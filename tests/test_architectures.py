@@ -42,6 +42,10 @@ def random_ids(batch: int, tokens: int, seed: int) -> Tensor:
     return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+# Prefixes of parameters that a text does not reach.
+_OF_OTHER_SENSES = ("model.vision_tower", "model.multi_modal_projector", "model.embed_vision")
+
+
 def own_tensors(*modules: nn.Module) -> dict[int, Tensor]:
     """Parameters and buffers by address."""
     return {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
@@ -81,7 +85,8 @@ def test_target_holds_the_models_own_tensors(qs):
         assert {t.data_ptr() for t in graph.parameters()} <= own.keys()
     # Nothing of the model was left out either: every matrix takes part.
     used = own_tensors(qs.target)
-    assert all(p.data_ptr() in used for p in qs.model.parameters() if p.dim() > 1)
+    text = (p for name, p in qs.model.named_parameters() if not name.startswith(_OF_OTHER_SENSES))
+    assert all(p.data_ptr() in used for p in text if p.dim() > 1)
 
 
 def test_draft_adds_int4_buffers_only(qs):
@@ -115,7 +120,10 @@ def test_memory_beyond_the_model_is_int4_weights_and_cache(qs):
             # The CPU's kernel wants rows in sixteens.
             padding += row * (-report.out_features % 16)
     assert expected <= qs.weight_bytes()["draft_int4"] <= expected + padding
-    assert qs.weight_bytes() == {"target": model_bytes, "draft_int4": added}
+    # A graph may hold scalars that the model's code made.
+    scalars = sum(t.nbytes for t in own_tensors(qs.target, qs.prefill).values() if t.dim() == 0)
+    assert abs(qs.weight_bytes()["target"] - model_bytes) <= scalars
+    assert sum(qs.weight_bytes().values()) == model_bytes + added
 
     batch, draft_tokens, tokens = 3, 4, 5 * GROUP + 1
     cache = qs.pair.new_cache(batch, draft_tokens)

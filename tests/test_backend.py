@@ -1,5 +1,6 @@
 """The dynamo backend."""
 
+import dataclasses
 import gc
 import re
 import warnings
@@ -9,11 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_models import tiny_model
-from torch.fx.passes.infra.pass_base import PassResult
 
+from quantspec import backend
 from quantspec.kernels.int4_linear import dequantize_int4
-from quantspec.passes import int4_weights, prepack_int4
-from quantspec.passes.int4_weights import WeightQuantizer, quantize_int4
+from quantspec.passes.int4_weights import INT4, WeightQuantizer, quantize_int4
 
 
 def test_backend_is_listed() -> None:
@@ -137,7 +137,8 @@ def test_weights_that_change_are_quantized_again(mlps) -> None:
 
 def test_weights_are_quantized_once_per_model(mlps, monkeypatch) -> None:
     quantized = []
-    monkeypatch.setattr(int4_weights, "quantize_int4", lambda *a: quantized.append(a) or quantize_int4(*a))
+    counting = dataclasses.replace(INT4, pack=lambda *a: quantized.append(a) or INT4.pack(*a))
+    monkeypatch.setattr(backend, "INT4", counting)
     compiled = [_compiled(model) for model in mlps]
     with torch.no_grad():
         for function in compiled * 3:
@@ -155,9 +156,7 @@ def test_models_are_freed(mlps, monkeypatch) -> None:
         packed.append(weakref.ref(tensors[0]))
         return tensors
 
-    monkeypatch.setattr(int4_weights, "quantize_int4", note)
-    # The plain layout is what the compiled graph gets.
-    monkeypatch.setattr(prepack_int4.PrepackInt4ForCpu, "call", lambda self, module: PassResult(module, False))
+    monkeypatch.setattr(backend, "INT4", dataclasses.replace(INT4, pack=note, layouts=()))
     with torch.no_grad():
         for model in mlps:
             _compiled(model)(ROWS)

@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 
 import quantspec
-from quantspec.passes import Role
+from quantspec.passes import Role, cache_parts
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_compiled_code_copies_no_cache(pair, role: Role) -> None:
         *inputs,
         cache.quantized_len,
         cache.length,
-        *cache.inputs(role),
+        *cache.inputs(cache_parts(role)),
     )
     assert logits.shape == (1, 1, 96)
     assert "quantspec.cached_attention" in code[0]

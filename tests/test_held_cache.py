@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from quantspec import QuantSpecConfig, UnsupportedModelError
+from quantspec import QuantSpecConfig
 from quantspec.capture import capture, converting
 from quantspec.memory import full_precision_bytes
 from quantspec.pair.preview import structure_of
@@ -59,14 +59,6 @@ def test_a_model_without_a_known_cache_counts_keys_and_values():
         layers = capture(model).layers
     unknown = [dataclasses.replace(layer, held=None) for layer in layers]
     assert full_precision_bytes(unknown, TOKENS) == full_precision_bytes(layers, TOKENS)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_quantized_checkpoint_has_no_structure(nested):
-    config = tiny_model("gemma3").config
-    (config.text_config if nested else config).quantization_config = {"quant_method": "awq"}
-    with pytest.raises(UnsupportedModelError, match=r"quantized already \(quantization_config, awq\)"):
-        structure_of(config, QuantSpecConfig())
 
 
 def test_inspect_tells_where_the_cache_is_larger_than_transformers_own(run, tmp_path):

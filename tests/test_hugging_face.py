@@ -26,7 +26,7 @@ def pipe(qs, tokenizer):
 
 def test_pipeline_generates_with_the_pair(qs, tokenizer, pipe):
     expected = pipeline("text-generation", model=qs.model, device=qs.device, tokenizer=tokenizer)(TEXT, **GREEDY)
-    qs.last_stats = None
+    qs.session.last_stats = None
     assert pipe(TEXT, **GREEDY) == expected
     assert qs.last_stats.drafted > 0
 
@@ -35,7 +35,7 @@ def test_pipeline_with_custom_generate(qs, tokenizer, pipe):
     other = pipeline(
         "text-generation", model=qs.model, device=qs.device, tokenizer=tokenizer, custom_generate=qs.decode
     )
-    qs.last_stats = None
+    qs.session.last_stats = None
     assert other(TEXT, **GREEDY) == pipe(TEXT, **GREEDY)
     assert qs.last_stats.drafted > 0
 

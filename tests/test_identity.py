@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import quantspec
-from quantspec import QuantSpecModel, SavedModelError, UnsupportedModelError, saving
+from quantspec import QuantSpecModel, SavedModelError, UnsupportedModelError
 from quantspec.capture import capture, check_model
+from quantspec.checkpoint import saving
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description, fingerprints
 from quantspec.cli import convert as convert_command
 
@@ -104,12 +105,12 @@ def test_a_change_after_conversion_is_refused(pair, name):
     """By every use of the pair, by the name of what changed."""
     expected, change = CHANGES[name]
     changed = copy.deepcopy(pair)
-    changed.check_unmoved()
+    changed.pair.check_unmoved()
     change(changed.model)
     message = f"^{re.escape(expected)}.* of the model was replaced after conversion; convert it again$"
     with pytest.raises(ValueError, match=message):
         changed.generate(PROMPT, max_new_tokens=2)
-    pair.check_unmoved()
+    pair.pair.check_unmoved()
 
 
 def test_a_class_patched_after_conversion_is_refused(pair):
@@ -117,8 +118,8 @@ def test_a_class_patched_after_conversion_is_refused(pair):
         mock.patch.object(LlamaMLP, "forward", lambda self, x: x),
         pytest.raises(ValueError, match=r"the forward of module 'model\.layers\.0\.mlp' of the model was replaced"),
     ):
-        pair.check_unmoved()
-    pair.check_unmoved()
+        pair.pair.check_unmoved()
+    pair.pair.check_unmoved()
 
 
 def test_what_a_graph_does_not_hold_may_change(pair):
@@ -134,7 +135,7 @@ def test_what_a_graph_does_not_hold_may_change(pair):
     model.forward = torch.compile(model.forward)
     model.to("cpu").float().requires_grad_(False)
     model.load_state_dict({name: tensor * 2 for name, tensor in model.state_dict().items()})
-    changed.check_unmoved()
+    changed.pair.check_unmoved()
     del model.forward, model.generate
     calls = model.calls
     model.eval()(PROMPT)
@@ -364,7 +365,7 @@ def test_a_failed_save_leaves_no_folder(plain, tmp_path, monkeypatch, error):
 
 @pytest.mark.parametrize("error", [ValueError("cannot convert"), KeyboardInterrupt()], ids=repr)
 def test_a_failed_convert_command_leaves_no_folder(run, saved_model, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(convert_command, "load_pair", mock.Mock(side_effect=error))
+    monkeypatch.setattr(convert_command, "find_pair", mock.Mock(side_effect=error))
     status, _, _ = run("convert", saved_model, tmp_path / "a" / "b")
     assert status != 0
     assert list(tmp_path.iterdir()) == []

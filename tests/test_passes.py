@@ -208,7 +208,7 @@ def lowered_inputs(role: Role, tokens: int) -> tuple[list[Tensor], HierarchicalC
     cache.reserve(3 * GROUP)
     state = [cache.quantized_len, cache.length]
     state += [torch.full((2,), tokens)] if role is Role.PREFILL else []
-    return [*state, *cache.inputs(role)], cache
+    return [*state, *cache.inputs(cache_parts(role))], cache
 
 
 @pytest.mark.parametrize("role", Role)

@@ -40,7 +40,7 @@ def stats_of(*cycles: tuple[int, list[int]], num_speculative_tokens: int = 4) ->
 
 def test_times_of_a_cycle(generated):
     times = cycle_times(generated)
-    assert (times.num_drafts, times.context) == (3, int(generated._cache.length[0]))
+    assert (times.num_drafts, times.context) == (3, int(generated.session.cache.length[0]))
     assert times.draft > 0
     assert times.verify > 0
     assert times.rest >= 0
@@ -50,7 +50,7 @@ def test_times_of_a_cycle(generated):
 
 def test_timing_leaves_the_text_as_it_is(qs, generated):
     """Lengths, planes and verified tokens stay, and the conversation goes on as it would have."""
-    cache = generated._cache
+    cache = generated.session.cache
     lengths = (cache.length.clone(), cache.quantized_len.clone())
     verified = int(cache.length[0] - cache.quantized_len[0])
     held = [part[:, :, :verified].clone() for layer in cache.layers for part in (layer.k_recent, layer.v_recent)]
@@ -73,12 +73,12 @@ def test_times_of_graphed_cycles():
     model = tiny_model("llama", torch.bfloat16).to("cuda")
     converted = quantspec.convert(model, kv_group_size=GROUP, self_check=False)
     converted.generate(PROMPT.cuda(), max_new_tokens=24, eos_token_id=None, do_sample=False)
-    length = converted._cache.length.clone()
+    length = converted.session.cache.length.clone()
     times = cycle_times(converted)
     assert times.num_drafts == 4
     assert times.draft > 0
     assert times.verify > 0
-    assert torch.equal(converted._cache.length, length)
+    assert torch.equal(converted.session.cache.length, length)
 
 
 def test_times_of_nothing(generated):
@@ -192,7 +192,7 @@ def test_plot_after_plain_decoding(qs):
 
 def test_bad_paths(generated, tmp_path, monkeypatch):
     """Refused before a cycle is timed."""
-    monkeypatch.setattr(pictures, "cycle_times", lambda qs: pytest.fail("a cycle was timed"))
+    monkeypatch.setattr(pictures, "time_cycle", lambda session: pytest.fail("a cycle was timed"))
     with pytest.raises(ValueError, match=r"a.xyz': its name must end in one of .*png"):
         generated.plot(tmp_path / "a.xyz")
     with pytest.raises(ValueError, match="there is no folder"):

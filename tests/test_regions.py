@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import quantspec
 from quantspec.pair.compile_by_layer import _signature, compile_graph, region_graph, split_regions
-from quantspec.passes import Role
+from quantspec.passes import Role, cache_parts
 from quantspec.passes.graph import get_tensor
 
 LAYERS = {
@@ -43,7 +43,7 @@ def test_regions_compute_the_graph_and_equal_layers_are_one(name: str, role: Rol
     cache.reserve(64)
     ids = torch.tensor([[5, 7, 11]])
     rows = torch.arange(3)[None]
-    inputs = (ids, rows, rows, cache.quantized_len, cache.length, *cache.inputs(role))
+    inputs = (ids, rows, rows, cache.quantized_len, cache.length, *cache.inputs(cache_parts(role)))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = dict(zip(placeholders, inputs, strict=True))
     for region in regions:
@@ -84,7 +84,7 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself() -> None:
         cache = qs.pair.new_cache(batch, 1)
         cache.reserve(300)
         zeros = torch.zeros(batch, 1, dtype=torch.long)
-        forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(Role.DRAFT))
+        forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(cache_parts(Role.DRAFT)))
         return counters["stats"]["unique_graphs"]
 
     with torch._dynamo.config.patch(recompile_limit=1):

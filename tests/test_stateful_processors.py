@@ -239,7 +239,7 @@ class Shift(LogitsProcessor):
 def test_sampled_tokens_follow_the_processed_target(small_qs, monkeypatch, gamma):
     """All transitions of many short texts, those of odd and of even calls apart."""
     table = Table()
-    monkeypatch.setattr(small_qs, "forward", table.forward, raising=True)
+    monkeypatch.setattr(small_qs.pair, "forward", table.forward, raising=True)
     transitions: list[list[Tensor]] = [[], []]
     for seed in range(60):
         ids = torch.randint(3, VOCAB, (4, 4), generator=seeded(seed))

@@ -8,7 +8,7 @@ from test_passes import _CheckValues, _Linears, apply, count, decoder, exported,
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from quantspec.pair import run_passes
+from quantspec.pair.recipes import run_passes
 from quantspec.passes import (
     FuseSharedInputLinears,
     Part,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tiny_models import _GPT2, _MOE, tiny_model
+from tiny_models import _MOE, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel, T5Config
 
@@ -130,8 +130,6 @@ _HYBRID = {"num_hidden_layers": 2, "mamba_d_state": 8, "mamba_expand": 1, "mamba
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention outside transformers' interface.
-    "gptj": _architecture("gptj", _MASK, "transformer.h.0.attn", rotary_dim=8, **_GPT2),
-    "codegen": _architecture("codegen", _MASK, "transformer.h.0.attn", rotary_dim=8, **_GPT2),
     "gpt_neo": _architecture(
         "gpt_neo", _MASK, "transformer.h.0.attn", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     ),

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from quantspec import QuantSpecModel
 
+from ._streaming import AnswerStreamer
 from .generate import apply_chat_template
 
 
@@ -56,7 +57,7 @@ class Conversation:
                 # What the cache holds before the first answer is a warm-up's.
                 continue_cache=self.has_turns,
                 stopping_criteria=StoppingCriteriaList([interrupt]),
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=AnswerStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         new_tokens = output[0, inputs.input_ids.shape[1] :]
         answer = self.tokenizer.decode(new_tokens, skip_special_tokens=True)

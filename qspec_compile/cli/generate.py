@@ -141,9 +141,9 @@ def _generate(
     qs: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], stream: bool
 ) -> list[int]:
     """Token ids after the prompt; printed as they come if ``stream``."""
-    from transformers import TextStreamer
+    from ._streaming import AnswerStreamer
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = qs.generate(**arguments, streamer=streamer)
     return output[0, arguments["input_ids"].shape[1] :].tolist()
 
