@@ -134,7 +134,7 @@ def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
     started = {name: value for name, value in arguments.items() if name != "stop_strings"}
     with working("compiling (once)"):
         qs.generate(**started, eos_token_id=None, stopping_criteria=StoppingCriteriaList([few]))
-    qs.last_stats = None
+    qs.session.last_stats = None
 
 
 def _generate(
