@@ -129,8 +129,11 @@ def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
         return
     from transformers import MaxLengthCriteria, StoppingCriteriaList
 
+    class FirstFew(MaxLengthCriteria):
+        """Ends the text early; of another type than the call's limit, it leaves the room that is made as it is."""
+
     new_tokens = min(_WARM_UP_TOKENS, arguments["max_new_tokens"])
-    few = MaxLengthCriteria(arguments["input_ids"].shape[1] + new_tokens)
+    few = FirstFew(arguments["input_ids"].shape[1] + new_tokens)
     started = {name: value for name, value in arguments.items() if name != "stop_strings"}
     with working("compiling (once)"):
         qs.generate(**started, eos_token_id=None, stopping_criteria=StoppingCriteriaList([few]))
