@@ -58,9 +58,9 @@ class FrozenModel:
         for name, part in self._parts.items():
             if name not in now or not _same(part, now[name]):
                 raise _changed(name)
-        for name in now.keys() - self._parts.keys():
+        for name in now:
             # What running changes is not in the parts, and a module may be given attributes that it does not read.
-            if name.startswith(("weight", "buffer", "module")):
+            if name not in self._parts and name.startswith(("weight", "buffer", "module")):
                 raise _changed(name)
         self._remember()
 
