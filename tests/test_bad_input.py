@@ -203,6 +203,23 @@ def test_a_cache_longer_than_the_learned_positions_is_refused(architecture):
     assert converted.generate(ids, max_new_tokens=7, eos_token_id=None).shape == (1, 512)
 
 
+def test_a_table_that_is_indexed_by_positions_bounds_the_cache():
+    """Whisper's decoder reads ``table[position_ids]``, and names its limit otherwise than other configs do."""
+    model = tiny_model(
+        "whisper",
+        d_model=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        max_target_positions=64,
+        decoder_start_token_id=1,
+    )
+    converted = quantspec.convert(model, kv_group_size=GROUP)
+    assert converted.config.max_cache_len == 64
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": MASK}
+    assert torch.equal(converted.generate(IDS, **options), model.generate(IDS, **options))
+
+
 def test_without_learned_positions_a_cache_may_be_longer_than_the_models_context():
     assert quantspec.convert(tiny_model("llama"), max_cache_len=2000, self_check=False).config.max_cache_len == 2000
 

@@ -388,3 +388,35 @@ def test_a_full_conversation_names_reset(monkeypatch, capsys, has_turns):
     assert "600 tokens are more than max_cache_len=512" in err
     assert ("/reset forgets the conversation" in err) == has_turns
     assert ("a shorter message" in err) == (not has_turns)
+
+
+# --- What else the checkpoint says -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"num_beams": 4}, "generation mode 'beam_search' is not supported"),
+        ({"num_beams": 2, "do_sample": True}, "set num_beams=1"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "generation option penalty_alpha is not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "generation option prompt_lookup_num_tokens is not supported"),
+        ({"cache_implementation": "static"}, "generation option cache_implementation is not supported"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_generation_config_that_is_not_obeyed(run, folder, pair, tmp_path, tokenizer, command, options, part):
+    """Of a checkpoint and of a saved pair, whose file may be edited by hand."""
+    for source in (folder, pair):
+        changed = shutil.copytree(source, tmp_path / source.name)
+        (changed / "generation_config.json").write_text(json.dumps(options), encoding="utf-8")
+        (changed / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+        assert_error(call(run, command, changed, tmp_path), part)
+
+
+def test_a_tokenizer_that_cannot_be_saved(run, folder, tmp_path, monkeypatch):
+    def full(self, directory, **_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    assert_error(run("convert", folder, tmp_path / "out"), "No space left on device")
+    assert not (tmp_path / "out").exists()

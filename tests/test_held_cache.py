@@ -71,3 +71,12 @@ def test_inspect_tells_where_the_cache_is_larger_than_transformers_own(run, tmp_
     assert times > 1
     assert f"{times:.1f} times what transformers' own does" in " ".join(out.split())
     assert "transformers' own" not in run("inspect", tmp_path / "plain")[1]
+
+
+def test_a_model_that_reads_how_many_tokens_an_expert_gets():
+    model = tiny_model("jetmoe", kv_channels=16, num_local_experts=4, num_experts_per_tok=2)
+    with converting():
+        layers = capture(model).layers
+    assert full_precision_bytes(layers, TOKENS, 2, torch.float32) == held_by_transformers(model)
+    structure = structure_of(model.config, QuantSpecConfig())
+    assert [layer.held for layer in structure.layers] == [layer.held for layer in layers]

@@ -96,6 +96,12 @@ CHANGES: dict[str, tuple[str, Callable]] = {
         "attribute 'model.layers.0.self_attn.scaling'",
         lambda m: setattr(_layer(m).self_attn, "scaling", 1.0),
     ),
+    "option": ("option 'rms_norm_eps' in the config", lambda m: setattr(m.config, "rms_norm_eps", 0.5)),
+    "option in place": (
+        "option 'rope_parameters' in the config",
+        lambda m: m.config.rope_parameters.update(rope_theta=5.0),
+    ),
+    "option removed": ("option 'attention_bias' in the config", lambda m: delattr(m.config, "attention_bias")),
     "prepared": ("the forward of Counting", lambda m: Accelerator(cpu=True, mixed_precision="bf16").prepare(m)),
 }
 
@@ -123,13 +129,18 @@ def test_a_class_patched_after_conversion_is_refused(pair):
 
 
 def test_what_a_graph_does_not_hold_may_change(pair):
-    """Modes, configs of generation, a generate of one's own, a compiled forward, weights in place, counted calls."""
+    """Modes, configs of generation, a generate of one's own, a compiled forward, weights in place, counted calls.
+
+    Checkpointing, too, with its hook on the embeddings.
+    """
     changed = copy.deepcopy(pair)
     model = changed.model
     model.train()
     model.generation_config = copy.deepcopy(model.generation_config)
     model.config.pad_token_id = 5
     model.config.use_cache = False
+    model.config.architectures = ["Another"]
+    model.gradient_checkpointing_enable()
     model.generate = print
     model.anything = print
     model.forward = torch.compile(model.forward)

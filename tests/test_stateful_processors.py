@@ -260,3 +260,14 @@ def test_sampled_tokens_follow_the_processed_target(small_qs, monkeypatch, gamma
     for odd, pairs in enumerate(transitions):
         probs = ((table.target + Shift().bias[odd]) / 1.2).softmax(-1)
         assert transition_pvalue(torch.cat(pairs), probs) > ALPHA
+
+
+def failing(batch_id: int, ids: Tensor) -> list[int]:
+    raise RuntimeError("no such state")
+
+
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_an_error_inside_a_processor_says_how_it_is_called(qs, new_tokens):
+    with pytest.raises(RuntimeError, match="no such state") as caught:
+        qs.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=new_tokens, prefix_allowed_tokens_fn=failing)
+    assert any("once per token, with the text accepted so far" in note for note in caught.value.__notes__)

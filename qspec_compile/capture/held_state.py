@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from quantspec.cache.geometry import HeldState
@@ -37,7 +38,9 @@ def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | 
 
 def _held_elements(model: PreTrainedModel, num_tokens: int) -> list[int]:
     """Elements of the tensors in each layer of transformers' cache after a text of ``num_tokens``."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Some models read how many tokens each expert gets.
+    sizes = ShapeEnv(allow_scalar_outputs=True)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes):
         ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     cache = getattr(output.past_key_values, "self_attention_cache", output.past_key_values)

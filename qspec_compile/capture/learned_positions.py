@@ -13,8 +13,8 @@ from quantspec.passes.graph import find_calls, from_positions, get_tensor
 def learned_positions(graph_module: fx.GraphModule) -> tuple[str, int] | None:
     """The smallest table that is indexed by ``position_ids``, and how many positions from 0 on it has rows for.
 
-    Matches ``embedding(table, index)`` with an index computed from positions and constants alone, such as
-    ``position_ids + 2``.
+    Matches ``embedding(table, index)`` and ``table[index]`` with an index computed from positions and constants alone,
+    such as ``position_ids + 2``.
 
     Args:
         graph_module: of :func:`quantspec.capture.capture`.
@@ -24,10 +24,11 @@ def learned_positions(graph_module: fx.GraphModule) -> tuple[str, int] | None:
     """
     positional = from_positions(graph_module.graph)
     found = []
-    for node in find_calls(graph_module.graph, torch.ops.aten.embedding.default):
+    for node in find_calls(graph_module.graph, torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor):
         table, index = node.args[:2]
-        if node in positional and index in positional:
-            assert isinstance(table, fx.Node)
+        if isinstance(index, list | tuple):
+            index = index[0]
+        if node in positional and index in positional and isinstance(table, fx.Node) and table.op == "get_attr":
             count = _rows_in_order(graph_module, index, get_tensor(graph_module, table).shape[0])
             found.append((str(table.target), count))
     return min(((name, count) for name, count in found if count is not None), key=lambda pair: pair[1], default=None)

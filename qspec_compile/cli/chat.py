@@ -33,7 +33,7 @@ def command(
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()
-    found = find_pair(model, run)
+    found = find_pair(model, run, generation=arguments)
     tokenizer = found.tokenizer
     # A template that refuses these messages is told of before the first one.
     first = [*([{"role": "system", "content": system}] if system is not None else []), _HELLO]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +30,13 @@ def command(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
     check_folder(out)
-    with removed_on_failure(out):
+    with removed_on_failure(out), tempfile.TemporaryDirectory() as tokenizer:
         found = find_pair(model, run, to_save=True)
+        # A tokenizer that cannot be saved says so before the weights are read.
+        found.tokenizer.save_pretrained(tokenizer)
         qs = found.load()
         with working("saving"):
             qs.save_pretrained(out)
-            found.tokenizer.save_pretrained(out)
+            shutil.copytree(tokenizer, out, dirs_exist_ok=True)
     dtype = str(qs.model.dtype).removeprefix("torch.")
     stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)

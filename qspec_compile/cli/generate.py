@@ -48,7 +48,7 @@ def command(
     """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
-    found = find_pair(model, run)
+    found = find_pair(model, run, generation=arguments)
     tokenizer = found.tokenizer
     inputs = encode(tokenizer, text, chat)
     num_tokens = inputs.input_ids.shape[1]

@@ -287,12 +287,18 @@ class FoundPair:
 
 
 def find_pair(
-    model: ModelOptions, run: RunOptions, *, gguf_file: str | None = None, to_save: bool = False
+    model: ModelOptions,
+    run: RunOptions,
+    *,
+    gguf_file: str | None = None,
+    generation: dict[str, Any] | None = None,
+    to_save: bool = False,
 ) -> FoundPair:
     """Check the arguments and load the tokenizer.
 
     Args:
         gguf_file: the weights in MODEL, a folder or a repository of the Hub.
+        generation: arguments of ``generate``; what it would refuse with the checkpoint's own options is refused here.
         to_save: the pair is saved, not run: its dtype does not depend on this machine, and what saving would refuse is
             refused here.
 
@@ -319,7 +325,23 @@ def find_pair(
         limit = known_limit(load_config(source), config)
         if to_save:
             _check_can_be_saved(source)
+    if generation is not None:
+        _check_can_generate(source, generation)
     return FoundPair(source, device, dtype, options, load_tokenizer(source), limit)
+
+
+def _check_can_generate(source: Source, arguments: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    from quantspec.hugging_face.arguments import refuse_options
+
+    with contextlib.suppress(OSError):
+        config = GenerationConfig.from_pretrained(source.name, **source.place)
+        config.update(**arguments)
+        try:
+            refuse_options(config)
+        except ValueError as error:
+            raise CommandError(str(error), f"generation_config.json of '{source.name}' asks for it") from error
 
 
 def _check_can_be_saved(source: Source) -> None:

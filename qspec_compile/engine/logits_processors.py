@@ -150,4 +150,12 @@ class ScoreProcessor:
 
 def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
     """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids."""
-    return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+    try:
+        return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+    except Exception as error:
+        if len(stateless(processors)) < len(processors):
+            error.add_note(
+                "raised by a logits processor; quantspec calls them as Hugging Face does, once per token, with the text "
+                "accepted so far, and never with drafts"
+            )
+        raise

@@ -198,15 +198,41 @@ def _take_stop_strings(options: dict[str, Any], configs: Sequence[GenerationConf
 
 
 def refuse_unsupported(
-    config: GenerationConfig, model_kwargs: dict[str, Any], bare_call: Callable[[], set[str]]
+    config: GenerationConfig, model_kwargs: dict[str, Any], bare_call: Callable[[], dict[str, Any]]
 ) -> None:
     """Refuse by name what this loop does not do, also options and arguments that it has never heard of.
 
     Args:
         config: as Hugging Face prepared it.
         model_kwargs: the caller's arguments for ``model.forward`` and what Hugging Face added to them.
-        bare_call: names of the model arguments of the same call without any of the caller's own.
+        bare_call: makes the model arguments of the same call without any of the caller's own.
     """
+    refuse_options(config)
+    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    for name, value in given.items():
+        if isinstance(value, Cache) and value.get_seq_length() > 0:
+            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
+    unknown = {name for name, value in given.items() if not isinstance(value, Cache)} - _IGNORED_MODEL_KWARGS
+    if unknown and (unknown := unknown - bare_call().keys()):
+        raise ValueError(
+            f"model argument {', '.join(sorted(unknown))} is not supported by quantspec; only input_ids and "
+            "attention_mask"
+        )
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is not None and not _count_from_0(positions, mask):
+        own = bare_call().get("position_ids")
+        if own is None or own.shape != positions.shape or not torch.equal(own, positions):
+            raise ValueError(f"generate() does not take position_ids: {_UNSUPPORTED_ARGUMENTS['position_ids']}")
+
+
+def _count_from_0(positions: Tensor, mask: Tensor | None) -> bool:
+    """Whether each text's tokens, those that ``mask (B, S)`` shows, have the ``positions (B, S)`` 0, 1, 2, ..."""
+    shown = torch.ones_like(positions) if mask is None else mask
+    return shown.shape == positions.shape and torch.equal(positions * shown, (shown.cumsum(-1) - 1) * shown)
+
+
+def refuse_options(config: GenerationConfig) -> None:
+    """Refuse by name the options that this loop does not obey."""
     names = [
         name
         for name, default in vars(GenerationConfig()).items()
@@ -225,26 +251,16 @@ def refuse_unsupported(
             f"generation mode '{mode.value}' is not supported (num_beams={config.num_beams}); "
             "quantspec does greedy search and sampling: set num_beams=1"
         )
-    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
-    for name, value in given.items():
-        if isinstance(value, Cache) and value.get_seq_length() > 0:
-            raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
-    unknown = {name for name, value in given.items() if not isinstance(value, Cache)} - _IGNORED_MODEL_KWARGS
-    if unknown and (unknown := unknown - bare_call()):
-        raise ValueError(
-            f"model argument {', '.join(sorted(unknown))} is not supported by quantspec; only input_ids and "
-            "attention_mask"
-        )
 
 
 def bare_call_arguments(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
-) -> set[str]:
-    """Names of what Hugging Face hands to a decoding loop for the model when the caller gives it a prompt alone."""
-    names: set[str] = set()
+) -> dict[str, Any]:
+    """What Hugging Face hands to a decoding loop for the model when the caller gives it a prompt alone, by name."""
+    prepared: dict[str, Any] = {}
 
     def note(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
-        names.update(arguments)
+        prepared.update(arguments)
         return input_ids
 
     config = copy.copy(config)
@@ -253,4 +269,4 @@ def bare_call_arguments(
     type(model).generate(
         model, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=note
     )
-    return names
+    return prepared

@@ -1,17 +1,21 @@
-"""What a capture froze of a model (modules, tensors, hooks, forwards), and whether it is still so."""
+"""What a capture froze of a model (modules, tensors, hooks, forwards, options), and whether it is still so."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a module holds in dicts of its own.
 _HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 # They change what training does.
 _OF_TRAINING = frozenset({"training", "gradient_checkpointing"})
+# They say what a forward returns or what goes with the model; names of every config, such as architectures, do too.
+_OF_NO_FORWARD = frozenset({"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"})
 
 
 class FrozenModel:
@@ -23,6 +27,7 @@ class FrozenModel:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parts = dict(_parts(model))
+        self._options = copy.deepcopy(dict(_options(getattr(model, "config", None))))
         self._remember()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,6 +38,8 @@ class FrozenModel:
         """Leave out what has changed since because the model ran, a counter for example."""
         now = dict(_parts(self._model))
         self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
+        options = dict(_options(getattr(self._model, "config", None)))
+        self._options = {name: value for name, value in self._options.items() if value == options.get(name)}
         self._remember()
 
     def check(self) -> None:
@@ -41,15 +48,19 @@ class FrozenModel:
         Raises:
             ValueError: naming the first part that was replaced, added or removed.
         """
+        options = dict(_options(getattr(self._model, "config", None)))
+        for name, option in self._options.items():
+            if name not in options or options[name] != option:
+                raise _changed(f"option '{name}' in the config")
         if self._seen is not None and self._addresses() == self._seen:
             return
         now = dict(_parts(self._model))
         for name, part in self._parts.items():
             if name not in now or not _same(part, now[name]):
                 raise _changed(name)
-        for name in now.keys() - self._parts.keys():
+        for name in now:
             # What running changes is not in the parts, and a module may be given attributes that it does not read.
-            if name.startswith(("weight", "buffer", "module")):
+            if name not in self._parts and name.startswith(("weight", "buffer", "module")):
                 raise _changed(name)
         self._remember()
 
@@ -77,7 +88,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield where, type(module)
         for name, buffer in module._buffers.items():
             yield f"buffer '{prefix}{name}'", buffer
-        yield f"a forward hook of {where}", tuple(module._forward_hooks.values())
+        yield f"a forward hook of {where}", tuple(filter(_changes_values, module._forward_hooks.values()))
         yield f"a forward pre-hook of {where}", tuple(module._forward_pre_hooks.values())
         yield f"the forward of {where}", _forward(module)
         for name, value in vars(module).items():
@@ -85,6 +96,21 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
             function = path and callable(value) and not isinstance(value, nn.Module) and name != "forward"
             if not name.startswith("_") and name not in _OF_TRAINING and (number or function):
                 yield f"attribute '{prefix}{name}'", value
+
+
+def _options(config: Any) -> Iterator[tuple[str, Any]]:
+    """What a forward may read of a config and of those within it, by name; transformers' private entries left out."""
+    known = vars(PreTrainedConfig()).keys() | _OF_NO_FORWARD
+    for name, value in vars(config).items() if isinstance(config, PreTrainedConfig) else ():
+        if isinstance(value, PreTrainedConfig):
+            yield from ((f"{name}.{inner}", option) for inner, option in _options(value))
+        elif not name.startswith("_") and name not in known:
+            yield name, value
+
+
+def _changes_values(hook: Any) -> bool:
+    """Whether a hook is none of transformers' own, which prepare inputs for gradients (checkpointing)."""
+    return getattr(hook, "__module__", None) != PreTrainedModel.__module__
 
 
 def _forward(module: nn.Module) -> Any:
