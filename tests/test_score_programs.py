@@ -1,4 +1,4 @@
-"""transformers' processors as tensor programs: equal to the processors themselves, capturable, and blind to rejections."""
+"""transformers' processors as tensor programs: equal to the processors, capturable, and blind to rejected drafts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from generation_options import Nothing
 from hypothesis import given
 from hypothesis import strategies as st
 from step_by_step import pad_batch, random_prompt
-from test_sampling import small_qs
+from test_cycle import gpu_qs, needs_cuda
+from test_sampling import ALPHA, Table, conditional_pvalue, run_table, small_qs, transition_pvalue
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LogitsProcessorList
@@ -18,12 +20,12 @@ from transformers.generation import logits_process as hf
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.acceptance import GreedyAcceptance, SampledAcceptance
 from quantspec.engine.cycle import Cycle
+from quantspec.engine.cycle_graph import ProposalReplay
 from quantspec.engine.logits_processors import ScoreProgram, apply_processors, compilable, program_key, reads_text
 from quantspec.engine.text import Text
 
-__all__ = ["small_qs"]
+__all__ = ["gpu_qs", "small_qs"]
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 VOCAB, BATCH, WIDTH = 11, 3, 40
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4)
 PROBABILITY = st.floats(0.01, 0.99)
@@ -103,7 +105,7 @@ def test_programs_equal_their_processors(name, data):
     lens = data.draw(st.lists(st.integers(1, 20), min_size=BATCH, max_size=BATCH))
     num_ahead, count = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 4))
     text = Text(BATCH, WIDTH, torch.device("cpu"))
-    program = None
+    program, key = None, None
     for _ in range(2):
         processors = LogitsProcessorList([data.draw(MAKERS[name])])
         ids = texts(data.draw, lens)
@@ -273,9 +275,8 @@ def test_greedy_text_with_an_option_is_hugging_faces(qs, name, batch):
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options |= ITERATIVE[name] | ragged(batch)
     theirs = qs.model.generate(**options)
-    plain = qs.model.generate(
-        **{"eos_token_id": None, **{k: v for k, v in options.items() if k not in ITERATIVE[name]}}
-    )
+    without = {key: value for key, value in options.items() if key == "eos_token_id" or key not in ITERATIVE[name]}
+    plain = qs.model.generate(**without).sequences
     assert name == "renormalize_logits" or not torch.equal(theirs.sequences, plain), "the option did nothing here"
     for gamma in (0, 4):
         ours = qs.generate(num_speculative_tokens=gamma, **options)
@@ -315,6 +316,148 @@ def test_nothing_left_behind_the_end_of_a_text_is_no_error(small_qs):
     assert sorted(text[0].tolist()) == list(range(8))
 
 
+SHAPED = {
+    "typical_p": hf.TypicalLogitsWarper(0.6),
+    "epsilon_cutoff": hf.EpsilonLogitsWarper(0.1),
+    "eta_cutoff": hf.EtaLogitsWarper(0.3),
+    "top_h": hf.TopHLogitsWarper(0.6),
+    "suppress_tokens": hf.SuppressTokensLogitsProcessor([5]),
+}
+VALUES = {"typical_p": 0.6, "epsilon_cutoff": 0.1, "eta_cutoff": 0.3, "top_h": 0.6, "suppress_tokens": [5]}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_sampled_tokens_follow_the_shaped_target(small_qs, monkeypatch, name):
+    sequences, table = run_table(small_qs, monkeypatch, {"top_k": 0, name: VALUES[name]})
+    scores = SHAPED[name](torch.zeros(len(table.target), 1, dtype=torch.long), table.target)
+    assert transition_pvalue(sequences, scores.softmax(-1)) > ALPHA
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "processor"),
+    [
+        ("repetition_penalty", 2.0, hf.RepetitionPenaltyLogitsProcessor(2.0)),
+        ("no_repeat_ngram_size", 2, hf.NoRepeatNGramLogitsProcessor(2)),
+        ("sequence_bias", [[[3, 4], 2.0]], hf.SequenceBiasLogitsProcessor({(3, 4): 2.0})),
+    ],
+)
+def test_sampled_tokens_follow_a_target_that_depends_on_the_text(small_qs, monkeypatch, option, value, processor):
+    """4,000 tokens and more, each against transformers' own processing of the text before it."""
+    table = Table()
+    table.target[:, 2] = -3.0
+    monkeypatch.setattr(small_qs.pair, "forward", table.forward)
+    ids = torch.randint(3, 8, (512, 4), generator=torch.Generator().manual_seed(9))
+    options = {"do_sample": True, "top_k": 0, "seed": 0, "eos_token_id": None, "max_new_tokens": 8, option: value}
+    output = small_qs.generate(ids, num_speculative_tokens=3, **options)
+    assert 0.1 < small_qs.last_stats.draft_acceptance_rate < 0.9
+    scores = [processor(output[:, :end], table.target[output[:, end - 1]]) for end in range(4, output.shape[1])]
+    assert conditional_pvalue(output[:, 4:].T.flatten(), torch.cat(scores).softmax(-1)) > ALPHA
+
+
 def test_reads_text_tells_what_needs_it():
     assert not reads_text(LogitsProcessorList([hf.TemperatureLogitsWarper(0.5), hf.TopKLogitsWarper(3)]))
     assert reads_text(LogitsProcessorList([hf.TemperatureLogitsWarper(0.5), hf.NoRepeatNGramLogitsProcessor(3)]))
+
+
+# --- Captured --------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(batch: int) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in ragged(batch).items()}
+
+
+@needs_cuda
+@pytest.mark.parametrize("gamma", [0, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_replays_with_an_option_equal_eager_cycles(gpu_qs, monkeypatch, name, batch, gamma):
+    options = {"max_new_tokens": 3 * NEW_TOKENS, "eos_token_id": None, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    options |= ITERATIVE[name] | {"num_speculative_tokens": gamma} | on_gpu(batch)
+    ours = gpu_qs.generate(**options)
+    assert gpu_qs.session.replays.kept() or gpu_qs.last_stats.cycles == 0
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
+    eager = gpu_qs.generate(**options)
+    assert torch.equal(ours.sequences, eager.sequences)
+    for replayed, launched in zip(ours.scores + ours.logits, eager.scores + eager.logits, strict=True):
+        torch.testing.assert_close(replayed, launched)
+
+
+CHANGES = {
+    "repetition_penalty": (1.1, 1.9),
+    "no_repeat_ngram_size": (1, 4),
+    "min_new_tokens": (3, 20),
+    "suppress_tokens": ([5], [6, 7, 8]),
+    "bad_words_ids": ([[5]], [[6], [7]]),
+    "exponential_decay_length_penalty": ((2, 1.1), (5, 1.4)),
+    "temperature": (0.3, 1.4),
+    "top_k": (3, 90),
+    "top_p": (0.3, 0.9),
+    "min_p": (0.3, 0.1),
+    "typical_p": (0.3, 0.9),
+    "epsilon_cutoff": (0.3, 0.01),
+    "eta_cutoff": (0.3, 0.01),
+    "top_h": (0.3, 0.9),
+}
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_value_captures_nothing(gpu_qs, monkeypatch, name):
+    """The second call replays the first one's graph, and gives what eager cycles give with its own value."""
+    options = {
+        "max_new_tokens": 2 * NEW_TOKENS,
+        "eos_token_id": 95,
+        "top_k": 50,
+        "seed": 3,
+        "do_sample": True,
+        **on_gpu(2),
+    }
+    gpu_qs.generate(**{**options, name: CHANGES[name][0]})
+    kept = gpu_qs.session.replays.kept()
+    ours = gpu_qs.generate(**{**options, name: CHANGES[name][1]})
+    assert gpu_qs.session.replays.kept() == kept
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
+    eager = gpu_qs.generate(**{**options, name: CHANGES[name][1]})
+    # Eager cycles draft less at the end, which draws other random numbers.
+    compared = min(ours.shape[1], eager.shape[1]) - gpu_qs.config.num_speculative_tokens - 1
+    assert torch.equal(ours[:, :compared], eager[:, :compared])
+
+
+class EveryThird(hf.LogitsProcessor):
+    """Counts its calls, and forces a token at every third."""
+
+    calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            scores[:, 77] = 1e4
+        return scores
+
+
+@needs_cuda
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replayed_proposals_leave_the_text_of_a_stateful_processor(gpu_qs, monkeypatch, batch):
+    options = {"max_new_tokens": 3 * NEW_TOKENS, "eos_token_id": None, "repetition_penalty": 1.2, **on_gpu(batch)}
+    ours = gpu_qs.generate(logits_processor=[EveryThird()], num_speculative_tokens=4, **options)
+    assert type(gpu_qs.session.replays.kept()[-1]) is ProposalReplay
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
+    assert torch.equal(gpu_qs.generate(logits_processor=[EveryThird()], num_speculative_tokens=4, **options), ours)
+
+
+@needs_cuda
+def test_replayed_proposals_and_the_host_draw_different_numbers(gpu_qs):
+    """A seed gives one text, and another seed another."""
+    options = {
+        "max_new_tokens": 2 * NEW_TOKENS,
+        "eos_token_id": None,
+        "do_sample": True,
+        "temperature": 3.0,
+        **on_gpu(1),
+    }
+    texts = [
+        gpu_qs.generate(logits_processor=LogitsProcessorList([Nothing()]), seed=seed, **options) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
