@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.generation import logits_process as hf
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.acceptance import GreedyAcceptance, SampledAcceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.cycle_graph import ProposalReplay
+from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from quantspec.engine.logits_processors import ScoreProgram, apply_processors, compilable, program_key, reads_text
 from quantspec.engine.text import Text
 
@@ -360,6 +361,78 @@ def test_reads_text_tells_what_needs_it():
 
 
 # --- Captured --------------------------------------------------------------------------------------------------------
+
+
+class Rerun:
+    """In place of a CUDA graph: does the work again."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.replay = work
+
+
+@pytest.fixture
+def without_graphs(monkeypatch):
+    """Replays on a CPU, which run what they would have captured; gives those that were made."""
+    made = []
+
+    def capture(self, num_drafts):
+        made.append(self)
+        # As warming up does, with all sequences done.
+        self._work(num_drafts)
+        self._graph, self._flush_graph = Rerun(lambda: self._work(num_drafts)), Rerun(self.cycle.cache.flush)
+
+    monkeypatch.setattr(CycleReplay, "_capture", capture)
+    monkeypatch.setattr(CycleReplays, "suit", lambda self: True)
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_kept_programs_follow_the_call(qs, without_graphs, name, batch):
+    """Numbers of drafts in turn, each with a replay of its own, on one text; kept for another call's text."""
+    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    options |= ITERATIVE[name]
+    counts = itertools.cycle([4, 1, 0])
+    qs.reset()
+    for shift in (0, 3):
+        inputs = ragged(batch)
+        inputs["input_ids"] = (inputs["input_ids"] + shift).clamp(max=95) * inputs["attention_mask"]
+        theirs = qs.model.generate(**options, **inputs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda self: next(counts))
+            ours = qs.generate(num_speculative_tokens=4, seed=0, **options, **inputs)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert len(ours.scores) == len(ours.logits) == len(theirs.scores)
+    assert len(without_graphs) == 3
+    qs.reset()
+
+
+def test_a_kept_proposal_serves_stateful_processors(qs, without_graphs):
+    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "repetition_penalty": 1.2, **ragged(3)}
+    qs.reset()
+    for _ in range(2):
+        expected = qs.model.generate(logits_processor=LogitsProcessorList([EveryThird()]), **options)
+        ours = qs.generate(
+            logits_processor=LogitsProcessorList([EveryThird()]), num_speculative_tokens=4, seed=0, **options
+        )
+        assert torch.equal(ours, expected)
+    assert [type(replay) for replay in without_graphs] == [ProposalReplay]
+    qs.reset()
+
+
+def test_proposals_and_the_host_share_the_randomness(small_qs, monkeypatch, without_graphs):
+    """Drafts and what judges them are drawn from one generator, one after the other: together they give the target."""
+    table = Table()
+    monkeypatch.setattr(small_qs.pair, "forward", table.forward)
+    ids = torch.randint(3, 8, (1, 4), generator=torch.Generator().manual_seed(9))
+    options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "max_new_tokens": 60}
+    options["logits_processor"] = LogitsProcessorList([Nothing()])
+    small_qs.reset()
+    texts = [small_qs.generate(ids, num_speculative_tokens=3, seed=seed, **options)[:, 3:] for seed in range(60)]
+    assert {type(replay) for replay in without_graphs} == {ProposalReplay}
+    assert transition_pvalue(torch.cat(texts), table.target.softmax(-1)) > ALPHA
+    small_qs.reset()
 
 
 def on_gpu(batch: int) -> dict[str, Tensor]:

@@ -65,10 +65,14 @@ class CycleReplay:
         self.cycle = Cycle(pair, cache, acceptance, text=self.program.text)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
+        self._capture(num_drafts)
+
+    def _capture(self, num_drafts: int) -> None:
+        device, cache = self.cycle.pair.device, self.cycle.cache
         self._graph, self._flush_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._graph.register_generator_state(self.generator)
-        stream = torch.cuda.Stream(pair.device)
-        stream.wait_stream(torch.cuda.current_stream(pair.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         description = f"compiling ({num_drafts} drafts)"
         with (
             torch.cuda.stream(stream),
@@ -78,13 +82,13 @@ class CycleReplay:
                 self._work(num_drafts)
                 cache.flush()
                 bar.update()
-            torch.cuda.synchronize(pair.device)
+            torch.cuda.synchronize(device)
             with torch.cuda.graph(self._graph, stream=stream):
                 self._work(num_drafts)
             with torch.cuda.graph(self._flush_graph, stream=stream), torch.no_grad():
                 cache.flush()
             bar.update()
-        torch.cuda.current_stream(pair.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def begin(self, processors: LogitsProcessorList, generator: torch.Generator | None) -> None:
         """Take over the parameters of ``processors`` and the state of ``generator`` (the global one if None)."""
@@ -100,13 +104,13 @@ class CycleReplay:
         self._graph.replay()
         return self._packed
 
-    def _work(self, num_drafts: int) -> None:
-        """What is captured."""
-        self._packed, self.scores, self.logits = self.cycle(num_drafts)
-
     def flush(self) -> None:
         """Flush where it is due."""
         self._flush_graph.replay()
+
+    def _work(self, num_drafts: int) -> None:
+        """What is captured."""
+        self._packed, self.scores, self.logits = self.cycle(num_drafts)
 
     def _source(self, generator: torch.Generator | None) -> torch.Generator:
         if generator is not None:
