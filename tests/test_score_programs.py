@@ -137,6 +137,25 @@ def test_programs_run_in_the_order_of_the_processors(data):
     torch.testing.assert_close(ScoreProgram(processors, text)(logits, 0), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_programs_outlive_the_mode_and_the_dtype_they_were_made_in(inference_mode):
+    """Parameters are tensors that later calls write, and exact."""
+    lens, ids = [6, 4, 9], torch.randint(0, 4, (BATCH, WIDTH), generator=torch.Generator().manual_seed(1))
+    logits = logits_of(0, 2, 2.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(inference_mode):
+            text = Text(BATCH, WIDTH, torch.device("cpu"))
+            program = ScoreProgram(every_kind(), text)
+            program(logits, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    text.begin(ids, lens)
+    processors = every_kind()
+    program.load(processors)
+    torch.testing.assert_close(program(logits, 0), of_hugging_face(processors, logits, ids, lens), rtol=0, atol=0)
+
+
 def test_another_value_needs_no_other_program():
     """What differs between the first and the second is what callers change; a capture serves both."""
     ids = prompts_of(0)

@@ -57,6 +57,9 @@ class ScoreProgram:
 
     def load(self, processors: LogitsProcessorList) -> None:
         """Take the parameters of ``processors``, whose :func:`program_key` is that of the first ones."""
+        # A list is one call's own, which may come back from another number of drafts.
+        if processors is self._processors:
+            return
         self._processors = processors
         if self._values is not None:
             for kept, new in zip(self._values, self._read(), strict=True):
