@@ -117,6 +117,9 @@ def test_programs_equal_their_processors(name, data):
             program.load(processors)
         logits = logits_of(data.draw(st.integers(0, 999)), count, data.draw(st.sampled_from([0.3, 3.0])))
         expected = of_hugging_face(processors, logits, ids, [length + num_ahead for length in lens])
+        if name == "decay":
+            # Before 5.24 what was forbidden became NaN.
+            expected = expected.masked_fill(expected.isnan(), float("-inf"))
         torch.testing.assert_close(program(logits, num_ahead), expected, rtol=0, atol=0, equal_nan=True)
 
 
