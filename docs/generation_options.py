@@ -11,21 +11,32 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from generation_options import ARGUMENTS, HONOURED, IRRELEVANT, OPTIONS, REFUSED, Option  # noqa: E402
+from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, REFUSED, Option  # noqa: E402
 
-INTRODUCTION = """# Generation options
+INTRODUCTION = f"""# Generation options
 
 Made by `python docs/generation_options.py` from the table that `tests/test_generation_options.py` checks: every field
 of transformers' `GenerationConfig`, given as a keyword or in a config, and every argument of `model.generate`.
 
 *Honoured* options mean what they mean there. *Refused* ones raise an error that names them before any work is done.
 *Irrelevant* ones change nothing in Hugging Face's greedy search and sampling either, or only how its own cache works.
+
+*Where* is where a call with the option decides which drafts stand, on a GPU. *{GRAPH.capitalize()}*: the processors are
+part of the captured cycle, and other values need no other capture. *{HOST.capitalize()}*: drafting and verification are
+captured; between them the processors are called as Hugging Face calls them, once per token, up to the first draft that
+is rejected. One such option takes the whole call there.
 """
 
 
 def _section(status: str, options: dict[str, Option]) -> list[str]:
-    rows = [f"| `{name}` | {option.note} |" for name, option in options.items() if option.status == status]
-    return ["", f"### {status.capitalize()}", "", "| option | note |", "| --- | --- |", *rows]
+    chosen = {name: option for name, option in options.items() if option.status == status}
+    title = ["", f"### {status.capitalize()}", ""]
+    if status == IRRELEVANT:
+        rows = [f"| `{name}` | {option.note} |" for name, option in chosen.items()]
+        return [*title, "| option | note |", "| --- | --- |", *rows]
+    where = {name: option.tier if status == HONOURED else REFUSED for name, option in chosen.items()}
+    rows = [f"| `{name}` | {where[name]} | {option.note} |" for name, option in chosen.items()]
+    return [*title, "| option | where | note |", "| --- | --- | --- |", *rows]
 
 
 def page() -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import LogitsProcessorList
 
 from .engine.acceptance import GreedyAcceptance
 from .engine.cycle import Cycle
@@ -95,7 +94,7 @@ def _time_cycle(session: Session, num_drafts: int | None) -> CycleTimes:
 def _seconds(session: Session, call: Callable[[], object]) -> float:
     """Median duration of ``call``."""
     device = session.pair.device
-    if session.replays.suit(LogitsProcessorList()):
+    if session.replays.suit():
         from triton.testing import do_bench_cudagraph
 
         # It measures on a stream of its own.

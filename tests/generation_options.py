@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import WatermarkingConfig
+from transformers import LogitsProcessor, WatermarkingConfig
 
 HONOURED, REFUSED, IRRELEVANT = "honoured", "refused", "irrelevant"
+GRAPH, HOST = "in the graph", "per position on the host"
+
+
+class Nothing(LogitsProcessor):
+    """A processor of a caller that changes nothing."""
+
+    def __call__(self, input_ids, scores):
+        return scores
 
 
 @dataclass(frozen=True)
@@ -19,16 +27,22 @@ class Option:
         note: for the documentation.
         example: a value that changes something (honoured) or that is refused.
         companions: other options without which the example means nothing.
+        tier: where a call with an honoured option decides which drafts stand.
     """
 
     status: str
     note: str = ""
     example: Any = None
     companions: dict[str, Any] = field(default_factory=dict)
+    tier: str = GRAPH
 
 
 def _honoured(example: Any, note: str = "", **companions: Any) -> Option:
     return Option(HONOURED, note, example, companions)
+
+
+def _on_host(example: Any, note: str = "", **companions: Any) -> Option:
+    return Option(HONOURED, note, example, companions, HOST)
 
 
 def _refused(example: Any, note: str, **companions: Any) -> Option:
@@ -85,13 +99,13 @@ OPTIONS: dict[str, Option] = {
     "begin_suppress_tokens": _honoured("first"),
     "sequence_bias": _honoured([[[30], 100.0]]),
     "token_healing": _refused(True, "heal the prompt before"),
-    "guidance_scale": _honoured(1.5, "a second forward pass per token, of Hugging Face's model"),
-    "watermarking_config": _honoured(WatermarkingConfig(bias=5.0)),
+    "guidance_scale": _on_host(1.5, "a second forward pass per token, of Hugging Face's model"),
+    "watermarking_config": _on_host(WatermarkingConfig(bias=5.0)),
     "num_return_sequences": _honoured(2, **_SAMPLING),
     "output_attentions": _refused(True, "the ops keep no attention weights"),
     "output_hidden_states": _refused(True, "the graphs return logits alone"),
     "output_scores": _honoured(True, "one entry per token", return_dict_in_generate=True),
-    "output_logits": _refused(True, "ask for `output_scores`", return_dict_in_generate=True),
+    "output_logits": _honoured(True, "one entry per token", return_dict_in_generate=True),
     "return_dict_in_generate": _honoured(True, "a `GenerateOutput`, with `statistics`"),
     "pad_token_id": _honoured(
         4, prompt=[[5, 6, 7, 8, 9, 10, 11, 12], [30, 31, 32, 33, 34, 35, 36, 37]], eos_token_id="first"
@@ -133,11 +147,14 @@ OPTIONS: dict[str, Option] = {
 ARGUMENTS: dict[str, Option] = {
     "inputs": _refused(object(), "the prompt is `input_ids`"),
     "generation_config": Option(HONOURED, "over the model's own; keywords over both"),
-    "logits_processor": Option(
-        HONOURED, "called once per token, in order; drafts are proposed without those that are not transformers' own"
+    "logits_processor": _on_host(
+        [Nothing()],
+        "stateless ones of transformers' own types in the graph; others are called once per token, in order",
     ),
     "stopping_criteria": Option(HONOURED, "called once per token, in order"),
-    "prefix_allowed_tokens_fn": Option(HONOURED, "called once per token, in order; drafts are proposed without it"),
+    "prefix_allowed_tokens_fn": _on_host(
+        lambda row, ids: list(range(3, 96)), "called once per token, in order; drafts are proposed without it"
+    ),
     "synced_gpus": _irrelevant("one device"),
     "assistant_model": _refused(object(), "the draft is the model itself"),
     "streamer": Option(HONOURED, "per token; with `custom_generate=qs.decode` Hugging Face drops it"),

@@ -10,61 +10,11 @@ from conftest import GROUP
 from step_by_step import assert_same_text, pad_batch, random_prompt
 from tiny_models import tiny_model
 from torch._dynamo.utils import counters
-from transformers import LogitsProcessorList
-from transformers.generation import logits_process as hf
 
 import quantspec
-from quantspec.engine.logits_processors import ReplayedProcessors, ScoreProcessor, replay_key
-from quantspec.engine.progress import Progress
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 LONG = 2 * GROUP + 8
-
-
-def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
-    return LogitsProcessorList(
-        [
-            hf.TemperatureLogitsWarper(temperature),
-            hf.TopKLogitsWarper(top_k),
-            hf.TopPLogitsWarper(top_p),
-            hf.MinPLogitsWarper(min_p),
-        ]
-    )
-
-
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_graphed_processors_follow_new_parameters(inference_mode):
-    """Captured once, they give what fresh processors with other parameters give, outside of inference mode too."""
-    logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(inference_mode):
-        captured = ReplayedProcessors(warpers(1.0, 20, 0.5, 0.0), logits.device)
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    for parameters in ((0.5, 20, 0.9, 0.1), (2.0, 20, 0.3, 0.0)):
-        processors = warpers(*parameters)
-        captured.load(processors)
-        expected = ScoreProcessor(processors)(logits, Progress(ids, list(ids), 8, 0, [], None, False, slack=4))
-        torch.testing.assert_close(captured(logits, 0), expected)
-
-
-def test_graphed_processors_are_exact_whatever_the_default_dtype():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        captured = ReplayedProcessors(warpers(0.7, 20, 0.999, 0.001), torch.device("cpu"))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    logits = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    expected = ScoreProcessor(warpers(0.7, 20, 0.999, 0.001))(
-        logits, Progress(ids, list(ids), 8, 0, [], None, False, slack=4)
-    )
-    torch.testing.assert_close(captured(logits, 0), expected)
-
-
-def test_replay_key_tells_what_a_graph_is_fixed_to():
-    assert replay_key(warpers(1.0, 20, 0.5, 0.1)) == replay_key(warpers(0.2, 20, 0.9, 0.0))
-    assert replay_key(warpers(1.0, 20, 0.5, 0.1)) != replay_key(warpers(1.0, 10, 0.5, 0.1))
-    assert replay_key(LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(1.2)])) is None
-    assert replay_key(LogitsProcessorList()) == ()
 
 
 @pytest.mark.parametrize("chunk", [1, GROUP - 1, GROUP, 3 * GROUP + 5])
@@ -119,7 +69,7 @@ def test_graph_replay_equals_eager_in_batches(gpu_qs, monkeypatch, rows):
     ids, mask = (x.cuda() for x in pad_batch(prompts, [0] * rows, lengths[-1]))
     options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": False}
     ours = gpu_qs.generate(ids, mask, **options)
-    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
     assert torch.equal(gpu_qs.generate(ids, mask, **options), ours)
 
 
@@ -132,7 +82,7 @@ def test_graph_replay_equals_eager_at_32k(monkeypatch):
     options = {"max_new_tokens": 400, "eos_token_id": None, "do_sample": False}
     ours = qs.generate(ids, **options)
     assert qs.last_stats.accepted
-    monkeypatch.setattr(type(qs.session.replays), "suit", lambda self, processors: False)
+    monkeypatch.setattr(type(qs.session.replays), "suit", lambda self: False)
     assert torch.equal(qs.generate(ids, **options), ours)
 
 
@@ -150,7 +100,7 @@ def test_graph_replay_equals_eager(gpu_qs, monkeypatch, gamma, do_sample):
     compared = slice(None, -gamma - 1 if do_sample else None)
     ours = gpu_qs.generate(ids, mask, **options)[:, compared]
     assert gpu_qs.session.replays.kept()
-    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
     assert torch.equal(gpu_qs.generate(ids, mask, **options)[:, compared], ours)
 
 
@@ -190,7 +140,7 @@ def test_graphs_take_turns(gpu_qs, monkeypatch):
     # Eager cycles draft less at the end, which draws other random numbers.
     graphed = gpu_qs.generate(ids, **options)[:, :-5]
     counts = itertools.cycle([4, 1, 4, 0, 2])
-    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self, processors: False)
+    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
     assert torch.equal(gpu_qs.generate(ids, **options)[:, :-5], graphed)
 
 

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_options import ARGUMENTS, HONOURED, IRRELEVANT, OPTIONS, REFUSED
+from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, REFUSED
+from test_cycle import gpu_qs, needs_cuda
 from transformers import GenerationConfig, GenerationMixin
+
+from quantspec.engine import loop
+from quantspec.engine.cycles import JudgedCycles, LockstepCycles, ReplayRunner
+
+__all__ = ["gpu_qs"]
 
 PROMPT = [[5, 6, 7, 8, 9, 10, 11, 12]]
 NEW_TOKENS = 6
@@ -37,7 +43,7 @@ def run(generate, tokenizer, options: dict) -> tuple:
     output = generate(ids, **options)
     is_tensor = isinstance(output, torch.Tensor)
     sequences = output if is_tensor else output.sequences
-    scores = None if is_tensor else output.scores
+    scores = None if is_tensor else output.scores or output.logits
     return (
         is_tensor,
         tuple(sequences.shape),
@@ -89,7 +95,7 @@ def test_honoured(qs, tokenizer, name):
         value = [[value]] if name == "bad_words_ids" else [value]
     if name == "stop_strings":
         value = tokenizer.decode([value])
-    if name not in ("return_dict_in_generate", "output_scores"):
+    if name not in ("return_dict_in_generate", "output_scores", "output_logits"):
         companions = {"return_dict_in_generate": True, "output_scores": True, **companions}
     ours = run(qs.generate, tokenizer, {**companions, name: value})
     theirs = run(qs.model.generate, tokenizer, {**companions, name: value})
@@ -102,6 +108,51 @@ def test_honoured(qs, tokenizer, name):
         return
     without = {key: value for key, value in companions.items() if name != "max_length" or key != "max_new_tokens"}
     assert not same(ours, run(qs.generate, tokenizer, without))
+
+
+TIERED = {**OPTIONS, **{name: ARGUMENTS[name] for name in ("logits_processor", "prefix_allowed_tokens_fn")}}
+
+
+def ways(qs, monkeypatch, name: str) -> list:
+    """How a call with the option ran its cycles."""
+    taken = []
+    cycles_of = loop.cycles_of
+
+    def noting(*arguments):
+        taken.append(cycles_of(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "cycles_of", noting)
+    option = TIERED[name]
+    options = {"eos_token_id": None, "max_new_tokens": NEW_TOKENS, **option.companions, name: option.example}
+    options = {key: value for key, value in options.items() if value is not None or key == "eos_token_id"}
+    prompt = options.pop("prompt", PROMPT)
+    ids = None if prompt is None else torch.tensor(prompt, device=qs.model.device)
+    # An ending that no text meets, so that there are cycles, but for the options that are about endings.
+    options = {key: 95 if value == "first" else value for key, value in options.items()}
+    for listed in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        if listed in options:
+            options[listed] = [[95]] if listed == "bad_words_ids" else [95]
+    qs.generate(ids, attention_mask=None if ids is None else torch.ones_like(ids), **options)
+    return taken
+
+
+UNTIERED = {"max_time", "stop_strings", "num_assistant_tokens"}
+
+
+@pytest.mark.parametrize("name", [name for name, o in TIERED.items() if o.status == HONOURED and name not in UNTIERED])
+def test_options_keep_to_their_tier(qs, monkeypatch, name):
+    (way,) = ways(qs, monkeypatch, name)
+    assert type(way) is {GRAPH: JudgedCycles, HOST: LockstepCycles}[TIERED[name].tier]
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", [name for name, o in TIERED.items() if o.status == HONOURED and name not in UNTIERED])
+def test_options_keep_to_their_tier_on_a_gpu(gpu_qs, monkeypatch, name):
+    """Replays alone run the cycles."""
+    (way,) = ways(gpu_qs, monkeypatch, name)
+    assert type(way) is {GRAPH: JudgedCycles, HOST: LockstepCycles}[TIERED[name].tier]
+    assert type(way._runner) is ReplayRunner
 
 
 def test_num_assistant_tokens(qs):

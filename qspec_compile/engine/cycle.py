@@ -6,7 +6,7 @@ small tensor per cycle, which also says whether a flush is due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,21 +17,22 @@ from quantspec.pair import Pair
 from quantspec.passes import Role
 
 from .acceptance import Acceptance
+from .text import Text
 
 
 class CycleResult(NamedTuple):
     """What a cycle did to each of B sequences, on the host.
 
     ``drafts (B, T)`` proposed tokens, of which the first ``accepted (B,)`` stand, followed by ``next_tokens (B,)``;
-    ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``has_nan``
-    whether any logit was NaN or, in sampling, the distribution that a next token was to be drawn from.
+    ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``has_nan (B,)``
+    whether any logit was NaN or, in sampling, the distribution that the next token was to be drawn from.
     """
 
     drafts: list[list[int]]
     accepted: list[int]
     next_tokens: list[int]
     flush_due: bool
-    has_nan: bool
+    has_nan: list[bool]
 
     @classmethod
     def read(cls, packed: Tensor) -> CycleResult:
@@ -42,7 +43,7 @@ class CycleResult(NamedTuple):
             [row[-4] for row in rows],
             [row[-3] for row in rows],
             any(row[-2] for row in rows),
-            any(row[-1] for row in rows),
+            [bool(row[-1]) for row in rows],
         )
 
 
@@ -52,6 +53,7 @@ class Cycle:
     Attributes:
         pending: ``(B,)`` newest token of each sequence, whose key and value are not cached yet; moved on by a cycle.
         running: ``(B,)`` bool; sequences that are done go through the motions and keep their state.
+        text: what logits processors on the device read, moved on by a cycle; None if they read nothing.
     """
 
     def __init__(
@@ -60,31 +62,32 @@ class Cycle:
         cache: HierarchicalCache,
         acceptance: Acceptance,
         verifier: Role = Role.TARGET,
-        on_draft: Callable[[int, Tensor], None] | None = None,
+        text: Text | None = None,
     ) -> None:
-        """``verifier`` is the role whose distribution is emitted; ``on_draft(step, tokens (B,))`` sees drafts."""
+        """``verifier`` is the role whose distribution is emitted."""
         self.pair = pair
         self.cache = cache
         self.acceptance = acceptance
         self.verifier = verifier
-        self.on_draft = on_draft
+        self.text = text
         self.pending = cache.length.new_zeros(cache.batch_size)
         self.running = torch.ones_like(self.pending, dtype=torch.bool)
 
     @torch.no_grad()
-    def __call__(self, num_drafts: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, num_drafts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run one cycle of ``num_drafts`` drafted tokens.
 
         Returns:
-            ``(B, num_drafts + 4)`` int64 for :meth:`CycleResult.read` and the verifier's scores
-            ``(B, num_drafts + 1, V)``.
+            ``(B, num_drafts + 4)`` int64 for :meth:`CycleResult.read`, and ``(B, num_drafts + 1, V)`` scores and logits
+            of the verifier.
         """
         drafts, proposed, logits = self.propose(num_drafts)
         verdict = self.acceptance.judge(drafts, proposed, logits)
         due = self.keep(verdict.accepted, verdict.next_tokens)
         has_nan = verdict.has_nan & self.running
         columns = (verdict.accepted, verdict.next_tokens, due.expand_as(verdict.accepted), has_nan)
-        return torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1), verdict.scores
+        packed = torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1)
+        return packed, verdict.scores, logits
 
     @torch.no_grad()
     def propose(self, num_drafts: int) -> tuple[Tensor, Sequence[Tensor], Tensor]:
@@ -99,6 +102,8 @@ class Cycle:
             A bool tensor ``()`` on the device: whether a flush is due.
         """
         due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
+        if self.text is not None:
+            self.text.keep(accepted, next_tokens, self.running)
         self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
         return due
 
@@ -109,8 +114,8 @@ class Cycle:
         for step in range(num_drafts):
             logits = self.pair.read(Role.DRAFT, current[:, None], self.cache, num_ahead=step)
             current, probs = self.acceptance.draft(logits, step)
-            if self.on_draft is not None:
-                self.on_draft(step, current)
+            if self.text is not None:
+                self.text.write(step, current)
             tokens.append(current)
             if probs is not None:
                 proposed.append(probs)

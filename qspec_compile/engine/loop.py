@@ -14,9 +14,9 @@ from torch import Tensor
 from quantspec.cache import HierarchicalCache
 from quantspec.passes import Role
 
-from .cycles import NAN_LOGITS, Call, Clock, Cycles, EagerCycles, LockstepCycles, ReplayedCycles, choose
+from .cycles import NAN_LOGITS, Call, Clock, Cycles, choose, cycles_of
 from .draft_count import DraftCount
-from .logits_processors import ScoreProcessor, stateless
+from .logits_processors import apply_processors
 from .prefill import prefill
 from .session import Session
 from .stats import GenerationStats
@@ -50,7 +50,8 @@ class SpeculativeLoop:
         pending = self.start()
         if not any(self.progress.running):
             return
-        cycles = self._cycles(pending)
+        session = self.session
+        cycles = cycles_of(session.pair, session.replays, self.cache, self.call, self._clock, pending)
         try:
             while any(self.progress.running):
                 self.step(cycles)
@@ -81,10 +82,12 @@ class SpeculativeLoop:
             assert logits is not None
             if bool(logits.isnan().any()):
                 raise FloatingPointError(NAN_LOGITS)
-            scores = ScoreProcessor(self.call.processors)(logits, self.progress)
-            pending = choose(self.call, scores[:, 0])
+            prompts_and_padding = self.progress.sequences[:, : self.progress.prompt_len]
+            raw = logits[:, 0].float()
+            scores = apply_processors(self.call.processors, prompts_and_padding, raw.clone())
+            pending = choose(self.call, scores, self.call.generator)
             for row, token in enumerate(pending.tolist()):
-                self.progress.append(row, [token], scores[row])
+                self.progress.append(row, [token], scores[row : row + 1], raw[row : row + 1])
             self._judge()
         self.stats.prefill_seconds = self._clock.now() - start
         return pending
@@ -96,16 +99,6 @@ class SpeculativeLoop:
         self.stats.cache_bytes = self.cache.bytes_by_part()
         self.stats.weight_bytes = self.session.pair.weight_bytes
         return logits
-
-    def _cycles(self, pending: Tensor) -> Cycles:
-        """The fastest way that shows the processors what they must see."""
-        pair, replays = self.session.pair, self.session.replays
-        if len(stateless(self.call.processors)) < len(self.call.processors):
-            return LockstepCycles(pair, self.cache, self.call, self._clock, pending)
-        replayable = self.progress.scores is None and self.call.verifier is Role.TARGET
-        if replayable and replays.suit(self.call.processors):
-            return ReplayedCycles(replays, self.cache, self.call, self._clock, pending)
-        return EagerCycles(pair, self.cache, self.call, self._clock, pending)
 
     def _judge(self) -> None:
         """Stream what is complete, and stop where the criteria say so."""

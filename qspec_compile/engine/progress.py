@@ -28,7 +28,8 @@ class Progress:
     Attributes:
         requests: one per sequence.
         judged: steps that criteria and streamer have seen.
-        scores: one ``(B, V)`` tensor per judged step, zero for sequences that had ended; None if not collected.
+        scores, logits: one ``(B, V)`` float32 per judged step, zero for sequences that had ended; None if not
+            collected.
         user_seconds: time spent so far in code that is neither ours nor transformers': the streamer's ``put`` and
             stopping criteria of the caller's own.
     """
@@ -41,16 +42,17 @@ class Progress:
         pad_token_id: int,
         stopping_criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
-        collect_scores: bool,
-        slack: int,
+        collect_scores: bool = False,
+        collect_logits: bool = False,
     ) -> None:
-        """``input_ids (B, S)`` are ``prompts`` with their padding; ``slack`` tokens are drafted at the most."""
+        """``input_ids (B, S)`` are ``prompts`` with their padding."""
         batch, self.prompt_len = input_ids.shape
         self.pad_token_id = pad_token_id
         self.streamer = streamer
         self.user_seconds = 0.0
         self.judged = 0
         self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if collect_logits else None
         self._end: list[int | None] = [None] * batch
         # The length and EOS are known at once, without asking the device; other criteria wait for their step.
         length = self.prompt_len + max_new_tokens
@@ -65,21 +67,15 @@ class Progress:
             for token in criterion.eos_token_id.flatten().tolist()
         )
         self.requests = [Request(prompt, max_new_tokens, eos) for prompt in prompts]
-        self._ids = input_ids.new_full((batch, length + slack), pad_token_id)
+        self._ids = input_ids.new_full((batch, length), pad_token_id)
         self._ids[:, : self.prompt_len] = input_ids
         # Columns of the device's copy that will not change, and whether the host has more than the copy.
         self._settled = self.prompt_len
         self._is_stale = False
-        # Drafted tokens of the current block up to an EOS among them; what follows cannot matter.
-        self._slack = slack
-        self._draft_end = [slack] * batch
 
     @property
     def sequences(self) -> Tensor:
-        """``(B, prompt_len + max_new_tokens + slack)`` ids on the device; padding where nothing is emitted yet.
-
-        Of running sequences, drafted tokens follow what is emitted if :meth:`write_draft` was told of them.
-        """
+        """``(B, prompt_len + max_new_tokens)`` ids on the device; padding where nothing is emitted yet."""
         if self._is_stale:
             self._copy()
         return self._ids
@@ -99,27 +95,12 @@ class Progress:
         """Most tokens that any running sequence may still emit."""
         return max(request.remaining for request in self.requests)
 
-    def append(self, row: int, tokens: list[int], scores: Tensor | None) -> int:
-        """Emit ``tokens`` of one sequence up to its end; returns how many. ``scores (T, V)`` are kept if collected."""
+    def append(self, row: int, tokens: list[int], scores: Tensor | None, logits: Tensor | None) -> int:
+        """Emit ``tokens`` of one sequence up to its end; returns how many. ``(T, V)`` outputs are kept if collected."""
         self._is_stale = True
-        return self.requests[row].append(tokens, None if self.scores is None else scores)
-
-    def write_draft(self, offset: int, tokens: Tensor) -> None:
-        """Put the ``offset``-th drafted token of every running sequence where a logits processor will read it."""
-        ids = self.sequences
-        for row, (request, token) in enumerate(zip(self.requests, tokens.tolist(), strict=True)):
-            if offset == 0:
-                self._draft_end[row] = self._slack
-            if not request.ended:
-                over = offset >= self._draft_end[row]
-                place = self.prompt_len + len(request.tokens) + offset
-                ids[row, place] = self.pad_token_id if over else token
-                if token in request.eos_token_ids and not over:
-                    self._draft_end[row] = offset + 1
-
-    def awaits(self, num_drafted: int) -> list[bool]:
-        """Sequences whose token after ``num_drafted`` drafted ones can matter: running, and no EOS drafted before."""
-        return [runs and num_drafted < end for runs, end in zip(self.running, self._draft_end, strict=True)]
+        return self.requests[row].append(
+            tokens, None if self.scores is None else scores, None if self.logits is None else logits
+        )
 
     def judge(self) -> None:
         """Show every complete step to the streamer and the stopping criteria."""
@@ -131,7 +112,7 @@ class Progress:
             ):
                 return
             self.judged = step
-            self._judge_scores()
+            self._judge_outputs()
             if self.streamer is not None:
                 newest = torch.tensor([self._token(request, step) for request in self.requests], device="cpu")
                 with self._user_code():
@@ -194,12 +175,18 @@ class Progress:
         """New tokens over all sequences, padding not counted."""
         return sum(min(len(request.tokens), self.judged) for request in self.requests)
 
-    def _judge_scores(self) -> None:
-        if self.scores is None:
-            return
-        step = [request.scores.pop(0) if request.scores else None for request in self.requests]
-        blank = torch.zeros_like(next(score for score in step if score is not None))
-        self.scores += (torch.stack([blank if score is None else score for score in step]),)
+    def _judge_outputs(self) -> None:
+        if self.scores is not None:
+            self.scores += (_take_step([request.scores for request in self.requests]),)
+        if self.logits is not None:
+            self.logits += (_take_step([request.logits for request in self.requests]),)
+
+
+def _take_step(waiting: list[list[Tensor]]) -> Tensor:
+    """``(B, V)``: the first that waits of each row, zero where there is none."""
+    step = [rows.pop(0) if rows else None for rows in waiting]
+    some = next(row for row in step if row is not None)
+    return torch.stack([torch.zeros_like(some) if row is None else row for row in step])
 
 
 def _is_known_at_once(criterion: StoppingCriteria, length: int) -> bool:

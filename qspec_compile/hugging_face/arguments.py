@@ -28,9 +28,9 @@ SUPPORTED_OPTIONS = frozenset(
     eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale
     length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length
     min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beams
-    num_return_sequences output_scores pad_token_id prefill_chunk_size remove_invalid_values renormalize_logits
-    repetition_penalty return_dict_in_generate sequence_bias stop_strings suppress_tokens target_lookbehind
-    temperature top_h top_k top_p transformers_version typical_p use_cache watermarking_config
+    num_return_sequences output_logits output_scores pad_token_id prefill_chunk_size remove_invalid_values
+    renormalize_logits repetition_penalty return_dict_in_generate sequence_bias stop_strings suppress_tokens
+    target_lookbehind temperature top_h top_k top_p transformers_version typical_p use_cache watermarking_config
     """.split()  # noqa: SIM905 (a word a line would fill a page)
 )
 

@@ -45,6 +45,7 @@ class GenerateOutput(GenerateDecoderOnlyOutput):
     Attributes:
         sequences: ``(B, S + new)`` int64 token ids.
         scores: with ``output_scores=True`` one ``(B, V)`` float32 per new token, after the logits processors.
+        logits: with ``output_logits=True`` the same before them.
         statistics: the call's :class:`GenerationStats`, a copy.
     """
 
@@ -151,7 +152,6 @@ def decode_checked(
     stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = generation_config._pad_token_tensor
     returns_dict = bool(generation_config.return_dict_in_generate)
-    collects_scores = returns_dict and bool(generation_config.output_scores)
     progress = Progress(
         input_ids,
         prompts,
@@ -159,8 +159,8 @@ def decode_checked(
         0 if pad is None else int(pad),
         stopping_criteria,
         streamer,
-        collects_scores,
-        slack=draft_count.most + 1,
+        collect_scores=returns_dict and bool(generation_config.output_scores),
+        collect_logits=returns_dict and bool(generation_config.output_logits),
     )
     call = Call(progress, logits_processor, bool(generation_config.do_sample), generator, session.rules, verifier)
     with session.exclusive():
@@ -184,6 +184,7 @@ def decode_checked(
     return GenerateOutput(
         sequences=cast(torch.LongTensor, progress.output()),
         scores=cast("tuple[torch.FloatTensor] | None", progress.scores),
+        logits=cast("tuple[torch.FloatTensor] | None", progress.logits),
         statistics=copy.deepcopy(stats),
     )
 
