@@ -155,7 +155,7 @@ def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tenso
     except Exception as error:
         if len(stateless(processors)) < len(processors):
             error.add_note(
-                "raised by a logits processor; quantspec calls them as Hugging Face does, once per token, with the text "
-                "accepted so far, and never with drafts"
+                "raised by a logits processor; quantspec calls them as Hugging Face does, once per token, with the "
+                "text accepted so far, and never with drafts"
             )
         raise
