@@ -157,7 +157,11 @@ ARGUMENTS: dict[str, Option] = {
     ),
     "synced_gpus": _irrelevant("one device"),
     "assistant_model": _refused(object(), "the draft is the model itself"),
-    "streamer": Option(HONOURED, "per token; with `custom_generate=qs.decode` Hugging Face drops it"),
+    "streamer": Option(
+        HONOURED,
+        "per token; with `custom_generate=qs.decode` Hugging Face drops it: bind it, "
+        "`functools.partial(qs.decode, streamer=streamer)`",
+    ),
     "negative_prompt_ids": Option(HONOURED, "read with `guidance_scale`"),
     "negative_prompt_attention_mask": Option(HONOURED, "read with `guidance_scale`"),
     "custom_generate": _refused(print, "it is one itself"),

@@ -152,6 +152,7 @@ CALLS = [
     # From Hugging Face's side.
     BadCall("beams, other side", _from_hugging_face(num_beams=2), ValueError, "num_beams=2"),
     BadCall("mask, other side", _from_hugging_face(attention_mask=0 * MASK), ValueError, "hides every token"),
+    BadCall("continued, other side", _from_hugging_face(continue_cache=3), TypeError, "continue_cache must be True"),
     BadCall("gamma, other side", _from_hugging_face(num_speculative_tokens=-2), ValueError, "num_speculative_tokens"),
     BadCall(
         "another model's loop",

@@ -87,8 +87,7 @@ def prepare_arguments(
         check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
     _take_stop_strings(options, configs, tokenizer)
-    if not isinstance(continue_cache, bool):
-        raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
+    check_continue_cache(continue_cache)
     return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
 
 
@@ -175,6 +174,11 @@ def check_streamer(streamer: Any) -> None:
             "streamer must have put() and end() as transformers' BaseStreamer, such as TextStreamer(tokenizer), "
             f"not {type(streamer).__name__}"
         )
+
+
+def check_continue_cache(continue_cache: Any) -> None:
+    if not isinstance(continue_cache, bool):
+        raise TypeError(f"continue_cache must be True or False, not {continue_cache!r}")
 
 
 def check_generator(generator: Any, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from quantspec.passes import Role
 from .arguments import (
     bare_call_arguments,
     check_attention_mask,
+    check_continue_cache,
     check_generator,
     check_input_ids,
     check_streamer,
@@ -75,7 +76,8 @@ def decode(
         model: the Hugging Face model that calls; must be the converted one.
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
-        streamer, generator: as in :meth:`quantspec.QuantSpecModel.generate`.
+        streamer, generator: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its own
+            loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
         continue_cache: prefill only what the previous call's text does not begin with.
         verifier: the role whose distribution is emitted.
@@ -93,6 +95,7 @@ def decode(
         pair = session.pair
         if model is not pair.model:
             raise ValueError("this decoding loop belongs to another model: convert() the one that generates")
+        check_continue_cache(continue_cache)
         pair.check_unmoved()
         check_input_ids(pair, input_ids)
         mask = model_kwargs.get("attention_mask")
