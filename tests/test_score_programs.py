@@ -19,10 +19,12 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from quantspec.cache import HierarchicalCache
+from quantspec.engine import cycles
 from quantspec.engine.acceptance import GreedyAcceptance, SampledAcceptance
 from quantspec.engine.cycle import Cycle
 from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from quantspec.engine.logits_processors import ScoreProgram, apply_processors, compilable, program_key, reads_text
+from quantspec.engine.sampling import sample_step
 from quantspec.engine.text import Text
 
 __all__ = ["gpu_qs", "small_qs"]
@@ -450,9 +452,12 @@ def test_proposals_and_the_host_share_the_randomness(small_qs, monkeypatch, with
     ids = torch.randint(3, 8, (1, 4), generator=torch.Generator().manual_seed(9))
     options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "max_new_tokens": 60}
     options["logits_processor"] = LogitsProcessorList([Nothing()])
+    sources = []
+    monkeypatch.setattr(cycles, "sample_step", lambda *given: sources.append(given[-1]) or sample_step(*given))
     small_qs.reset()
     texts = [small_qs.generate(ids, num_speculative_tokens=3, seed=seed, **options)[:, 3:] for seed in range(60)]
     assert {type(replay) for replay in without_graphs} == {ProposalReplay}
+    assert set(sources) <= {replay.generator for replay in without_graphs}
     assert transition_pvalue(torch.cat(texts), table.target.softmax(-1)) > ALPHA
     small_qs.reset()
 
