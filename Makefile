@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both install into .venv first: the demo what it needs, every
 # other target all the rest, in the versions of constraints.txt.
 #
-#   make demo      a real model sums up a long document
+#   make demo      a real model answers a question about a long document
 #   make test      the test suite; GPU tests run where there is a GPU, kernels in the interpreter where there is none
 #   make newest    the test suite with the newest release of everything, beyond the caps too, in .venv-newest
 #   make lint      ruff: rules and formatting

@@ -1,4 +1,4 @@
-"""``make demo``: SmolLM2-135M sums up a long document, speculating on itself.
+"""``make demo``: SmolLM2-135M answers a question about a long document, speculating on itself.
 
 An argument is the most tokens to write.
 """
@@ -23,11 +23,7 @@ from quantspec.evals import load_smollm2  # noqa: E402
 from quantspec.passes import cpu_lacks_half_matmul  # noqa: E402
 
 DOCUMENT = Path(__file__).parent / "document.txt"
-# One of the instructions that the model was trained with.
-INSTRUCTION = (
-    "Provide a concise, objective summary of the input text in up to three sentences, focusing on key actions and "
-    "intentions without using second or third person pronouns."
-)
+QUESTION = "How many signatures did the petition collect?"
 
 
 def main(max_new_tokens: int = 128) -> None:
@@ -43,12 +39,12 @@ def main(max_new_tokens: int = 128) -> None:
     qs = quantspec.convert(model, weight_group_size=64)
     print(f"{qs}\nconverted in {time.perf_counter() - start:.1f} s\n", flush=True)
 
-    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": DOCUMENT.read_text()}]
+    messages = [{"role": "user", "content": f"{DOCUMENT.read_text()}\n\n{QUESTION}"}]
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(device)
     prompt = inputs.input_ids.shape[1]
-    print(f"The file {DOCUMENT.name}, {prompt} tokens. {INSTRUCTION}\n", flush=True)
+    print(f"The file {DOCUMENT.name}, {prompt} tokens. {QUESTION}\n", flush=True)
 
     options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
     start = time.perf_counter()
