@@ -133,7 +133,6 @@ CALLS = [
     generates("healing", ValueError, "token_healing", token_healing=True),
     generates("attentions", ValueError, "output_attentions", output_attentions=True, return_dict_in_generate=True),
     generates("hidden states", ValueError, "output_hidden_states", output_hidden_states=True),
-    generates("raw logits", ValueError, "output_logits", output_logits=True, return_dict_in_generate=True),
     generates("another cache", ValueError, "cache_implementation: the pair keeps", cache_implementation="static"),
     generates("custom_generate", ValueError, "custom_generate=qs.decode", custom_generate=lambda: None),
     generates("unknown generation option", ValueError, "max_tokens", max_tokens=5),
