@@ -38,6 +38,16 @@ class FrozenModel:
         """Leave out what has changed since because the model ran, a counter for example."""
         now = dict(_parts(self._model))
         self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
+        options = dict(_options(getattr(self._model, "config", None)))
+        self._options = {name: value for name, value in self._options.items() if value == options.get(name)}
+        self._remember()
+
+    def check(self) -> None:
+        """Compare, in about a millisecond for 32 layers where nothing has changed.
+
+        Raises:
+            ValueError: naming the first part that was replaced, added or removed.
+        """
         if self._seen is None or self._addresses() != self._seen:
             self._check_parts()
         options = dict(_options(getattr(self._model, "config", None)))
