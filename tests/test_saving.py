@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantspec
-from quantspec import QuantSpecModel, SavedModelError, SelfCheckError
+from quantspec import QuantSpecConfig, QuantSpecModel, SavedModelError, SelfCheckError
 from quantspec.checkpoint import loading, saving
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, EDITABLE_FILE, Description
 from quantspec.passes import WeightFormat, int4_weights, plain_weights
@@ -254,6 +254,12 @@ def test_model_that_transformers_dequantized(qs, tmp_path, monkeypatch):
 
 
 # --- options on loading ----------------------------------------------------------------------------------------------
+
+
+def test_the_usual_draft_is_not_named(saved):
+    """A version that knows no other draft refuses options that it does not know."""
+    assert "draft_recipe" not in json.loads((saved / DESCRIPTION_FILE).read_text())["options"]
+    assert Description.read(saved).options.draft_recipe == QuantSpecConfig.draft_recipe
 
 
 def test_options_that_may_change(saved, qs):

@@ -79,6 +79,9 @@ class Description:
         options = {f.name: getattr(self.options, f.name) for f in fields(QuantSpecConfig)}
         # Follows from the linears.
         del options["adapted_group_sizes"]
+        # Folders with the usual draft stay readable for versions that know no other.
+        if self.options.draft_recipe == QuantSpecConfig.draft_recipe:
+            del options["draft_recipe"]
         values["options"] = options
         values["linears"] = [asdict(report) for report in self.linears]
         values["files"] = {name: asdict(fingerprint) for name, fingerprint in self.files.items()}
