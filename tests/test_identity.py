@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import GROUP
 from safetensors.torch import load_file, save_file
 from step_by_step import random_prompt
@@ -34,6 +35,12 @@ PROMPT = torch.tensor([random_prompt(12)])
 
 def convert(model: nn.Module) -> QuantSpecModel:
     return quantspec.convert(model, kv_group_size=GROUP, self_check=False)
+
+
+def bf16_accelerator() -> Accelerator:
+    """One for autocast to bfloat16, whatever precision an earlier test gave the process: accelerate keeps the first."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision="bf16")
 
 
 def one_layer() -> LlamaForCausalLM:
@@ -102,7 +109,7 @@ CHANGES: dict[str, tuple[str, Callable]] = {
         lambda m: m.config.rope_parameters.update(rope_theta=5.0),
     ),
     "option removed": ("option 'attention_bias' in the config", lambda m: delattr(m.config, "attention_bias")),
-    "prepared": ("the forward of Counting", lambda m: Accelerator(cpu=True, mixed_precision="bf16").prepare(m)),
+    "prepared": ("the forward of Counting", lambda m: bf16_accelerator().prepare(m)),
 }
 
 
@@ -181,7 +188,7 @@ def test_wrappers_name_the_model_inside(wrap, attribute):
 
 def test_a_forward_under_autocast_is_refused_by_that_reason():
     """The whole model's, as accelerate makes it, and a module's; unwrapped it converts."""
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = bf16_accelerator()
     model = accelerator.prepare(one_layer())
     with pytest.raises(
         UnsupportedModelError, match=r"LlamaForCausalLM: .* under autocast to torch\.bfloat16.*unwrap_model"
