@@ -32,7 +32,8 @@ def converted(architecture: str) -> QuantSpecModel:
     return quantspec.convert(tiny_model(architecture), **options)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+# One process runs all of an architecture's tests (pytest-xdist's loadgroup), so that it converts once in all.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES])
 def qs(request) -> QuantSpecModel:
     return converted(request.param)
 
