@@ -42,6 +42,7 @@ NESTED = {
     "$defs": {"node": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"type": "array", "items": WORD, "maxItems": 2}]}},
     "x-guidance": {"whitespace_flexible": False},
 }
+CHOICES = [1, "deux", None, ["trois", 3]]
 SUM = """
 start: term ("+" term)~1..2
 term: NUMBER | "(" NUMBER "-" NUMBER ")"
@@ -68,8 +69,8 @@ def is_nested(text: str) -> bool:
 STRUCTURES: dict[str, tuple[dict[str, Any], Callable[[str], object]]] = {
     "schema": ({"json_schema": PERSON}, is_person),
     "schema as text": ({"json_schema": json.dumps(NESTED)}, is_nested),
-    "alternatives": ({"json_schema": {"enum": [1, "deux", None, {"trois": 3}]}}, json.loads),
-    "regex": ({"regex": r"[A-F]{3}-(\d{4}|x+y){1,3}\."}, re.compile(r"[A-F]{3}-(\d{4}|x+y){1,3}\.").fullmatch),
+    "alternatives": ({"json_schema": {"enum": CHOICES}}, lambda text: json.loads(text) in CHOICES),
+    "regex": ({"regex": r"[A-F]{3}-([0-9]{4}|x+y){1,3}\."}, re.compile(r"[A-F]{3}-([0-9]{4}|x+y){1,3}\.").fullmatch),
     "other letters": ({"regex": "(é|ß|日本|🙂){3}"}, re.compile("(é|ß|日本|🙂){3}").fullmatch),
     "grammar": ({"grammar": SUM}, re.compile(r"(\d+|\(\d+-\d+\))(\+(\d+|\(\d+-\d+\))){1,2}").fullmatch),
 }
@@ -114,17 +115,16 @@ def test_greedy_text_follows_its_structure_at_every_number_of_drafts(pair, lette
     prompt_len = inputs["input_ids"].shape[1]
     texts = new_texts(letters, expected, prompt_len)
     assert all(follows(text) for text in texts), texts
-    for gamma in (1, 4, 7):
+    for gamma in (1, 4):
         assert torch.equal(pair.generate(num_speculative_tokens=gamma, **options, **structure), expected), gamma
         assert pair.last_stats.drafted > 0
 
 
-@pytest.mark.parametrize("gamma", [0, 4])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_sampled_text_follows_its_structure(pair, letters, name, gamma):
+def test_sampled_text_follows_its_structure(pair, letters, name):
     structure, follows = STRUCTURES[name]
     inputs = prompts(letters, 3)
-    for seed in range(5):
+    for seed in (1, 2):
         ids = pair.generate(
             **inputs,
             **structure,
@@ -133,8 +133,7 @@ def test_sampled_text_follows_its_structure(pair, letters, name, gamma):
             temperature=1.5,
             top_k=20,
             seed=seed,
-            max_new_tokens=300,
-            num_speculative_tokens=gamma,
+            max_new_tokens=200,
         )
         texts = new_texts(letters, ids, inputs["input_ids"].shape[1])
         assert all(follows(text) for text in texts), texts
@@ -151,7 +150,7 @@ def test_sampled_texts_have_the_distribution_without_drafts(pair, letters):
         logits = pair.model(ids).logits[0, prompt_len - 1 :].double()
         first, second = (logits[step, letters(some).input_ids] for step, some in ((0, "abc"), (1, "xy")))
         probs.append(first.softmax(-1)["abc".index(text[0])] * second.softmax(-1)["xy".index(text[1])])
-    rows, seeds = 64, 12
+    rows, seeds = 200, 3
     batch = {name: tensor.expand(rows, -1) for name, tensor in inputs.items()}
     options = {"tokenizer": letters, "do_sample": True, "top_k": 0, "max_new_tokens": 4, "num_speculative_tokens": 3}
     found: Counter[str] = Counter()
@@ -217,7 +216,7 @@ def test_each_of_several_eos_tokens_may_end_the_text(pair, letters):
     inputs = prompts(letters, 1)
     ends = [letters.eos_token_id, letters.pad_token_id]
     found = set()
-    for seed in range(30):
+    for seed in range(12):
         ids = pair.generate(
             **inputs, regex="ab", tokenizer=letters, eos_token_id=ends, do_sample=True, seed=seed, temperature=3.0, top_k=0
         )
@@ -255,16 +254,15 @@ def test_each_turn_of_a_conversation_has_a_structure_of_its_own(pair, letters):
     assert pair.last_stats.continued_tokens > 0
 
 
-def test_tokens_that_were_added_to_a_tokenizer_are_known(letters):
-    """A tokenizer that has been used for a grammar, and the model, grow."""
+def test_tokens_that_were_added_to_a_tokenizer_are_known(pair):
+    """To one that has been used for a grammar before."""
     grown = stand_in_tokenizer()
-    qs = quantspec.convert(tiny_model("llama", vocab_size=len(grown) + 1, eos_token_id=2), self_check=False)
     inputs = prompts(grown, 1)
     prompt_len = inputs["input_ids"].shape[1]
-    assert new_texts(grown, qs.generate(**inputs, regex="ab", tokenizer=grown), prompt_len) == ["ab"]
+    assert new_texts(grown, pair.generate(**inputs, regex="ab", tokenizer=grown), prompt_len) == ["ab"]
     grown.add_tokens("ab")
     added = grown.convert_tokens_to_ids("ab")
-    found = qs.generate(**inputs, regex="ab", tokenizer=grown, sequence_bias=[[[added], 1e4]])
+    found = pair.generate(**inputs, regex="ab", tokenizer=grown, sequence_bias=[[[added], 1e4]])
     assert found[0, prompt_len:].tolist() == [added, grown.eos_token_id]
 
 
@@ -349,10 +347,10 @@ def test_without_llguidance_the_extra_is_named(idle, letters, monkeypatch):
 
 def test_a_grammar_beyond_llguidances_limits_is_an_error(pair, letters):
     """Refused where its first token is, and while running where a later one is."""
-    rules = [f'rule{number}: "a" tail{number}\ntail{number}: "a" "b"' for number in range(1100)]
-    wide = "any: " + " | ".join(f"rule{number}" for number in range(1100)) + "\n" + "\n".join(rules)
+    wide = "any: " + " | ".join(f"rule{number}" for number in range(2100))
+    wide += "".join(f'\nrule{number}: "a" "{number}"' for number in range(2100))
     options = {"tokenizer": letters, "max_new_tokens": 5, **prompts(letters, 1)}
     with pytest.raises(ValueError, match="grammar cannot be used: .* items; max is 2000"):
-        pair.generate(grammar=f"start: any+\n{wide}", **options)
+        pair.generate(grammar=f"start: any\n{wide}", **options)
     with pytest.raises(RuntimeError, match="llguidance cannot follow the grammar any further: .* items; max is 2000"):
-        pair.generate(grammar=f'start: "x" any+\n{wide}', **options)
+        pair.generate(grammar=f'start: "x" any\n{wide}', **options)

@@ -114,7 +114,7 @@ def grammar_processor(
             "eos_token_id=..."
         )
     num_tokens = max(vocab_size, len(tokenizer))
-    vocabulary = _vocabulary(tokenizer, num_tokens, tuple(eos_token_ids))
+    vocabulary = _vocabulary(tokenizer, len(tokenizer), num_tokens, tuple(eos_token_ids))
     make = {
         "json_schema": LLMatcher.grammar_from_json_schema,
         "regex": LLMatcher.grammar_from_regex,
@@ -147,10 +147,12 @@ def _json_text(schema: Any) -> str:
     return text
 
 
-# Reading a vocabulary takes about a second; the number of its tokens tells whether some were added since.
+# Reading a vocabulary takes about a second; its length tells whether tokens were added since.
 @functools.lru_cache(maxsize=4)
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, num_tokens: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """llguidance's view of a tokenizer, with ``num_tokens`` tokens.
+def _vocabulary(
+    tokenizer: PreTrainedTokenizerBase, length: int, num_tokens: int, eos_token_ids: tuple[int, ...]
+) -> LLTokenizer:
+    """llguidance's view of a tokenizer of this ``length``, filled up to ``num_tokens`` tokens.
 
     Raises:
         ValueError: llguidance cannot read it.
