@@ -39,7 +39,9 @@ NESTED = {
     "properties": {"of": {"$ref": "#/$defs/node"}},
     "required": ["of"],
     "additionalProperties": False,
-    "$defs": {"node": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"type": "array", "items": WORD, "maxItems": 2}]}},
+    "$defs": {
+        "node": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"type": "array", "items": WORD, "maxItems": 2}]}
+    },
     "x-guidance": {"whitespace_flexible": False},
 }
 CHOICES = [1, "deux", None, ["trois", 3]]
@@ -218,7 +220,14 @@ def test_each_of_several_eos_tokens_may_end_the_text(pair, letters):
     found = set()
     for seed in range(12):
         ids = pair.generate(
-            **inputs, regex="ab", tokenizer=letters, eos_token_id=ends, do_sample=True, seed=seed, temperature=3.0, top_k=0
+            **inputs,
+            regex="ab",
+            tokenizer=letters,
+            eos_token_id=ends,
+            do_sample=True,
+            seed=seed,
+            temperature=3.0,
+            top_k=0,
         )
         text = ids[0, inputs["input_ids"].shape[1] :].tolist()
         assert letters.decode(text[:2]) == "ab"
@@ -341,7 +350,9 @@ def test_a_structure_without_eos_is_refused(idle, letters, monkeypatch):
 
 def test_without_llguidance_the_extra_is_named(idle, letters, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ImportError, match=r"json_schema is followed by llguidance: pip install 'quantspec\[structured\]'"):
+    with pytest.raises(
+        ImportError, match=r"json_schema is followed by llguidance: pip install 'quantspec\[structured\]'"
+    ):
         idle.generate(**prompts(letters, 1), json_schema={}, tokenizer=letters)
 
 
