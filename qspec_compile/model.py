@@ -107,9 +107,9 @@ class QuantSpecModel:
                 except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
                 which leave other parts of the text quantized.
             tokenizer: needed with ``stop_strings``, ``json_schema``, ``regex`` and ``grammar``.
-            json_schema: a dict or JSON text; every new text is JSON that it allows. Of this and the next two one at most;
-                each needs llguidance (``pip install 'quantspec[structured]'``). EOS is allowed where the text may end and
-                nowhere else, so a text is complete unless ``max_new_tokens`` or another criterion cuts it.
+            json_schema: a dict or JSON text; every new text is JSON that it allows. Give one of this and the next two;
+                each needs llguidance (``pip install 'quantspec[structured]'``). EOS is allowed where the text may end
+                and nowhere else, so a text is complete unless ``max_new_tokens`` or another criterion cuts it.
             regex: a regular expression, in Rust's syntax, that the whole of every new text matches.
             grammar: the same as a Lark grammar, as llguidance reads it.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are

@@ -122,7 +122,6 @@ def test_honoured(qs, tokenizer, name):
 
 
 TIERED = {**OPTIONS, **{name: ARGUMENTS[name] for name in ("logits_processor", "prefix_allowed_tokens_fn")}}
-STRUCTURES = ("json_schema", "regex", "grammar")
 
 
 def ways(qs, monkeypatch, name: str) -> list:
@@ -149,7 +148,7 @@ def ways(qs, monkeypatch, name: str) -> list:
     return taken
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", ["json_schema", "regex", "grammar"])
 def test_structures_keep_to_their_tier(name):
     """Their processor is of no kind that a program holds, and is shown the text on the host."""
     tokenizer = stand_in_tokenizer()

@@ -92,7 +92,7 @@ class ScoreProgram:
 
 
 class FollowingProcessor(LogitsProcessor):
-    """A processor that reads the text on the host, and as soon as it is known: on a GPU while the next drafts are made."""
+    """A processor that reads the text on the host, and as soon as it is known: on a GPU while a replay is under way."""
 
     def follow(self, texts: Sequence[Sequence[int]]) -> None:
         """Take the new tokens of each row so far, padding left out, before the next call."""
