@@ -11,12 +11,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, REFUSED, Option  # noqa: E402
+from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, OWN, REFUSED, Option  # noqa: E402
 
 INTRODUCTION = f"""# Generation options
 
 Made by `python docs/generation_options.py` from the table that `tests/test_generation_options.py` checks: every field
-of transformers' `GenerationConfig`, given as a keyword or in a config, and every argument of `model.generate`.
+of transformers' `GenerationConfig`, given as a keyword or in a config, every argument of `model.generate`, and what
+`qs.generate` adds.
 
 *Honoured* options mean what they mean there. *Refused* ones raise an error that names them before any work is done.
 *Irrelevant* ones change nothing in Hugging Face's greedy search and sampling either, or only how its own cache works.
@@ -42,10 +43,16 @@ def _section(status: str, options: dict[str, Option]) -> list[str]:
 def page() -> str:
     """The whole page."""
     lines = [INTRODUCTION]
-    for title, options in (("Fields of `GenerationConfig`", OPTIONS), ("Arguments of `generate`", ARGUMENTS)):
+    tables = {
+        "Fields of `GenerationConfig`": OPTIONS,
+        "Arguments of `model.generate`": ARGUMENTS,
+        "Arguments that `qs.generate` adds": OWN,
+    }
+    for title, options in tables.items():
         lines.append(f"\n## {title}")
         for status in (HONOURED, REFUSED, IRRELEVANT):
-            lines += _section(status, options)
+            if any(option.status == status for option in options.values()):
+                lines += _section(status, options)
     return "\n".join(lines) + "\n"
 
 

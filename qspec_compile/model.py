@@ -84,6 +84,9 @@ class QuantSpecModel:
         generator: torch.Generator | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
+        json_schema: dict[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Generate text as ``model.generate`` would, several tokens per reading of the target.
@@ -103,7 +106,12 @@ class QuantSpecModel:
             seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
                 except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
                 which leave other parts of the text quantized.
-            tokenizer: needed with ``stop_strings``.
+            tokenizer: needed with ``stop_strings``, ``json_schema``, ``regex`` and ``grammar``.
+            json_schema: a dict or JSON text; every new text is JSON that it allows. Give one of this and the next two;
+                each needs llguidance (``pip install 'quantspec[structured]'``). EOS is allowed where the text may end
+                and nowhere else, so a text is complete unless ``max_new_tokens`` or another criterion cuts it.
+            regex: a regular expression, in Rust's syntax, that the whole of every new text matches.
+            grammar: the same as a Lark grammar, as llguidance reads it.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
                 called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'
                 usual ones, see no drafts, and the rows of a batch advance together.
@@ -115,7 +123,9 @@ class QuantSpecModel:
             ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast, moved or given
                 other weights since its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
-            RuntimeError: called while this thread generates with the pair, as by a streamer.
+            RuntimeError: called while this thread generates with the pair, as by a streamer; or a grammar is beyond
+                llguidance's limits.
+            ImportError: llguidance is missing, and a structure was asked for.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
             torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
         """
@@ -131,6 +141,9 @@ class QuantSpecModel:
             generator=generator,
             seed=seed,
             tokenizer=tokenizer,
+            json_schema=json_schema,
+            regex=regex,
+            grammar=grammar,
             **kwargs,
         )
 

@@ -166,3 +166,15 @@ ARGUMENTS: dict[str, Option] = {
     "negative_prompt_attention_mask": Option(HONOURED, "read with `guidance_scale`"),
     "custom_generate": _refused(print, "it is one itself"),
 }
+
+# Keywords of quantspec's own.
+OWN: dict[str, Option] = {
+    "num_speculative_tokens": Option(HONOURED, 'tokens drafted per cycle, or `"auto"`'),
+    "continue_cache": Option(HONOURED, "prefills only what is new"),
+    "generator": Option(HONOURED, "of randomness"),
+    "seed": Option(HONOURED, "of randomness"),
+    "tokenizer": Option(HONOURED, "read with `stop_strings`, `json_schema`, `regex` and `grammar`"),
+    "json_schema": _on_host({"enum": [1, 2]}, "a dict or JSON text; needs `tokenizer` and the extra `structured`"),
+    "regex": _on_host("a|b", "in Rust's syntax; as `json_schema`"),
+    "grammar": _on_host('start: "a" | "b"', "in Lark's syntax; as `json_schema`"),
+}

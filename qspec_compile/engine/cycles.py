@@ -21,7 +21,7 @@ from quantspec.passes import Role
 from .acceptance import Rules
 from .cycle import Cycle, CycleResult
 from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay, make_acceptance
-from .logits_processors import ScoreProgram, apply_processors, compilable, reads_text
+from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, reads_text
 from .progress import Progress
 from .sampling import sample, sample_step
 from .text import Text
@@ -339,6 +339,8 @@ class LockstepCycles(_OnRunner):
         is_new = self._prepare(num_drafts)
         start = self._clock.now()
         drafts, proposed, logits = runner.proposed()
+        # On a GPU the replay is under way, and nothing has waited for it yet.
+        self._follow()
         accepted, tokens = self._walk(drafts, proposed, logits)
         flush_due = bool(runner.cycle.keep(torch.full_like(tokens, accepted), tokens))
         if flush_due:
@@ -374,7 +376,14 @@ class LockstepCycles(_OnRunner):
             progress.judge()
             if rejected or not any(progress.running):
                 break
+            self._follow()
         return step, tokens
+
+    def _follow(self) -> None:
+        texts = [request.tokens for request in self._call.progress.requests]
+        for processor in self._call.processors:
+            if isinstance(processor, FollowingProcessor):
+                processor.follow(texts)
 
 
 def _nan_bits(logits: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ processors themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from .text import Positions, Text
@@ -89,6 +89,14 @@ class ScoreProgram:
             tuple(_as_tensor(value, batch) for value in kind.values(processor, batch, vocab))
             for processor, (kind, _) in zip(self._processors, self._kinds, strict=True)
         ]
+
+
+class FollowingProcessor(LogitsProcessor):
+    """A processor that reads the text on the host, and as soon as it is known: on a GPU while a replay is under way."""
+
+    def follow(self, texts: Sequence[Sequence[int]]) -> None:
+        """Take the new tokens of each row so far, padding left out, before the next call."""
+        raise NotImplementedError
 
 
 def compilable(processors: LogitsProcessorList) -> LogitsProcessorList:

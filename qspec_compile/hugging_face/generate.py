@@ -36,6 +36,9 @@ def generate(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     tokenizer: Any = None,
+    json_schema: dict[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateOutput:
     """:meth:`quantspec.QuantSpecModel.generate`; ``model`` is the converted one or a view with a config of its own."""
@@ -83,6 +86,7 @@ def generate(
             attention_mask,
             generation_config,
             tokenizer,
+            {"json_schema": json_schema, "regex": regex, "grammar": grammar},
             num_speculative_tokens,
             continue_cache,
             kwargs,
