@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +82,8 @@ class QuantSpecModel:
         num_speculative_tokens: int | str | None = None,
         continue_cache: bool = False,
         generator: torch.Generator | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        row_options: Sequence[Mapping[str, Any]] | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
@@ -130,6 +131,7 @@ class QuantSpecModel:
             continue_cache=continue_cache,
             generator=generator,
             seed=seed,
+            row_options=row_options,
             tokenizer=tokenizer,
             **kwargs,
         )
