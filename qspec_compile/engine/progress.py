@@ -44,7 +44,7 @@ class Progress:
         collect_scores: bool = False,
         collect_logits: bool = False,
     ) -> None:
-        """``input_ids (B, S)`` are the prompts with their padding; criteria that requests obey may be among the others."""
+        """``input_ids (B, S)`` are the prompts with their padding."""
         batch, self.prompt_len = input_ids.shape
         self.pad_token_id = pad_token_id
         self.streamer = streamer

@@ -25,9 +25,7 @@ class PerRow(LogitsProcessor):
         return cast(torch.FloatTensor, torch.cat(processed))
 
 
-def merge_rows(
-    rows: Sequence[LogitsProcessorList], kind: Callable[[LogitsProcessor], Hashable]
-) -> LogitsProcessorList:
+def merge_rows(rows: Sequence[LogitsProcessorList], kind: Callable[[LogitsProcessor], Hashable]) -> LogitsProcessorList:
     """One list that does to each row what its own does; rows whose processors are alike need none but these.
 
     Args:

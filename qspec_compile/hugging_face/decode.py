@@ -79,8 +79,8 @@ def decode(
         model: the Hugging Face model that calls; must be the converted one.
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
-        streamer, generator, seed: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its own
-            loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
+        streamer, generator, seed: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its
+            own loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
         continue_cache: prefill only what the previous call's text does not begin with.
         verifier: the role whose distribution is emitted.
