@@ -97,13 +97,15 @@ class QuantSpecModel:
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
             num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
-                by measured times, so that sampled texts differ from run to run whatever the seed.
+                by measured times.
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
-            generator: randomness for sampling, on the model's device; the global one if None.
-            seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
-                except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
-                which leave other parts of the text quantized.
+            generator: draws the rows' seeds where none are given, on the model's device; the global one if None.
+            seed: of sampling, one for each row; an int s stands for s, s + 1, and so on. A row's random numbers depend
+                on its seed and the position in its text alone. So its text does too, alone or in a batch and whatever
+                is drafted, but for rounding.
+            row_options: for each row a dict of options over those of the call: greedy or sampled, all that shapes its
+                distribution, its lengths and EOS tokens. Each row gets the text that it gets alone.
             tokenizer: needed with ``stop_strings``.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
                 called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'

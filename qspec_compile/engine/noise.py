@@ -18,9 +18,10 @@ _STEP = _int64(0x9E3779B97F4A7C15)
 _FACTORS = (_int64(0xBF58476D1CE4E5B9), _int64(0x94D049BB133111EB))
 
 
-def random_bits(keys: Tensor, counters: Tensor) -> Tensor:
-    """64 random bits as int64: the ``counters``-th outputs, from 0, of generators that start at ``keys``, int64."""
-    bits = keys + _STEP * (counters + 1)
+def random_bits(keys: Tensor, counters: Tensor | int) -> Tensor:
+    """64 random bits as int64: the ``counters``-th outputs, from 0, of generators whose first state is ``keys`` steps."""
+    # Counters times the step would be int32 on a GPU, where an arange is compiled into an index.
+    bits = (keys + counters) * _STEP
     bits = (bits ^ _shifted(bits, 30)) * _FACTORS[0]
     bits = (bits ^ _shifted(bits, 27)) * _FACTORS[1]
     return bits ^ _shifted(bits, 31)
@@ -45,7 +46,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
         ``(B, T, V)`` float32, all finite.
     """
     # The seed is hashed by itself first, or that of the next row at the position before would look alike.
-    keys = random_bits(random_bits(seeds, torch.zeros_like(seeds))[:, None], positions)
+    keys = random_bits(random_bits(seeds, 0)[:, None], positions)
     bits = random_bits(keys[..., None], torch.arange(vocab, device=seeds.device))
     # Small ones decide, and are exact to the last of float32's bits; neither 0 nor 1 occurs.
     uniform = ((_shifted(bits, 1) | 1).float() * 2.0**-63).clamp(max=1 - 2.0**-24)
