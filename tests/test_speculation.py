@@ -114,9 +114,6 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
         def begin(self, *_) -> None:
             passes(4.0)
 
-        def end(self, *_) -> None:
-            pass
-
         def flush(self) -> None:
             self.of_cache.flush()
 
