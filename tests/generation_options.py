@@ -68,7 +68,7 @@ OPTIONS: dict[str, Option] = {
     "early_stopping": _BEAMS,
     "max_time": _honoured(1e-9, "looked at after every token"),
     "stop_strings": _honoured("first", "at the exact token; needs `tokenizer`"),
-    "do_sample": _honoured(True, "the distribution is the target's; a row's random numbers follow from its seed and their position"),
+    "do_sample": _honoured(True, "the distribution is the target's; random numbers follow from seed and position"),
     "num_beams": _refused(4, "only 1: greedy search and sampling"),
     "use_mtp": _refused(True, "the draft is the model itself"),
     "use_cache": _irrelevant("the pair always keeps its own cache"),

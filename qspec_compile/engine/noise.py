@@ -19,8 +19,8 @@ _FACTORS = (_int64(0xBF58476D1CE4E5B9), _int64(0x94D049BB133111EB))
 
 
 def random_bits(keys: Tensor, counters: Tensor | int) -> Tensor:
-    """64 random bits as int64: the ``counters``-th outputs, from 0, of generators whose first state is ``keys`` steps."""
-    # Counters times the step would be int32 on a GPU, where an arange is compiled into an index.
+    """64 random bits as int64: the outputs at ``counters`` of generators whose state at 0 is ``keys`` steps."""
+    # Counters alone times the step would be int32 on a GPU, where an arange is compiled into an index.
     bits = (keys + counters) * _STEP
     bits = (bits ^ _shifted(bits, 30)) * _FACTORS[0]
     bits = (bits ^ _shifted(bits, 27)) * _FACTORS[1]
