@@ -30,7 +30,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 import quantspec
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
-from quantspec.engine.acceptance import Rules
 from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.draft_count import cycle_tokens
@@ -248,8 +247,8 @@ def synthetic_rows(
     """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
     drawn = torch.zeros((), device="cuda")
     rewind(cache, context)
-    rules = Rules(greedy=synthetic_acceptance(drawn))
-    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, rules=rules)
+    rule = synthetic_acceptance(drawn)
+    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, rule=rule)
     replay.cycle.running.fill_(True)
     for rate in rates:
         drawn.fill_(rate)

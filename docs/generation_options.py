@@ -13,6 +13,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, OWN, REFUSED, Option  # noqa: E402
 
+from quantspec.hugging_face.rows import ROW_OPTIONS  # noqa: E402
+
 INTRODUCTION = f"""# Generation options
 
 Made by `python docs/generation_options.py` from the table that `tests/test_generation_options.py` checks: every field
@@ -26,6 +28,15 @@ of transformers' `GenerationConfig`, given as a keyword or in a config, every ar
 part of the captured cycle, and other values need no other capture. *{HOST.capitalize()}*: drafting and verification are
 captured; between them the processors are called as Hugging Face calls them, once per token, up to the first draft that
 is rejected. One such option takes the whole call there.
+"""
+
+
+ROWS = """
+## Rows of their own
+
+`qs.generate(..., row_options=[{{...}}, ...])` takes a dict for each row, over the options of the call: Hugging Face
+prepares each row as if it were alone, and the batch decodes them together, in one captured cycle. `seed` takes a list.
+Rows may differ in {options}. Everything else is the whole batch's, and refused by name in a row.
 """
 
 
@@ -53,7 +64,8 @@ def page() -> str:
         for status in (HONOURED, REFUSED, IRRELEVANT):
             if any(option.status == status for option in options.values()):
                 lines += _section(status, options)
-    return "\n".join(lines) + "\n"
+    options = ", ".join(f"`{name}`" for name in sorted(ROW_OPTIONS))
+    return "\n".join(lines) + "\n" + ROWS.format(options=options)
 
 
 if __name__ == "__main__":

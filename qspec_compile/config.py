@@ -41,8 +41,7 @@ class QuantSpecConfig:
 
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
-            fastest, plain decoding included; sampled texts then depend on times and no seed repeats them. Can be
-            overridden per ``generate`` call.
+            fastest, plain decoding included. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +82,8 @@ class QuantSpecModel:
         num_speculative_tokens: int | str | None = None,
         continue_cache: bool = False,
         generator: torch.Generator | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        row_options: Sequence[Mapping[str, Any]] | None = None,
         tokenizer: Any = None,
         json_schema: dict[str, Any] | str | None = None,
         regex: str | None = None,
@@ -99,13 +100,15 @@ class QuantSpecModel:
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
             num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
-                by measured times, so that sampled texts differ from run to run whatever the seed.
+                by measured times.
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
-            generator: randomness for sampling, on the model's device; the global one if None.
-            seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
-                except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
-                which leave other parts of the text quantized.
+            generator: draws the rows' seeds where none are given, on the model's device; the global one if None.
+            seed: of sampling, one for each row; an int s stands for s, s + 1, and so on. A row's random numbers depend
+                on its seed and the position in its text alone. So its text does too, alone or in a batch and whatever
+                is drafted, but for rounding.
+            row_options: for each row a dict of options over those of the call: greedy or sampled, all that shapes its
+                distribution, its lengths and EOS tokens. Each row gets the text that it gets alone.
             tokenizer: needed with ``stop_strings``, ``json_schema``, ``regex`` and ``grammar``.
             json_schema: a dict or JSON text; every new text is JSON that it allows. Give one of this and the next two;
                 each needs llguidance (``pip install 'quantspec[structured]'``). EOS is allowed where the text may end
@@ -140,6 +143,7 @@ class QuantSpecModel:
             continue_cache=continue_cache,
             generator=generator,
             seed=seed,
+            row_options=row_options,
             tokenizer=tokenizer,
             json_schema=json_schema,
             regex=regex,

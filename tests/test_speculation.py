@@ -9,7 +9,7 @@ from conftest import GROUP
 from step_by_step import assert_same_text, random_prompt
 
 from quantspec.cache import HierarchicalCache
-from quantspec.engine.acceptance import GreedyAcceptance
+from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
 from quantspec.engine.draft_count import AUTO_CHOICES, AutoDraftCount, FixedDraftCount
 
@@ -109,13 +109,10 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
         def __init__(self, num_drafts: int, cache: HierarchicalCache) -> None:
             passes(16.0)
             self.num_drafts, self.of_cache = num_drafts, cache
-            self.cycle = Cycle(qs.pair, cache, GreedyAcceptance(lambda logits, _: logits.float(), compiles=False))
+            self.cycle = Cycle(qs.pair, cache, Acceptance(lambda logits, _: logits.float(), compiles=False))
 
         def begin(self, *_) -> None:
             passes(4.0)
-
-        def end(self, *_) -> None:
-            pass
 
         def flush(self) -> None:
             self.of_cache.flush()

@@ -7,15 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import GROUP
-from scipy.stats import chisquare
 from step_by_step import pad_batch, random_prompt
 from test_sampling import ALPHA, VOCAB, Table, seeded, small_qs, transition_pvalue
 from torch import Tensor
 from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
 from transformers.generation import logits_process as hf
-
-from quantspec.engine.sampling import sample, sample_step
 
 __all__ = ["small_qs"]
 
@@ -213,14 +210,6 @@ def test_a_criterion_ends_the_calls(qs):
 
 
 # --- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def test_a_step_follows_the_target():
-    """40,000 tokens of one pair of distributions."""
-    p, q = ((1.5 * torch.randn(VOCAB, generator=seeded(seed))).softmax(-1).expand(40_000, -1) for seed in (5, 6))
-    tokens = sample_step(sample(q, seeded(1)), q, p, seeded(2))
-    expected = 40_000 * p[0].double() / p[0].double().sum()
-    assert chisquare(torch.bincount(tokens, minlength=VOCAB).numpy(), expected.numpy()).pvalue > ALPHA
 
 
 class Shift(LogitsProcessor):

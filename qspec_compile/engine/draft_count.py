@@ -65,7 +65,7 @@ class FixedDraftCount:
 class AutoDraftCount:
     """The number that is fastest by what was seen so far.
 
-    It follows measured times, so two runs may draft differently, also with equal seeds.
+    It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
 
     Attributes:
         acceptance: running probability that the next draft token is accepted, given that those before it were.

@@ -17,6 +17,7 @@ from torch.distributions import Categorical
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from .row_processors import PerRow, merge_rows
 from .text import Positions, Text
 
 _NEVER = 2**62
@@ -51,7 +52,7 @@ class ScoreProgram:
         """``text`` may be left out where none of the processors :func:`reads_text`."""
         self.text = text if reads_text(processors) else None
         self._processors = processors
-        self._kinds = [(_KINDS[type(processor)], _KINDS[type(processor)].fixed(processor)) for processor in processors]
+        self._kinds = [(kind := _kind(processor), kind.fixed(processor)) for processor in processors]
         self._values: list[tuple[Tensor, ...]] | None = None
         self._shape = (0, 0)
 
@@ -101,17 +102,34 @@ class FollowingProcessor(LogitsProcessor):
 
 def compilable(processors: LogitsProcessorList) -> LogitsProcessorList:
     """Those that a program can hold. Any other, also a subclass, may count its calls or follow a grammar."""
-    return LogitsProcessorList(processor for processor in processors if type(processor) in _KINDS)
+    return LogitsProcessorList(processor for processor in processors if _is_compilable(processor))
+
+
+def _is_compilable(processor: LogitsProcessor) -> bool:
+    if isinstance(processor, PerRow):
+        return all(own is None or type(own) in _KINDS for own in processor.rows)
+    return type(processor) in _KINDS
 
 
 def program_key(processors: LogitsProcessorList) -> tuple[Hashable, ...]:
     """What the program of :func:`compilable` processors is fixed to."""
-    return tuple((type(processor), _KINDS[type(processor)].fixed(processor)) for processor in processors)
+    return tuple(_key(processor) for processor in processors)
+
+
+def _key(processor: LogitsProcessor) -> Hashable:
+    if isinstance(processor, PerRow):
+        return PerRow, _key(_some(processor))
+    return type(processor), _KINDS[type(processor)].fixed(processor)
+
+
+def merge_processors(rows: Sequence[LogitsProcessorList]) -> LogitsProcessorList:
+    """One list for the batch that does to each row what its own does; programs hold all that they hold of the rows'."""
+    return merge_rows(rows, lambda processor: _key(processor) if _is_compilable(processor) else type(processor))
 
 
 def reads_text(processors: LogitsProcessorList) -> bool:
     """Whether any of :func:`compilable` processors depends on the preceding tokens or their number."""
-    return any(_KINDS[type(processor)].reads_text for processor in processors)
+    return any(_kind(processor).reads_text for processor in processors)
 
 
 def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
@@ -124,6 +142,29 @@ def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tenso
             "accepted so far, and never with drafts"
         )
         raise
+
+
+def _kind(processor: LogitsProcessor) -> Kind:
+    """How one of :func:`compilable` processors becomes part of a program."""
+    if not isinstance(processor, PerRow):
+        return _KINDS[type(processor)]
+    kind = _KINDS[type(_some(processor))]
+
+    def apply(scores: Tensor, at: Positions | None, fixed: Hashable, has: Tensor, *values: Tensor) -> Tensor:
+        return torch.where(has, kind.apply(scores, at, fixed, *values), scores)
+
+    def values(processor: PerRow, batch: int, vocab: int) -> tuple[Tensor, ...]:
+        # The values of a row that has none are not looked at.
+        owners = [_some(processor) if own is None else own for own in processor.rows]
+        rows = ([_as_tensor(value, 1) for value in kind.values(own, 1, vocab)] for own in owners)
+        has = torch.tensor([own is not None for own in processor.rows], device="cpu")
+        return has[:, None, None], *(torch.cat(column) for column in zip(*rows, strict=True))
+
+    return Kind(apply, values, lambda processor: kind.fixed(_some(processor)), kind.reads_text)
+
+
+def _some(processor: PerRow) -> LogitsProcessor:
+    return next(own for own in processor.rows if own is not None)
 
 
 def _as_tensor(value: Any, batch: int) -> Tensor:

@@ -14,9 +14,10 @@ from quantspec.cache import HierarchicalCache
 from quantspec.locks import LockOfProcess
 from quantspec.pair import Pair
 
-from .acceptance import RULES, Rules
+from .acceptance import Rule
 from .cycle_graph import CycleReplays
 from .draft_count import AutoDraftCount, DraftCount, FixedDraftCount
+from .sampling import accept
 from .stats import GenerationStats
 
 
@@ -53,17 +54,17 @@ class Session:
 
     Attributes:
         pair: whose cache it is.
-        rules: which drafts stand.
+        rule: which drafts stand.
         cache: of the call before, whatever it holds; None before the first and after a release.
         replays: captured cycles on that cache.
         last_stats: of the call that ended last, also if it was interrupted; None before the first.
     """
 
-    def __init__(self, pair: Pair, rules: Rules = RULES) -> None:
+    def __init__(self, pair: Pair, rule: Rule = accept) -> None:
         self.pair = pair
-        self.rules = rules
+        self.rule = rule
         self.cache: HierarchicalCache | None = None
-        self.replays = CycleReplays(pair, rules)
+        self.replays = CycleReplays(pair, rule)
         self.last_stats: GenerationStats | None = None
         self._texts: list[Tensor] | None = None
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}

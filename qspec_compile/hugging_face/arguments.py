@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,17 +115,6 @@ def _option(name: str, options: dict[str, Any], configs: Sequence[GenerationConf
         return options[name]
     values = (getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)
-
-
-def check_seed(seed: Any) -> int:
-    """``seed`` as an int that torch takes."""
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an int, not {seed!r}") from None
-    if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
-    return number
 
 
 def check_input_ids(pair: Pair, input_ids: Tensor) -> None:
