@@ -62,6 +62,39 @@ def _load_value_scales(v_scale, v_zero, tile, num_bytes, PARTS: tl.constexpr, HA
 
 
 @triton.jit
+def _prefetch(at):
+    """Fetch the line at each address into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _load_rotated(
+    at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Channels of the heads that begin at ``at``, the first ``ROTARY`` of them rotated by the angles whose cosines and
+    sines begin at ``cos`` and ``sin``, in float32, and rounded once."""
+    x = tl.load(at + channel, mask, other=0)
+    if ROTARY > 0:
+        if INTERLEAVED:
+            angle = channel // (ROTARY // ANGLES)
+            first = channel % 2 == 0
+            step: tl.constexpr = 1
+        else:
+            angle = channel % ANGLES
+            first = channel < ROTARY // 2
+            step: tl.constexpr = ROTARY // 2
+        rotated = mask & (channel < ROTARY)
+        partner = tl.load(at + tl.where(first, channel + step, channel - step), rotated, other=0).to(tl.float32)
+        c = tl.load(cos + angle, rotated, other=0).to(tl.float32)
+        s = tl.load(sin + angle, rotated, other=0).to(tl.float32)
+        turned = (x.to(tl.float32) * c + tl.where(first, -partner, partner) * s).to(x.dtype)
+        x = tl.where(channel < ROTARY, turned, x)
+    return x
+
+
+@triton.jit
 def _attend_planes(
     q_t,
     k_upper,
@@ -240,8 +273,11 @@ def _attend_recent(
     value,
     k_recent,
     v_recent,
+    cos,
+    sin,
     stride_key,
     stride_value,
+    stride_angle,
     first_slot,
     num_old,
     position,
@@ -257,6 +293,9 @@ def _attend_recent(
     BLOCK_PART: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
@@ -272,9 +311,11 @@ def _attend_recent(
     slot = num_old + new
     mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + BLOCK))[:, None]
     k_mask = mine & (d[None, :] < D)
-    tl.store(
-        k_recent + slot[:, None] * D + d[None, :], tl.load(key + new[:, None] * stride_key + d[None, :], k_mask), k_mask
+    angle_at = new[:, None] * stride_angle
+    new_key = _load_rotated(
+        key + new[:, None] * stride_key, d[None, :], cos + angle_at, sin + angle_at, k_mask, ROTARY, ANGLES, INTERLEAVED
     )
+    tl.store(k_recent + slot[:, None] * D + d[None, :], new_key, k_mask)
     for part in tl.static_range(PARTS):
         v_mask = mine & (c[None, :] < PART)
         channel = part * PART + c[None, :]
@@ -326,8 +367,13 @@ def _attend_kernel(
     v_zero,
     quantized_len,
     length,
+    cos,
+    sin,
     partial,
     partial_lse,
+    arrivals,
+    sinks,
+    result,
     scale_log2,
     softcap_log2,
     window,
@@ -355,6 +401,8 @@ def _attend_kernel(
     stride_ksh,
     stride_vsb,
     stride_vsh,
+    stride_ab,
+    stride_at,
     KV_HEADS: tl.constexpr,
     REPEAT: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -368,26 +416,51 @@ def _attend_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     RECENT_SPLITS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     HAS_LOWER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits read the recent
     buffer.
 
     A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
-    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
+    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero. With
+    ``MERGED_ROWS`` the last program of a block of rows to arrive merges what all of them wrote, and sets their counter
+    back to zero.
     """
-    if OVERLAP:
-        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
-        gdc_wait()
-        gdc_launch_dependents()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    if OVERLAP:
+        if PREFETCH > 0:
+            if split >= RECENT_SPLITS:
+                # A hint only: what is read before the wait may be about to change.
+                hint = tl.load(quantized_len + sequence).to(tl.int32) // 2
+                hint_end = tl.cdiv(hint, BLOCK)
+                hint_share = tl.cdiv(hint_end, num_splits - RECENT_SPLITS)
+                byte = (split - RECENT_SPLITS) * hint_share * BLOCK + tl.arange(0, PREFETCH)
+                near = tl.minimum(byte, tl.maximum(hint - 1, 0))
+                k_near = sequence * stride_kpb + head * stride_kph + near * D
+                v_near = sequence * stride_vpb + head * stride_vph + near * (PARTS * PART)
+                _prefetch(k_upper + k_near)
+                _prefetch(v_upper + v_near)
+                if HAS_LOWER:
+                    _prefetch(k_lower + k_near)
+                    _prefetch(v_lower + v_near)
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
+        gdc_launch_dependents()
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
@@ -400,8 +473,12 @@ def _attend_kernel(
         oldest = newest - window
     d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
-    q_at += (rows % TOKENS)[None, :] * stride_qt + d[:, None]
-    q_t = tl.load(q_at, real[None, :] & (d[:, None] < D), other=0)
+    q_at += (rows % TOKENS)[None, :] * stride_qt
+    cos += sequence * stride_ab
+    sin += sequence * stride_ab
+    angle_at = (rows % TOKENS)[None, :] * stride_at
+    q_mask = real[None, :] & (d[:, None] < D)
+    q_t = _load_rotated(q_at, d[:, None], cos + angle_at, sin + angle_at, q_mask, ROTARY, ANGLES, INTERLEAVED)
 
     DV: tl.constexpr = PARTS * PART
     c = tl.arange(0, BLOCK_PART)
@@ -417,8 +494,11 @@ def _attend_kernel(
                 value + sequence * stride_vb + head * stride_vh,
                 k_recent + sequence * stride_krb + head * stride_krh,
                 v_recent + sequence * stride_vrb + head * stride_vrh,
+                cos,
+                sin,
                 stride_kt,
                 stride_vt,
+                stride_at,
                 split * BLOCK,
                 start - quantized,
                 quantized,
@@ -434,6 +514,9 @@ def _attend_kernel(
                 BLOCK_PART,
                 PARTS,
                 BLOCK,
+                ROTARY,
+                ANGLES,
+                INTERLEAVED,
                 HAS_SOFTCAP,
                 USE_ASM,
             )
@@ -500,6 +583,88 @@ def _attend_kernel(
         else:
             tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
 
+    if MERGED_ROWS > 0:
+        # The atomic is one thread's: before it, every thread's partial results must be out.
+        tl.debug_barrier()
+        counter = arrivals + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+            tl.store(counter, 0)
+            first_row = tl.program_id(2) * BLOCK_ROWS
+            last_row = tl.minimum(first_row + BLOCK_ROWS, REPEAT * TOKENS)
+            for row in range(first_row, last_row, MERGED_ROWS):
+                _merge_rows(
+                    partial,
+                    partial_lse,
+                    sinks,
+                    result,
+                    row,
+                    tl.program_id(1),
+                    num_splits,
+                    KV_HEADS,
+                    REPEAT,
+                    TOKENS,
+                    DV,
+                    BLOCK_DV,
+                    MERGED_ROWS,
+                    MERGED_SPLITS,
+                    HAS_SINKS,
+                )
+
+
+@triton.jit
+def _merge_rows(
+    partial,
+    partial_lse,
+    sinks,
+    out,
+    first_row,
+    pair,
+    num_splits,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """``BLOCK_ROWS`` output rows from the partial results of all splits, in their order; a sink joins the normalizer."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    real = row < REPEAT * TOKENS
+    head = (pair % KV_HEADS) * REPEAT + row // TOKENS
+    c = tl.arange(0, BLOCK_DV)
+    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if HAS_SINKS:
+        top = tl.load(sinks + head, real, other=0).to(tl.float32) * 1.4426950408889634
+        total = total + 1.0
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_DV), tl.float32)
+    base = pair.to(tl.int64) * num_splits * (REPEAT * TOKENS) + row
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)
+        at = base[None, :] + split[:, None] * (REPEAT * TOKENS)
+        inside = (split < num_splits)[:, None] & real[None, :]
+        # Other multiprocessors wrote these, which the first-level cache does not know.
+        lse = tl.load(partial_lse + at, inside, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial + at[:, :, None] * DV + c[None, None, :],
+            inside[:, :, None] & (c < DV)[None, None, :],
+            other=0,
+            cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top[None, :])
+        # Rows of splits that saw nothing are not written.
+        part = tl.where((lse > float("-inf"))[:, :, None], part * weight[:, :, None], 0)
+        acc = acc * decay[:, None] + tl.sum(part, 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
+    token = (pair // KV_HEADS) * TOKENS + row % TOKENS
+    out_at = out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head)[:, None] * DV + c[None, :]
+    tl.store(out_at, acc / total[:, None], real[:, None] & (c < DV)[None, :])
+
 
 @triton.jit
 def _merge_kernel(
@@ -535,14 +700,15 @@ def _merge_kernel(
     acc = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, num_splits, BLOCK_SPLITS):
         at = base + (first + s) * (REPEAT * TOKENS)
-        lse = tl.load(partial_lse + at, first + s < num_splits, other=float("-inf"))
-        # Rows of splits that saw nothing are not written, so they must not be read.
-        mask = (lse > float("-inf"))[:, None] & (c[None, :] < DV)
-        part = tl.load(partial + at[:, None] * DV + c[None, :], mask, other=0)
+        inside = first + s < num_splits
+        lse = tl.load(partial_lse + at, inside, other=float("-inf"))
+        part = tl.load(partial + at[:, None] * DV + c[None, :], inside[:, None] & (c[None, :] < DV), other=0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         decay = tl.exp2(top - new_top)
         weight = tl.exp2(lse - new_top)
-        acc = acc * decay + tl.sum(part * weight[:, None], 0)
+        # Rows of splits that saw nothing are not written; to wait for their lse would cost more than to read them.
+        part = tl.where((lse > float("-inf"))[:, None], part * weight[:, None], 0)
+        acc = acc * decay + tl.sum(part, 0)
         total = total * decay + tl.sum(weight, 0)
         top = new_top
     token = (pair // KV_HEADS) * TOKENS + row % TOKENS
@@ -552,7 +718,8 @@ def _merge_kernel(
 class LaunchConfig(NamedTuple):
     """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits.
 
-    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
+    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs. ``merges`` has
+    the last program of a block of rows merge its splits, which else a second launch does.
     """
 
     block: int
@@ -560,6 +727,8 @@ class LaunchConfig(NamedTuple):
     stages: int
     splits: int
     max_registers: int | None = None
+    merges: bool = False
+    prefetch: int = 0
 
 
 @lru_cache
@@ -601,6 +770,23 @@ def launch_config(
     return LaunchConfig(block, warps, stages, max(1, splits), max_registers)
 
 
+_ARRIVALS: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _arrivals(k_recent: Tensor, count: int) -> Tensor | None:
+    """``(count,)`` int32 zeros, in which the programs of a call are counted, and which it leaves as zeros.
+
+    One for every recent buffer, since a call that writes to that has it alone. None where they would first have to be
+    made while a CUDA graph is captured, which would zero them at its replays only.
+    """
+    key = k_recent.device, k_recent.data_ptr(), count
+    if key not in _ARRIVALS:
+        if k_recent.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        _ARRIVALS[key] = torch.zeros(count, dtype=torch.int32, device=k_recent.device)
+    return _ARRIVALS[key]
+
+
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -627,6 +813,10 @@ def cached_attention_triton(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> Tensor:
     """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv)."""
     batch, heads, tokens, head_dim = query.shape
@@ -656,6 +846,12 @@ def cached_attention_triton(
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads, value_dim)
+    arrivals = _arrivals(k_recent, pairs * row_blocks) if config.merges else None
+    block_dv = triton.next_power_of_2(value_dim)
+    angle_strides = (0, 0)
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        angle_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     log2e = 1 / math.log(2)
     overlap = launches_overlap(query.device)
     # The interpreter does not know the option.
@@ -676,8 +872,13 @@ def cached_attention_triton(
         v_zero,
         quantized_len,
         length,
+        query if cos is None else cos,
+        query if sin is None else sin,
         partial,
         partial_lse,
+        partial if arrivals is None else arrivals,
+        out if sinks is None else sinks,
+        out,
         scale * log2e,
         softcap * log2e,
         window,
@@ -690,6 +891,7 @@ def cached_attention_triton(
         *v_upper.stride(),
         *k_scale.stride()[:2],
         *v_scale.stride()[:2],
+        *angle_strides,
         KV_HEADS=kv_heads,
         REPEAT=heads // kv_heads,
         TOKENS=tokens,
@@ -703,16 +905,27 @@ def cached_attention_triton(
         HALF=half,
         BLOCK=config.block,
         RECENT_SPLITS=recent_splits,
+        ROTARY=rotary_dim,
+        ANGLES=1 if cos is None else cos.shape[2],
+        INTERLEAVED=interleaved,
+        # As many numbers as the program's registers take at a time.
+        MERGED_ROWS=0 if arrivals is None else min(block_rows, triton.next_power_of_2(rows), max(1, 512 // block_dv)),
+        MERGED_SPLITS=4 * config.warps,
+        BLOCK_DV=block_dv,
         HAS_LOWER=k_lower is not None,
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
+        HAS_SINKS=sinks is not None,
         USE_ASM=use_inline_asm(query.device),
         OVERLAP=overlap,
+        PREFETCH=config.prefetch,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
         **options,
     )
+    if arrivals is not None:
+        return out
     _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
         partial,
         partial_lse,
