@@ -62,14 +62,6 @@ def _load_value_scales(v_scale, v_zero, tile, num_bytes, PARTS: tl.constexpr, HA
 
 
 @triton.jit
-def _prefetch(at):
-    """Fetch the line at each address into the second-level cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _load_rotated(
     at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
@@ -371,9 +363,6 @@ def _attend_kernel(
     sin,
     partial,
     partial_lse,
-    arrivals,
-    sinks,
-    result,
     scale_log2,
     softcap_log2,
     window,
@@ -419,48 +408,26 @@ def _attend_kernel(
     ROTARY: tl.constexpr,
     ANGLES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     HAS_LOWER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits read the recent
     buffer.
 
     A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
-    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero. With
-    ``MERGED_ROWS`` the last program of a block of rows to arrive merges what all of them wrote, and sets their counter
-    back to zero.
+    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
     """
+    if OVERLAP:
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
+        gdc_launch_dependents()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    if OVERLAP:
-        if PREFETCH > 0:
-            if split >= RECENT_SPLITS:
-                # A hint only: what is read before the wait may be about to change.
-                hint = tl.load(quantized_len + sequence).to(tl.int32) // 2
-                hint_end = tl.cdiv(hint, BLOCK)
-                hint_share = tl.cdiv(hint_end, num_splits - RECENT_SPLITS)
-                byte = (split - RECENT_SPLITS) * hint_share * BLOCK + tl.arange(0, PREFETCH)
-                near = tl.minimum(byte, tl.maximum(hint - 1, 0))
-                k_near = sequence * stride_kpb + head * stride_kph + near * D
-                v_near = sequence * stride_vpb + head * stride_vph + near * (PARTS * PART)
-                _prefetch(k_upper + k_near)
-                _prefetch(v_upper + v_near)
-                if HAS_LOWER:
-                    _prefetch(k_lower + k_near)
-                    _prefetch(v_lower + v_near)
-        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
-        gdc_wait()
-        gdc_launch_dependents()
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
@@ -583,88 +550,6 @@ def _attend_kernel(
         else:
             tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
 
-    if MERGED_ROWS > 0:
-        # The atomic is one thread's: before it, every thread's partial results must be out.
-        tl.debug_barrier()
-        counter = arrivals + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-            tl.store(counter, 0)
-            first_row = tl.program_id(2) * BLOCK_ROWS
-            last_row = tl.minimum(first_row + BLOCK_ROWS, REPEAT * TOKENS)
-            for row in range(first_row, last_row, MERGED_ROWS):
-                _merge_rows(
-                    partial,
-                    partial_lse,
-                    sinks,
-                    result,
-                    row,
-                    tl.program_id(1),
-                    num_splits,
-                    KV_HEADS,
-                    REPEAT,
-                    TOKENS,
-                    DV,
-                    BLOCK_DV,
-                    MERGED_ROWS,
-                    MERGED_SPLITS,
-                    HAS_SINKS,
-                )
-
-
-@triton.jit
-def _merge_rows(
-    partial,
-    partial_lse,
-    sinks,
-    out,
-    first_row,
-    pair,
-    num_splits,
-    KV_HEADS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """``BLOCK_ROWS`` output rows from the partial results of all splits, in their order; a sink joins the normalizer."""
-    row = first_row + tl.arange(0, BLOCK_ROWS)
-    real = row < REPEAT * TOKENS
-    head = (pair % KV_HEADS) * REPEAT + row // TOKENS
-    c = tl.arange(0, BLOCK_DV)
-    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks + head, real, other=0).to(tl.float32) * 1.4426950408889634
-        total = total + 1.0
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_DV), tl.float32)
-    base = pair.to(tl.int64) * num_splits * (REPEAT * TOKENS) + row
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        at = base[None, :] + split[:, None] * (REPEAT * TOKENS)
-        inside = (split < num_splits)[:, None] & real[None, :]
-        # Other multiprocessors wrote these, which the first-level cache does not know.
-        lse = tl.load(partial_lse + at, inside, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            partial + at[:, :, None] * DV + c[None, None, :],
-            inside[:, :, None] & (c < DV)[None, None, :],
-            other=0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        decay = tl.exp2(top - new_top)
-        weight = tl.exp2(lse - new_top[None, :])
-        # Rows of splits that saw nothing are not written.
-        part = tl.where((lse > float("-inf"))[:, :, None], part * weight[:, :, None], 0)
-        acc = acc * decay[:, None] + tl.sum(part, 0)
-        total = total * decay + tl.sum(weight, 0)
-        top = new_top
-    token = (pair // KV_HEADS) * TOKENS + row % TOKENS
-    out_at = out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head)[:, None] * DV + c[None, :]
-    tl.store(out_at, acc / total[:, None], real[:, None] & (c < DV)[None, :])
-
 
 @triton.jit
 def _merge_kernel(
@@ -700,15 +585,14 @@ def _merge_kernel(
     acc = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, num_splits, BLOCK_SPLITS):
         at = base + (first + s) * (REPEAT * TOKENS)
-        inside = first + s < num_splits
-        lse = tl.load(partial_lse + at, inside, other=float("-inf"))
-        part = tl.load(partial + at[:, None] * DV + c[None, :], inside[:, None] & (c[None, :] < DV), other=0)
+        lse = tl.load(partial_lse + at, first + s < num_splits, other=float("-inf"))
+        # Rows of splits that saw nothing are not written, so they must not be read.
+        mask = (lse > float("-inf"))[:, None] & (c[None, :] < DV)
+        part = tl.load(partial + at[:, None] * DV + c[None, :], mask, other=0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         decay = tl.exp2(top - new_top)
         weight = tl.exp2(lse - new_top)
-        # Rows of splits that saw nothing are not written; to wait for their lse would cost more than to read them.
-        part = tl.where((lse > float("-inf"))[:, None], part * weight[:, None], 0)
-        acc = acc * decay + tl.sum(part, 0)
+        acc = acc * decay + tl.sum(part * weight[:, None], 0)
         total = total * decay + tl.sum(weight, 0)
         top = new_top
     token = (pair // KV_HEADS) * TOKENS + row % TOKENS
@@ -718,8 +602,7 @@ def _merge_kernel(
 class LaunchConfig(NamedTuple):
     """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits.
 
-    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs. ``merges`` has
-    the last program of a block of rows merge its splits, which else a second launch does.
+    ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
     """
 
     block: int
@@ -727,8 +610,6 @@ class LaunchConfig(NamedTuple):
     stages: int
     splits: int
     max_registers: int | None = None
-    merges: bool = False
-    prefetch: int = 0
 
 
 @lru_cache
@@ -737,7 +618,14 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def launch_config(
-    device: torch.device, pairs: int, rows: int, head_dim: int, num_bytes: int, recent_slots: int, has_lower: bool
+    device: torch.device,
+    pairs: int,
+    rows: int,
+    head_dim: int,
+    num_bytes: int,
+    recent_slots: int,
+    has_lower: bool,
+    element_size: int,
 ) -> LaunchConfig:
     """Configuration by allocated size, tuned on an H100.
 
@@ -749,11 +637,12 @@ def launch_config(
         num_bytes: byte rows of one head's planes (half its tokens).
         recent_slots: slots of the recent buffer.
         has_lower: whether both planes are read.
+        element_size: bytes of a query's number.
     """
     max_registers = None
     if head_dim > 128:
         block, warps, stages, resident = 32, 4, 2, 2
-    elif rows <= 8:
+    elif rows <= 8 and element_size == 2:
         block, warps, stages, resident, max_registers = 32, 2, 3, 6 if has_lower else 7, 128
     elif rows <= 32:
         block, warps, stages, resident = 32, 2, 3, 4
@@ -768,23 +657,6 @@ def launch_config(
     # Below four tiles a program costs more than it saves, unless there would be too few of them.
     splits = min(splits, tiles, max(64, tiles // 4))
     return LaunchConfig(block, warps, stages, max(1, splits), max_registers)
-
-
-_ARRIVALS: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def _arrivals(k_recent: Tensor, count: int) -> Tensor | None:
-    """``(count,)`` int32 zeros, in which the programs of a call are counted, and which it leaves as zeros.
-
-    One for every recent buffer, since a call that writes to that has it alone. None where they would first have to be
-    made while a CUDA graph is captured, which would zero them at its replays only.
-    """
-    key = k_recent.device, k_recent.data_ptr(), count
-    if key not in _ARRIVALS:
-        if k_recent.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        _ARRIVALS[key] = torch.zeros(count, dtype=torch.int32, device=k_recent.device)
-    return _ARRIVALS[key]
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -838,6 +710,7 @@ def cached_attention_triton(
         groups * half,
         slots,
         k_lower is not None,
+        query.element_size(),
     )
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
@@ -846,11 +719,10 @@ def cached_attention_triton(
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, tokens, heads, value_dim)
-    arrivals = _arrivals(k_recent, pairs * row_blocks) if config.merges else None
-    block_dv = triton.next_power_of_2(value_dim)
     angle_strides = (0, 0)
     if cos is not None and sin is not None:
-        cos, sin = cos.contiguous(), sin.contiguous()
+        if cos.stride() != sin.stride() or cos.stride(2) != 1:
+            cos, sin = cos.contiguous(), sin.contiguous()
         angle_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     log2e = 1 / math.log(2)
     overlap = launches_overlap(query.device)
@@ -876,9 +748,6 @@ def cached_attention_triton(
         query if sin is None else sin,
         partial,
         partial_lse,
-        partial if arrivals is None else arrivals,
-        out if sinks is None else sinks,
-        out,
         scale * log2e,
         softcap * log2e,
         window,
@@ -908,24 +777,16 @@ def cached_attention_triton(
         ROTARY=rotary_dim,
         ANGLES=1 if cos is None else cos.shape[2],
         INTERLEAVED=interleaved,
-        # As many numbers as the program's registers take at a time.
-        MERGED_ROWS=0 if arrivals is None else min(block_rows, triton.next_power_of_2(rows), max(1, 512 // block_dv)),
-        MERGED_SPLITS=4 * config.warps,
-        BLOCK_DV=block_dv,
         HAS_LOWER=k_lower is not None,
         HAS_WINDOW=window > 0,
         HAS_SOFTCAP=softcap > 0,
-        HAS_SINKS=sinks is not None,
         USE_ASM=use_inline_asm(query.device),
         OVERLAP=overlap,
-        PREFETCH=config.prefetch,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
         **options,
     )
-    if arrivals is not None:
-        return out
     _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
         partial,
         partial_lse,
