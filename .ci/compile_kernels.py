@@ -36,10 +36,10 @@ from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_li
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.int4_linear import int4_linear_triton
 
-# Shared memory of a block in KB, and of a multiprocessor: CUDA's programming guide, technical specifications.
+# Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 GROUP = 128
+_LAUNCHERS = ("cached_attention_triton", "int4_linear", "encode", "expert_linear")
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -64,7 +64,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention(heads: int, kv_heads: int, dim: int, tokens: int, lower: bool, dtype: torch.dtype, **options: Any) -> Callable:
+def attention(
+    heads: int, kv_heads: int, dim: int, tokens: int, lower: bool, dtype: torch.dtype, **options: Any
+) -> Callable:
     """A call of cached attention over 32k tokens, of one sequence."""
     groups, parts = 32768 // GROUP, num_value_groups(dim)
     plane = (1, kv_heads, groups, GROUP // 2, dim)
@@ -165,17 +167,15 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
     answers = {
         "use_inline_asm": lambda device: True,
         "launches_overlap": lambda device: capability >= 90,
-        "num_multiprocessors": lambda device: MULTIPROCESSORS[capability],
-        "shared_memory": lambda device: SHARED_KB[capability] * 1024,
     }
     with mock.patch.object(JITFunction, "run", compile_only):
-        patches = []
-        for name in ("cached_attention_triton", "int4_linear", "encode", "expert_linear", "inline_asm", "launch_limits"):
-            try:
-                module = importlib.import_module(f"quantspec.kernels.{name}")
-            except ModuleNotFoundError:
-                continue
-            patches += [mock.patch.object(module, key, value) for key, value in answers.items() if hasattr(module, key)]
+        modules = [importlib.import_module(f"quantspec.kernels.{name}") for name in _LAUNCHERS]
+        patches = [
+            mock.patch.object(module, name, answer)
+            for module in modules
+            for name, answer in answers.items()
+            if hasattr(module, name)
+        ]
         driver.set_active(Generation(capability))  # type: ignore[arg-type]
         for patch in patches:
             patch.start()
@@ -191,7 +191,9 @@ def described(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         code = subprocess.run([_BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code.stdout, re.M)
@@ -229,7 +231,10 @@ def compile_all(capabilities: list[int], names: list[str]) -> tuple[list[dict[st
             for kernel in kernels:
                 row = {"capability": capability, "case": name, "triton": triton.__version__} | described(kernel)
                 rows.append(row)
-                wrong += [f"sm_{capability}, {name}, {row['kernel']}: {text}" for text in faults(row, kernel.asm["ptx"], capability)]
+                wrong += [
+                    f"sm_{capability}, {name}, {row['kernel']}: {text}"
+                    for text in faults(row, kernel.asm["ptx"], capability)
+                ]
     return rows, wrong
 
 

@@ -221,7 +221,8 @@ def cached_attention(
     QuantSpec (arXiv 2502.10424, section 4.2).
 
     Args:
-        query: ``(B, H, T, D)`` of a float dtype, after RoPE if there is any; token t of sequence b sits at position ``length[b] + t``.
+        query: ``(B, H, T, D)`` of a float dtype, after RoPE if there is any; token t of sequence b sits at position
+            ``length[b] + t``.
         key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer; K divides
             H.
         k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)`` in the model's dtype, mutated; slot r holds position

@@ -62,9 +62,7 @@ def _load_value_scales(v_scale, v_zero, tile, num_bytes, PARTS: tl.constexpr, HA
 
 
 @triton.jit
-def _load_rotated(
-    at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def _load_rotated(at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Channels of the heads that begin at ``at``, the first ``ROTARY`` of them rotated by the angles whose cosines and
     sines begin at ``cos`` and ``sin``, in float32, and rounded once."""
     x = tl.load(at + channel, mask, other=0)
@@ -612,9 +610,20 @@ class LaunchConfig(NamedTuple):
     max_registers: int | None = None
 
 
+class DeviceLimits(NamedTuple):
+    """What a device has: multiprocessors, and bytes of shared memory in each."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
 @lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Of this device; the interpreter's is one multiprocessor of an H100."""
+    if device.type != "cuda":
+        return DeviceLimits(1, 228 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(properties.multi_processor_count, properties.shared_memory_per_multiprocessor)
 
 
 def launch_config(
@@ -627,7 +636,7 @@ def launch_config(
     has_lower: bool,
     element_size: int,
 ) -> LaunchConfig:
-    """Configuration by allocated size, tuned on an H100.
+    """Configuration by allocated size, tuned on an H100, with as many programs at once as the device has room for.
 
     Args:
         device: where the kernel runs.
@@ -648,8 +657,12 @@ def launch_config(
         block, warps, stages, resident = 32, 2, 3, 4
     else:
         block, warps, stages, resident = 64, 4, 2, 2
+    limits = device_limits(device)
+    # The tiles of both planes' keys and values that are ahead, and what a program's threads exchange.
+    shared_bytes = (stages - 1) * block * 2 * head_dim * (2 if has_lower else 1) + 320 * rows + 1024
+    resident = max(1, min(resident, limits.shared_bytes // shared_bytes))
     tiles = triton.cdiv(num_bytes, block)
-    programs = _num_multiprocessors(device) * resident
+    programs = limits.multiprocessors * resident
     # One wave of equal programs is best, unless the recent buffers take much of it: then two waves even out.
     splits = programs // pairs - triton.cdiv(recent_slots, block)
     if splits * pairs < 0.8 * programs:

@@ -163,7 +163,9 @@ class _Reader:
         is_last = _is_last(stack, _argument(stack, 1, "dim", 0))
         if not is_last or len(after) != len(before) - 1 or after[-1] != before[-1] * before[-2]:
             return None
-        return self._of_one_source(stack, lambda parts: [channel for each in zip(*parts, strict=True) for channel in each])
+        return self._of_one_source(
+            stack, lambda parts: [channel for each in zip(*parts, strict=True) for channel in each]
+        )
 
     def _of_one_source(self, node: fx.Node, join: Callable[[list[list[_Channel]]], list[_Channel]]) -> _Value | None:
         parts = [self(part) for part in node.args[0]]  # type: ignore[union-attr]
