@@ -10,6 +10,7 @@ uses what the generation lacks. Writes for each kernel its registers, shared mem
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
 from quantspec.kernels.hierarchical import num_value_groups
+from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_linear_triton
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
@@ -164,11 +167,12 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
         return kernels[-1]
 
-    answers = {
-        "use_inline_asm": lambda device: True,
-        "launches_overlap": lambda device: capability >= 90,
-    }
-    with mock.patch.object(JITFunction, "run", compile_only):
+    def overlap(device: torch.device) -> bool:
+        return launches_overlap.__wrapped__(torch.device("cuda"))
+
+    answers = {"use_inline_asm": lambda device: True, "launches_overlap": overlap}
+    device_says = mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10))
+    with mock.patch.object(JITFunction, "run", compile_only), device_says:
         modules = [importlib.import_module(f"quantspec.kernels.{name}") for name in _LAUNCHERS]
         patches = [
             mock.patch.object(module, name, answer)
@@ -217,43 +221,45 @@ def faults(row: dict[str, Any], ptx: str, capability: int) -> Iterator[str]:
         yield "overlaps launches, which needs compute capability 9.0"
 
 
-def compile_all(capabilities: list[int], names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def compile_generation(capability: int, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of every kernel of the cases, and what is wrong."""
     rows, wrong = [], []
-    for capability in capabilities:
-        for name in names:
-            try:
-                with compiled_for(capability) as kernels:
-                    CASES[name]()()
-            except Exception as error:
-                wrong.append(f"sm_{capability}, {name}: {type(error).__name__}: {str(error)[-500:]}")
-                continue
-            for kernel in kernels:
-                row = {"capability": capability, "case": name, "triton": triton.__version__} | described(kernel)
-                rows.append(row)
-                wrong += [
-                    f"sm_{capability}, {name}, {row['kernel']}: {text}"
-                    for text in faults(row, kernel.asm["ptx"], capability)
-                ]
+    for name in names:
+        try:
+            with compiled_for(capability) as kernels:
+                CASES[name]()()
+        except Exception as error:
+            wrong.append(f"sm_{capability}, {name}: {type(error).__name__}: {error}")
+            continue
+        for kernel in kernels:
+            row = {"capability": capability, "triton": triton.__version__, "case": name} | described(kernel)
+            rows.append(row)
+            wrong += [
+                f"sm_{capability}, {name}, {row['kernel']}: {text}"
+                for text in faults(row, kernel.asm["ptx"], capability)
+            ]
     return rows, wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, nargs="*", choices=list(SHARED_KB), default=list(SHARED_KB))
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    rows, wrong = compile_all(options.generations, options.cases)
+    compile_cases = functools.partial(compile_generation, names=options.cases)
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(compile_cases, options.generations))
+    rows = [row for rows, _ in results for row in rows]
+    wrong = [text for _, texts in results for text in texts]
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        print(*(f"{value}" for value in row.values()), sep="  ")
+    print(f"{len(rows)} kernels for {len(options.generations)} generations, {len(wrong)} faults")
     for text in wrong:
         print(text, file=sys.stderr)
-    return bool(wrong)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@ the draft, 16u + l - 128 for the target, with s and z adjusted to match), so tha
 
 One program attends to one stretch of one sequence's cache, for all query heads of a KV head and all T tokens at once
 (they are the columns of its matrix products, so the cache is read once); a second kernel merges the stretches by their
-log-sum-exp. Both kernels read the lengths on the device.
+log-sum-exp. Both kernels read the lengths on the device. The first one rotates queries where it loads them and new keys
+where it stores them.
+
+The merge is a launch of its own since it needs many multiprocessors: where the last program to arrive merged what all had
+written, a layer at 4k took 13.6 us instead of 8.4 (one H100, 32 query and 8 key heads of 128, one token, the best
+number of stretches for each), and 23.5 with as many stretches.
 """
 
 from __future__ import annotations
