@@ -4,6 +4,7 @@ from quantspec.config import GROUP_SIZES, WeightQuantizer
 
 from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
+from .fuse_rotation import FuseRotation
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
 from .plain_weights import plain_weights
@@ -21,6 +22,7 @@ __all__ = [
     "INT4",
     "CacheAccess",
     "CheckTokenMixing",
+    "FuseRotation",
     "FuseSharedInputLinears",
     "LinearReport",
     "LowerAttention",

@@ -33,7 +33,8 @@ class CacheAccess:
 
     Attributes:
         op: called as ``op(query, key, value, *CACHE_PARTS, quantized_len, length, *state, scale, window, softcap,
-            sinks)``; returns ``(B, T, H, Dv)``.
+            sinks)``; returns ``(B, T, H, Dv)``. Where it goes on with ``cos, sin, rotary_dim, interleaved``, each None
+            or left out, :class:`quantspec.passes.FuseRotation` has it rotate query and key.
         parts: names of the parts that the graph takes as inputs; the op gets None for each other one.
         state: names of further ``(B,)`` int64 inputs.
     """

@@ -21,6 +21,7 @@ from quantspec.passes import (
     INT4,
     CacheAccess,
     CheckTokenMixing,
+    FuseRotation,
     FuseSharedInputLinears,
     LinearReport,
     LowerAttention,
@@ -43,6 +44,7 @@ ORDER = (
     SelectLogitRows,
     MaterializePositionTables,
     LowerAttention,
+    FuseRotation,
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
@@ -159,7 +161,7 @@ def build_graphs(
         raise UnsupportedModelError(str(error)) from error
     graphs, linears = {}, []
     for role, recipe in recipes.items():
-        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size)]
+        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size), FuseRotation()]
         if recipe.weight_format is not None:
             quantize, of_weights = weight_passes(recipe.weight_format, config, source)
             passes += of_weights
