@@ -324,7 +324,10 @@ def test_bytes_by_part():
     # A scale and a zero per channel of a key group, and per token and at most 128 channels of values.
     scales = sum(2 * 2 * batch * heads * groups * (key + G * -(-value // 128)) for heads, key, value in widths)
     recent = sum(2 * batch * heads * (2 * G + gamma + 1) * (key + value) for heads, key, value in widths)
-    assert cache.bytes_by_part() == {"upper": plane, "lower": plane, "scales": scales, "recent": recent}
+    slots = groups * G + 2 * G + gamma + 1
+    decoded = sum(2 * batch * heads * slots * (key + value) for heads, key, value in widths)
+    expected = {"upper": plane, "lower": plane, "scales": scales, "recent": recent, "decoded": decoded}
+    assert cache.bytes_by_part() == expected
 
 
 def test_growing_keeps_contents():
