@@ -13,11 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import masked_attention
-from .cached_attention import append_recent
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int, softcap: float, sinks: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Queries ``(B, H, T, D)`` from position ``start`` on over ``(B, K, S, D)`` keys; returns ``(B, T, H, Dv)``."""
     batch, heads, tokens, head_dim = query.shape
@@ -28,10 +34,10 @@ def _attend(
         return masked_attention(query, keys, values, start - first, scale, window, softcap, sinks)
     mask = None
     if tokens > 1:
-        positions, rows = torch.arange(first, last), torch.arange(start, last)[:, None]
-        mask = positions <= rows
+        positions, own = torch.arange(first, last), torch.arange(start, last)[:, None]
+        mask = positions <= own
         if window > 0:
-            mask &= positions > rows - window
+            mask &= positions > own - window
         mask = mask.repeat(heads // kv_heads, 1)
     # The query heads of a key head are rows of one product, so its keys are read once.
     rows = query.reshape(batch, kv_heads, -1, head_dim)
@@ -69,16 +75,16 @@ def decoded_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
     """
-    append_recent(key, value, k_recent, v_recent, quantized_len, length)
-    append_recent(key, value, k_decoded, v_decoded, torch.zeros_like(length), length)
-    lengths, options = length.tolist(), (scale, window, softcap, sinks)
-    if len(set(lengths)) == 1:
-        return _attend(query, k_decoded, v_decoded, lengths[0], *options).contiguous()
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for b, start in enumerate(lengths):
-        row = slice(b, b + 1)
-        out[row] = _attend(query[row], k_decoded[row], v_decoded[row], start, *options)
-    return out
+    state = list(zip(quantized_len.tolist(), length.tolist(), strict=True))
+    # Sequences of equal lengths are one call.
+    rows = [slice(None)] if len(set(state)) == 1 else [slice(b, b + 1) for b in range(len(state))]
+    outputs = []
+    for row, (quantized, start) in zip(rows, state, strict=False):
+        first, last = start - quantized, start - quantized + query.shape[2]
+        k_recent[row, :, first:last] = k_decoded[row, :, start : start + query.shape[2]] = key[row]
+        v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
+        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, scale, window, softcap, sinks))
+    return torch.cat(outputs)
 
 
 @decoded_attention.register_fake
