@@ -15,7 +15,7 @@ from .hierarchical import num_value_groups
 
 Kind = Literal["upper", "lower", "scales", "recent", "decoded"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What parts count as where memory is told: the two planes, scales with zeros, the recent buffer, and the decoded copy."""
+"""What parts count as where memory is told: the two planes, scales with zeros, the recent buffer, the decoded copy."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     out[b, t, h] = sum_j p_j v_j,   p = softmax_j(softcap(scale * q[b, h, t] . k_j)),   j <= length[b] + t
 
-as ``quantspec::cached_attention`` with both planes, but tokens ``j < quantized_len[b]`` were decoded when they went into
-the planes: the copy holds every cached token by position, so that a step appends and attends.
+as ``quantspec::cached_attention`` with both planes, but tokens ``j < quantized_len[b]`` were decoded when they went
+into the planes: the copy holds every cached token by position, so that a step appends and attends.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import GROUP, Cached, Options, cached_case, random_cache, randn
+from test_ops import GROUP, Cached, Options, cached_case, randn, random_cache
 
 from quantspec.kernels import cached_attention_reference, decoded_attention
 from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on

@@ -178,7 +178,7 @@ class HierarchicalCache:
         self.decode(before)
 
     def decode(self, first: Tensor) -> None:
-        """Bring the decoded copy up to date from positions ``first`` (B,) on, group boundaries; nothing but on a CPU."""
+        """Bring a CPU's decoded copy up to date from positions ``first`` (B,) on, which are group boundaries."""
         if self.length.device.type != "cpu":
             return
         state = list(enumerate(zip(first.tolist(), self.quantized_len.tolist(), self.length.tolist(), strict=True)))
