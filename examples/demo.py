@@ -61,7 +61,8 @@ def main(max_new_tokens: int = 128) -> None:
     same = (answer[:, : expected.shape[1]] == expected[:, : answer.shape[1]])[0, prompt:]
     agreeing = int(same.long().cumprod(0).sum())
     print(
-        f"prompt and answer: quantspec {ours:.1f} s, Hugging Face {plain:.1f} s, {plain / ours:.2f}x ({device}, {dtype}); "
+        f"prompt and answer: quantspec {ours:.1f} s, Hugging Face {plain:.1f} s, {plain / ours:.2f}x "
+        f"({device}, {dtype}); "
         f"the answers agree for {agreeing} of {expected.shape[1] - prompt} tokens"
     )
     if device == "cpu":

@@ -10,7 +10,7 @@ Scales are folded so that only codes are converted:
     q . (s*c + z)             = (q*s) . c + q . z          one scaled q per key group
     sum_t p_t (s_t c_t + z_t) = (p*s) . c + sum_t p_t z_t  one scaled p per value group
 
-The kernels for CUDA are in ``cached_attention_triton``.
+The kernels for CUDA are in ``cached_attention_triton``. A CPU's target reads through ``decoded_attention`` instead.
 """
 
 from __future__ import annotations
