@@ -2,7 +2,7 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
-from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
+from .attention_lowering import ACCESSES, DECODED_ACCESS, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .int4_weights import INT4
@@ -18,6 +18,7 @@ from .widen_linears import WidenLinears, cpu_lacks_half_matmul
 
 __all__ = [
     "ACCESSES",
+    "DECODED_ACCESS",
     "GROUP_SIZES",
     "INT4",
     "CacheAccess",

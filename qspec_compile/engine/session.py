@@ -16,7 +16,7 @@ from quantspec.pair import Pair
 
 from .acceptance import Rule
 from .cycle_graph import CycleReplays
-from .draft_count import AutoDraftCount, DraftCount, FixedDraftCount
+from .draft_count import PLAIN_START, STARTS, AutoDraftCount, DraftCount, FixedDraftCount
 from .sampling import accept
 from .stats import GenerationStats
 
@@ -114,10 +114,14 @@ class Session:
         self.replays.clear()
 
     def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length.
+
+        On a CPU it begins without drafts: reading planes at 4 bits takes longer there than reading the decoded copy.
+        """
         if not isinstance(num_speculative_tokens, str):
             return FixedDraftCount(num_speculative_tokens)
-        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount())
+        starts = PLAIN_START if self.pair.device.type == "cpu" else STARTS
+        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount(starts))
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:

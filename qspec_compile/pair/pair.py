@@ -48,7 +48,7 @@ class Pair:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
             ValueError: an option that does not suit the model.
         """
-        recipes = recipes_for(config)
+        recipes = recipes_for(config, model.device)
         check_model(model)
         self.frozen = FrozenModel(model)
         captured = capture(model)

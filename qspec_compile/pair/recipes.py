@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -18,6 +19,7 @@ from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
     ACCESSES,
+    DECODED_ACCESS,
     INT4,
     CacheAccess,
     CheckTokenMixing,
@@ -88,18 +90,20 @@ def register(recipe: Recipe) -> Recipe:
 
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET]))
+register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
 
-def recipes_for(config: QuantSpecConfig) -> Mapping[Role, Recipe]:
-    """The recipe of each role under these options.
+def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") -> Mapping[Role, Recipe]:
+    """The recipe of each role under these options on ``device``.
 
     Raises:
         ValueError: no draft of that name is registered; lists those that are.
     """
-    names = {Role.TARGET: "target", Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
+    target = "target on a CPU" if torch.device(device).type == "cpu" else "target"
+    names = {Role.TARGET: target, Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
     if (Role.DRAFT, config.draft_recipe) not in _RECIPES:
         known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
         raise ValueError(f"draft_recipe must be one of {known}, not {config.draft_recipe!r}; register() adds others")
