@@ -130,7 +130,8 @@ def grammar_processor(
 
 
 def _reason(matcher: LLMatcher) -> str:
-    return matcher.get_error().removesuffix("<non-verbose/>").strip()
+    """Why a matcher is of no use, in one line."""
+    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
 
 
 def _json_text(schema: Any) -> str:
