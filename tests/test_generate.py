@@ -876,8 +876,11 @@ def test_seed_and_generator_reproduce(qs):
     options = {"do_sample": True, "temperature": 1.5}
     first = generate(qs, prompt, 12, seed=5, **options)
     assert generate(qs, prompt, 12, seed=5, **options) == first
-    assert generate(qs, prompt, 12, generator=torch.Generator().manual_seed(5), **options) == first
     assert generate(qs, prompt, 12, seed=6, **options) != first
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    one, other = (generate(qs, prompt, 12, generator=generator, **options) for generator in generators)
+    assert one == other
+    assert generate(qs, prompt, 12, generator=generators[0], **options) != one
 
 
 def test_seed_leaves_global_randomness_alone(qs):
