@@ -209,7 +209,7 @@ def _rotated(graph: fx.Graph, call: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.N
             args = fx.node.map_arg(node.args, copies.__getitem__)
             copies[node] = add_call(graph, node.target, args, call, value=node.meta["val"])
             copies[node].kwargs = node.kwargs
-    return copies[traced.graph.output_node().args[0]]
+    return copies[traced.graph.output_node().args[0]]  # type: ignore[index]
 
 
 class Baseline:

@@ -57,12 +57,12 @@ def command(
     """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
-    structure = {
+    given = {
         "json_schema": None if json_schema is None else read_text(json_schema, "JSON schema"),
         "regex": regex,
         "grammar": None if grammar is None else read_text(grammar, "grammar"),
     }
-    structure = {name: source for name, source in structure.items() if source is not None}
+    structure = {name: source for name, source in given.items() if source is not None}
     found = find_pair(model, run, generation=arguments)
     tokenizer = found.tokenizer
     if structure:

@@ -55,7 +55,8 @@ class Acceptance:
         """Judge ``drafts (B, T)`` by the target's logits ``(B, T + 1, V)``."""
         scores = self._process(logits, 0)
         noise = self._noise(0, logits.shape[1])
-        return Verdict(*self._judge(self._rule, drafts, logits, scores, *noise), scores)
+        accepted, next_tokens, fails = self._judge(self._rule, drafts, logits, scores, *noise)
+        return Verdict(accepted, next_tokens, fails, scores)
 
     def _noise(self, num_ahead: int, count: int) -> tuple[Tensor, ...]:
         return () if self.randomness is None else self.randomness.at(num_ahead, count)

@@ -124,9 +124,13 @@ def _key(processor: LogitsProcessor) -> Hashable:
     return type(processor), _KINDS[type(processor)].fixed(processor)
 
 
+def _kind_or_class(processor: LogitsProcessor) -> Hashable:
+    return _key(processor) if _is_compilable(processor) else type(processor)
+
+
 def merge_processors(rows: Sequence[LogitsProcessorList]) -> LogitsProcessorList:
     """One list for the batch that does to each row what its own does; programs hold all that they hold of the rows'."""
-    return merge_rows(rows, lambda processor: _key(processor) if _is_compilable(processor) else type(processor))
+    return merge_rows(rows, _kind_or_class)
 
 
 def reads_text(processors: LogitsProcessorList) -> bool:

@@ -41,7 +41,7 @@ def merge_rows(rows: Sequence[LogitsProcessorList], kind: Callable[[LogitsProces
         before: tuple[Hashable, ...] = ()
         for processor in processors:
             kind_of_it = kind(processor)
-            place = (kind_of_it, seen[kind_of_it])
+            place: Hashable = (kind_of_it, seen[kind_of_it])
             seen[kind_of_it] += 1
             order.add(place, *before)
             places.setdefault(place, [None] * len(rows))[row] = processor

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def grammar_processor(
         )
     num_tokens = max(vocab_size, len(tokenizer))
     vocabulary = _vocabulary(tokenizer, len(tokenizer), num_tokens, tuple(eos_token_ids))
-    make = {
+    make: dict[str, Callable[[str], str]] = {
         "json_schema": LLMatcher.grammar_from_json_schema,
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
@@ -161,6 +161,6 @@ def _vocabulary(
     from llguidance.hf import from_tokenizer
 
     try:
-        return from_tokenizer(tokenizer, num_tokens, list(eos_token_ids))
+        return from_tokenizer(cast(PreTrainedTokenizerFast, tokenizer), num_tokens, list(eos_token_ids))
     except Exception as error:
         raise ValueError(f"llguidance cannot read the tokenizer: {error}") from error
