@@ -84,17 +84,15 @@ def test_tables_of_different_strides() -> None:
         assert torch.equal(cached_attention_triton(**(arguments | {"cos": cos, "sin": sin}), **options), expected)
 
 
-@pytest.mark.parametrize("rows", [8, 32, 64])
-@pytest.mark.parametrize("has_lower", [False, True])
-def test_programs_fit_the_shared_memory_of_the_device(rows: int, has_lower: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "has_lower", "in_228", "in_100"),
+    [(8, False, 7, 5), (8, True, 6, 2), (32, False, 4, 3), (32, True, 4, 2), (64, False, 2, 2), (64, True, 2, 1)],
+)
+def test_as_many_programs_as_the_device_has_room_for(rows, has_lower, in_228, in_100, monkeypatch) -> None:
+    """A multiprocessor of an H100 has 228 KB of shared memory and the tuned number of programs, others have 100 KB."""
     module = import_module("quantspec.kernels.cached_attention_triton")
-    splits = {}
-    for limits in (DeviceLimits(132, 228 * 1024), DeviceLimits(132, 100 * 1024), DeviceLimits(66, 228 * 1024)):
+    for multiprocessors, kilobytes, resident in ((132, 228, in_228), (132, 100, in_100), (84, 100, in_100)):
+        limits = DeviceLimits(multiprocessors, kilobytes * 1024)
         monkeypatch.setattr(module, "device_limits", lambda device, limits=limits: limits)
-        splits[limits] = launch_config(DEVICE, 8, rows, 128, 2**20, 264, has_lower, 2).splits
-    large, little_memory, half = splits.values()
-    # As many programs in a wave as there are multiprocessors, and no more than fit into them.
-    assert little_memory <= large
-    assert half < large
-    if rows == 32 and has_lower:
-        assert little_memory < large
+        config = launch_config(DEVICE, 1, rows, 128, 2**20, 0, has_lower, 2)
+        assert config.splits == multiprocessors * resident
