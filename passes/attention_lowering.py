@@ -59,9 +59,10 @@ DECODED_ACCESS = CacheAccess(torch.ops.quantspec.decoded_attention.default, _DEC
 """How a CPU's graphs read the cache: dense, old tokens as the planes decode at 8 bits."""
 
 
-def cache_parts(role: str) -> tuple[str, ...]:
+def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
     """Names of the cache's parts that a role's graph takes for every layer: the draft never sees the lower planes."""
-    return ACCESSES[role].parts
+    on_cpu = role == Role.TARGET and torch.device(device).type == "cpu"
+    return (DECODED_ACCESS if on_cpu else ACCESSES[role]).parts
 
 
 class LowerAttention(PassBase):
