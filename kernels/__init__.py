@@ -12,6 +12,7 @@ if __name__ != "kernels":
     from . import cached_attention_triton as cached_attention_triton
     from .attention import attention
     from .cached_attention import cached_attention, cached_attention_reference
+    from .cut_off import cut_off
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
     from .int4_linear import int4_linear
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "cached_attention_reference",
+    "cut_off",
     "expert_linear",
     "flush",
     "int4_expert_linear",

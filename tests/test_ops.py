@@ -611,6 +611,8 @@ def op_cases() -> dict[str, tuple]:
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
+    for name, typical in (("top-p", False), ("typical", True)):
+        cases[f"cut_off {name}"] = kernels.cut_off, (x[None], bias[:1, :1].sigmoid().expand(1, 5, 1), typical, 1, -1e4)
     cases["materialize"] = kernels.materialize, (x.t(),)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases

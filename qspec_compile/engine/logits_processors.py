@@ -17,6 +17,8 @@ from torch.distributions import Categorical
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from quantspec.kernels import cut_off
+
 from .text import Positions, Text
 
 _NEVER = 2**62
@@ -142,35 +144,28 @@ def _top_k(scores: Tensor, at: None, fixed: tuple[int, float], k: Tensor) -> Ten
 
 def _top_p(scores: Tensor, at: None, fixed: tuple[float, int], cut: Tensor) -> Tensor:
     filter_value, least = fixed
-    ordered, indices = scores.sort()
-    removed = ordered.softmax(-1).cumsum(-1) <= cut
-    removed[..., -least:] = False
-    return scores.masked_fill(removed.scatter(-1, indices, removed), filter_value)
+    return cut_off(scores, cut.expand(*scores.shape[:2], 1), False, least, filter_value)
 
 
 def _min_p(scores: Tensor, at: None, fixed: tuple[float, int], min_p: Tensor) -> Tensor:
     filter_value, least = fixed
     probs = scores.softmax(-1)
     removed = probs < min_p * probs.amax(-1, keepdim=True)
-    kept = probs.topk(min(least, scores.shape[-1])).indices
-    return scores.masked_fill(removed.scatter(-1, kept, False), filter_value)
+    # The likeliest is above any share of itself.
+    if least > 1:
+        removed = removed.scatter(-1, probs.topk(min(least, scores.shape[-1])).indices, False)
+    return scores.masked_fill(removed, filter_value)
 
 
 def _typical(scores: Tensor, at: None, fixed: tuple[float, int], mass: Tensor) -> Tensor:
     filter_value, least = fixed
-    normalized = scores.log_softmax(-1)
-    entropy = -(normalized * normalized.exp()).nansum(-1, keepdim=True)
-    ordered, indices = (-normalized - entropy).abs().sort()
-    cumulative = scores.gather(-1, indices).softmax(-1).cumsum(-1)
-    last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-    removed = ordered > ordered.gather(-1, last)
-    removed[..., :least] = False
-    return scores.masked_fill(removed.scatter(-1, indices, removed), filter_value)
+    return cut_off(scores, mass.expand(*scores.shape[:2], 1), True, least, filter_value)
 
 
 def _epsilon(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
     filter_value, least = fixed
-    kept = scores.topk(min(least, scores.shape[-1])).values[..., -1:]
+    most = min(least, scores.shape[-1])
+    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
     return scores.masked_fill((scores.softmax(-1) < epsilon) & (scores < kept), filter_value)
 
 
