@@ -5,8 +5,9 @@ With p = softmax(scores), H its entropy, and tokens by an ascending value v, equ
     top-p:   v = scores,       removed are the first tokens whose running sum of p is at most the limit
     typical: v = |-log p - H|, removed are tokens with v above that of the first whose running sum reaches the limit
 
-On CUDA one program reads a row several times instead of sorting it: the value at the limit lies between two values that
-tokens have, and each pass splits them at their mean. A pass sums in one order whatever the split, so no two contradict.
+On CUDA one program reads a row several times instead of sorting it: the value at the limit lies between two, each pass
+splits them at their mean and moves one to a value that a token has. A pass sums in one order whatever the split, so no
+two contradict.
 """
 
 from __future__ import annotations
@@ -77,11 +78,13 @@ def _cut_off_kernel(scores, limit, out, vocab, filter_value, TYPICAL: tl.constex
     scores += row * vocab
     at = tl.arange(0, BLOCK)
 
+    least = tl.full((BLOCK,), INF, tl.float32)
     greatest = tl.full((BLOCK,), -INF, tl.float32)
     for start in range(0, vocab, BLOCK):
         s = tl.load(scores + start + at, start + at < vocab, other=-INF).to(tl.float32)
+        least = tl.minimum(least, tl.where(s > -INF, s, INF))
         greatest = tl.maximum(greatest, s)
-    high = tl.max(greatest, 0)
+    low, high = tl.min(least, 0), tl.max(greatest, 0)
 
     mass = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -95,16 +98,12 @@ def _cut_off_kernel(scores, limit, out, vocab, filter_value, TYPICAL: tl.constex
     entropy = log_total - tl.sum(weighted, 0) / total
     bound = tl.load(limit + row).to(tl.float32) * total
 
-    least = tl.full((BLOCK,), INF, tl.float32)
-    greatest = tl.full((BLOCK,), -INF, tl.float32)
-    for start in range(0, vocab, BLOCK):
-        s = tl.load(scores + start + at, start + at < vocab, other=-INF).to(tl.float32)
-        v = _value(s, high, log_total, entropy, TYPICAL)
-        finite = s > -INF
-        least = tl.minimum(least, tl.where(finite, v, INF))
-        greatest = tl.maximum(greatest, tl.where(finite, v, -INF))
-    # Two values that tokens have; that of the token at the limit is one of them or lies between.
-    low, top = tl.min(least, 0), tl.max(greatest, 0)
+    # The value of the token at the limit is one of these or lies between; the least and the likeliest deviate most.
+    top = high
+    if TYPICAL:
+        of_least = _value(low, high, log_total, entropy, TYPICAL)
+        top = tl.maximum(of_least, _value(high, high, log_total, entropy, TYPICAL))
+        low = 0.0
     while low < top:
         middle = low + (top - low) * 0.5
         middle = tl.where(middle > low, middle, top)
@@ -119,7 +118,7 @@ def _cut_off_kernel(scores, limit, out, vocab, filter_value, TYPICAL: tl.constex
             greatest = tl.maximum(greatest, tl.where(below & (s > -INF), v, -INF))
             least = tl.minimum(least, tl.where(below, INF, v))
         below_middle = tl.sum(mass, 0)
-        reached = below_middle >= bound if TYPICAL else below_middle > bound
+        reached = (below_middle >= bound) & (below_middle > 0) if TYPICAL else below_middle > bound
         if reached:
             top = tl.max(greatest, 0)
         else:
