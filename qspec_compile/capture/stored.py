@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -55,7 +56,10 @@ def key_of(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, str]
     """
     if any(type(module).__module__.partition(".")[0] not in ("torch", "transformers") for module in model.modules()):
         return None
-    described = repr([(type(model).__qualname__, model.dtype, model.device.type), *sorted(options.items())])
+    # As JSON, which is what a config has been through once it is loaded.
+    described = json.dumps(
+        [type(model).__qualname__, str(model.dtype), model.device.type, options], sort_keys=True, default=str
+    )
     packages = {package: version(package) for package in ("quantspec", "torch", "transformers")}
     return {**packages, "format": str(_FORMAT), "model": hashlib.sha256(described.encode()).hexdigest()}
 

@@ -15,7 +15,7 @@ _HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_
 # They change what training does.
 _OF_TRAINING = frozenset({"training", "gradient_checkpointing"})
 # They say what a forward returns or what goes with the model; names of every config, such as architectures, do too.
-_OF_NO_FORWARD = frozenset({"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"})
+_OF_NO_FORWARD = frozenset({"model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"})
 
 
 class FrozenModel:
