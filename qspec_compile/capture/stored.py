@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -37,7 +37,12 @@ _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 # Kinds of torch's constants, by the name that stands before theirs.
 _CONSTANTS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 # Kinds of a size, and what combines their parts.
-_EXPRESSIONS = {"Add": operator.add, "Mul": operator.mul, "Min": torch.sym_min, "Max": torch.sym_max}
+_EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Min": torch.sym_min,
+    "Max": torch.sym_max,
+}
 # What the export calls the model within its wrapper.
 _WRAPPER = "model."
 _EXAMPLE_SIZES = {"batch": 2, "tokens": 7}
