@@ -2,12 +2,16 @@
 
     config.json, generation_config.json, model*.safetensors   the Hugging Face model as transformers saves it
     quantspec*.safetensors                                    the draft's weights, in the layout that their format packs
+    quantspec_graph.json                                      what capture made, where it can be kept; see below
     quantspec_config.json                                     this file's :class:`Description`, written last
 
 In ``quantspec*.safetensors`` linear NAME has a tensor ``draft.NAME.PART`` for each part of its weight format, see
 ``quantspec.passes.int4_weights``. Tensors of the model that transformers would not bring back bit for bit (buffers it
 computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
 ``check.logits (1, T, V)`` are what the target made of ``check.input_ids (1, T)``; folders saved before had none.
+
+``quantspec_graph.json`` has a ``key``, of :func:`quantspec.capture.stored.key_of`, and a ``graph``, of its ``to_json``,
+whose tensors are ``graph.NAME`` in ``quantspec*.safetensors``. Where the key is another one the model is captured anew.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ DESCRIPTION_FILE = "quantspec_config.json"
 TENSOR_FILES = "quantspec{suffix}.safetensors"
 DRAFT_PREFIX = "draft."
 MODEL_PREFIX = "model."
+GRAPH_FILE = "quantspec_graph.json"
+GRAPH_PREFIX = "graph."
 TOKENS_KEY = "check.input_ids"
 LOGITS_KEY = "check.logits"
 # Holds no weights and is for people to edit; the tokenizer's files are not part of a save at all.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.passes.graph import get_tensor, module_path
@@ -159,6 +160,8 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
     symbols = _varying_symbols(placeholders)
     regions = split_regions(graph_module.graph)
     if regions is None:
+        # torch.compile traces the code that is there.
+        _LazyGraphModule.force_recompile(graph_module)
         whole = _Marked(torch.compile(graph_module.forward), [_dims_with(symbols, node) for node in placeholders])
         return _with_many_shapes(whole)
     device = placeholders[0].meta["val"].device

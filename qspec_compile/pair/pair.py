@@ -33,6 +33,7 @@ class Pair:
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
         config: the options in force, group sizes as adapted.
+        captured: what the graphs were made of.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
@@ -41,8 +42,16 @@ class Pair:
         compiles: whether the graphs of recipes that say so go through torch.compile.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
-        """Capture ``model`` and make its roles; ``source`` has ready weights of the draft, else they are quantized.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: QuantSpecConfig,
+        source: WeightSource | None = None,
+        captured: Capture | None = None,
+    ) -> None:
+        """Make the roles of ``model``; ``source`` has ready weights of the draft, else they are quantized.
+
+        It is captured, unless ``captured`` is what that would give.
 
         Raises:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
@@ -51,8 +60,10 @@ class Pair:
         recipes = recipes_for(config, model.device)
         check_model(model)
         self.frozen = FrozenModel(model)
-        captured = capture(model)
+        if captured is None:
+            captured = capture(model)
         self.model: PreTrainedModel = model
+        self.captured = captured
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len)
@@ -63,7 +74,7 @@ class Pair:
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
         self._recipes = recipes
         self._forwards = {
-            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph.forward
+            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
