@@ -125,7 +125,7 @@ def _key(processor: LogitsProcessor) -> Hashable:
 
 
 def _kind_or_class(processor: LogitsProcessor) -> Hashable:
-    return _key(processor) if _is_compilable(processor) else type(processor)
+    return (_key(processor),) if _is_compilable(processor) else (type(processor),)
 
 
 def merge_processors(rows: Sequence[LogitsProcessorList]) -> LogitsProcessorList:

@@ -17,6 +17,9 @@ from quantspec.engine.logits_processors import FollowingProcessor
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+# A space, or a line and its indentation: with white space of any length a model may write nothing else.
+_WHITE_SPACE = r" |\n {0,40}"
+
 
 class GrammarProcessor(FollowingProcessor):
     """Forbids every token with which a text could not follow the grammar; EOS is allowed where the text may end.
@@ -55,7 +58,7 @@ class GrammarProcessor(FollowingProcessor):
             if matcher.is_error():
                 raise RuntimeError(f"llguidance cannot follow the grammar any further: {_reason(matcher)}")
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``(B, V)`` scores, -inf where a token is not allowed.
 
         Raises:
@@ -116,7 +119,9 @@ def grammar_processor(
     num_tokens = max(vocab_size, len(tokenizer))
     vocabulary = _vocabulary(tokenizer, len(tokenizer), num_tokens, tuple(eos_token_ids))
     make: dict[str, Callable[[str], str]] = {
-        "json_schema": LLMatcher.grammar_from_json_schema,
+        "json_schema": lambda schema: LLMatcher.grammar_from_json_schema(
+            schema, defaults={"whitespace_pattern": _WHITE_SPACE}
+        ),
         "regex": LLMatcher.grammar_from_regex,
         "grammar": LLMatcher.grammar_from_lark,
     }
