@@ -36,8 +36,7 @@ instruction that the generation lacks, or is launched as it cannot. Nothing was 
 """
 _OVERLAP = """
 Programmatic dependent launch, by which a kernel is set up while the one before it ends, exists from compute capability
-9.0 on. *Spilled* is the most local memory that a thread of a 16-bit kernel takes; with float32 models attention spills
-more.
+9.0 on. *Spilled* is the most local memory that a thread takes.
 
 ## Versions of Triton
 
@@ -64,7 +63,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     for capability, (names, limit) in GENERATIONS.items():
         ours = [row for row in newest if row["capability"] == capability]
         shared = max(row["shared_bytes"] for row in ours) / 1024
-        spilled = max(row["spilled_bytes"] for row in ours if "float32" not in row["case"])
+        spilled = max(row["spilled_bytes"] for row in ours)
         overlaps = "yes" if any(row["overlaps"] for row in ours) else "no"
         how = "measured" if capability == MEASURED else "compiled"
         generations.append(

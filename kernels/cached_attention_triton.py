@@ -72,14 +72,13 @@ def _load_rotated(at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.
     sines begin at ``cos`` and ``sin``, in float32, and rounded once."""
     x = tl.load(at + channel, mask, other=0)
     if ROTARY > 0:
+        step: tl.constexpr = 1 if INTERLEAVED else ROTARY // 2
         if INTERLEAVED:
             angle = channel // (ROTARY // ANGLES)
             first = channel % 2 == 0
-            step: tl.constexpr = 1
         else:
             angle = channel % ANGLES
-            first = channel < ROTARY // 2
-            step: tl.constexpr = ROTARY // 2
+            first = channel < step
         rotated = mask & (channel < ROTARY)
         partner = tl.load(at + tl.where(first, channel + step, channel - step), rotated, other=0).to(tl.float32)
         c = tl.load(cos + angle, rotated, other=0).to(tl.float32)

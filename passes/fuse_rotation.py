@@ -168,7 +168,7 @@ class _Reader:
         )
 
     def _of_one_source(self, node: fx.Node, join: Callable[[list[list[_Channel]]], list[_Channel]]) -> _Value | None:
-        parts = [self(part) for part in node.args[0]]  # type: ignore[union-attr]
+        parts = [self(part) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
         sources = {part.source for part in parts}
         return _Value(parts[0].source, join([part.channels for part in parts])) if len(sources) == 1 else None
 
@@ -180,16 +180,17 @@ class _Reader:
         return value._replace(channels=value.channels[part])
 
     def _piece(self, node: fx.Node) -> _Value | None:
-        split, index = node.args
-        whole = split.args[0] if isinstance(split, fx.Node) and split.args else None
+        split: Any = node.args[0]
+        index: Any = node.args[1]
         kinds = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-        if not isinstance(whole, fx.Node) or split.target not in kinds:  # type: ignore[union-attr]
+        if not isinstance(split, fx.Node) or not any(split.target is kind for kind in kinds):
             return None
+        whole: Any = split.args[0]
         if not _is_last(whole, _argument(split, 2, "dim", 0)):
             return None
-        sizes = [piece.shape[-1] for piece in split.meta["val"]]  # type: ignore[union-attr]
-        value, first = self(whole), sum(sizes[:index])  # type: ignore[misc]
-        return value._replace(channels=value.channels[first : first + sizes[index]])  # type: ignore[index]
+        sizes = [piece.shape[-1] for piece in split.meta["val"]]
+        value, first = self(whole), sum(sizes[:index])
+        return value._replace(channels=value.channels[first : first + sizes[index]])
 
 
 def _sliced(node: fx.Node) -> slice | None:
