@@ -33,6 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
+from quantspec.kernels.cut_off import cut_off_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
 from quantspec.kernels.hierarchical import num_value_groups
@@ -140,6 +141,16 @@ def experts(dtype: torch.dtype) -> Callable:
     return call
 
 
+def cut_offs(rows: int, vocab: int) -> Callable:
+    scores, limit = empty(rows, vocab, dtype=torch.float32), empty(rows, 1, dtype=torch.float32)
+
+    def call() -> None:
+        for typical in (False, True):
+            cut_off_triton(scores, limit, typical, 1, float("-inf"))
+
+    return call
+
+
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES: dict[str, Callable[[], Callable]] = {
     "draft 32/8 of 128": lambda: attention(32, 8, 128, 1, False, BFLOAT, rotary=128),
@@ -154,6 +165,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "linear 8 rows, 4096 to 1024, group 32": lambda: linear(8, 1024, 4096, 32, HALF),
     "encoding of 128": lambda: encode(128),
     "experts": lambda: experts(BFLOAT),
+    "cut-offs": lambda: cut_offs(5, 49152),
 }
 
 
