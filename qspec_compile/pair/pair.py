@@ -14,11 +14,12 @@ from quantspec.cache import HierarchicalCache
 from quantspec.capture import Capture, capture, check_model
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
-from quantspec.passes import Role, WeightSource
+from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
 from .frozen import FrozenModel
 from .recipes import build_graphs, recipes_for
+from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
 
@@ -39,6 +40,7 @@ class Pair:
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the graphs of recipes that say so go through torch.compile.
+        tuned: what tuning did to the draft; None before.
     """
 
     def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
@@ -67,6 +69,12 @@ class Pair:
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
+        self.tuned: TuneReport | None = None
+
+    @property
+    def draft_weights(self) -> WeightFormat | None:
+        """The format of the draft's linears; None where they are the model's own."""
+        return self._recipes[Role.DRAFT].weight_format
 
     @property
     def device(self) -> torch.device:

@@ -131,6 +131,16 @@ def _in_order(first: PassBase, second: PassBase) -> bool:
     return places[0] <= places[1] if all(places) else True
 
 
+def common_graph(captured: Capture, checks: Sequence[PassBase] = ()) -> fx.GraphModule:
+    """What all roles' graphs begin as, with attention markers still; ``captured`` is left as it is.
+
+    Raises:
+        ValueError: a check fails, or the graph has no language-model head.
+    """
+    passes = [*checks, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()]
+    return run_passes(clone(captured.graph_module), passes)
+
+
 def build_graphs(
     captured: Capture,
     config: QuantSpecConfig,
@@ -150,11 +160,10 @@ def build_graphs(
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
     """
-    base = clone(captured.graph_module)
     assert config.max_cache_len is not None
     check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        base = common_graph(captured, [check])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
     graphs, linears = {}, []
