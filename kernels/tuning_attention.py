@@ -6,7 +6,7 @@ values. At position t the draft then attends to what its cache would hold there,
     out[b, t, h] = sum_{j < t} p_j v_j + p_t v'_t,   p = softmax_j(softcap(scale * q_t . k_j)), with k'_t at j = t
 
 where k_j, v_j are the target's, at 4 bits for ``j < max(0, t // G - 1) * G`` and exact for later ones, and k'_t, v'_t
-are the draft's own. So G queries in a row share their old tokens, and are attended together.
+are the draft's own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention_dtype, compute_dtype, masked_attention, softmax_with_sinks
 from .cache_layout import part_names
 from .cached_attention import append_recent
 from .hierarchical import decode_keys, decode_values, num_flushed_groups
+
+# Queries that attend at a time.
+_ROWS = 512
 
 
 @torch.library.custom_op("quantspec::teaching_attention", mutates_args=part_names("recent"))
@@ -66,68 +70,62 @@ def _(query, key, value, *cache_and_options):
     return query.new_empty(batch, tokens, heads, value.shape[-1])
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: int,
-    first: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Queries ``(B, H, t, D)`` from position ``start`` on to ``keys (B, K, S, D)`` from ``first`` on, themselves last.
-
-    ``key`` and ``value`` ``(B, K, t, ·)`` are the queries' own and stand in for the last t of ``keys`` and ``values``
-    wherever a query meets itself. Returns ``(B, H, t, Dv)`` in the dtype of ``keys``.
-    """
-    kv_heads, tokens = keys.shape[1], query.shape[2]
-    q = query.unflatten(1, (kv_heads, -1)) * scale
-    own = (q * key.unsqueeze(2)).sum(-1, keepdim=True, dtype=compute_dtype(q.dtype))
-    row = torch.arange(start, start + tokens, device=q.device)[:, None]
-    column = torch.arange(first, first + keys.shape[2], device=q.device)
-    scores = torch.where(column == row, own, (q @ keys.unsqueeze(2).transpose(-1, -2)).to(own.dtype))
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    hidden = column > row
-    if window > 0:
-        hidden |= column <= row - window
-    probs = softmax_with_sinks(scores.masked_fill(hidden, float("-inf")).flatten(1, 2), sinks)
-    probs = probs.to(keys.dtype).unflatten(1, (kv_heads, -1))
-    of_own = probs.diagonal(start - first, -2, -1).unsqueeze(-1)
-    out = probs.masked_fill(column == row, 0) @ values.unsqueeze(2) + of_own * value.unsqueeze(2)
-    return out.flatten(1, 2)
-
-
 class _Block(NamedTuple):
-    """Queries at positions ``rows``, and ``keys`` and ``values`` from position ``first`` on as they see them."""
+    """Queries at positions ``rows``, and what they see.
+
+    Attributes:
+        keys, values: ``(B, K, S, D)``, ``(B, K, S, Dv)``: the target's at 4 bits, its exact ones, and the queries' own.
+        visible: ``(rows, S)``, whether a query sees a key.
+    """
 
     rows: slice
-    first: int
     keys: Tensor
     values: Tensor
+    visible: Tensor
 
 
 def _blocks(
-    recent: tuple[Tensor, Tensor], planes: tuple[Tensor, ...], window: int, dtype: torch.dtype
+    key: Tensor, value: Tensor, recent: tuple[Tensor, Tensor], planes: tuple[Tensor, ...], window: int
 ) -> Iterator[_Block]:
-    """A text cut after every G tokens. ``planes`` are ``upper, scale, zero`` of keys, then of values."""
-    old = (decode_keys(planes[0], None, *planes[1:3], dtype), decode_values(planes[3], None, *planes[4:], dtype))
-    num_tokens, group_size = recent[0].shape[2], 2 * planes[0].shape[-2]
-    for start in range(0, num_tokens, group_size):
-        stop = min(start + group_size, num_tokens)
-        quantized = num_flushed_groups(start, group_size) * group_size
+    """A text cut after every ``_ROWS`` tokens. ``planes`` are ``upper, scale, zero`` of keys, then of values."""
+    old = (
+        decode_keys(planes[0], None, *planes[1:3], key.dtype),
+        decode_values(planes[3], None, *planes[4:], key.dtype),
+    )
+    group_size, num_tokens = 2 * planes[0].shape[-2], key.shape[2]
+    for start in range(0, num_tokens, _ROWS):
+        stop = min(start + _ROWS, num_tokens)
+        row = torch.arange(start, stop, device=key.device)[:, None]
+        quantized = num_flushed_groups(row, group_size) * group_size
         first = max(0, start - window + 1) if window > 0 else 0
+        at_4_bits = slice(first, num_flushed_groups(stop - 1, group_size) * group_size)
+        exact = slice(max(first, num_flushed_groups(start, group_size) * group_size), stop - 1)
+        column = torch.arange(num_tokens, device=key.device)
+        seen = (column > row - window) if window > 0 else (column >= 0)
+        earlier = (column < quantized) & seen, (column >= quantized) & (column < row) & seen
+        visible = (earlier[0][:, at_4_bits], earlier[1][:, exact], (column == row)[:, start:stop])
         keys, values = (
             torch.cat(
-                (coded.flatten(2, 3)[:, :, first:quantized], exact[:, :, max(first, quantized) : stop].to(dtype)), 2
+                (coded.flatten(2, 3)[:, :, at_4_bits], whole[:, :, exact].to(own.dtype), own[:, :, start:stop]), 2
             )
-            for coded, exact in zip(old, recent, strict=True)
+            for coded, whole, own in zip(old, recent, (key, value), strict=True)
         )
-        yield _Block(slice(start, stop), first, keys, values)
+        yield _Block(slice(start, stop), keys, values, torch.cat(visible, 1))
+
+
+def _attend(query: Tensor, block: _Block, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+    """Queries ``(B, H, rows, D)`` of a block to what they see; ``(B, H, rows, Dv)``."""
+    kv_heads = block.keys.shape[1]
+    if softcap == 0 and sinks is None:
+        # The fused kernel that takes a mask wants as many key heads as query heads.
+        keys, values = (x.repeat_interleave(query.shape[1] // kv_heads, 1) for x in (block.keys, block.values))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=block.visible, scale=scale)
+    grouped = query.unflatten(1, (kv_heads, -1)) * scale
+    scores = (grouped @ block.keys.unsqueeze(2).transpose(-1, -2)).to(compute_dtype(query.dtype))
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    probs = softmax_with_sinks(scores.masked_fill(~block.visible, float("-inf")).flatten(1, 2), sinks)
+    return (probs.to(query.dtype).unflatten(1, (kv_heads, -1)) @ block.values.unsqueeze(2)).flatten(1, 2)
 
 
 @torch.library.custom_op("quantspec::tuning_attention", mutates_args=())
@@ -154,8 +152,8 @@ def tuning_attention(
 ) -> Tensor:
     """The draft's attention at every token of whole texts, each read from the cache of the tokens before it.
 
-    Differentiable by query, key and value; the cache, the target's, is constant. Scores are made and, for the gradient,
-    made again for G queries at a time, so that memory is linear in T.
+    Differentiable by query, key and value; the cache, the target's, is constant. Some queries attend at a time, and for
+    the gradient again, so that memory is linear in T.
 
     Args:
         query, key, value: the draft's, as in ``quantspec::attention``.
@@ -171,12 +169,9 @@ def tuning_attention(
     """
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     planes = (k_upper, k_scale, k_zero, v_upper, v_scale, v_zero)
-    dtype = attention_dtype(query)
-    q, k, v = (x.to(dtype) for x in (query, key, value))
-    for rows, first, keys, values in _blocks((k_recent, v_recent), planes, window, dtype):
-        own = (x[:, :, rows] for x in (q, k, v))
-        attended = _attend(*own, keys, values, rows.start, first, scale, window, softcap, sinks)
-        out[:, rows] = attended.transpose(1, 2)
+    q, k, v = (x.to(attention_dtype(query)) for x in (query, key, value))
+    for block in _blocks(k, v, (k_recent, v_recent), planes, window):
+        out[:, block.rows] = _attend(q[:, :, block.rows], block, scale, softcap, sinks).transpose(1, 2)
     return out
 
 
@@ -196,15 +191,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, k_recent, v_recent, *planes, sinks = ctx.saved_tensors
     scale, window, softcap = ctx.options
-    dtype = attention_dtype(query)
-    gradients = [torch.empty_like(x) for x in (query, key, value)]
-    for rows, first, keys, values in _blocks((k_recent, v_recent), tuple(planes), window, dtype):
-        own = [x[:, :, rows].detach().to(dtype).requires_grad_() for x in (query, key, value)]
-        with torch.enable_grad():
-            attended = _attend(*own, keys, values, rows.start, first, scale, window, softcap, sinks)
-        parts = torch.autograd.grad(attended, own, grad[:, rows].transpose(1, 2).to(dtype))
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient[:, :, rows] = part
+    own = [x.detach().to(attention_dtype(query)).requires_grad_() for x in (query, key, value)]
+    with torch.enable_grad():
+        for block in _blocks(own[1], own[2], (k_recent, v_recent), tuple(planes), window):
+            attended = _attend(own[0][:, :, block.rows], block, scale, softcap, sinks)
+            attended.backward(grad[:, block.rows].transpose(1, 2).to(attended.dtype))
+    gradients = (x.grad.to(query.dtype) for x in own)  # type: ignore[union-attr]
     return (*gradients, *(None,) * 16)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantspec.checkpoint.new_folder import removed_on_failure
+from quantspec.config import TuneConfig
 
-from .console import stderr, working
-from .errors import CommandError, check_folder
-from .loading import Kind, find_pair, find_source
+from .errors import CommandError
+from .loading import Kind, find_source
 from .options import ModelOptions, RunOptions
+from .tune import save_pair
 
 SETTINGS = {"epilog": "quantspec convert MODEL OUT\nquantspec convert MODEL OUT --weight-group-size 64"}
 
@@ -23,20 +21,11 @@ def command(
     model: ModelOptions,
     run: RunOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let the draft learn the model's distribution; options: `quantspec tune`.")
+    ] = False,
 ) -> None:
     """Convert a model (no saved pair) and save the pair, so that loading it quantizes nothing."""
     if find_source(model.model).kind is Kind.PAIR:
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
-    check_folder(out)
-    with removed_on_failure(out), tempfile.TemporaryDirectory() as tokenizer:
-        found = find_pair(model, run, to_save=True)
-        # A tokenizer that cannot be saved says so before the weights are read.
-        found.tokenizer.save_pretrained(tokenizer)
-        qs = found.load()
-        with working("saving"):
-            qs.save_pretrained(out)
-            shutil.copytree(tokenizer, out, dirs_exist_ok=True)
-    dtype = str(qs.model.dtype).removeprefix("torch.")
-    stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)
+    save_pair(model, run, out, TuneConfig() if tune else None)
