@@ -92,7 +92,13 @@ def as_draft_steps(
 
 
 # Tokens, window, soft cap, sinks, value dim; with few queries at a time, so that blocks begin anywhere.
-CASES = [(5, 0, 0, False, 16), (75, 0, 0, False, 16), (96, 12, 0, False, 16), (75, 40, 30, True, 24), (75, 0, 0, True, 8)]
+CASES = [
+    (5, 0, 0, False, 16),
+    (75, 0, 0, False, 16),
+    (96, 12, 0, False, 16),
+    (75, 40, 30, True, 24),
+    (75, 0, 0, True, 8),
+]
 
 
 @pytest.mark.parametrize(("case", "rows"), list(itertools.product(CASES, (24, 512))))
