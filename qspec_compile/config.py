@@ -126,12 +126,12 @@ class TuneConfig:
 
     Attributes:
         steps: of the optimizer.
-        window: tokens of each text that is learned from; at most what the model's context holds.
+        window: tokens of each text that is learned from, at least 4; at most what the model's context holds.
         windows_per_step: texts of a step.
         train_windows: texts that the model writes to be learned from.
         held_out_windows: texts that it writes besides, for the figures before and after.
         learning_rate: highest change of a scale per step, as a share of it, and of a zero as a share of its scale.
-        prompt_tokens: with texts of the user's, how many tokens of one begin each text.
+        prompt_tokens: with texts of the user's, how many tokens of one begin each text; at most half of it.
         seed: of the texts and of their order.
 
     Raises:
@@ -149,7 +149,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if f.name != "learning_rate"):
-            value, least = getattr(self, name), {"seed": 0, "window": 2}.get(name, 1)
+            value, least = getattr(self, name), {"seed": 0, "window": 4}.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, not {value!r}")
             if value < least:
@@ -158,8 +158,6 @@ class TuneConfig:
             raise TypeError(f"learning_rate must be a number, not {self.learning_rate!r}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must be between 0 and 1, not {self.learning_rate}")
-        if self.prompt_tokens >= self.window:
-            raise ValueError(f"prompt_tokens={self.prompt_tokens} must be less than window={self.window}")
 
     @classmethod
     def from_options(cls, config: TuneConfig | None, options: Mapping[str, Any]) -> TuneConfig:

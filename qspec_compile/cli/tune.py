@@ -41,7 +41,7 @@ class TuningOptions:
     ] = None
     window: Annotated[
         int | None,
-        typer.Option(parser=tokens(2), metavar="N", help=f"Tokens of each text. [default: {_DEFAULTS.window}]"),
+        typer.Option(parser=tokens(4), metavar="N", help=f"Tokens of each text. [default: {_DEFAULTS.window}]"),
     ] = None
     windows_per_step: Annotated[
         int | None,

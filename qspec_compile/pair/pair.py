@@ -18,7 +18,7 @@ from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
 from .frozen import FrozenModel
-from .recipes import build_graphs, recipes_for
+from .recipes import build_graphs, common_graph, recipes_for
 from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
@@ -35,6 +35,7 @@ class Pair:
         model: the Hugging Face model, untouched; its tensors are the target's.
         config: the options in force, group sizes as adapted.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
+        common: what the graphs of all roles were made of, with attention markers still.
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
@@ -59,7 +60,8 @@ class Pair:
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len)
         self.graphs: Mapping[Role, fx.GraphModule]
-        self.graphs, self.linears = build_graphs(captured, config, recipes, self.vocab_size, source)
+        self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
+        self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile

@@ -1,7 +1,7 @@
 """The two graphs of tuning: the target over whole texts, and the draft over what the target has cached of them.
 
-Both come from one capture by the passes that make the roles. The draft's graph shares codes with the pair's draft and
-takes scales and zeros that are being learned; it runs, and for the gradient runs again, layer by layer.
+Both come from the pair's capture by the passes that make the roles. The draft's graph shares codes with the pair's
+draft and takes scales and zeros that are being learned; it runs, and for the gradient runs again, layer by layer.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from quantspec.cache.geometry import part_shape
-from quantspec.capture import CapturedLayer, capture
+from quantspec.capture import CapturedLayer
 from quantspec.kernels.cache_layout import CACHE_PARTS, part_names
 from quantspec.kernels.hierarchical import encode_keys, encode_values
 from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import Region, layer_regions, region_graph
-from quantspec.pair.recipes import common_graph, run_passes
+from quantspec.pair.recipes import run_passes
 from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, plain_weights
-from quantspec.passes.graph import clone, get_tensor
+from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
 
 _TEACHER = CacheAccess(torch.ops.quantspec.teaching_attention.default, part_names("recent"))
+# Their rows go from expert to expert by the host's hand.
+_HOST_SORTS = (torch.ops.quantspec.expert_linear.default, torch.ops.quantspec.int4_expert_linear.default)
 _STUDENT = CacheAccess(torch.ops.quantspec.tuning_attention.default, part_names("recent", "upper", "scales"))
 
 
@@ -48,13 +50,25 @@ class Learned:
         return exact + (exact.to(self._dtype) - exact).detach()
 
 
+def _captures(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph runs without the host, so that CUDA graphs can hold it."""
+    graph = graph_module.graph
+    tensors = (get_tensor(graph_module, node) for node in graph.nodes if node.op == "get_attr")
+    return len({tensor.device for tensor in tensors}) == 1 and not any(find_calls(graph, *_HOST_SORTS))
+
+
 class Teacher:
-    """The target over whole texts."""
+    """The target over whole texts.
+
+    Attributes:
+        captures: whether CUDA graphs can hold it.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, layers: Sequence[CapturedLayer], group_size: int) -> None:
         self._graph_module = graph_module
         self._layers = layers
         self._group_size = group_size
+        self.captures = _captures(graph_module)
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -83,10 +97,12 @@ class Student:
 
     Attributes:
         learned: by name of the linear.
+        captures: whether CUDA graphs can hold it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.learned: dict[str, Learned] = {}
+        self.captures = _captures(graph_module)
         learned_nodes: dict[fx.Node, Learned] = {}
         for node in graph_module.graph.nodes:
             if PACKED_LINEARS in node.meta:
@@ -121,12 +137,16 @@ class _Runs:
 
     def __init__(self, graph_module: fx.GraphModule, region: Region, learned: dict[fx.Node, Learned]) -> None:
         self._module = fx.GraphModule(nn.Module(), region_graph(region))
-        # The model's own tensors get no gradients.
-        self._tensors = [learned.get(node) or get_tensor(graph_module, node).detach() for node in region.tensors]
+        self._tensors = [learned.get(node) or _constant(get_tensor(graph_module, node)) for node in region.tensors]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         tensors = (tensor() if isinstance(tensor, Learned) else tensor for tensor in self._tensors)
         return self._module.forward(*inputs, *tensors)
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """A tensor of the model's or the draft's as gradients pass by it; one of inference mode is copied for that."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _inputs(ids: Tensor) -> tuple[Tensor, ...]:
@@ -138,10 +158,8 @@ def _inputs(ids: Tensor) -> tuple[Tensor, ...]:
 
 def tuning_graphs(pair: Pair) -> tuple[Teacher, Student]:
     """The two of a pair whose draft's weight format has something to learn."""
-    captured = capture(pair.model)
-    common = common_graph(captured)
     size = pair.config.kv_group_size
-    teacher = clone(run_passes(clone(common), [LowerAttention(_TEACHER, size)]))
+    teacher = clone(run_passes(clone(pair.common), [LowerAttention(_TEACHER, size)]))
     weight_format = pair.draft_weights
     assert weight_format is not None
     ready = plain_weights(pair.graphs[Role.DRAFT])
@@ -152,5 +170,5 @@ def tuning_graphs(pair: Pair) -> tuple[Teacher, Student]:
         pair.config.quantize_lm_head,
         source=lambda _, name, *__: tuple(ready[name].values()),
     )
-    student = clone(run_passes(clone(common), [LowerAttention(_STUDENT, size), quantize]))
+    student = clone(run_passes(clone(pair.common), [LowerAttention(_STUDENT, size), quantize]))
     return Teacher(teacher, pair.layers, size), Student(student)

@@ -21,12 +21,13 @@ from quantspec.passes import Role
 from quantspec.passes.plain_weights import each_plain_weight
 
 from .graphs import Student, Teacher, tuning_graphs
-from .texts import beginnings, sampled, token_ids
+from .texts import beginnings, sampled, text_length, token_ids
 
-_WARM_UP = 15
+# The share of all steps in which the rate of learning rises; behind it falls as a cosine.
+_WARM_UP = 0.075
 _BETAS = (0.9, 0.95)
 # Held-out text is looked at so often while tuning, to keep the best.
-_LOOKS = 8
+_LOOKS = 4
 # Rows of logits that are compared at a time: their float32 copies are what takes memory.
 _ROWS = 1024
 
@@ -47,15 +48,11 @@ class TuneProgress:
     acceptance: float
 
 
-def check_tunable(pair: Pair, config: TuneConfig) -> None:
-    """Raise ``ValueError`` where a draft has nothing to learn, or the model's context is too short."""
+def _check_tunable(pair: Pair) -> None:
+    """Raise ``ValueError`` where a draft has nothing to learn."""
     weight_format = pair.draft_weights
     if weight_format is None or weight_format.learned is None or all(r.group_size is None for r in pair.linears):
         raise ValueError("this draft has no scales to tune: none of its linears is INT4; see print(qs)")
-    if pair.max_len <= config.prompt_tokens:
-        raise ValueError(
-            f"prompt_tokens={config.prompt_tokens} leave no room in a context of {pair.max_len} tokens; choose fewer"
-        )
 
 
 def tune(
@@ -66,7 +63,7 @@ def tune(
     callback: Callable[[TuneProgress], Any] | None = None,
 ) -> TuneReport:
     """Tune the draft of ``pair`` in place; see :meth:`quantspec.QuantSpecModel.tune`."""
-    check_tunable(pair, config)
+    _check_tunable(pair)
     pair.check_unmoved()
     started = time.perf_counter()
     prompts = beginnings(
@@ -75,14 +72,14 @@ def tune(
     on_gpu = pair.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(pair.device)
-    written = sampled(prompts, pair, min(config.window, pair.max_len), config.seed)
-    training, held_out = written.split((config.train_windows, config.held_out_windows))
-    with converting():
+    written = sampled(prompts, pair, text_length(pair, config), config.seed)
+    with converting(), torch.inference_mode(False), torch.enable_grad():
+        # What was written in inference mode takes part in no gradient.
+        training, held_out = written.clone().split((config.train_windows, config.held_out_windows))
         teacher, student = tuning_graphs(pair)
-        with torch.inference_mode(False), torch.enable_grad():
-            run = _Tuning(teacher, student, config, held_out)
-            run.steps(training, callback)
-    _write(pair, student)
+        run = _Tuning(teacher, student, config, held_out)
+        run.steps(training, callback)
+        _write(pair, student)
     report = TuneReport(
         steps=run.done,
         stopped=run.done < config.steps,
@@ -110,6 +107,8 @@ class _Tuning:
         self._student = student
         self._config = config
         self._held_out = held_out.split(config.windows_per_step)
+        self._captures = held_out.device.type == "cuda" and teacher.captures and student.captures
+        self._gradients: Callable[[Tensor], Tensor] | None = None
         self._optimizer = torch.optim.Adam(student.parameters, lr=config.learning_rate, betas=_BETAS)
         self.done = 0
         self.before = self.best = self._quality()
@@ -130,9 +129,9 @@ class _Tuning:
                         break
                     if self.done % every == 0 and self.done < config.steps:
                         self._keep_best()
-                self._keep_best()
             except KeyboardInterrupt:
-                bar.write("tuning stopped: the best so far is kept")
+                bar.write("tuning stops: the best so far is kept")
+        self._keep_best()
         with torch.no_grad():
             for parameter, kept in zip(self._student.parameters, self._kept, strict=True):
                 parameter.copy_(kept)
@@ -140,14 +139,21 @@ class _Tuning:
     def _step(self, ids: Tensor) -> TuneProgress:
         config = self._config
         for group in self._optimizer.param_groups:
-            warm = min(1.0, (self.done + 1) / _WARM_UP)
+            warm = min(1.0, (self.done + 1) / (_WARM_UP * config.steps))
             group["lr"] = config.learning_rate * warm * (1 + math.cos(math.pi * self.done / config.steps)) / 2
-        kl, acceptance, _ = self._compare(ids).unbind()
-        self._optimizer.zero_grad(set_to_none=True)
-        kl.backward()
+        if self._gradients is None:
+            self._gradients = CapturedGradients(self._with_gradients, ids) if self._captures else self._with_gradients
+        kl, acceptance, _ = self._gradients(ids).unbind()
         self._optimizer.step()
         self.done += 1
         return TuneProgress(self.done, config.steps, kl.item(), acceptance.item())
+
+    def _with_gradients(self, ids: Tensor) -> Tensor:
+        """:meth:`_compare`, with new gradients of the KL in what is learned."""
+        self._optimizer.zero_grad(set_to_none=True)
+        result = self._compare(ids)
+        result[0].backward()
+        return result.detach()
 
     def _compare(self, ids: Tensor, first: int = 0) -> Tensor:
         """Mean KL, acceptance and agreement, ``(3,)``, of the tokens of ``ids (B, T)`` from ``first`` on."""
@@ -169,6 +175,33 @@ class _Tuning:
             self.best = quality
             for kept, parameter in zip(self._kept, self._student.parameters, strict=True):
                 kept.copy_(parameter.detach())
+
+
+class CapturedGradients:
+    """A function of texts ``(B, T)`` that leaves gradients, as one CUDA graph.
+
+    A step is thousands of small kernels, which take longer to launch one by one than to run. Gradients stay where the
+    first call left them.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], ids: Tensor) -> None:
+        """Run ``function`` once, which allocates workspaces, and capture it."""
+        self._ids = ids.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            function(self._ids)
+            torch.cuda.synchronize(ids.device)
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._result = function(self._ids)
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The function's result, overwritten by the next call."""
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._result
 
 
 def _batches(texts: Tensor, config: TuneConfig) -> Iterator[Tensor]:
@@ -194,6 +227,7 @@ def compare(targets: Tensor, drafts: Tensor) -> Tensor:
 
 def _write(pair: Pair, student: Student) -> None:
     """Put what was learned where the draft reads it, so that captured graphs stay as they are."""
-    with torch.inference_mode(False), torch.no_grad():
-        for name, parts in each_plain_weight(pair.graphs[Role.DRAFT]):
-            parts[pair.draft_weights.learned].copy_(student.learned[name]())  # type: ignore[union-attr,index]
+    for name, parts in each_plain_weight(pair.graphs[Role.DRAFT]):
+        stored = parts[pair.draft_weights.learned]  # type: ignore[union-attr,index]
+        with torch.inference_mode(stored.is_inference()), torch.no_grad():
+            stored.copy_(student.learned[name]())

@@ -15,7 +15,7 @@ from quantspec.hugging_face.decode import decode_checked
 from quantspec.pair import Pair
 
 # Sequences that are sampled together: the weights are read once for all of them, so drafts would not pay.
-_BATCH = 32
+_BATCH = 64
 
 
 def token_ids(texts: Sequence[Any] | None, tokenizer: Any, pair: Pair) -> list[Tensor]:
@@ -31,31 +31,30 @@ def token_ids(texts: Sequence[Any] | None, tokenizer: Any, pair: Pair) -> list[T
     if tokenizer is None and any(isinstance(text, str) for text in texts):
         raise ValueError("texts are strings: pass tokenizer= too, or token ids")
     ids = [torch.as_tensor(tokenizer(t).input_ids if isinstance(t, str) else t, device="cpu").flatten() for t in texts]
-    for text in ids:
-        if text.is_floating_point() or (len(text) and not 0 <= int(text.min()) <= int(text.max()) < pair.vocab_size):
-            raise ValueError(f"texts hold token ids that are not in 0..{pair.vocab_size - 1}")
-    if not any(len(text) for text in ids):
+    ids = [text for text in ids if len(text)]
+    if not ids:
         raise ValueError("texts are empty: give some to begin from, or leave texts out")
-    return [text.long() for text in ids if len(text)]
+    for text in ids:
+        if text.is_floating_point() or not 0 <= int(text.min()) <= int(text.max()) < pair.vocab_size:
+            raise ValueError(f"texts hold token ids that are not in 0..{pair.vocab_size - 1}")
+    return [text.long() for text in ids]
 
 
 def beginnings(count: int, texts: Sequence[Tensor], pair: Pair, config: TuneConfig) -> Tensor:
-    """Prompts ``(count, P)``: places of the texts, by their lengths, or one random token behind the model's first."""
+    """Prompts ``(count, P)``: random places of the texts, or one random token behind the model's first."""
     generator = torch.Generator().manual_seed(config.seed)
     if not texts:
         first = pair.model.config.get_text_config().bos_token_id
         prompts = torch.randint(pair.vocab_size, (count, 1), generator=generator)
         return prompts if first is None else torch.cat((torch.full_like(prompts, first), prompts), 1)
-    length = min(config.prompt_tokens, max(map(len, texts)))
-    places = torch.cat(
-        [
-            torch.tensor([(i, at) for at in range(max(0, len(t) - length + 1))])
-            for i, t in enumerate(texts)
-            if len(t) >= length
-        ]
-    )
-    chosen = places[torch.randint(len(places), (count,), generator=generator)].tolist()
-    return torch.stack([texts[index][at : at + length] for index, at in chosen])
+    length = min(config.prompt_tokens, text_length(pair, config) // 2, max(map(len, texts)))
+    places = torch.cat([text.unfold(0, length, 1) for text in texts if len(text) >= length])
+    return places[torch.randint(len(places), (count,), generator=generator)]
+
+
+def text_length(pair: Pair, config: TuneConfig) -> int:
+    """Tokens of each text."""
+    return min(config.window, pair.max_len)
 
 
 def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
