@@ -76,8 +76,8 @@ def load_qwen_coder(
         AutoTokenizer.from_pretrained(folder, gguf_file=whole.name).save_pretrained(saved)
         if getattr(model, "hf_quantizer", None) is not None:
             # transformers would refuse to save what it has dequantized.
-            model.hf_quantizer = None
+            model.hf_quantizer = None  # type: ignore[assignment]
             del model.config.quantization_config
         model.save_pretrained(saved)
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(saved)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(saved)  # type: ignore[arg-type]

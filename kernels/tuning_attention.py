@@ -88,11 +88,12 @@ def _blocks(
     key: Tensor, value: Tensor, recent: tuple[Tensor, Tensor], planes: tuple[Tensor, ...], window: int
 ) -> Iterator[_Block]:
     """A text cut after every ``_ROWS`` tokens. ``planes`` are ``upper, scale, zero`` of keys, then of values."""
+    k_upper, k_scale, k_zero, v_upper, v_scale, v_zero = planes
     old = (
-        decode_keys(planes[0], None, *planes[1:3], key.dtype),
-        decode_values(planes[3], None, *planes[4:], key.dtype),
+        decode_keys(k_upper, None, k_scale, k_zero, key.dtype),
+        decode_values(v_upper, None, v_scale, v_zero, key.dtype),
     )
-    group_size, num_tokens = 2 * planes[0].shape[-2], key.shape[2]
+    group_size, num_tokens = 2 * k_upper.shape[-2], key.shape[2]
     for start in range(0, num_tokens, _ROWS):
         stop = min(start + _ROWS, num_tokens)
         row = torch.arange(start, stop, device=key.device)[:, None]
@@ -196,7 +197,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         for block in _blocks(own[1], own[2], (k_recent, v_recent), tuple(planes), window):
             attended = _attend(own[0][:, :, block.rows], block, scale, softcap, sinks)
             attended.backward(grad[:, block.rows].transpose(1, 2).to(attended.dtype))
-    gradients = (x.grad.to(query.dtype) for x in own)  # type: ignore[union-attr]
+    gradients = (x.grad.to(query.dtype) for x in own)
     return (*gradients, *(None,) * 16)
 
 

@@ -108,7 +108,7 @@ class Student:
             if PACKED_LINEARS in node.meta:
                 # A weight that serves several linears learns from all of them.
                 ((name, _),) = node.meta[PACKED_LINEARS].rows
-                part = part_nodes(node)[format_of(node).learned]  # type: ignore[index]
+                part = part_nodes(node)[format_of(node).learned]
                 if name not in self.learned:
                     self.learned[name] = Learned(get_tensor(graph_module, part))
                 learned_nodes[part] = self.learned[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from .texts import beginnings, sampled, text_length, token_ids
 
 # The share of all steps in which the rate of learning rises; behind it falls as a cosine.
 _WARM_UP = 0.075
+_LOGGER = logging.getLogger(__name__)
+
 _BETAS = (0.9, 0.95)
 # Held-out text is looked at so often while tuning, to keep the best.
 _LOOKS = 4
@@ -142,11 +145,21 @@ class _Tuning:
             warm = min(1.0, (self.done + 1) / (_WARM_UP * config.steps))
             group["lr"] = config.learning_rate * warm * (1 + math.cos(math.pi * self.done / config.steps)) / 2
         if self._gradients is None:
-            self._gradients = CapturedGradients(self._with_gradients, ids) if self._captures else self._with_gradients
+            self._gradients = self._prepared(ids)
         kl, acceptance, _ = self._gradients(ids).unbind()
         self._optimizer.step()
         self.done += 1
         return TuneProgress(self.done, config.steps, kl.item(), acceptance.item())
+
+    def _prepared(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`_with_gradients` for texts of the shape of ``ids``, captured where that can be."""
+        if self._captures:
+            try:
+                return CapturedGradients(self._with_gradients, ids)
+            except RuntimeError as error:
+                # A graph may wait for the host where nothing tells it; kernel by kernel it is slower.
+                _LOGGER.warning("tuning runs kernel by kernel, since it cannot be captured: %s", error)
+        return self._with_gradients
 
     def _with_gradients(self, ids: Tensor) -> Tensor:
         """:meth:`_compare`, with new gradients of the KL in what is learned."""
@@ -228,6 +241,6 @@ def compare(targets: Tensor, drafts: Tensor) -> Tensor:
 def _write(pair: Pair, student: Student) -> None:
     """Put what was learned where the draft reads it, so that captured graphs stay as they are."""
     for name, parts in each_plain_weight(pair.graphs[Role.DRAFT]):
-        stored = parts[pair.draft_weights.learned]  # type: ignore[union-attr,index]
+        stored = parts[pair.draft_weights.learned]
         with torch.inference_mode(stored.is_inference()), torch.no_grad():
             stored.copy_(student.learned[name]())

@@ -79,4 +79,4 @@ def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
         )
         for part in prompts.split(_BATCH)
     ]
-    return torch.cat(written)  # type: ignore[arg-type]
+    return torch.cat(written)
