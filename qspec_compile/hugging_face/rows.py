@@ -63,8 +63,8 @@ class Prepared(NamedTuple):
         )
 
 
-def check_row_options(row_options: Any) -> None:
-    """Refuse what is no list of dicts, and options that are the whole batch's."""
+def check_row_options(row_options: Any, structure: Mapping[str, Any]) -> None:
+    """Refuse what is no list of dicts, and options that are the whole batch's, as EOS is that of a ``structure``."""
     if row_options is None:
         return
     if not isinstance(row_options, Sequence) or not all(isinstance(options, Mapping) for options in row_options):
@@ -74,6 +74,11 @@ def check_row_options(row_options: Any) -> None:
             raise ValueError(
                 f"row_options[{row}] cannot set {', '.join(others)}: pass it to generate() for the whole batch "
                 "(seed= takes a list)"
+            )
+        if structure and "eos_token_id" in options:
+            raise ValueError(
+                f"row_options[{row}] cannot set eos_token_id beside {', '.join(structure)}, which ends all rows alike: "
+                "pass it to generate() for the whole batch"
             )
 
 
@@ -134,17 +139,22 @@ _PER_ROW = "pass one for each (num_return_sequences makes rows too)"
 
 def check_seed(seed: Any) -> int | list[int]:
     """``seed`` as an int or a list of them, each of 64 bits."""
+    # A tensor of one element in a dimension is an index too.
+    numbers = seed.tolist() if isinstance(seed, Tensor) else seed
     try:
-        return _check_number(operator.index(seed))
+        return _check_number(numbers)
     except TypeError:
         pass
     try:
-        return [_check_number(operator.index(number)) for number in seed]
+        return [_check_number(number) for number in numbers]
     except TypeError:
         raise TypeError(f"seed must be an int, or a list with an int for each row, not {seed!r}") from None
 
 
-def _check_number(number: int) -> int:
+def _check_number(number: Any) -> int:
+    if isinstance(number, bool):
+        raise TypeError(number)
+    number = operator.index(number)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
     return number
