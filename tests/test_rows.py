@@ -227,6 +227,18 @@ def test_processors_on_the_host_run_beside_the_rows_own(qs):
         assert set(together[row]) <= set(allowed[row])
 
 
+def test_rows_of_one_prompt_are_told_its_number(qs):
+    texts = sampled(
+        qs,
+        prompts(2),
+        num_return_sequences=2,
+        prefix_allowed_tokens_fn=lambda prompt, ids: [30 + prompt],
+        row_options=[{}, GREEDY, {"top_k": 3}, {}],
+        max_new_tokens=2,
+    )
+    assert texts == [[30, 30], [30, 30], [31, 31], [31, 31]]
+
+
 def test_a_row_that_nothing_can_be_sampled_for_is_an_error_but_a_greedy_one_is_none(qs):
     nothing = {"suppress_tokens": list(range(96))}
     with pytest.raises(FloatingPointError, match="no token can be sampled"):

@@ -68,7 +68,8 @@ def generate(
         refuse_unsupported(generation_config, prepared, bare_call)
         rows = None
         if row_options is not None:
-            rows = prepare_rows(model, ids, mask, given_config, arguments.hugging_face, row_options)
+            copies = generation_config.num_return_sequences
+            rows = prepare_rows(model, ids, mask, given_config, arguments.hugging_face, row_options, copies)
         return decode_checked(
             session,
             ids,

@@ -89,6 +89,7 @@ def prepare_rows(
     generation_config: GenerationConfig | None,
     options: Mapping[str, Any],
     row_options: Sequence[Mapping[str, Any]],
+    rows_per_prompt: int,
 ) -> list[Prepared]:
     """What Hugging Face makes of each row alone: of ``options``, which are all rows', and its own over them."""
     if len(row_options) != len(input_ids):
@@ -113,7 +114,7 @@ def prepare_rows(
             if isinstance(arguments.get(name), Tensor):
                 arguments[name] = arguments[name][part]
         if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
-            arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_row, allowed, row)
+            arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_prompt, allowed, row // rows_per_prompt)
         arguments["attention_mask"] = None if attention_mask is None else attention_mask[part]
         try:
             type(model).generate(  # type: ignore[attr-defined]
@@ -129,9 +130,9 @@ def prepare_rows(
     return prepared
 
 
-def _of_row(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
-    """``prefix_allowed_tokens_fn`` for a row that is a batch of its own."""
-    return allowed(row, ids)
+def _of_prompt(allowed: Callable[[int, Tensor], list[int]], prompt: int, _: int, ids: Tensor) -> list[int]:
+    """``prefix_allowed_tokens_fn``, which is told the prompt's number, for a row that is a batch of its own."""
+    return allowed(prompt, ids)
 
 
 _PER_ROW = "pass one for each (num_return_sequences makes rows too)"
