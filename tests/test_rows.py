@@ -227,6 +227,18 @@ def test_processors_on_the_host_run_beside_the_rows_own(qs):
         assert set(together[row]) <= set(allowed[row])
 
 
+def test_rows_of_one_prompt_are_told_its_number(qs):
+    texts = sampled(
+        qs,
+        prompts(2),
+        num_return_sequences=2,
+        prefix_allowed_tokens_fn=lambda prompt, ids: [30 + prompt],
+        row_options=[{}, GREEDY, {"top_k": 3}, {}],
+        max_new_tokens=2,
+    )
+    assert texts == [[30, 30], [30, 30], [31, 31], [31, 31]]
+
+
 def test_a_row_that_nothing_can_be_sampled_for_is_an_error_but_a_greedy_one_is_none(qs):
     nothing = {"suppress_tokens": list(range(96))}
     with pytest.raises(FloatingPointError, match="no token can be sampled"):
@@ -311,6 +323,20 @@ def test_a_merged_list_keeps_every_rows_order_and_does_not_depend_on_theirs():
     assert kinds == [type(a), type(b), type(c)]
 
 
+def test_rows_whose_processors_come_in_contrary_orders_keep_their_own(qs):
+    """A caller's processor stands where Hugging Face would put the option's, and elsewhere in a row without it."""
+    rows = [{"no_repeat_ngram_size": 2, "repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, GREEDY]
+    given = {"logits_processor": LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(2.0), Nothing()])}
+    check_rows(qs, rows, **given)
+    a, b, shared = hf.TemperatureLogitsWarper(0.5), hf.TopKLogitsWarper(3), Nothing()
+    orders = [[a, b, shared], [b, shared, a], [a, a]]
+    merged = merge_processors(list(map(LogitsProcessorList, orders)))
+    for row, order in enumerate(orders):
+        own = [place.rows[row] for place in merged if isinstance(place, PerRow)]
+        assert [processor for processor in own if processor is not None] == order
+    assert sum(shared in place.rows for place in merged if isinstance(place, PerRow)) == 1
+
+
 # --- Refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +348,10 @@ def test_a_merged_list_keeps_every_rows_order_and_does_not_depend_on_theirs():
         ({"seed": [1, 2, 3.5]}, TypeError, "seed must be an int, or a list with an int for each row"),
         ({"seed": [1, 2, 2**64]}, ValueError, r"seed must be between -2\*\*63"),
         ({"seed": "7"}, TypeError, "seed must be an int"),
+        ({"seed": True}, TypeError, "seed must be an int"),
+        ({"seed": [1, 2, False]}, TypeError, "seed must be an int"),
+        ({"seed": torch.tensor([7])}, ValueError, "seed has 1 numbers and the batch 3 rows"),
+        ({"seed": torch.tensor([[1], [2], [3]])}, TypeError, "seed must be an int"),
         ({"seed": SEEDS, "generator": torch.Generator()}, ValueError, "either generator or seed"),
         ({"row_options": [{}]}, ValueError, "row_options has 1 entries and the batch 3 rows"),
         ({"row_options": {}}, TypeError, "row_options must be a list with a dict"),

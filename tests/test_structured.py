@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -211,6 +212,26 @@ def test_what_leaves_no_token_is_an_error(pair, letters):
             pair.generate(**prompts(letters, 2), regex="ab{2}", tokenizer=letters, max_new_tokens=10, **options)
 
 
+@pytest.mark.parametrize("pad", ["its own", "EOS"])
+def test_a_row_that_has_ended_needs_no_token(pair, letters, pad):
+    """By EOS, or at its own limit, beside one that goes on: what other options leave of it is of no account."""
+    (one,) = letters("1").input_ids
+    options = {
+        "regex": "12?3?4?5?6?",
+        "tokenizer": letters,
+        "no_repeat_ngram_size": 1,
+        "row_options": [{"sequence_bias": [[[one, letters.eos_token_id], 1e4]]}, {"max_new_tokens": 2}, {}],
+        "sequence_bias": [[[letters.eos_token_id], -1e4]],
+        "pad_token_id": letters.pad_token_id if pad == "its own" else letters.eos_token_id,
+    }
+    inputs = prompts(letters, 3)
+    ids = pair.generate(**inputs, max_new_tokens=10, **options)[:, inputs["input_ids"].shape[1] :]
+    assert ids[0, :2].tolist() == [one, letters.eos_token_id]
+    assert ids[1, 0] == one
+    assert set(ids[1, 2:].tolist()) == {options["pad_token_id"]}
+    assert ids.shape[1] > 3
+
+
 # --- Where the end comes from ----------------------------------------------------------------------------------------
 
 
@@ -234,6 +255,16 @@ def test_each_of_several_eos_tokens_may_end_the_text(pair, letters):
         assert len(text) == 3
         found.add(text[2])
     assert found == set(ends)
+
+
+def test_an_eos_token_that_there_is_not_ends_no_text(pair, letters):
+    """Beside one that there is."""
+    inputs = prompts(letters, 1)
+    for none in (-1, len(letters) + 3, 2**40):
+        ids = pair.generate(**inputs, regex="abc", tokenizer=letters, eos_token_id=[none, letters.eos_token_id])
+        assert new_texts(letters, ids, inputs["input_ids"].shape[1]) == ["abc"]
+    with pytest.raises(ValueError, match=r"regex ends the text with EOS, .* pass eos_token_id="):
+        pair.generate(**inputs, regex="abc", tokenizer=letters, eos_token_id=-1)
 
 
 @pytest.mark.parametrize("place", ["keyword", "config"])
@@ -289,7 +320,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "class": ({"json_schema": GenerationConfig}, TypeError, r"a pydantic model has model_json_schema\(\)"),
     "no JSON": ({"json_schema": "{'type': 'string'}"}, ValueError, "json_schema is no JSON: Expecting property name"),
     "set": ({"json_schema": {"enum": {1}}}, ValueError, "json_schema is no JSON: .*set"),
-    "no schema": ({"json_schema": "[1]"}, ValueError, "json_schema cannot be used: schema must be an object"),
+    "no schema": ({"json_schema": "[1]"}, ValueError, "json_schema cannot be used: .*object schema"),
     "type": ({"json_schema": {"type": "objekt"}}, ValueError, "json_schema cannot be used: Invalid type: objekt"),
     "keyword": ({"json_schema": {"uniqueItems": True}}, ValueError, "json_schema cannot be used: Unimplemented keys"),
     "regex of bytes": ({"regex": b"a"}, TypeError, "regex must be a str, not bytes"),
@@ -299,6 +330,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grammar of a dict": ({"grammar": {}}, TypeError, "grammar must be a str, not dict"),
     "unknown rule": ({"grammar": "start: other"}, ValueError, 'grammar cannot be used: .*unknown name: "other"'),
     "no grammar": ({"grammar": "nothing"}, ValueError, "grammar cannot be used: "),
+    "infinity": ({"json_schema": {"maximum": math.inf}}, ValueError, "json_schema cannot be used: expected value"),
+    "half a letter": ({"json_schema": {"const": "\ud800"}}, ValueError, "json_schema cannot be used: .*escape"),
+    "regex of half a letter": ({"regex": "\ud800"}, ValueError, "regex cannot be used: .*surrogates"),
     "empty grammar": ({"grammar": ""}, ValueError, "grammar cannot be used: Empty grammar"),
 }
 
@@ -319,6 +353,11 @@ def test_a_bad_structure_is_refused(idle, letters, name):
     structure, kind, message = BAD[name]
     with pytest.raises(kind, match=f"(?s){message}"):
         idle.generate(**prompts(letters, 1), **structure, tokenizer=letters)
+
+
+def test_a_row_has_no_eos_of_its_own_beside_a_structure(idle, letters):
+    with pytest.raises(ValueError, match=r"row_options\[1\] cannot set eos_token_id beside regex, which ends all rows"):
+        idle.generate(**prompts(letters, 2), regex="a", tokenizer=letters, row_options=[{}, {"eos_token_id": 5}])
 
 
 @pytest.mark.parametrize("structure", [{"json_schema": {}}, {"regex": "a"}, {"grammar": 'start: "a"'}], ids=str)

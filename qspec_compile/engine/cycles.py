@@ -342,10 +342,11 @@ class LockstepCycles(_OnRunner):
         return step, tokens
 
     def _follow(self) -> None:
-        texts = [request.tokens for request in self._call.progress.requests]
+        progress = self._call.progress
+        texts = [request.tokens for request in progress.requests]
         for processor in self._call.processors:
             if isinstance(processor, FollowingProcessor):
-                processor.follow(texts)
+                processor.follow(texts, progress.running)
 
 
 def _nan_bits(logits: Tensor) -> Tensor:

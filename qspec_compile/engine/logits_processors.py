@@ -97,8 +97,8 @@ class ScoreProgram:
 class FollowingProcessor(LogitsProcessor):
     """A processor that reads the text on the host, and as soon as it is known: on a GPU while a replay is under way."""
 
-    def follow(self, texts: Sequence[Sequence[int]]) -> None:
-        """Take the new tokens of each row so far, padding left out, before the next call."""
+    def follow(self, texts: Sequence[Sequence[int]], running: Sequence[bool]) -> None:
+        """Take the new tokens of each row so far, padding left out, before the next call; others need no token."""
         raise NotImplementedError
 
 

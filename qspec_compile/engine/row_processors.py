@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from graphlib import TopologicalSorter
 from typing import cast
 
 import torch
@@ -29,36 +29,32 @@ def merge_rows(rows: Sequence[LogitsProcessorList], kind: Callable[[LogitsProces
     """One list that does to each row what its own does; rows whose processors are alike need none but these.
 
     Args:
-        rows: of each row, in an order that does not contradict another row's.
-        kind: processors of one kind take one place.
+        rows: of each row, in its order.
+        kind: processors of one kind share a place where the rows' orders allow it.
     """
     if all(processors is rows[0] for processors in rows):
         return rows[0]
-    places: dict[Hashable, list[LogitsProcessor | None]] = {}
-    order: TopologicalSorter[Hashable] = TopologicalSorter()
-    for row, processors in enumerate(rows):
-        seen: Counter[Hashable] = Counter()
-        before: tuple[Hashable, ...] = ()
-        for processor in processors:
-            kind_of_it = kind(processor)
-            place: Hashable = (kind_of_it, seen[kind_of_it])
-            seen[kind_of_it] += 1
-            order.add(place, *before)
-            places.setdefault(place, [None] * len(rows))[row] = processor
-            before = (place,)
+    waiting = [deque(_numbered(processors, kind)) for processors in rows]
     merged = LogitsProcessorList()
-    for place in _sorted(order):
-        first, *others = places[place]
+    while any(waiting):
+        next_ones = {queue[0][0] for queue in waiting if queue}
+        later = {place for queue in waiting for place, _ in itertools.islice(queue, 1, None)}
+        # The choice does not depend on the order of rows. Where their orders contradict, one takes a second place.
+        place = min(next_ones - later or next_ones, key=str)
+        taken = [queue.popleft()[1] if queue and queue[0][0] == place else None for queue in waiting]
+        first, *others = taken
         # One that the caller gave for the whole batch.
         is_shared = first is not None and all(other is first for other in others)
-        merged.append(first if is_shared else PerRow(places[place]))
+        merged.append(first if is_shared else PerRow(taken))
     return merged
 
 
-def _sorted(order: TopologicalSorter[Hashable]) -> Iterator[Hashable]:
-    """In an order that does not depend on the rows'."""
-    order.prepare()
-    while order.is_active():
-        for place in sorted(order.get_ready(), key=str):
-            yield place
-            order.done(place)
+def _numbered(
+    processors: LogitsProcessorList, kind: Callable[[LogitsProcessor], Hashable]
+) -> Iterator[tuple[Hashable, LogitsProcessor]]:
+    """Each with its kind, and how many of that kind are before it."""
+    seen: Counter[Hashable] = Counter()
+    for processor in processors:
+        kind_of_it = kind(processor)
+        yield (kind_of_it, seen[kind_of_it]), processor
+        seen[kind_of_it] += 1

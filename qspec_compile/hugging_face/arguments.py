@@ -201,14 +201,13 @@ def _take_structure(
     vocab_size: int,
 ) -> None:
     """Turn a ``structure`` into a logits processor, and let EOS end the text whatever else may."""
-    given = {name: source for name, source in structure.items() if source is not None}
-    if not given:
+    if not structure:
         return
     eos = _option("eos_token_id", options, configs)
     if eos is None:
         eos = options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
     ids = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
-    processor = grammar_processor(given, tokenizer, ids, vocab_size)
+    processor = grammar_processor(structure, tokenizer, ids, vocab_size)
     options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), processor])
 
 

@@ -46,6 +46,8 @@ def generate(
     """:meth:`quantspec.QuantSpecModel.generate`; ``model`` is the converted one or a view with a config of its own."""
     pair = session.pair
     given_config = generation_config
+    sources = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    structure = {name: source for name, source in sources.items() if source is not None}
 
     def method(
         _: Any,
@@ -66,7 +68,8 @@ def generate(
         refuse_unsupported(generation_config, prepared, bare_call)
         rows = None
         if row_options is not None:
-            rows = prepare_rows(model, ids, mask, given_config, arguments.hugging_face, row_options)
+            copies = generation_config.num_return_sequences
+            rows = prepare_rows(model, ids, mask, given_config, arguments.hugging_face, row_options, copies)
         return decode_checked(
             session,
             ids,
@@ -81,7 +84,7 @@ def generate(
 
     with ends_on_failure(streamer):
         pair.check_unmoved()
-        check_row_options(row_options)
+        check_row_options(row_options, structure)
         arguments = prepare_arguments(
             pair,
             model.generation_config,
@@ -89,7 +92,7 @@ def generate(
             attention_mask,
             generation_config,
             tokenizer,
-            {"json_schema": json_schema, "regex": regex, "grammar": grammar},
+            structure,
             num_speculative_tokens,
             continue_cache,
             kwargs,

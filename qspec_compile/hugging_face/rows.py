@@ -63,8 +63,8 @@ class Prepared(NamedTuple):
         )
 
 
-def check_row_options(row_options: Any) -> None:
-    """Refuse what is no list of dicts, and options that are the whole batch's."""
+def check_row_options(row_options: Any, structure: Mapping[str, Any]) -> None:
+    """Refuse what is no list of dicts, and options that are the whole batch's, as EOS is that of a ``structure``."""
     if row_options is None:
         return
     if not isinstance(row_options, Sequence) or not all(isinstance(options, Mapping) for options in row_options):
@@ -75,6 +75,11 @@ def check_row_options(row_options: Any) -> None:
                 f"row_options[{row}] cannot set {', '.join(others)}: pass it to generate() for the whole batch "
                 "(seed= takes a list)"
             )
+        if structure and "eos_token_id" in options:
+            raise ValueError(
+                f"row_options[{row}] cannot set eos_token_id beside {', '.join(structure)}, which ends all rows alike: "
+                "pass it to generate() for the whole batch"
+            )
 
 
 def prepare_rows(
@@ -84,6 +89,7 @@ def prepare_rows(
     generation_config: GenerationConfig | None,
     options: Mapping[str, Any],
     row_options: Sequence[Mapping[str, Any]],
+    rows_per_prompt: int,
 ) -> list[Prepared]:
     """What Hugging Face makes of each row alone: of ``options``, which are all rows', and its own over them."""
     if len(row_options) != len(input_ids):
@@ -108,7 +114,7 @@ def prepare_rows(
             if isinstance(arguments.get(name), Tensor):
                 arguments[name] = arguments[name][part]
         if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
-            arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_row, allowed, row)
+            arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_prompt, allowed, row // rows_per_prompt)
         arguments["attention_mask"] = None if attention_mask is None else attention_mask[part]
         try:
             type(model).generate(  # type: ignore[attr-defined]
@@ -124,9 +130,9 @@ def prepare_rows(
     return prepared
 
 
-def _of_row(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
-    """``prefix_allowed_tokens_fn`` for a row that is a batch of its own."""
-    return allowed(row, ids)
+def _of_prompt(allowed: Callable[[int, Tensor], list[int]], prompt: int, _: int, ids: Tensor) -> list[int]:
+    """``prefix_allowed_tokens_fn``, which is told the prompt's number, for a row that is a batch of its own."""
+    return allowed(prompt, ids)
 
 
 _PER_ROW = "pass one for each (num_return_sequences makes rows too)"
@@ -134,17 +140,22 @@ _PER_ROW = "pass one for each (num_return_sequences makes rows too)"
 
 def check_seed(seed: Any) -> int | list[int]:
     """``seed`` as an int or a list of them, each of 64 bits."""
+    # A tensor of one element in a dimension is an index too.
+    numbers = seed.tolist() if isinstance(seed, Tensor) else seed
     try:
-        return _check_number(operator.index(seed))
+        return _check_number(numbers)
     except TypeError:
         pass
     try:
-        return [_check_number(operator.index(number)) for number in seed]
+        return [_check_number(number) for number in numbers]
     except TypeError:
         raise TypeError(f"seed must be an int, or a list with an int for each row, not {seed!r}") from None
 
 
-def _check_number(number: int) -> int:
+def _check_number(number: Any) -> int:
+    if isinstance(number, bool):
+        raise TypeError(number)
+    number = operator.index(number)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
     return number

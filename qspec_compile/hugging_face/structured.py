@@ -33,8 +33,8 @@ class GrammarProcessor(FollowingProcessor):
         self._vocab_size = vocab_size
         self._matchers: list[LLMatcher] = []
 
-    def follow(self, texts: Sequence[Sequence[int]]) -> None:
-        """Find the tokens that are allowed next.
+    def follow(self, texts: Sequence[Sequence[int]], running: Sequence[bool]) -> None:
+        """Find the tokens that are allowed next in the rows that are running.
 
         Raises:
             RuntimeError: llguidance cannot follow the grammar any further.
@@ -47,14 +47,15 @@ class GrammarProcessor(FollowingProcessor):
             self._lengths = [0] * len(texts)
             self._bits = allocate_token_bitmask(len(texts), self._vocab_size)
             self._executor = LLExecutor(min(len(texts), os.cpu_count() or 1))
-        for row, (matcher, text) in enumerate(zip(self._matchers, texts, strict=True)):
+        self._running = running
+        rows = [(matcher, row) for row, matcher in enumerate(self._matchers) if running[row]]
+        for matcher, row in rows:
             # One by one: of several, llguidance refuses EOS.
-            for token in text[self._lengths[row] :]:
+            for token in texts[row][self._lengths[row] :]:
                 matcher.consume_token(token)
-            self._lengths[row] = len(text)
-        rows = [(matcher, row) for row, matcher in enumerate(self._matchers)]
+            self._lengths[row] = len(texts[row])
         fill_next_token_bitmask_par(self._executor, rows, self._bits)
-        for matcher in self._matchers:
+        for matcher, _ in rows:
             if matcher.is_error():
                 raise RuntimeError(f"llguidance cannot follow the grammar any further: {_reason(matcher)}")
 
@@ -62,15 +63,17 @@ class GrammarProcessor(FollowingProcessor):
         """``(B, V)`` scores, -inf where a token is not allowed.
 
         Raises:
-            FloatingPointError: no token that is allowed has a score.
+            FloatingPointError: no token that is allowed has a score, in a row that is running.
         """
         if not self._matchers:
-            self.follow([[]] * len(scores))
+            self.follow([[]] * len(scores), [True] * len(scores))
         octets = torch.from_numpy(self._bits).view(torch.uint8).to(scores.device)
         places = torch.arange(8, dtype=torch.uint8, device=scores.device)
         allowed = (octets[..., None] >> places & 1).bool().flatten(1)[:, : scores.shape[1]]
         scores = scores.masked_fill(~allowed, float("-inf"))
-        if bool(scores.isneginf().all(1).any()):
+        # What follows the end of a row is of no account.
+        stuck = scores.isneginf().all(1).tolist()
+        if any(runs and is_stuck for runs, is_stuck in zip(self._running, stuck, strict=True)):
             raise FloatingPointError(
                 "no token is left that the grammar allows: another option or logits processor forbids them all "
                 "(min_new_tokens, suppress_tokens, bad_words_ids)"
@@ -111,13 +114,15 @@ def grammar_processor(
             f"{name} needs a fast tokenizer, such as AutoTokenizer.from_pretrained(...) returns for most models, not "
             f"{type(tokenizer).__name__}"
         )
-    if not eos_token_ids:
+    # Some configs list tokens that there are not, as -1; they end no text.
+    ends = tuple(token for token in eos_token_ids if 0 <= token < vocab_size and _has(tokenizer, token))
+    if not ends:
         raise ValueError(
             f"{name} ends the text with EOS, and neither the generation config nor the tokenizer has one; pass "
             "eos_token_id=..."
         )
     num_tokens = max(vocab_size, len(tokenizer))
-    vocabulary = _vocabulary(tokenizer, len(tokenizer), num_tokens, tuple(eos_token_ids))
+    vocabulary = _vocabulary(tokenizer, len(tokenizer), num_tokens, ends)
     make: dict[str, Callable[[str], str]] = {
         "json_schema": lambda schema: LLMatcher.grammar_from_json_schema(
             schema, defaults={"whitespace_pattern": _WHITE_SPACE}
@@ -126,12 +131,19 @@ def grammar_processor(
         "grammar": LLMatcher.grammar_from_lark,
     }
     limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(vocabulary, make[name](source), log_level=0, limits=limits)
+    try:
+        matcher = LLMatcher(vocabulary, make[name](source), log_level=0, limits=limits)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from error
     # Some grammars are refused at the first step only.
     matcher.compute_bitmask()
     if matcher.is_error():
         raise ValueError(f"{name} cannot be used: {_reason(matcher)}")
     return GrammarProcessor(matcher, num_tokens)
+
+
+def _has(tokenizer: PreTrainedTokenizerFast, token: int) -> bool:
+    return tokenizer.convert_ids_to_tokens(token) is not None
 
 
 def _reason(matcher: LLMatcher) -> str:
