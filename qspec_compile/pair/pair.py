@@ -60,8 +60,8 @@ class Pair:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
             ValueError: an option that does not suit the model.
         """
-        recipes = recipes_for(config, model.device)
         check_model(model)
+        recipes = recipes_for(config, model.device)
         self.frozen = FrozenModel(model)
         if captured is None:
             captured = capture(model)
