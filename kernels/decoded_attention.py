@@ -41,6 +41,8 @@ def _attend(
         mask = mask.repeat(heads // kv_heads, 1)
     # The query heads of a key head are rows of one product, so its keys are read once.
     rows = query.reshape(batch, kv_heads, -1, head_dim)
+    # A model may compute its queries in more precision than it caches keys in.
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, tokens, -1).transpose(1, 2)
 

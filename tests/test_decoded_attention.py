@@ -61,6 +61,19 @@ def test_in_model_precision(dtype, tokens, lengths):
     assert error < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_queries_of_more_precision_than_the_cache(tokens):
+    """As the op that reads the planes takes them, and the output is in the query's dtype."""
+    cache = random_cache([(GROUP, GROUP + 5)], 2, (64, 64), 1, seed=5)
+    new = [randn(1, h, tokens, 64, seed=s, dtype=torch.float32) for s, h in enumerate((6, 2, 2))]
+    recent = [part.to(torch.bfloat16) for part in cache.view(False)[:2]]
+    options = Options(0.05, 0, 0.0, None).args()
+    out = decoded_attention(*new, *recent, *decoded_copy(cache, torch.bfloat16), *cache.state(), *options)
+    exact = cached_attention_reference(*(x.double() for x in new), *cache.view(False), *cache.state(), *options)
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() < 0.02 * exact.norm()
+
+
 @given(first=st.integers(0, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(max_examples=10, deadline=None)
 def test_what_is_written_is_what_the_planes_hold(first, dtype):

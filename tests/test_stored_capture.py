@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from pathlib import Path
 from unittest import mock
@@ -61,9 +62,37 @@ def test_an_operator_of_another_library_is_not_looked_up():
         captured = capture(model)
     stored, constants = to_json(captured, model)
     call = next(node for node in stored["nodes"] if node["op"] == "call_function")
-    for target in ("os.system.default", "eval", "inductor.resize_storage_bytes_.default"):
+    files = ("aten.from_file.default", "aten.save.default")
+    others = ("os.system.default", "eval", "inductor.resize_storage_bytes_.default", "aten.add.overloads")
+    for target in (*files, *others):
         with pytest.raises(LookupError, match=target):
             from_json(stored | {"nodes": [*stored["nodes"], call | {"target": target}]}, constants, model)
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("call_function", lambda entry, code: entry["kwargs"].update({f"a={code}, b": 0})),
+        ("call_function", lambda entry, code: entry.update(name=f"a={code}")),
+        ("call_function", lambda entry, _: entry.update(op="call_method", target="numpy")),
+        ("call_function", lambda entry, _: entry.update(op="call_module", target="lm_head")),
+        ("placeholder", lambda entry, code: entry.update(target=f"position_ids, a={code}")),
+        ("get_attr", lambda entry, code: entry.update(target=f'a"), {code}, getattr(self, "b')),
+    ],
+)
+def test_a_graph_brings_no_code(op, change):
+    """torch.fx writes names into the code of a forward: what is no name does not get there."""
+    model = tiny_model("llama")
+    with converting():
+        stored, _ = to_json(capture(model), model)
+    ran: list[bool] = []
+    with mock.patch.object(builtins, "ran", ran, create=True):
+        entry = next(node for node in stored["nodes"] if node["op"] == op)
+        change(entry, "ran.append(True)")
+        constants = {entry["target"]: model.lm_head.weight} if op == "get_attr" else {}
+        with pytest.raises(ValueError, match=r"ran\.append|call_"):
+            from_json(stored, constants, model)
+    assert not ran
 
 
 @pytest.fixture(scope="module")

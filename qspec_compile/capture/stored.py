@@ -1,7 +1,8 @@
 """A capture as JSON and tensors, so that a saved pair is loaded without exporting its model again.
 
 Neither code nor pickles: an operator is named and looked up among those of aten, ``quantspec`` and Python's arithmetic,
-and a size is an expression of the batch size and the number of tokens.
+and a size is an expression of the batch size and the number of tokens. torch.fx makes Python code of a graph, so
+whatever it would write there as it stands has to be a name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -33,7 +35,10 @@ from .interfaces import CapturedLayer
 # Raised with every change of what a capture holds.
 _FORMAT = 1
 _NAMESPACES = ("aten", "prims", "quantspec")
+_NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
+# Of nodes that are no calls, and of arguments; a tensor's is dotted.
+_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # Kinds of torch's constants, by the name that stands before theirs.
 _CONSTANTS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 # Kinds of a size, and what combines their parts.
@@ -214,8 +219,15 @@ class _Reader:
     def node(self, graph: fx.Graph, entry: Mapping[str, Any], nodes: list[fx.Node]) -> fx.Node:
         args = self._argument(entry["args"], nodes)
         kwargs = {name: self._argument(value, nodes) for name, value in entry["kwargs"].items()}
-        target = _call_target(entry["target"]) if entry["op"] == "call_function" else entry["target"]
-        node = graph.create_node(entry["op"], target, args, kwargs, entry["name"])
+        op, target = entry["op"], entry["target"]
+        for name in (*kwargs, entry["name"], *([] if op == "call_function" else [target])):
+            if not _NAME.fullmatch(name):
+                raise ValueError(name)
+        if op not in ("call_function", *_NO_CALLS):
+            raise ValueError(op)
+        node = graph.create_node(
+            op, _call_target(target) if op == "call_function" else target, args, kwargs, entry["name"]
+        )
         node.meta["nn_module_stack"] = {"": (_WRAPPER + entry["module"], "")}
         if "value" in entry:
             node.meta["val"] = self._values[entry["value"]]
@@ -258,7 +270,7 @@ class _Reader:
 
 def _target_name(node: fx.Node) -> str:
     target: Any = node.target
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in _NO_CALLS:
         return str(target)
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return str(target)
@@ -275,4 +287,10 @@ def _call_target(name: str) -> Any:
     if namespace not in _NAMESPACES:
         raise LookupError(name)
     op, overload = rest.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    # TorchScript has operators of its own among them, and one of aten's opens a file that it is told.
+    if not isinstance(found, torch._ops.OpOverload) or not torch._C._dispatch_has_kernel(found.name()):
+        raise LookupError(name)
+    if any(argument.name == "filename" for argument in found._schema.arguments):
+        raise LookupError(name)
+    return found
