@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph import add_call, aten, finish, from_positions
@@ -254,6 +255,18 @@ def _match(node: fx.Node, tables: set[fx.Node]) -> _Matched | None:
     return _Matched(found[0], value.source, found[1], len(value.channels), swapped)
 
 
+def _of_tokens(rotation: _Rotation, key: fx.Node) -> bool:
+    """Whether both tables are ``(B, T, N)``, B perhaps 1, for the tokens of ``key (B, K, T, D)``."""
+    batch, _, tokens, _ = key.meta["val"].shape
+    shapes = [table.meta["val"].shape for table in (rotation.cos, rotation.sin)]
+    return all(
+        len(shape) == 3
+        and statically_known_true(shape[1] == tokens)
+        and (statically_known_true(shape[0] == batch) or statically_known_true(shape[0] == 1))
+        for shape in shapes
+    ) and statically_known_true(shapes[0][0] == shapes[1][0])
+
+
 def _takes_rotation(node: fx.Node) -> int | None:
     """Where a call's op takes the tables, if it does and the call has none."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -279,7 +292,7 @@ class FuseRotation(PassBase):
         matches = []
         for node in calls:
             query, key = (_match(x, tables) for x in node.args[:2])
-            if query and key and query.rotation == key.rotation:
+            if query and key and query.rotation == key.rotation and _of_tokens(query.rotation, node.args[1]):
                 matches.append((node, query, key))
         for node, query, key in matches:
             rotation = query.rotation

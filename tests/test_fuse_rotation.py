@@ -202,6 +202,23 @@ def test_query_and_key_that_are_not_rotated_alike_stay(sines: float) -> None:
     assert not FuseRotation()(gm).modified
 
 
+class TokensFirst(nn.Module):
+    """One attention call whose tables ``(T, 1, N)`` are one row's, the axis of batches in the place of heads."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        angles = position_ids.transpose(0, 1)[:, :1, None] * torch.linspace(0.1, 1.5, 16)
+        query, key, value = x.view(*x.shape[:2], 3, 2, 16).unbind(2)
+        cos, sin = angles.cos(), angles.sin()
+        query, key = (SPELLINGS["halves"][0](heads, cos, sin) for heads in (query, key))
+        heads = (states.transpose(1, 2) for states in (query, key, value))
+        return kernels.attention(*heads, 0, 0.25, 0, 0.0, None)
+
+
+def test_tables_that_are_not_of_rows_and_tokens_stay() -> None:
+    gm, _ = attending(TokensFirst())
+    assert not FuseRotation()(gm).modified
+
+
 def test_prefill_rotates_by_itself() -> None:
     gm = lowered(capture(tiny_model("llama")).graph_module, Role.PREFILL)
     assert not FuseRotation()(gm).modified
