@@ -19,7 +19,6 @@ if __name__ != "kernels":
     from .int4_linear import int4_linear
     from .materialize import materialize
     from .prefill_attention import prefill_attention
-    from .tuning_attention import teaching_attention, tuning_attention
 
 __all__ = [
     "attention",
@@ -33,6 +32,4 @@ __all__ = [
     "int4_linear",
     "materialize",
     "prefill_attention",
-    "teaching_attention",
-    "tuning_attention",
 ]

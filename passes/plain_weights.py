@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, fx
 
 from .weight_formats import PACKED_LINEARS, format_of, plain_parts
@@ -25,11 +23,7 @@ def plain_weights(gm: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
     Raises:
         RuntimeError: this CPU's packed layout cannot be read back.
     """
-    return dict(each_plain_weight(gm))
-
-
-def each_plain_weight(gm: fx.GraphModule) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What :func:`plain_weights` returns, but once for every linear that a weight serves."""
+    weights = {}
     for node in gm.graph.nodes:
         if PACKED_LINEARS not in node.meta:
             continue
@@ -37,5 +31,6 @@ def each_plain_weight(gm: fx.GraphModule) -> Iterator[tuple[str, dict[str, Tenso
         names = [part.name for part in weight_format.parts]
         start = 0
         for linear, rows in node.meta[PACKED_LINEARS].rows:
-            yield linear, dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
+            weights[linear] = dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
             start += rows
+    return weights

@@ -20,7 +20,7 @@ FLOORS = (
     ("capture", "cache"),
     ("pair", "memory"),
     ("engine", "self_check", "backend"),
-    ("hugging_face", "checkpoint", "cycle_times", "tuning"),
+    ("hugging_face", "checkpoint", "cycle_times"),
     ("pictures", "model", "__init__"),
     ("evals",),
     ("benchmarks",),
