@@ -268,7 +268,12 @@ def loops(monkeypatch) -> list[tuple]:
     def run(loop):
         run_loop(loop)
         call, prompts = loop.call, [request.prompt.tolist() for request in loop.progress.requests]
-        chosen = (loop.cache.capacity, call.do_sample, [type(one) for one in call.processors], loop.draft_count.most)
+        chosen = (
+            loop.cache.capacity,
+            any(request.do_sample for request in loop.progress.requests),
+            [type(one) for one in call.processors],
+            loop.draft_count.most,
+        )
         seen.append((*chosen, prompts, loop.progress.num_generated()))
 
     monkeypatch.setattr(SpeculativeLoop, "run", run)
