@@ -88,11 +88,16 @@ def test_the_likeliest_tokens_stay(kind, least, seed, value):
 @pytest.mark.parametrize("spread", [0.3, 3.0, 9.0])
 @pytest.mark.parametrize("vocab", [49_152, 128_256])
 def test_programs_keep_what_transformers_keeps_of_whole_vocabularies(name, spread, vocab):
-    """Of bfloat16 logits, which tie; summed in another order, a token at the very limit may differ."""
+    """Of bfloat16 logits, which tie. Where the mass before equal tokens is the limit but for rounding, another order of
+    summation may put them on the other side of it."""
     generator = torch.Generator("cuda").manual_seed(vocab)
     scores = (spread * torch.randn(16, vocab, generator=generator, device="cuda")).bfloat16().float()
+    probs = scores.double().softmax(-1)
     for mass in (0.2, 0.9, 0.99):
         processor = PROCESSORS[name](mass)
-        ours, theirs = processed(processor, scores), processor(IDS.cuda(), scores)
-        differing = scores.softmax(-1).where((ours > -INF) != (theirs > -INF), 0.0)
-        assert float(differing.sum(-1).max()) < 1e-4
+        kept = [out > -INF for out in (processed(processor, scores), processor(IDS.cuda(), scores))]
+        masses = torch.stack([probs.where(one, 0.0).sum(-1) for one in kept])
+        for row in (kept[0] != kept[1]).any(-1).nonzero().flatten().tolist():
+            # Of typical sampling, a likelier token and a less likely one may deviate alike.
+            assert len(scores[row, kept[0][row] != kept[1][row]].unique()) <= 2
+            assert abs(float(masses[:, row].min()) - mass) < 1e-4
