@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_architectures import converted
 from tiny_models import ARCHITECTURES, tiny_model
 from torch import Tensor, fx, nn
 
@@ -86,9 +87,10 @@ def assert_same(fused: fx.GraphModule, plain: fx.GraphModule, first: Tensor, lay
         torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# In the process that has converted the architecture.
+@pytest.mark.parametrize("architecture", [pytest.param(x, marks=pytest.mark.xdist_group(x)) for x in ARCHITECTURES])
 def test_every_rotation_of_an_architecture_moves_into_attention(architecture: str) -> None:
-    captured = capture(tiny_model(architecture))
+    captured = converted(architecture).pair.captured
     plain = lowered(captured.graph_module)
     fused = clone(plain)
     assert FuseRotation()(fused).modified == (ROTATED[architecture] > 0)
