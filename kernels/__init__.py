@@ -19,6 +19,7 @@ if __name__ != "kernels":
     from .int4_linear import int4_linear
     from .materialize import materialize
     from .prefill_attention import prefill_attention
+    from .tuning_attention import teaching_attention, tuning_attention
 
 __all__ = [
     "attention",
@@ -32,4 +33,6 @@ __all__ = [
     "int4_linear",
     "materialize",
     "prefill_attention",
+    "teaching_attention",
+    "tuning_attention",
 ]

@@ -16,15 +16,18 @@ from transformers.generation.streamers import BaseStreamer
 from .capture import converting
 from .checkpoint.loading import load_pair
 from .checkpoint.saving import save_pretrained
-from .config import QuantSpecConfig
+from .config import QuantSpecConfig, TuneConfig
 from .engine.session import Session
 from .engine.stats import GenerationStats
 from .hugging_face.decode import GenerateOutput, decode
 from .hugging_face.generate import generate
 from .pair import Pair
+from .pair.tuned import TuneReport
 from .passes import Role
 from .pictures import plot
 from .self_check import self_check
+from .tuning import TuneProgress
+from .tuning import tune as tune_pair
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
@@ -66,6 +69,11 @@ class QuantSpecModel:
     def last_stats(self) -> GenerationStats | None:
         """Of the ``generate`` call that ended last, also if it was interrupted; None before the first."""
         return self.session.last_stats
+
+    @property
+    def tuned(self) -> TuneReport | None:
+        """What :meth:`tune` did to the draft, also before the pair was saved; None if nothing."""
+        return self.pair.tuned
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
@@ -156,6 +164,46 @@ class QuantSpecModel:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
         return functools.partial(decode, self.session)
 
+    @noting_untested_versions()
+    def tune(
+        self,
+        config: TuneConfig | None = None,
+        *,
+        texts: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        callback: Callable[[TuneProgress], Any] | None = None,
+        **options: Any,
+    ) -> TuneReport:
+        """Let the draft learn the model's own distribution, in place, so that more of what it proposes is accepted.
+
+        The model writes text, and the scales and zeros of the INT4 weights move towards the target's probabilities on
+        it; their codes, and so the bytes that a draft step reads, stay. The target is not touched, and what is
+        generated has its distribution before and after. Minutes on a GPU; it needs memory for the gradients of one
+        layer at a time. Captured cycles stay valid, and :meth:`save_pretrained` saves the tuned draft.
+
+        Ctrl-C ends it early with the best draft so far; so does a ``callback`` that returns True.
+
+        Args:
+            config: options as a :class:`TuneConfig`.
+            texts: what the pair will be used for, strings (with ``tokenizer``) or token ids, at least a page; the model
+                writes on from places of them. Without any it writes from random first tokens.
+            tokenizer: of ``texts``.
+            callback: called after every step.
+            **options: fields of :class:`TuneConfig`, on top of ``config``.
+
+        Returns:
+            What it did, with the draft's quality on held-out text before and after; also :attr:`tuned`.
+
+        Raises:
+            TypeError, ValueError: a bad option or text, a draft without INT4 weights, or a model that was changed since
+                its conversion, before any work is done.
+            RuntimeError: called while this thread generates with the pair, as by a streamer.
+            torch.OutOfMemoryError: the GPU is full; the draft is as it was. Fewer ``windows_per_step`` need less.
+        """
+        resolved = TuneConfig.from_options(config, options)
+        with self.session.exclusive():
+            return tune_pair(self.pair, resolved, texts, tokenizer, callback)
+
     def reset(self) -> None:
         """Release the cache and its CUDA graphs; the next call allocates anew.
 
@@ -230,13 +278,25 @@ class QuantSpecModel:
         return f"QuantSpecModel({self.pair.describe()}"
 
 
+def tune(converted: QuantSpecModel, config: TuneConfig | None = None, **options: Any) -> TuneReport:
+    """:meth:`QuantSpecModel.tune` of ``converted``, with its arguments."""
+    return converted.tune(config, **options)
+
+
 @noting_untested_versions()
-def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
+def convert(
+    model: PreTrainedModel,
+    config: QuantSpecConfig | None = None,
+    *,
+    tune: bool | TuneConfig = False,
+    **options: Any,
+) -> QuantSpecModel:
     """Pair a Hugging Face decoder with an INT4 draft of itself.
 
     Args:
         model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable.
         config: options as a :class:`QuantSpecConfig`.
+        tune: whether to :meth:`~QuantSpecModel.tune` the draft, or the options of that.
         **options: fields of :class:`QuantSpecConfig`, on top of ``config``.
 
     Returns:
@@ -248,11 +308,16 @@ def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **opt
         SelfCheckError: the pair does not reproduce the model's logits.
     """
     resolved = QuantSpecConfig.from_options(config, options)
+    if not isinstance(tune, bool | TuneConfig):
+        raise TypeError(f"tune must be True, False or a TuneConfig, not {tune!r}")
     with converting():
         pair = Pair(model, resolved)
         if resolved.self_check:
             self_check(pair)
-    return QuantSpecModel(pair)
+    converted = QuantSpecModel(pair)
+    if tune is not False:
+        converted.tune(None if tune is True else tune)
+    return converted
 
 
 @noting_untested_versions()

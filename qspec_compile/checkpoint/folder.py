@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from quantspec.capture import DTYPES
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
+from quantspec.pair.tuned import TuneReport
 from quantspec.passes import LinearReport
 
 FORMAT_VERSION = 1
@@ -69,6 +70,7 @@ class Description:
         options: the conversion's, by name in :class:`QuantSpecConfig`.
         linears: what became of each linear in the draft.
         files: fingerprints of all other files of the folder.
+        tuned: what tuning did to the draft; None if nothing.
     """
 
     format_version: int
@@ -78,6 +80,7 @@ class Description:
     options: QuantSpecConfig
     linears: tuple[LinearReport, ...]
     files: Mapping[str, Fingerprint]
+    tuned: TuneReport | None = None
 
     def write(self, folder: Path) -> None:
         """Write :data:`DESCRIPTION_FILE`."""
@@ -91,6 +94,10 @@ class Description:
         values["options"] = options
         values["linears"] = [asdict(report) for report in self.linears]
         values["files"] = {name: asdict(fingerprint) for name, fingerprint in self.files.items()}
+        # So do folders with a draft that was not tuned.
+        del values["tuned"]
+        if self.tuned is not None:
+            values["tuned"] = asdict(self.tuned)
         (folder / DESCRIPTION_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -130,7 +137,7 @@ class Description:
     @classmethod
     def _parse(cls, values: dict[str, Any]) -> Description:
         known = {f.name for f in fields(cls)}
-        if set(values) != known:
+        if set(values) | {"tuned"} != known:
             raise ValueError(f"its entries must be {', '.join(sorted(known))}")
         if values["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
             raise ValueError(f"{values['dtype']!r} is no dtype of a model")
@@ -144,6 +151,8 @@ class Description:
         values["files"] = files
         values["options"] = QuantSpecConfig.from_options(None, values["options"])
         values["linears"] = tuple(LinearReport(**entry) for entry in values["linears"])
+        if "tuned" in values:
+            values["tuned"] = TuneReport.from_dict(values["tuned"])
         return cls(**values)
 
 

@@ -87,6 +87,7 @@ def load_pair(
                 f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
                 f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
             )
+        pair.tuned = description.tuned
         _check_logits(pair, tensors, description, of_model=captured is not None)
         if config.self_check:
             self_check(pair)

@@ -90,6 +90,7 @@ def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str
         options=pair.config,
         linears=pair.linears,
         files=fingerprints(written, sorted(path.name for path in written.iterdir())),
+        tuned=pair.tuned,
     ).write(written)
     for path in written.iterdir():
         # safetensors makes its files readable by their owner only.

@@ -14,11 +14,12 @@ from quantspec.cache import HierarchicalCache
 from quantspec.capture import Capture, capture, check_model
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
-from quantspec.passes import Role, WeightSource
+from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
 from .frozen import FrozenModel
-from .recipes import build_graphs, recipes_for
+from .recipes import build_graphs, common_graph, recipes_for
+from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
 
@@ -35,11 +36,13 @@ class Pair:
         config: the options in force, group sizes as adapted.
         captured: what the graphs were made of.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
+        common: what the graphs of all roles were made of, with attention markers still.
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the graphs of recipes that say so go through torch.compile.
+        tuned: what tuning did to the draft; None before.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Pair:
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len)
         self.graphs: Mapping[Role, fx.GraphModule]
-        self.graphs, self.linears = build_graphs(captured, config, recipes, self.vocab_size, source)
+        self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
+        self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
@@ -78,6 +82,12 @@ class Pair:
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
+        self.tuned: TuneReport | None = None
+
+    @property
+    def draft_weights(self) -> WeightFormat | None:
+        """The format of the draft's linears; None where they are the model's own."""
+        return self._recipes[Role.DRAFT].weight_format
 
     @property
     def device(self) -> torch.device:

@@ -137,21 +137,13 @@ def _in_order(first: PassBase, second: PassBase) -> bool:
     return places[0] <= places[1] if all(places) else True
 
 
-def build_graphs(
-    captured: Capture,
-    config: QuantSpecConfig,
-    recipes: Mapping[Role, Recipe],
-    vocab_size: int,
-    source: WeightSource | None = None,
-) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
-    """The lowered graph of each role, and what became of the weights of the draft.
+def common_graph(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> fx.GraphModule:
+    """What the graphs of all roles begin as, with attention markers still.
 
     Args:
         captured: the decoder; it is left as it is.
         config: the options, with a ``max_cache_len``.
-        recipes: of each role.
         vocab_size: token ids that the embedding knows.
-        source: has ready weights of the draft; without it they are quantized.
 
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
@@ -160,9 +152,25 @@ def build_graphs(
     assert config.max_cache_len is not None
     check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        return run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def build_graphs(
+    base: fx.GraphModule,
+    config: QuantSpecConfig,
+    recipes: Mapping[Role, Recipe],
+    source: WeightSource | None = None,
+) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
+    """The lowered graph of each role, and what became of the weights of the draft.
+
+    Args:
+        base: their :func:`common_graph`; it is left as it is.
+        config: the options.
+        recipes: of each role.
+        source: has ready weights of the draft; without it they are quantized.
+    """
     graphs, linears = {}, []
     for role, recipe in recipes.items():
         passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size), FuseRotation()]
