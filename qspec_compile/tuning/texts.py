@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from quantspec.config import TuneConfig
 from quantspec.engine.session import Session
 from quantspec.hugging_face.decode import decode_checked
+from quantspec.hugging_face.rows import Prepared
 from quantspec.pair import Pair
 
 # Sequences that are sampled together: the weights are read once for all of them, so drafts would not pay.
@@ -64,18 +65,18 @@ def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
     options = GenerationConfig(do_sample=True, max_length=length)
     # What transformers prepares of a config; nothing is padded and nothing ends a text early.
     options._pad_token_tensor = None
+    prepared = Prepared(LogitsProcessorList(), StoppingCriteriaList(), options)
     written = [
         decode_checked(
             session,
             part.to(pair.device),
             None,
-            LogitsProcessorList(),
-            StoppingCriteriaList(),
-            options,
+            prepared,
             None,
             generator,
             num_speculative_tokens=0,
             continue_cache=False,
+            seed=None,
         )
         for part in prompts.split(_BATCH)
     ]
