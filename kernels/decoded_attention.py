@@ -77,6 +77,26 @@ def decoded_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
     """
+    state, options = (quantized_len, length), (scale, window, softcap, sinks)
+    return attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, *state, *options)
+
+
+def attend_decoded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_decoded: Tensor,
+    v_decoded: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What :func:`decoded_attention` does."""
     state = list(zip(quantized_len.tolist(), length.tolist(), strict=True))
     # Sequences of equal lengths are one call.
     rows = [slice(None)] if len(set(state)) == 1 else [slice(b, b + 1) for b in range(len(state))]

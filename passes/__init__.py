@@ -2,7 +2,17 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
-from .attention_lowering import ACCESSES, DECODED_ACCESS, CacheAccess, LowerAttention, Role, cache_parts
+from .attention_lowering import (
+    ACCESSES,
+    DECODED_ACCESS,
+    SCORED_ACCESS,
+    SCORED_DECODED_ACCESS,
+    SPARSE_ACCESS,
+    CacheAccess,
+    LowerAttention,
+    Role,
+    cache_parts,
+)
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .int4_weights import INT4
@@ -21,6 +31,9 @@ __all__ = [
     "DECODED_ACCESS",
     "GROUP_SIZES",
     "INT4",
+    "SCORED_ACCESS",
+    "SCORED_DECODED_ACCESS",
+    "SPARSE_ACCESS",
     "CacheAccess",
     "CheckTokenMixing",
     "FuseRotation",

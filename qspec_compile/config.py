@@ -25,6 +25,17 @@ class WeightQuantizer(StrEnum):
     """By HQQ's half-quadratic fit."""
 
 
+class DraftAttention(StrEnum):
+    """What draft steps read of the cache's planes."""
+
+    FULL = "full"
+    """Everything."""
+    SPARSE = "sparse"
+    """The pages that the last verification paid most attention to, where there are more than a few."""
+    AUTO = "auto"
+    """The same where a context is long enough for it to pay, else everything."""
+
+
 def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
     """Validate a number of draft tokens per cycle, or "auto"; 0 means decoding with the target alone."""
     if value == AUTO:
@@ -49,6 +60,10 @@ class QuantSpecConfig:
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (docs/benchmarks.md).
         draft_recipe: name of the registered recipe that makes the draft (docs/adding-a-draft.md).
+        draft_attention: ``"full"``, ``"sparse"`` or ``"auto"``: whether draft steps read all of the cache's planes or
+            the pages that the last verification paid most attention to (docs/choosing-options.md). The text is the
+            same.
+        draft_attention_share: share of the planes that a sparse draft step reads, above 0, at most 1.
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``. At most the rows of a learned table of positions.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
@@ -66,6 +81,8 @@ class QuantSpecConfig:
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
     quantize_lm_head: bool = False
     draft_recipe: str = "int4"
+    draft_attention: DraftAttention = DraftAttention.FULL
+    draft_attention_share: float = 0.1
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None
@@ -87,6 +104,16 @@ class QuantSpecConfig:
         except ValueError:
             choices = ", ".join(repr(choice.value) for choice in WeightQuantizer)
             raise ValueError(f"weight_quantizer must be one of {choices}, not {self.weight_quantizer!r}") from None
+        try:
+            object.__setattr__(self, "draft_attention", DraftAttention(self.draft_attention))
+        except ValueError:
+            choices = ", ".join(repr(choice.value) for choice in DraftAttention)
+            raise ValueError(f"draft_attention must be one of {choices}, not {self.draft_attention!r}") from None
+        share = self.draft_attention_share
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            raise TypeError(f"draft_attention_share must be a number, not {share!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"draft_attention_share must be above 0 and at most 1, not {share}")
         if not isinstance(self.draft_recipe, str):
             raise TypeError(f"draft_recipe must be a str, not {self.draft_recipe!r}")
         for name in ("quantize_lm_head", "self_check"):

@@ -52,8 +52,17 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
 
 
 def part_shape(
-    part: CachePart, layer: AttentionShape, batch: int, groups: int, group_size: int, recent: int
+    part: CachePart,
+    layer: AttentionShape,
+    batch: int,
+    groups: int,
+    group_size: int,
+    recent: int,
+    pages: tuple[int, int] = (0, 0),
 ) -> tuple[int, ...]:
-    """Shape of a part of ``layer``'s cache for ``groups`` groups of ``group_size`` tokens and ``recent`` slots."""
+    """Shape of a part of ``layer``'s cache for ``groups`` groups of ``group_size`` tokens and ``recent`` slots.
+
+    ``pages`` are those that have scores and those that may be chosen.
+    """
     head_dim = layer.key_dim if part.holds == "keys" else layer.value_dim
-    return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent)
+    return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent, pages)

@@ -18,6 +18,7 @@ from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
 from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
 from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
+from .page_choice import PageBudget, PageChoice
 
 
 def check_cache_len(num_tokens: int, max_len: int) -> None:
@@ -97,6 +98,7 @@ class HierarchicalCache:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        page_budget: PageBudget | None = None,
     ) -> None:
         """An empty cache without planes; :meth:`reserve` gives it room.
 
@@ -109,6 +111,7 @@ class HierarchicalCache:
             max_len: most tokens that a sequence may hold.
             dtype: of the recent buffers, the model's.
             device: of all tensors.
+            page_budget: how much of the planes draft steps read; None for everything.
         """
         self.group_size = group_size
         self.num_speculative_tokens = num_speculative_tokens
@@ -118,6 +121,8 @@ class HierarchicalCache:
         self.layers: list[LayerCache] = [
             LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
         ]
+        self._pages = None if page_budget is None else PageChoice(layers, batch_size, page_budget, device)
+        self._reserve_pages()
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
@@ -139,6 +144,12 @@ class HierarchicalCache:
         for index, layer in enumerate(self.layers):
             if groups > layer.groups:
                 self.layers[index] = layer.grown(groups)
+        self._reserve_pages()
+
+    def _reserve_pages(self) -> None:
+        if self._pages is not None:
+            self._pages.reserve(self.layers[0].groups, self.group_size)
+            self._pages.attach(self.layers)
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
         """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
@@ -177,6 +188,16 @@ class HierarchicalCache:
         self.quantized_len += due * self.group_size
         self.decode(before)
 
+    def choose_pages(self) -> None:
+        """Choose what the next draft steps read, by the verification that ran last, if their attention is sparse."""
+        if self._pages is not None:
+            self._pages.choose(self.quantized_len)
+
+    def forget_pages(self) -> None:
+        """Have draft steps read everything until pages are chosen again."""
+        if self._pages is not None:
+            self._pages.forget()
+
     def decode(self, first: Tensor) -> None:
         """Bring a CPU's decoded copy up to date from positions ``first`` (B,) on, which are group boundaries."""
         if self.length.device.type != "cpu":
@@ -195,17 +216,22 @@ class HierarchicalCache:
         boundary = num_tokens // self.group_size * self.group_size
         self.length.copy_(torch.where(inside, boundary, num_tokens))
         self.quantized_len.copy_(torch.where(inside, boundary, self.quantized_len))
+        self.forget_pages()
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""
         self.length.zero_()
         self.quantized_len.zero_()
+        self.forget_pages()
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``."""
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``, and for a sparse
+        draft ``pages``."""
         parts = parts_on(self.length.device)
         totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:
             for part in parts:
                 totals[part.kind] += getattr(layer, part.name).nbytes
+        if self._pages is not None:
+            totals["pages"] = self._pages.nbytes
         return totals

@@ -1,4 +1,4 @@
-"""One speculative cycle as device work: draft, verify, accept, count.
+"""One speculative cycle as device work: draft, verify, choose what the next drafts read, accept, count.
 
 Nothing here waits for the host, so on a GPU a cycle is captured once and replayed (``cycle_graph``); the host reads one
 small tensor per cycle, which also says whether a flush is due.
@@ -120,4 +120,8 @@ class Cycle:
 
     def verify(self, drafts: Tensor) -> Tensor:
         """The verifier's logits ``(B, T + 1, V)`` of every drafted token and of the one after them."""
-        return self.pair.read(self.verifier, torch.cat((self.pending[:, None], drafts), 1), self.cache)
+        logits = self.pair.read(self.verifier, torch.cat((self.pending[:, None], drafts), 1), self.cache)
+        # No other verifier scores pages.
+        if self.verifier is Role.TARGET:
+            self.cache.choose_pages()
+        return logits

@@ -81,6 +81,8 @@ class CycleReplay:
                 cache.flush()
             bar.update()
         torch.cuda.current_stream(device).wait_stream(stream)
+        # Warm-ups choose by what no text says.
+        cache.forget_pages()
 
     def begin(self, processors: LogitsProcessorList, requests: Sequence[Request]) -> None:
         """Take over the parameters of ``processors`` and the rows' seeds."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from quantspec.cache import HierarchicalCache
+from quantspec.cache import HierarchicalCache, PageBudget
 from quantspec.capture import Capture, capture, check_model
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
@@ -126,6 +126,7 @@ class Pair:
             self.max_len,
             self.model.dtype,
             self.device,
+            PageBudget.of(self.config),
         )
 
     def read(self, role: Role, ids: Tensor, cache: HierarchicalCache, num_ahead: int = 0) -> Tensor:
