@@ -248,7 +248,9 @@ def _attend_planes(
                 weight = tl.sum(tl.reshape(weights, (BLOCK // PAGE, PAGE, BLOCK_ROWS)), 1)
             page = (tile * (BLOCK // PAGE) + tl.arange(0, BLOCK // PAGE))[:, None]
             at = page.to(tl.int64) * lse_stride + tl.arange(0, BLOCK_ROWS)[None, :]
-            tl.store(page_lse + at, (top - _WEIGHT_SHIFT)[None, :] + tl.log2(weight), real[None, :] & (page < num_pages))
+            tl.store(
+                page_lse + at, (top - _WEIGHT_SHIFT)[None, :] + tl.log2(weight), real[None, :] & (page < num_pages)
+            )
         v_low, v_high = _centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
         acc = tl.dot(v_low, w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
         acc = tl.dot(v_high, w_high.to(dtype), acc, input_precision="ieee")

@@ -20,9 +20,7 @@ from .hierarchical import dense_key_value
 from .pages import score_pages
 
 
-@torch.library.custom_op(
-    "quantspec::scored_attention", mutates_args=(*part_names("recent"), "page_scores")
-)
+@torch.library.custom_op("quantspec::scored_attention", mutates_args=(*part_names("recent"), "page_scores"))
 def scored_attention(
     query: Tensor,
     key: Tensor,

@@ -160,7 +160,10 @@ def test_scores_are_the_most_attention_and_verification_is_unchanged(case: Case)
 
 def most_attention(arguments: dict[str, Any], options: dict[str, Any], b: int) -> Tensor:
     """The oracle: probabilities of every query over all tokens, in float64, summed by page; ``(K, pages)``."""
-    query, quantized, start = arguments["query"][b].double(), *(int(arguments[n][b]) for n in ("quantized_len", "length"))
+    query, quantized, start = (
+        arguments["query"][b].double(),
+        *(int(arguments[n][b]) for n in ("quantized_len", "length")),
+    )
     planes = [arguments[n][b] for n in ("k_upper", "k_lower", "k_scale", "k_zero")]
     planes += [arguments[n][b] for n in ("v_upper", "v_lower", "v_scale", "v_zero", "k_recent", "v_recent")]
     tokens, kv_heads = query.shape[1], planes[0].shape[0]
@@ -238,8 +241,6 @@ def test_many_pages_are_chosen_in_stretches() -> None:
     pages, counts = reference_choice(scores[0], 9000, SHARE_UNIT // 10, 1)
     chosen, number = (torch.zeros(1, n, dtype=torch.int32, device=DEVICE) for n in (900, 2))
     lengths = torch.tensor([9000 * PAGE_TOKENS], device=DEVICE)
-    choose_pages_triton(
-        scores.to(DEVICE), chosen, number, torch.zeros_like(lengths), lengths, SHARE_UNIT // 10, 1
-    )
+    choose_pages_triton(scores.to(DEVICE), chosen, number, torch.zeros_like(lengths), lengths, SHARE_UNIT // 10, 1)
     assert number[0].tolist() == counts == [900, 9000]
     assert chosen[0].tolist() == pages
