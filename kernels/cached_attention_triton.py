@@ -706,30 +706,29 @@ def _merge_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0)
     pair = tl.program_id(1)
-    if SCORES:
-        if row >= REPEAT * TOKENS:
-            if tl.program_id(2) == 0:
-                _score_pages(
-                    partial_lse,
-                    sinks,
-                    page_lse,
-                    page_scores,
-                    quantized_len,
-                    length,
-                    window,
-                    num_pages,
-                    num_splits,
-                    pair,
-                    row - REPEAT * TOKENS,
-                    KV_HEADS,
-                    REPEAT,
-                    TOKENS,
-                    HALF,
-                    PAGE,
-                    HAS_SINKS,
-                    HAS_WINDOW,
-                )
-            return
+    if SCORES and row >= REPEAT * TOKENS:
+        if tl.program_id(2) == 0:
+            _score_pages(
+                partial_lse,
+                sinks,
+                page_lse,
+                page_scores,
+                quantized_len,
+                length,
+                window,
+                num_pages,
+                num_splits,
+                pair,
+                row - REPEAT * TOKENS,
+                KV_HEADS,
+                REPEAT,
+                TOKENS,
+                HALF,
+                PAGE,
+                HAS_SINKS,
+                HAS_WINDOW,
+            )
+        return
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
     s = tl.arange(0, BLOCK_SPLITS)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -891,11 +890,11 @@ def cached_attention_triton(
         k_lower is not None,
         query.element_size(),
     )
-    scores = page_scores is not None and page_scores.numel() > 0
-    sparse = chosen_pages is not None and chosen_pages.numel() > 0
+    num_pages = 0 if page_scores is None else page_scores.shape[2]
+    most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
+    scores, sparse = num_pages > 0, most_chosen > 0
     if sparse:
         config = config._replace(block=PAGE_BYTES)
-    num_pages = page_scores.shape[2] if scores else 0
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
@@ -939,7 +938,7 @@ def cached_attention_triton(
         scale * log2e,
         softcap * log2e,
         window,
-        chosen_pages.shape[2] if sparse else 0,
+        most_chosen,
         num_pages,
         *query.stride()[:3],
         *key.stride()[:3],

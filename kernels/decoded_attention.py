@@ -77,8 +77,8 @@ def decoded_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
     """
-    state, options = (quantized_len, length), (scale, window, softcap, sinks)
-    return attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, *state, *options)
+    options = (scale, window, softcap, sinks)
+    return attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, quantized_len, length, options)
 
 
 def attend_decoded(
@@ -91,12 +91,9 @@ def attend_decoded(
     v_decoded: Tensor,
     quantized_len: Tensor,
     length: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
+    options: tuple[float, int, float, Tensor | None],
 ) -> Tensor:
-    """What :func:`decoded_attention` does."""
+    """What :func:`decoded_attention` does; ``options`` are its last four."""
     state = list(zip(quantized_len.tolist(), length.tolist(), strict=True))
     # Sequences of equal lengths are one call.
     rows = [slice(None)] if len(set(state)) == 1 else [slice(b, b + 1) for b in range(len(state))]
@@ -105,7 +102,7 @@ def attend_decoded(
         first, last = start - quantized, start - quantized + query.shape[2]
         k_recent[row, :, first:last] = k_decoded[row, :, start : start + query.shape[2]] = key[row]
         v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
-        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, scale, window, softcap, sinks))
+        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, *options))
     return torch.cat(outputs)
 
 

@@ -40,7 +40,7 @@ def score_pages(
 ) -> Tensor:
     """Score of each page of one sequence: the logarithm of the most attention that any of its queries pays to it.
 
-        score[k, p] = max over t and the query heads h of k of log sum_{j in p} softmax_j(softcap(scale * q[h, t] . k_j))
+        score[k, p] = max_{h of k, t} log sum_{j in p} softmax_j(softcap(scale * q[h, t] . k_j))
 
     Args:
         query: ``(H, T, D)``, rotated; token t sits at position ``start + t``.

@@ -1,8 +1,8 @@
 """``quantspec::scored_attention`` and ``quantspec::scored_decoded_attention``: verification that leaves page scores.
 
-They attend as ``quantspec::cached_attention`` and ``quantspec::decoded_attention`` do, bit for bit. Besides, every page of
-the planes gets the logarithm of the most attention that any verified token pays to it, through any query head of a KV
-head; ``quantspec::choose_pages`` reads that. The formula is in ``pages``.
+They attend as ``quantspec::cached_attention`` and ``quantspec::decoded_attention`` do, bit for bit. Besides, every page
+of the planes gets the logarithm of the most attention that any verified token pays to it, through any query head of a
+KV head; ``quantspec::choose_pages`` reads that. The formula is in ``pages``.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def scored_decoded_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
     """
-    state, options = (quantized_len, length), (scale, window, softcap, sinks)
-    out = attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, *state, *options)
+    options = (scale, window, softcap, sinks)
+    out = attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, quantized_len, length, options)
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             keys = k_decoded[b, :, : start + query.shape[2]]

@@ -1,8 +1,9 @@
 """``quantspec::sparse_attention``: a draft step attends to chosen pages of the hierarchical cache.
 
 As ``quantspec::cached_attention`` without the lower planes, but of the tokens in the planes each KV head sees those of
-the pages that ``quantspec::choose_pages`` chose for it, and those of all pages that came later. The recent buffer is seen
-whole. Where nothing is chosen that is everything, and the result is that of ``quantspec::cached_attention``, bit for bit.
+the pages that ``quantspec::choose_pages`` chose for it, and those of all pages that came later. The recent buffer is
+seen whole. Where nothing is chosen that is everything, and the result is that of ``quantspec::cached_attention``, bit
+for bit.
 
 On CUDA no other page is read. The plain implementation reads all and hides what is not chosen.
 """

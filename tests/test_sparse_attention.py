@@ -9,15 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels_triton import DEVICE, TOLERANCE, Case, cache_arguments, random, relative_error
+from test_kernels_triton import DEVICE, TOLERANCE, Case, cache_arguments, relative_error
 from torch import Tensor
 
 from quantspec.kernels import cached_attention, cached_attention_reference, scored_attention, sparse_attention
-from quantspec.kernels.cached_attention import rotate
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.choose_pages import SHARE_UNIT, choose_pages, choose_pages_triton, num_kept
 from quantspec.kernels.hierarchical import dense_key_value
-from quantspec.kernels.pages import PAGE_TOKENS, num_pages, page_of_token, read_tokens, score_pages
+from quantspec.kernels.pages import PAGE_TOKENS, num_pages, page_of_token
 from quantspec.kernels.scored_attention import scored_attention_triton
 from quantspec.kernels.sparse_attention import sparse_attention_triton
 
@@ -118,8 +117,11 @@ def test_a_draft_sees_chosen_pages_later_pages_and_the_recent_buffer(case: Case)
 
 @each_case
 def test_all_pages_are_full_attention_bit_for_bit(case: Case) -> None:
-    """Nothing chosen, all chosen in order, and some chosen first and all that follow. Kernels whose tiles are longer than
-    a page for full attention, as for many rows, agree but for rounding; a window hides pages, which are not chosen."""
+    """Nothing chosen, all chosen in order, and some chosen and all that follow.
+
+    With many rows full attention's tiles are longer than a page, so kernels agree but for rounding. What a window hides
+    is never chosen.
+    """
     arguments, options = inputs(case, lower=False)
     full = arguments | {"k_lower": None, "v_lower": None}
     expected = [op(**full, **options) for op in (cached_attention, cached_attention_triton)]
@@ -147,7 +149,7 @@ def test_scores_are_the_most_attention_and_verification_is_unchanged(case: Case)
     scores = [torch.full(shape, 77.0, device=DEVICE) for _ in range(2)]
     for op, score, out in zip((scored_attention, scored_attention_triton), scores, expected, strict=True):
         assert torch.equal(op(**arguments, page_scores=score, **options), out)
-    for b, (quantized, recent) in enumerate(case.lengths):
+    for b, (quantized, _) in enumerate(case.lengths):
         exact = most_attention(arguments, options, b)
         whole = quantized // PAGE_TOKENS
         for score in scores:

@@ -225,8 +225,8 @@ class HierarchicalCache:
         self.forget_pages()
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``, and for a sparse
-        draft ``pages``."""
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``,
+        and for a sparse draft ``pages``."""
         parts = parts_on(self.length.device)
         totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:
