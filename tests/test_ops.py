@@ -607,6 +607,14 @@ def op_cases() -> dict[str, tuple]:
             angles = 6 * torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(8))
             rotation = (angles.cos(), angles.sin(), 16, label == "windowed")
             cases[f"cached_attention rotating {name}"] = cached_attention, (*new, *draft, *state, *options, *rotation)
+            scores, chosen = torch.zeros(2, 2, 3), torch.zeros(2, 2, 2, dtype=torch.int32)
+            scored = (*new, *target, scores, *state, *options)
+            cases[f"scored_attention {name}"] = kernels.scored_attention, scored
+            cases[f"scored_attention rotating {name}"] = kernels.scored_attention, (*scored, *rotation)
+            upper = [part for part in draft if part is not None]
+            sparse = (*new, *upper, chosen, chosen.clone(), *state, *options)
+            cases[f"sparse_attention {name}"] = kernels.sparse_attention, sparse
+            cases[f"sparse_attention rotating {name}"] = kernels.sparse_attention, (*sparse, *rotation)
             cases[f"teaching_attention {name}"] = kernels.teaching_attention, (*new, *text, none, none, *options)
             cases[f"tuning_attention {name}"] = kernels.tuning_attention, (*new, *text, none, none, *options)
             cases[f"prefill_attention {name}"] = kernels.prefill_attention, (*new, *target, *state, num_new, *options)
@@ -621,6 +629,9 @@ def op_cases() -> dict[str, tuple]:
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
     for name, typical in (("top-p", False), ("typical", True)):
         cases[f"cut_off {name}"] = kernels.cut_off, (x[None], bias[:1, :1].sigmoid().expand(1, 5, 1), typical, 1, -1e4)
+    numbers, lengths = torch.zeros(3, 2, dtype=torch.int32), torch.tensor([640, 64])
+    choice = (torch.rand(3, 10), torch.zeros(3, 4, dtype=torch.int32), numbers, torch.tensor([0, 1, 0]), lengths)
+    cases["choose_pages"] = kernels.choose_pages, (*choice, 1 << 14, 2)
     cases["materialize"] = kernels.materialize, (x.t(),)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
@@ -635,8 +646,9 @@ def copied(args: tuple) -> tuple:
 
 def test_every_op_has_a_case():
     checked = {name.split()[0] for name in OP_CASES}
-    # Of a CPU alone, with tests of its own in test_decoded_attention.py.
-    assert checked == set(kernels.__all__) - {"cached_attention_reference", "decoded_attention"}
+    # Two of a CPU alone, with tests of their own in test_decoded_attention.py and test_sparse_drafts.py.
+    of_cpus = {"decoded_attention", "scored_decoded_attention"}
+    assert checked == set(kernels.__all__) - {"cached_attention_reference"} - of_cpus
 
 
 @pytest.mark.parametrize("name", OP_CASES)
