@@ -120,9 +120,8 @@ def _attend_planes(
     softcap_log2,
     chosen,
     first_unjudged,
-    page_lse,
-    num_pages,
-    lse_stride,
+    tile_tops,
+    tops_stride,
     real,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,7 +131,6 @@ def _attend_planes(
     BLOCK_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
     HAS_LOWER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -145,8 +143,9 @@ def _attend_planes(
     A byte index runs over the rows of all groups in order. Keys of position <= ``oldest`` of a column are hidden from
     it. Returns the normalized outputs of both value parts ``(BLOCK_PART, BLOCK_ROWS)`` and the log2-sum-exp2.
 
-    With ``SPARSE`` tiles have the numbers of :func:`_place`. With ``SCORES`` the log2-sum-exp2 of every page is stored
-    at ``page_lse``, ``lse_stride`` apart from page to page, for each column that is ``real``.
+    With ``SPARSE`` tiles have the numbers of :func:`_place`. With ``SCORES`` the highest score of every tile is stored,
+    the logarithm of the token's value scale included, at ``tile_tops``, ``tops_stride`` apart from tile to tile, for
+    each column that is ``real``.
     """
     dtype: tl.constexpr = q_t.dtype
     step: tl.constexpr = 0.0625 if HAS_LOWER else 1.0
@@ -230,7 +229,12 @@ def _attend_planes(
             y_low_1 = s_low + log_low_1
             y_high_1 = s_high + log_high_1
             best = tl.maximum(best, tl.maximum(y_low_1, y_high_1))
-        new_top = tl.maximum(top, tl.max(best, 0))
+        tile_top = tl.max(best, 0)
+        if SCORES:
+            # A sum of the weights would take a second reduction, and a sixth of the kernel's time.
+            at = tile.to(tl.int64) * tops_stride + tl.arange(0, BLOCK_ROWS)
+            tl.store(tile_tops + at, tile_top, real)
+        new_top = tl.maximum(top, tile_top)
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
         w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
@@ -240,17 +244,6 @@ def _attend_planes(
             w_high = tl.where(s_high > _HIDDEN, w_high, 0)
         norm = norm * decay[None, :] + w_low * r_low + w_high * r_high
         offset = offset * decay[None, :] + w_low * z_low + w_high * z_high
-        if SCORES:
-            weights = w_low * r_low + w_high * r_high
-            if BLOCK == PAGE:
-                weight = tl.sum(weights, 0)[None, :]
-            else:
-                weight = tl.sum(tl.reshape(weights, (BLOCK // PAGE, PAGE, BLOCK_ROWS)), 1)
-            page = (tile * (BLOCK // PAGE) + tl.arange(0, BLOCK // PAGE))[:, None]
-            at = page.to(tl.int64) * lse_stride + tl.arange(0, BLOCK_ROWS)[None, :]
-            tl.store(
-                page_lse + at, (top - _WEIGHT_SHIFT)[None, :] + tl.log2(weight), real[None, :] & (page < num_pages)
-            )
         v_low, v_high = _centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
         acc = tl.dot(v_low, w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
         acc = tl.dot(v_high, w_high.to(dtype), acc, input_precision="ieee")
@@ -403,12 +396,12 @@ def _attend_kernel(
     partial_lse,
     chosen,
     choices,
-    page_lse,
+    tile_tops,
     scale_log2,
     softcap_log2,
     window,
     chosen_width,
-    num_pages,
+    num_tiles,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -447,7 +440,6 @@ def _attend_kernel(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
     RECENT_SPLITS: tl.constexpr,
     ROTARY: tl.constexpr,
     ANGLES: tl.constexpr,
@@ -586,8 +578,7 @@ def _attend_kernel(
                 softcap_log2,
                 chosen,
                 first_unjudged,
-                page_lse + tl.program_id(1).to(tl.int64) * num_pages * (REPEAT * TOKENS) + first_row,
-                num_pages,
+                tile_tops + tl.program_id(1).to(tl.int64) * num_tiles * (REPEAT * TOKENS) + first_row,
                 REPEAT * TOKENS,
                 real,
                 D,
@@ -598,7 +589,6 @@ def _attend_kernel(
                 BLOCK_ROWS,
                 HALF,
                 BLOCK,
-                PAGE,
                 HAS_LOWER,
                 HAS_WINDOW,
                 HAS_SOFTCAP,
@@ -618,11 +608,12 @@ def _attend_kernel(
 def _score_pages(
     partial_lse,
     sinks,
-    page_lse,
+    tile_tops,
     page_scores,
     quantized_len,
     length,
     window,
+    num_tiles,
     num_pages,
     num_splits,
     pair,
@@ -632,10 +623,14 @@ def _score_pages(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from the log-sum-exp of its rows over pages and splits."""
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
+
+    Pages that share a tile share its score.
+    """
     ROWS: tl.constexpr = REPEAT * TOKENS
     COLUMNS: tl.constexpr = 16
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
@@ -665,10 +660,13 @@ def _score_pages(
                 total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
                 top = new_top
             total = tl.where(row < ROWS, total, 1.0)
-            at = (pair.to(tl.int64) * num_pages + page)[:, None] * ROWS + row[None, :]
-            lse = tl.load(page_lse + at, seen[:, None] & (row < ROWS)[None, :], other=float("-inf"))
-            score = tl.maximum(score, tl.max(lse - (top + tl.log2(total))[None, :], 1))
-        tl.store(page_scores + pair.to(tl.int64) * num_pages + page, score * 0.6931471805599453, page < num_pages)
+            at = (pair.to(tl.int64) * num_tiles + page * PAGE // TILE)[:, None] * ROWS + row[None, :]
+            highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=_HIDDEN)
+            weight = tl.where(highest > 0.5 * _HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
+            score = tl.maximum(score, tl.max(weight, 1))
+        # Value scales came in sixteenths, as codes of both planes count.
+        score = (score + 4) * 0.6931471805599453
+        tl.store(page_scores + pair.to(tl.int64) * num_pages + page, score, page < num_pages)
 
 
 @triton.jit
@@ -677,11 +675,12 @@ def _merge_kernel(
     partial_lse,
     sinks,
     out,
-    page_lse,
+    tile_tops,
     page_scores,
     quantized_len,
     length,
     window,
+    num_tiles,
     num_pages,
     num_splits,
     KV_HEADS: tl.constexpr,
@@ -692,6 +691,7 @@ def _merge_kernel(
     BLOCK_SPLITS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SCORES: tl.constexpr,
@@ -699,7 +699,7 @@ def _merge_kernel(
 ):
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
 
-    With ``SCORES`` the programs after those of the rows turn the log-sum-exp of pages into scores.
+    With ``SCORES`` the programs after those of the rows make the scores of pages.
     """
     if OVERLAP:
         gdc_wait()
@@ -711,11 +711,12 @@ def _merge_kernel(
             _score_pages(
                 partial_lse,
                 sinks,
-                page_lse,
+                tile_tops,
                 page_scores,
                 quantized_len,
                 length,
                 window,
+                num_tiles,
                 num_pages,
                 num_splits,
                 pair,
@@ -725,6 +726,7 @@ def _merge_kernel(
                 TOKENS,
                 HALF,
                 PAGE,
+                TILE,
                 HAS_SINKS,
                 HAS_WINDOW,
             )
@@ -901,7 +903,8 @@ def cached_attention_triton(
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
-    page_lse = query.new_empty(pairs, num_pages, rows, dtype=torch.float32) if scores else partial_lse
+    num_tiles = triton.cdiv(groups * half, config.block)
+    tile_tops = query.new_empty(pairs, num_tiles, rows, dtype=torch.float32) if scores else partial_lse
     out = query.new_empty(batch, tokens, heads, value_dim)
     angle_strides = (0, 0)
     if cos is not None and sin is not None:
@@ -934,12 +937,12 @@ def cached_attention_triton(
         partial_lse,
         chosen_pages if sparse else quantized_len,
         num_chosen if sparse else quantized_len,
-        page_lse,
+        tile_tops,
         scale * log2e,
         softcap * log2e,
         window,
         most_chosen,
-        num_pages,
+        num_tiles,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -962,7 +965,6 @@ def cached_attention_triton(
         PARTS=parts,
         HALF=half,
         BLOCK=config.block,
-        PAGE=PAGE_BYTES,
         RECENT_SPLITS=recent_splits,
         ROTARY=rotary_dim,
         ANGLES=1 if cos is None else cos.shape[2],
@@ -984,11 +986,12 @@ def cached_attention_triton(
         partial_lse,
         out if sinks is None else sinks,
         out,
-        page_lse,
+        tile_tops,
         page_scores if scores else out,
         quantized_len,
         length,
         window,
+        num_tiles,
         num_pages,
         splits,
         KV_HEADS=kv_heads,
@@ -999,6 +1002,7 @@ def cached_attention_triton(
         BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
         HALF=half,
         PAGE=PAGE_BYTES,
+        TILE=config.block,
         HAS_SINKS=sinks is not None,
         HAS_WINDOW=window > 0,
         SCORES=scores,

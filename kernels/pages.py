@@ -30,29 +30,29 @@ def page_of_token(num_tokens: int, group_size: int, device: torch.device) -> Ten
 def score_pages(
     query: Tensor,
     keys: Tensor,
+    v_scale: Tensor,
     quantized: int,
-    group_size: int,
     start: int,
     scale: float,
     window: int,
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Score of each page of one sequence: the logarithm of the most attention that any of its queries pays to it.
+    """Score of each page of one sequence: the logarithm of the most that one of its tokens can move an output.
 
-        score[k, p] = max_{h of k, t} log sum_{j in p} softmax_j(softcap(scale * q[h, t] . k_j))
+        score[k, p] = max_{h of k, t, j in p, part} log(softmax_j(softcap(scale * q[h, t] . k_j)) * v_scale[j, part])
 
     Args:
         query: ``(H, T, D)``, rotated; token t sits at position ``start + t``.
         keys: ``(K, start + T, D)`` of all tokens, as they are read.
+        v_scale: ``(K, N, G, num_value_groups(Dv))`` of the values in the planes.
         quantized: tokens in the planes.
-        group_size: tokens of a group.
         start, scale, window, softcap, sinks: as in ``quantspec::cached_attention``.
 
     Returns:
         ``(K, pages)`` in float32 at least; -inf for a page that no query sees.
     """
-    dtype = compute_dtype(query.dtype)
+    dtype, group_size = compute_dtype(query.dtype), v_scale.shape[2]
     kv_heads, tokens = keys.shape[0], query.shape[1]
     scores = query.to(dtype) @ keys.to(dtype).repeat_interleave(len(query) // kv_heads, 0).transpose(1, 2) * scale
     if softcap > 0:
@@ -66,13 +66,11 @@ def score_pages(
     total = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.to(dtype)[:, None, None])
-    page = page_of_token(quantized, group_size, query.device)
-    count = -(-quantized // PAGE_TOKENS)
-    # Tokens of a page side by side; of the last one some may be missing.
-    by_page = scores.new_full((*scores.shape[:2], count * PAGE_TOKENS), float("-inf"))
-    by_page[..., :quantized] = (scores - total)[..., page.argsort(stable=True)]
-    weights = by_page.unflatten(-1, (count, PAGE_TOKENS)).logsumexp(-1)
-    return weights.unflatten(0, (kv_heads, -1)).amax((1, 2))
+    most = (scores - total)[..., :quantized].unflatten(0, (kv_heads, -1)).amax((1, 2))
+    most += v_scale[:, : quantized // group_size].flatten(1, 2).to(dtype).amax(-1).log()
+    page = page_of_token(quantized, group_size, query.device).expand(kv_heads, -1)
+    by_page = most.new_full((kv_heads, -(-quantized // PAGE_TOKENS)), float("-inf"))
+    return by_page.scatter_reduce(1, page, most, "amax")
 
 
 def read_tokens(chosen: Tensor, num_chosen: Tensor, quantized: int, group_size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """``quantspec::scored_attention`` and ``quantspec::scored_decoded_attention``: verification that leaves page scores.
 
 They attend as ``quantspec::cached_attention`` and ``quantspec::decoded_attention`` do, bit for bit. Besides, every page
-of the planes gets the logarithm of the most attention that any verified token pays to it, through any query head of a
-KV head; ``quantspec::choose_pages`` reads that. The formula is in ``pages``.
+of the planes gets a score: the logarithm of the most attention that any verified token pays, through any query head of
+a KV head, to a token of it, times the scale of that token's values. ``quantspec::choose_pages`` reads that.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def scored_attention(
         query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::cached_attention``.
         k_recent, v_recent: as there, mutated.
         k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there; none of them None.
-        page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes; -inf where
-            a window hides all of a page. What lies behind them means nothing. Without elements, nothing is scored.
+        page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes, see
+            ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. On CUDA two pages
+            that are a tile, as with more than 32 rows of a KV head, both get the higher score. Without elements,
+            nothing is scored.
         cos, sin, rotary_dim, interleaved: as there.
 
     Returns:
@@ -74,7 +76,7 @@ def scored_attention(
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             total = start + query.shape[2]
             keys, _ = dense_key_value(quantized, total, torch.float32, *(part[b] for part in cache))
-            _store_scores(page_scores[b], query[b], keys, quantized, 2 * k_upper.shape[3], start, options)
+            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
     return out
 
 
@@ -82,12 +84,12 @@ def _store_scores(
     page_scores: Tensor,
     query: Tensor,
     keys: Tensor,
+    v_scale: Tensor,
     quantized: int,
-    group_size: int,
     start: int,
     options: tuple[float, int, float, Tensor | None],
 ) -> None:
-    scores = score_pages(query, keys, quantized, group_size, start, *options)
+    scores = score_pages(query, keys, v_scale, quantized, start, *options)
     page_scores[:, : scores.shape[1]] = scores
 
 
@@ -134,7 +136,7 @@ def scored_decoded_attention(
     v_recent: Tensor,
     k_decoded: Tensor,
     v_decoded: Tensor,
-    k_upper: Tensor,
+    v_scale: Tensor,
     page_scores: Tensor,
     quantized_len: Tensor,
     length: Tensor,
@@ -148,7 +150,7 @@ def scored_decoded_attention(
     Args:
         query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::decoded_attention``.
         k_recent, v_recent, k_decoded, v_decoded: as there, mutated.
-        k_upper: ``(B, K, N, G/2, D)`` uint8; its shape says how long a group is.
+        v_scale: as in ``quantspec::scored_attention``.
         page_scores: as in ``quantspec::scored_attention``, mutated.
 
     Returns:
@@ -159,7 +161,7 @@ def scored_decoded_attention(
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             keys = k_decoded[b, :, : start + query.shape[2]]
-            _store_scores(page_scores[b], query[b], keys, quantized, 2 * k_upper.shape[3], start, options)
+            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
     return out
 
 

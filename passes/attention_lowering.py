@@ -62,7 +62,7 @@ _SCORED = (*part_names(), "page_scores")
 SCORED_ACCESS = CacheAccess(torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED)
 """How the target reads the cache for a sparse draft: it leaves the scores of pages."""
 
-_SCORED_DECODED = (*_DECODED, "k_upper", "page_scores")
+_SCORED_DECODED = (*_DECODED, "v_scale", "page_scores")
 SCORED_DECODED_ACCESS = CacheAccess(
     torch.ops.quantspec.scored_decoded_attention.default, _SCORED_DECODED, arguments=_SCORED_DECODED
 )

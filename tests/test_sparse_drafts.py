@@ -92,9 +92,8 @@ class PagesMachine(RuleBasedStateMachine):
             held, options = self.cache.layers[index], (layer.key_dim**-0.5, 0, 0.0, None)
             scored_attention(*new, *held.parts(), held.page_scores, *self.state(), *options)
             for row, (quantized, length) in enumerate(zip(*(x.tolist() for x in self.state()), strict=True)):
-                expected = score_pages(
-                    new[0][row], self.dense(index, row, tokens, True)[0], quantized, G, length, *options
-                )
+                keys, _ = self.dense(index, row, tokens, True)
+                expected = score_pages(new[0][row], keys, held.v_scale[row], quantized, length, *options)
                 whole = quantized // PAGE_TOKENS
                 torch.testing.assert_close(held.page_scores[row, :, :whole], expected[:, :whole])
                 for head in range(layer.kv_heads):
@@ -231,7 +230,7 @@ def test_a_cpu_s_verification_is_unchanged_and_scores_as_the_planes_do() -> None
         new, held = source.tokens(layer, 2, 4), cache.layers[index]
         copies = [getattr(held, name) for name in (*part_names("recent"), *(part.name for part in DECODED_PARTS))]
         plain = decoded_attention(*new, *copies, *state, *options)
-        arguments = (*new, *copies, held.k_upper, held.page_scores, *state, *options)
+        arguments = (*new, *copies, held.v_scale, held.page_scores, *state, *options)
         assert torch.equal(scored_decoded_attention(*arguments), plain)
         scores = held.page_scores.clone()
         scored_attention(*new, *held.parts(), held.page_scores, *state, *options)
