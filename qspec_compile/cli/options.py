@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, QuantSpecConfig, WeightQuantizer
+from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, DraftAttention, QuantSpecConfig, WeightQuantizer
 
 from .errors import CommandError
 
@@ -146,6 +146,23 @@ class ModelOptions:
         bool | None,
         typer.Option("--quantize-lm-head", help="INT4 for the draft's language-model head too.", show_default=False),
     ] = None
+    draft_attention: Annotated[
+        DraftAttention | None,
+        typer.Option(
+            metavar="NAME",
+            help=_help(
+                "What drafts read of a long text: full, sparse (the pages that matter) or auto.", "draft_attention"
+            ),
+        ),
+    ] = None
+    draft_attention_share: Annotated[
+        float | None,
+        typer.Option(
+            parser=real(0, 1),
+            metavar="X",
+            help=_help("Share of the cache that sparse drafts read.", "draft_attention_share"),
+        ),
+    ] = None
     max_cache_len: Annotated[
         int | None,
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a text. [default: the model's context]"),
@@ -171,7 +188,7 @@ class ModelOptions:
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
         names: tuple[str, ...] = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer")
-        names += ("quantize_lm_head", "max_cache_len")
+        names += ("quantize_lm_head", "draft_attention", "draft_attention_share", "max_cache_len")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
