@@ -179,7 +179,7 @@ def test_the_text_is_the_target_s(architecture: str, short_pages) -> None:
     qs = sparse_pair(architecture)
     prompts = [random_prompt(6 * PAGE_TOKENS, 1), random_prompt(30, 2)]
     ids, mask = pad_batch(prompts, [0, 0], 6 * PAGE_TOKENS)
-    options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": False}
+    options = {"max_new_tokens": GROUP + 8, "eos_token_id": None, "do_sample": False}
     alone = qs.generate(ids, mask, num_speculative_tokens=0, **options)
     text = qs.generate(ids, mask, **options)
     for prompt, drafted, plain in zip(prompts, text, alone, strict=True):
@@ -200,7 +200,7 @@ def test_short_contexts_are_read_as_ever(qs, draft_attention: str) -> None:
     """Where no text of the cache's size is long enough, the same drafts are proposed and nothing is kept of pages."""
     pair = sparse_pair("llama", draft_attention)
     ids = torch.tensor([random_prompt(100, 4)])
-    options = {"max_new_tokens": 40, "eos_token_id": None, "do_sample": False}
+    options = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
     assert torch.equal(pair.generate(ids, **options), qs.generate(ids, **options))
     assert pair.last_stats.accepted_per_cycle == qs.last_stats.accepted_per_cycle
     assert pair.session.cache.layers[0].page_scores.numel() == 0
