@@ -101,6 +101,6 @@ def test_programs_keep_what_transformers_keeps_of_whole_vocabularies(name, sprea
         for out in (processed(processor, scores), processor(IDS.cuda(), scores)):
             kept = out > -INF
             last = order.where(kept, 0.0).amax(-1, keepdim=True)
-            assert (last <= order.where(~kept, INF).amin(-1, keepdim=True) + 3e-5).all()
+            assert (last <= order.where(~kept, INF).amin(-1, keepdim=True) + 3e-4).all()
             assert (probs.where(kept, 0.0).sum(-1) > mass - 1e-4).all()
-            assert (probs.where(order < last - 3e-5, 0.0).sum(-1) < mass + 1e-4).all()
+            assert (probs.where(order < last - 3e-4, 0.0).sum(-1) < mass + 1e-4).all()
