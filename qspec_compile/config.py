@@ -82,7 +82,7 @@ class QuantSpecConfig:
     quantize_lm_head: bool = False
     draft_recipe: str = "int4"
     draft_attention: DraftAttention = DraftAttention.FULL
-    draft_attention_share: float = 0.1
+    draft_attention_share: float = 0.07
     max_cache_len: int | None = None
     self_check: bool = True
     compile: bool | None = None

@@ -76,7 +76,8 @@ def expected_memory(
 
     Returns:
         Bytes by part, those of :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``: ``upper``,
-        ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``.
+        ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``. What a sparse draft keeps of pages,
+        less than a thousandth of that, is left out.
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
     slots = recent_slots(kv_group_size, num_speculative_tokens)

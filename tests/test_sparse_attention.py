@@ -22,7 +22,9 @@ from quantspec.kernels.sparse_attention import sparse_attention_triton
 
 # Groups shorter than a page, as long, and longer; ragged rows; what kernels treat apart.
 CASES = {
-    "ragged, grouped queries": Case(heads=4, kv_heads=2, value_dim=32, group=64, lengths=((320, 10), (0, 3), (128, 64))),
+    "ragged, grouped queries": Case(
+        heads=4, kv_heads=2, value_dim=32, group=64, lengths=((320, 10), (0, 3), (128, 64))
+    ),
     "small groups": Case(group=16, lengths=((208, 20), (80, 16))),
     "window": Case(group=64, window=180, lengths=((256, 70), (64, 64))),
     "window over small groups": Case(group=16, window=120, lengths=((208, 20),), tokens=3),

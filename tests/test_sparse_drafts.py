@@ -19,6 +19,7 @@ from torch import Tensor
 import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.cache import HierarchicalCache, PageBudget, page_choice
+from quantspec.checkpoint.folder import Description
 from quantspec.kernels import (
     decoded_attention,
     prefill_attention,
@@ -211,7 +212,7 @@ def test_auto_reads_4096_tokens_in_any_case() -> None:
     sparse, auto = (PageBudget.of(QuantSpecConfig(draft_attention=name)) for name in ("sparse", "auto"))
     assert auto.sizes(4096 // 128, 128) == (0, 0)
     assert auto.sizes(8192 // 128, 128) == (128, 64)
-    assert auto.sizes(131072 // 128, 128) == sparse.sizes(131072 // 128, 128) == (2048, 205)
+    assert auto.sizes(131072 // 128, 128) == sparse.sizes(131072 // 128, 128) == (2048, 144)
     assert sparse.sizes(4096 // 128, 128) == (64, 8)
     assert PageBudget.of(QuantSpecConfig()) is None
 
@@ -294,3 +295,14 @@ def test_replays_choose_as_launches_one_by_one_do(short_pages, monkeypatch) -> N
     assert torch.equal(qs.generate(ids, mask, **options), ours)
     assert qs.last_stats.accepted_per_cycle == accepted
     assert qs.session.cache.layers[0].num_chosen[0, 0, 0] == 2
+
+
+def test_the_command_line_takes_both_options(run, saved_model, tmp_path) -> None:
+    options = ("--draft-attention", "auto", "--draft-attention-share", "0.2", "--no-self-check")
+    status, _, err = run("convert", saved_model, tmp_path / "pair", *options)
+    assert status == 0, err
+    saved = Description.read(tmp_path / "pair").options
+    assert (saved.draft_attention, saved.draft_attention_share) == ("auto", 0.2)
+    status, _, err = run("convert", saved_model, tmp_path / "other", "--draft-attention", "some")
+    assert status == 2
+    assert "'full', 'sparse', 'auto'" in err
