@@ -1,8 +1,9 @@
 """Capture of a decoder: transformers' interfaces (``interfaces``), the export, and what is refused (``checks``)."""
 
-from .checks import DTYPES, check_head_dims, check_model, check_rope
+from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec
+from .rope import follows_length, rope_at, rope_context_of
 
 __all__ = [
     "DTYPES",
@@ -13,6 +14,8 @@ __all__ = [
     "capture",
     "check_head_dims",
     "check_model",
-    "check_rope",
     "converting",
+    "follows_length",
+    "rope_at",
+    "rope_context_of",
 ]

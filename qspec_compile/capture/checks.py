@@ -14,6 +14,7 @@ from quantspec.errors import UnsupportedModelError
 from quantspec.kernels.cached_attention import MAX_HEAD_DIM
 
 from .interfaces import CapturedLayer, MaskSpec, Recorder
+from .rope import follows_length
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,16 +60,18 @@ def check_model(model: object, structure_only: bool = False) -> None:
                 f"weight '{tensor_name}' of {name} is {tensor.dtype}; load the model in float32, float16 or bfloat16, "
                 "not quantized: the draft's INT4 weights are made from them"
             )
-    check_rope(name, config)
+    if not any(map(follows_length, model.modules())):
+        _check_rope(name, config)
 
 
-def check_rope(name: str, config: object) -> None:
-    """Raise ``UnsupportedModelError`` for a RoPE in the config of ``name`` that moves what is cached."""
+def _check_rope(name: str, config: object) -> None:
+    """Refuse a RoPE in the config of ``name`` that moves what is cached, and that no module tells of."""
     for key, parameters in _rope_parameters(config):
         rope_type = parameters.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
             raise UnsupportedModelError(
-                f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text grows"
+                f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text "
+                "grows, and no module of the model holds it in the way of transformers"
             )
 
 

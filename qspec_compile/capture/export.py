@@ -17,6 +17,7 @@ from quantspec.locks import LockOfProcess
 from .checks import check_head_dims, check_masks, check_model, check_own_positions, check_precision
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
+from .rope import follows_length, rope_at
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,13 +58,14 @@ def converting() -> Iterator[None]:
         yield
 
 
-def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
+def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: int | None = None) -> Capture:
     """Export ``model`` once, with dynamic batch and token axes.
 
     Args:
         model: a loaded decoder with a language-model head, on one device, in float32, float16 or bfloat16. It is
             left as it was.
         structure_only: the weights may be on the meta device, for a graph that is looked at and not run.
+        rope_context: the length of text whose frequencies a RoPE that follows the length has; needed for such a model.
 
     Returns:
         The graph, with one ``quantspec::attention`` marker per attention call.
@@ -77,7 +79,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with capture_interfaces(model) as recorder, RefuseConvolutions(), torch.no_grad():
+    follow_length = set(filter(follows_length, model.modules()))
+    held_rope = rope_at(model, rope_context)
+    with held_rope, capture_interfaces(model) as recorder, RefuseConvolutions(), torch.no_grad():
         try:
             program = torch.export.export(_Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False)
         except UnsupportedModelError:
@@ -87,6 +91,8 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not isinstance(error, MaskReadError | StateError):
                 reason = f"torch.export cannot capture it: {reason}"
+            if module in follow_length:
+                reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
             if "Constraints violated" in reason:
                 reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
             raise recorder.unsupported(model if module is None else module, reason) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache
-from quantspec.capture import Capture, capture, check_model
+from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
@@ -63,13 +64,14 @@ class Pair:
         check_model(model)
         recipes = recipes_for(config, model.device)
         self.frozen = FrozenModel(model)
+        rope_context = rope_context_of(model, config)
         if captured is None:
-            captured = capture(model)
+            captured = capture(model, rope_context=rope_context)
         self.model: PreTrainedModel = model
         self.captured = captured
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
-        config = replace(config, max_cache_len=self.max_len)
+        config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         self.graphs: Mapping[Role, fx.GraphModule]
         self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
         self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
@@ -173,6 +175,11 @@ class Pair:
         width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
         per_token = batch_size * 6 * width * self.model.dtype.itemsize
         return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
+
+    @property
+    def rope_held(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the model compute as the pair does, if its RoPE follows the length of a text."""
+        return rope_at(self.model, self.config.rope_context)
 
     def check_unmoved(self) -> None:
         """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
