@@ -438,8 +438,10 @@ def _attend_kernel(
     newest = start + rows % TOKENS
     # Without a window everything is newer than -1.
     oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    # A negative window is the size of chunks.
+    chunk = tl.maximum(-window, 1)
     if HAS_WINDOW:
-        oldest = newest - window
+        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
     d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
@@ -501,7 +503,8 @@ def _attend_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.maximum(start - window + 1, 0) // (2 * HALF) * HALF // BLOCK
+            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+            begin = begin // (2 * HALF) * HALF // BLOCK
             begin = tl.minimum(begin, end)
         share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
         first = begin + (split - RECENT_SPLITS) * share
@@ -795,7 +798,7 @@ def cached_attention_triton(
         ANGLES=1 if cos is None else cos.shape[2],
         INTERLEAVED=interleaved,
         HAS_LOWER=k_lower is not None,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=window != 0,
         HAS_SOFTCAP=softcap > 0,
         USE_ASM=use_inline_asm(query.device),
         OVERLAP=overlap,

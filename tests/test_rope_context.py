@@ -89,7 +89,7 @@ def test_a_saved_pair_keeps_its_frequencies(tmp_path):
 
 
 def test_rope_context_is_refused_where_nothing_follows_it():
-    with pytest.raises(ValueError, match="rope_context=64 is for RoPE that depends on the length.*leave it None"):
+    with pytest.raises(ValueError, match=r"rope_context=64 is for RoPE that depends on the length.*leave it None"):
         quantspec.convert(tiny_model("llama"), rope_context=64)
 
 

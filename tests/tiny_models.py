@@ -75,6 +75,13 @@ ARCHITECTURES: dict[str, dict] = {
         "num_key_value_heads": 4,
         **_MOE,
     },
+    "llama4_text": {
+        "attention_chunk_size": 12,
+        "no_rope_layers": [1, 0],
+        "attn_temperature_tuning": False,
+        "intermediate_size_mlp": 96,
+        **_MOE,
+    },
     # Beyond the common families: two attention calls a layer, layers without RoPE, other gates and norms.
     "diffllama": {},
     "exaone4": {"sliding_window": 12, "sliding_window_pattern": 2},

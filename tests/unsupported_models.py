@@ -165,14 +165,6 @@ UNSUPPORTED: dict[str, Refused] = {
     "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
     # The rest.
     "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
-    "llama4_text": _architecture(
-        "llama4_text",
-        "mask depends on more than the tokens' positions",
-        "self_attn",
-        attention_chunk_size=8,
-        intermediate_size_mlp=96,
-        **_MOE,
-    ),
     "phimoe": _architecture(
         "phimoe",
         "RoPE reads the length of a text by itself",

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
+from quantspec.passes.graph import find_calls
 
-from .checks import check_head_dims, check_masks, check_model, check_own_positions, check_precision
+from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
 from .rope import follows_length, rope_at
@@ -96,9 +97,11 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             if "Constraints violated" in reason:
                 reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
             raise recorder.unsupported(model if module is None else module, reason) from error
-        layers = tuple(recorder.layers)
+        layers, masks = tuple(recorder.layers), recorder.masks.copy()
         if not structure_only:
             check_own_positions(model, recorder, positions)
+            # Rules that hold tensors can be asked only where those are real.
+            masks = recorder.masks[len(layers) : 2 * len(layers)]
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
@@ -108,5 +111,16 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         )
     check_precision(model, program, recorder)
     check_head_dims(layers, model.device)
-    check_masks(recorder)
-    return Capture(program.module(check_guards=False), layers)
+    chunked = chunked_layers(recorder, masks, model.device)
+    graph_module = program.module(check_guards=False)
+    for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+        if marker.args[3] in chunked:
+            marker.update_arg(5, -marker.args[5])  # type: ignore[operator]
+    graph_module.recompile()
+    return Capture(
+        graph_module,
+        tuple(
+            replace(layer, window=0, chunk=layer.window) if number in chunked else layer
+            for number, layer in enumerate(layers)
+        ),
+    )

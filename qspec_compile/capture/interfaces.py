@@ -67,7 +67,10 @@ class StateError(Exception):
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a mask tensor would have said: causal, within ``window`` tokens (0: all). Using it as a tensor fails."""
+    """What a mask tensor would have said: ``mask_function``, causal if None. Using it as a tensor fails.
+
+    ``window`` is the size of its window or of its chunks, 0 without.
+    """
 
     window: int = 0
     mask_function: Callable | None = None
@@ -97,6 +100,7 @@ class CapturedLayer:
         softcap: bound of the soft-capped scores; 0 for none.
         has_sinks: whether a learned logit per query head joins the softmax.
         held: what transformers' own cache holds for it; None where that is not known.
+        chunk: tokens of a chunk, where those of one see no other's; 0 for none.
     """
 
     module: str
@@ -108,6 +112,7 @@ class CapturedLayer:
     softcap: float
     has_sinks: bool
     held: HeldState | None = None
+    chunk: int = 0
 
 
 class Recorder:
@@ -118,7 +123,8 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.module_names = {module: name for name, module in model.named_modules()}
         self.layers: list[CapturedLayer] = []
-        self.masks: dict[MaskSpec, nn.Module] = {}
+        # Of each of them, and the module that attends.
+        self.masks: list[tuple[MaskSpec, nn.Module]] = []
 
     def unsupported(self, module: nn.Module, reason: str) -> UnsupportedModelError:
         """The error that names ``module``."""
@@ -168,8 +174,7 @@ def _marker_attention(
             raise _unsupported(module, f"the attention argument '{name}' is not supported")
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
-    if attention_mask is not None:
-        recorder.masks.setdefault(attention_mask, module)
+    recorder.masks.append((attention_mask or MaskSpec(window), module))
     layer = len(recorder.layers)
     recorder.layers.append(
         CapturedLayer(

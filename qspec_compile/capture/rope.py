@@ -81,5 +81,4 @@ def _hold(module: nn.Module, model: PreTrainedModel, num_tokens: int) -> None:
             for layer_type in types:
                 named = {} if layer_type is None else {"layer_type": layer_type}
                 module(x, torch.tensor([[position]], device=model.device), **named)
-    held = {kind: "default" for kind in types}
-    module.rope_type = held[None] if None in held else held  # type: ignore[assignment]
+    module.rope_type = "default" if None in types else dict.fromkeys(types, "default")  # type: ignore[assignment]
