@@ -17,7 +17,7 @@ from quantspec.kernels import flush
 from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
 from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
-from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
+from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots
 
 
 def check_cache_len(num_tokens: int, max_len: int) -> None:
@@ -84,6 +84,7 @@ class HierarchicalCache:
         layers: one :class:`LayerCache` per attention call, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
+        states: ``(B, S, ...)`` of each state: after the verified tokens, and after each that was read behind them.
     """
 
     # Tensors made in inference mode could not be written outside it, by a later call.
@@ -97,6 +98,7 @@ class HierarchicalCache:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        states: Sequence[StateShape] = (),
     ) -> None:
         """An empty cache without planes; :meth:`reserve` gives it room.
 
@@ -109,6 +111,7 @@ class HierarchicalCache:
             max_len: most tokens that a sequence may hold.
             dtype: of the recent buffers, the model's.
             device: of all tensors.
+            states: what layers keep besides keys and values.
         """
         self.group_size = group_size
         self.num_speculative_tokens = num_speculative_tokens
@@ -120,6 +123,10 @@ class HierarchicalCache:
         ]
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states: list[Tensor] = [
+            torch.zeros(batch_size, num_speculative_tokens + 2, *state.shape, dtype=state.dtype, device=device)
+            for state in states
+        ]
 
     @property
     def capacity(self) -> int:
@@ -165,6 +172,9 @@ class HierarchicalCache:
     def keep(self, num_tokens: Tensor) -> Tensor:
         """:meth:`accept` without the flush; returns a bool tensor ``()`` on the device: whether one is due now."""
         self.length += num_tokens
+        sequences = torch.arange(self.batch_size, device=num_tokens.device)
+        for state in self.states:
+            state[:, 0] = state[sequences, num_tokens]
         return self._due().any()
 
     def flush(self) -> None:
@@ -190,7 +200,15 @@ class HierarchicalCache:
         return self.length - self.quantized_len >= 2 * self.group_size
 
     def rewind(self, num_tokens: Tensor) -> None:
-        """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes."""
+        """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes.
+
+        States do not go back: with any, a sequence that does not keep all its tokens begins anew.
+        """
+        if self.states:
+            all_kept = num_tokens == self.length
+            num_tokens = torch.where(all_kept, num_tokens, 0)
+            for state in self.states:
+                state[~all_kept, 0] = 0
         inside = num_tokens < self.quantized_len
         boundary = num_tokens // self.group_size * self.group_size
         self.length.copy_(torch.where(inside, boundary, num_tokens))
@@ -200,12 +218,17 @@ class HierarchicalCache:
         """Forget all tokens and keep the storage."""
         self.length.zero_()
         self.quantized_len.zero_()
+        for state in self.states:
+            state[:, 0] = 0
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``."""
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``, and ``state``
+        where layers keep any."""
         parts = parts_on(self.length.device)
         totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:
             for part in parts:
                 totals[part.kind] += getattr(layer, part.name).nbytes
+        if self.states:
+            totals["state"] = sum(state.nbytes for state in self.states)
         return totals

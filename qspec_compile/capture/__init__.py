@@ -2,8 +2,9 @@
 
 from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
-from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec
+from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
 from .rope import follows_length, rope_at, rope_context_of
+from .state import WithState
 
 __all__ = [
     "DTYPES",
@@ -11,6 +12,9 @@ __all__ = [
     "Capture",
     "CapturedLayer",
     "MaskSpec",
+    "Recorder",
+    "WithState",
+    "attending",
     "capture",
     "check_head_dims",
     "check_model",

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
 from quantspec.passes.graph import find_calls
+from quantspec.passes.state_steps import StateStepsError, StepStates
 
 from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
 from .rope import follows_length, rope_at
+from .state import WithState, keeps_state, state_shapes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,10 +36,13 @@ class Capture:
         graph_module: ``graph_module(input_ids, position_ids) -> logits`` with ``(B, T)`` int64 inputs and ``(B, T, V)``
             logits in the model's dtype, both B and T dynamic; its parameters are the model's own tensors.
         layers: its attention calls, in forward order.
+        states: what layers keep besides keys and values. The graph then takes further inputs, ``(B, S, ...)`` for each:
+            the state before the tokens, and room for that after each of them, which it writes.
     """
 
     graph_module: fx.GraphModule
     layers: tuple[CapturedLayer, ...]
+    states: tuple[StateShape, ...] = ()
 
 
 class _Logits(nn.Module):
@@ -82,9 +88,18 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
-    with held_rope, capture_interfaces(model) as recorder, RefuseConvolutions(), torch.no_grad():
+    with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
+        states: tuple[StateShape, ...] = ()
         try:
-            program = torch.export.export(_Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False)
+            if keeps_state(model):
+                states = state_shapes(model)
+                recorder.forget()
+                program = _export_token(model, states)
+            else:
+                with RefuseConvolutions():
+                    program = torch.export.export(
+                        _Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False
+                    )
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -104,6 +119,12 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             masks = recorder.masks[len(layers) : 2 * len(layers)]
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
+    if states and not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has state that does not grow with the text and no attention layer: there is no "
+            "key/value cache to read at fewer bits, and nothing that quantspec would make faster but INT4 weights, "
+            "which are torchao's to give"
+        )
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "
@@ -113,6 +134,11 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     check_head_dims(layers, model.device)
     chunked = chunked_layers(recorder, masks, model.device)
     graph_module = program.module(check_guards=False)
+    if states:
+        try:
+            StepStates(len(states))(graph_module)
+        except StateStepsError as error:
+            raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])  # type: ignore[operator]
@@ -123,4 +149,16 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             replace(layer, window=0, chunk=layer.window) if number in chunked else layer
             for number, layer in enumerate(layers)
         ),
+        states,
     )
+
+
+def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> torch.export.ExportedProgram:
+    """``model`` as a function of one token of each sequence and of the states before it, without side effects."""
+    ids = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+    before = tuple(torch.zeros(2, *state.shape, dtype=state.dtype, device=model.device) for state in states)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    inputs = (ids, torch.full_like(ids, 7), *before)
+    shapes = (batch, batch, tuple(batch for _ in before))
+    program = torch.export.export(WithState(model, states), inputs, dynamic_shapes=shapes, strict=False)
+    return program.run_decompositions({})

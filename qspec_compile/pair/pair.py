@@ -18,6 +18,7 @@ from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
+from .eager_prefill import EagerPrefill
 from .frozen import FrozenModel
 from .recipes import build_graphs, common_graph, recipes_for
 from .tuned import TuneReport
@@ -30,7 +31,8 @@ class Pair:
 
     A role's graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
     ``length (B,)``, the state inputs of its recipe, all int64, and the cache's tensors; it returns logits ``(B, R, V)``
-    in the model's dtype. :meth:`read` and :meth:`fill` call them so.
+    in the model's dtype. :meth:`read` and :meth:`fill` call them so. Where layers keep state, that follows the
+    positions, and prefill is an :class:`quantspec.pair.eager_prefill.EagerPrefill`.
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
@@ -72,12 +74,16 @@ class Pair:
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
-        self.graphs: Mapping[Role, fx.GraphModule]
+        self.graphs: Mapping[Role, torch.nn.Module]
         self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
         self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
+        if captured.states:
+            # Their steps are Python.
+            self.compiles = False
+            self.graphs = {**self.graphs, Role.PREFILL: EagerPrefill(model, captured)}
         self._recipes = recipes
         self._forwards = {
             role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
@@ -128,6 +134,7 @@ class Pair:
             self.max_len,
             self.model.dtype,
             self.device,
+            self.captured.states,
         )
 
     def read(self, role: Role, ids: Tensor, cache: HierarchicalCache, num_ahead: int = 0) -> Tensor:
@@ -146,7 +153,8 @@ class Pair:
         rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         # Drafts may run past the last position, where nothing of them is kept.
         positions = (length[:, None] + rows).clamp(max=self.max_len - 1)
-        return self.forward(role, ids, positions, rows, cache.quantized_len, length, cache=cache)
+        states = [state[:, num_ahead:] for state in cache.states]
+        return self.forward(role, ids, positions, *states, rows, cache.quantized_len, length, cache=cache)
 
     def fill(self, ids: Tensor, num_new: Tensor, cache: HierarchicalCache) -> Tensor:
         """Cache the first ``num_new (B,)`` of right-padded ``ids (B, T)``, both int64, as verified tokens.
@@ -158,7 +166,7 @@ class Pair:
         positions = (cache.length[:, None] + columns).clamp(max=self.max_len - 1)
         last = (num_new - 1).clamp(min=0)[:, None]
         state = (cache.quantized_len, cache.length, num_new)
-        logits = self.forward(Role.PREFILL, ids, positions, last, *state, cache=cache)
+        logits = self.forward(Role.PREFILL, ids, positions, *cache.states, last, *state, cache=cache)
         cache.advance_prefill(num_new)
         return logits
 

@@ -1,0 +1,85 @@
+"""State that is not keys and values: convolutions and recurrences of a decoder, as transformers' own cache holds them.
+
+The layers of that cache hold such states by name. A capture of one token takes them as inputs and gives them back as
+outputs; a prefill sets them before a forward and reads them after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+
+from quantspec.cache.geometry import StateShape
+
+_KINDS = ("conv_states", "recurrent_states")
+
+
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether transformers' cache of ``model`` holds states besides keys and values."""
+    return any(map(_is_stateful, DynamicCache(config=model.config).layers))
+
+
+@torch.no_grad()
+def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
+    """The states after a short text, in the order of the cache's layers."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    return tuple(
+        StateShape(layer, kind, index, tuple(state.shape[1:]), state.dtype)
+        for layer, kind, index, state in _states(cache)
+    )
+
+
+class WithState(nn.Module):
+    """The decoder as a function of token ids, positions and states; also returns the states after the tokens."""
+
+    def __init__(self, model: PreTrainedModel, shapes: Sequence[StateShape]) -> None:
+        super().__init__()
+        self.model = model
+        self.shapes = shapes
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``(B, T, V)``, and the states, which are ``(B, ...)`` as those that are given."""
+        cache = DynamicCache(config=self.model.config)
+        for shape, state in zip(self.shapes, states, strict=True):
+            _set(cache.layers[shape.layer], shape, state.clone())
+        # An explicit mask keeps transformers from reading packed sequences out of the positions.
+        mask = torch.ones_like(input_ids)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=True,
+            **{self._cache_name: cache},
+        ).logits
+        return logits, *(getattr(cache.layers[shape.layer], shape.kind)[shape.index] for shape in self.shapes)
+
+
+def _is_stateful(layer: object) -> bool:
+    # Older versions of transformers have no such layers.
+    return isinstance(layer, getattr(cache_utils, "LinearAttentionCacheLayerMixin", ()))
+
+
+def _states(cache: Any) -> Iterator[tuple[int, str, int, Tensor]]:
+    for number, layer in enumerate(cache.layers):
+        for kind in _KINDS if _is_stateful(layer) else ():
+            for index, state in getattr(layer, kind).items():
+                if state is not None:
+                    yield number, kind, index, state
+
+
+def _set(layer: Any, shape: StateShape, state: Tensor) -> None:
+    """Make a state that of the text so far; zeros stand for none."""
+    getattr(layer, shape.kind)[shape.index] = state
+    getattr(layer, f"is_{shape.kind}_initialized")[shape.index] = True
+    layer.has_previous_state[shape.index] = True
+    layer.device, layer.dtype = state.device, state.dtype
+    if shape.kind == "conv_states":
+        layer.conv_kernel_size[shape.index] = state.shape[-1]
