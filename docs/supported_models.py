@@ -19,7 +19,7 @@ from quantspec.self_check import incremental_logits
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from tiny_models import ARCHITECTURES, tiny_model  # noqa: E402
+from tiny_models import ARCHITECTURES, HYBRIDS, tiny_model  # noqa: E402
 from unsupported_models import UNSUPPORTED, Refused  # noqa: E402
 
 # Shorter than 2G together, so that nothing is quantized, and longer than the sliding windows of the tiny models.
@@ -107,7 +107,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
-    for architecture in ARCHITECTURES:
+    for architecture in (*ARCHITECTURES, *HYBRIDS):
         rows.append(converted_row(architecture))
         print(rows[-1], flush=True)
     refused = [refused_row(name, model) for name, model in UNSUPPORTED.items()]

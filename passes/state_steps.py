@@ -49,7 +49,8 @@ class StateSteps(nn.Module):
         batch = states.shape[0]
         tokens = next(x for x, of_token in zip(inputs, self.is_token, strict=True) if of_token).shape[0] // batch
         rows = [
-            x.unflatten(0, (batch, tokens)) if of_token else x for x, of_token in zip(inputs, self.is_token, strict=True)
+            x.unflatten(0, (batch, tokens)) if of_token else x
+            for x, of_token in zip(inputs, self.is_token, strict=True)
         ]
         outputs = []
         for token in range(tokens):

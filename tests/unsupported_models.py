@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel, T5Config
 
 _STATE = "is not in the key/value cache"
+_NO_ATTENTION = "no attention layer, so no key/value cache"
 _MASK = "reads its attention mask itself"
 
 
@@ -141,8 +142,6 @@ def _bidirectional() -> PreTrainedModel:
     return model
 
 
-_HYBRID = {"num_hidden_layers": 2, "mamba_d_state": 8, "mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 16}
-
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention outside transformers' interface.
@@ -155,11 +154,8 @@ UNSUPPORTED: dict[str, Refused] = {
     "xglm": _architecture("xglm", _MASK, "model.layers.0.self_attn", d_model=64, ffn_dim=96, num_layers=2),
     "doge": _architecture("doge", _MASK, "model.layers.0.self_attn"),
     # Convolutions and recurrences.
-    "lfm2": _architecture("lfm2", _STATE, "model.layers.0.conv", layer_types=["conv", "full_attention"]),
-    "mamba": _architecture("mamba", _STATE, "backbone.layers.0.mixer", state_size=8),
-    "mamba2": _architecture("mamba2", _STATE, "backbone.layers.0.mixer", num_heads=8, head_dim=16, n_groups=1),
-    "falcon_h1": _architecture("falcon_h1", _STATE, "model.layers.0.mamba", mamba_d_ssm=64, **_HYBRID),
-    "jamba": _architecture("jamba", _STATE, "model.layers.0.mamba", **_HYBRID),
+    "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
+    "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),
     "recurrent_gemma": _architecture("recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d"),
     "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
     "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),

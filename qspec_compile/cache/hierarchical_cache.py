@@ -127,6 +127,8 @@ class HierarchicalCache:
             torch.zeros(batch_size, num_speculative_tokens + 2, *state.shape, dtype=state.dtype, device=device)
             for state in states
         ]
+        # Tokens that were kept last; the states after each of them are where they were written still.
+        self._kept: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:
@@ -154,6 +156,7 @@ class HierarchicalCache:
     def advance_prefill(self, num_new: Tensor) -> None:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
         before = self.quantized_len.clone()
+        self._kept.zero_()
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
         self.decode(before)
@@ -172,9 +175,8 @@ class HierarchicalCache:
     def keep(self, num_tokens: Tensor) -> Tensor:
         """:meth:`accept` without the flush; returns a bool tensor ``()`` on the device: whether one is due now."""
         self.length += num_tokens
-        sequences = torch.arange(self.batch_size, device=num_tokens.device)
-        for state in self.states:
-            state[:, 0] = state[sequences, num_tokens]
+        self._take_states(num_tokens)
+        self._kept.copy_(num_tokens)
         return self._due().any()
 
     def flush(self) -> None:
@@ -196,19 +198,29 @@ class HierarchicalCache:
             for row, (start, quantized, length) in state:
                 write_decoded(start, quantized, length, *(getattr(layer, part.name)[row] for part in parts_on("cpu")))
 
+    def _take_states(self, place: Tensor) -> None:
+        """Make the states at ``place (B,)`` those of the verified tokens."""
+        sequences = torch.arange(self.batch_size, device=place.device)
+        for state in self.states:
+            state[:, 0] = state[sequences, place]
+
     def _due(self) -> Tensor:
         return self.length - self.quantized_len >= 2 * self.group_size
 
     def rewind(self, num_tokens: Tensor) -> None:
         """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes.
 
-        States do not go back: with any, a sequence that does not keep all its tokens begins anew.
+        States go back by less than the tokens that were kept last: with any, a sequence that would have to go farther
+        begins anew.
         """
         if self.states:
-            all_kept = num_tokens == self.length
-            num_tokens = torch.where(all_kept, num_tokens, 0)
+            back = self.length - num_tokens
+            known = (back == 0) | (back < self._kept)
+            num_tokens = torch.where(known, num_tokens, 0)
+            self._take_states(torch.where(known & (back > 0), self._kept - back, 0))
             for state in self.states:
-                state[~all_kept, 0] = 0
+                state[~known, 0] = 0
+            self._kept.zero_()
         inside = num_tokens < self.quantized_len
         boundary = num_tokens // self.group_size * self.group_size
         self.length.copy_(torch.where(inside, boundary, num_tokens))
@@ -218,12 +230,13 @@ class HierarchicalCache:
         """Forget all tokens and keep the storage."""
         self.length.zero_()
         self.quantized_len.zero_()
+        self._kept.zero_()
         for state in self.states:
             state[:, 0] = 0
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``, and ``state``
-        where layers keep any."""
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``, and, where
+        layers keep any, ``state``."""
         parts = parts_on(self.length.device)
         totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:

@@ -21,7 +21,7 @@ from .checks import check_head_dims, check_model, check_own_positions, check_pre
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
 from .rope import follows_length, rope_at
-from .state import WithState, keeps_state, state_shapes
+from .state import WithState, state_shapes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -89,10 +89,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
-        states: tuple[StateShape, ...] = ()
         try:
-            if keeps_state(model):
-                states = state_shapes(model)
+            states = state_shapes(model)
+            if states:
                 recorder.forget()
                 program = _export_token(model, states)
             else:
@@ -119,12 +118,6 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             masks = recorder.masks[len(layers) : 2 * len(layers)]
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
-    if states and not layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has state that does not grow with the text and no attention layer: there is no "
-            "key/value cache to read at fewer bits, and nothing that quantspec would make faster but INT4 weights, "
-            "which are torchao's to give"
-        )
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention by itself instead of through transformers' attention "

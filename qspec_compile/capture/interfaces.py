@@ -60,10 +60,7 @@ class MaskReadError(Exception):
 
 
 class StateError(Exception):
-    """A model keeps state that is not keys and values."""
-
-    def __init__(self, function: str) -> None:
-        super().__init__(f"{function} mixes tokens, and its state is not in the key/value cache")
+    """A model keeps state that cannot be decoded from."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +243,16 @@ class RefuseConvolutions(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if function in _RECURRENT:
-            raise StateError(function.__name__)
+            raise _state_of(function)
         if function in _CONVOLUTIONS:
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
             if any(size > 1 for size in weight.shape[2:]):
-                raise StateError(function.__name__)
+                raise _state_of(function)
         return function(*args, **kwargs)
+
+
+def _state_of(function: Callable) -> StateError:
+    return StateError(f"{function.__name__} mixes tokens, and its state is not in the key/value cache")
 
 
 @contextlib.contextmanager

@@ -16,23 +16,37 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 
 from quantspec.cache.geometry import StateShape
 
+from .interfaces import StateError
+
 _KINDS = ("conv_states", "recurrent_states")
-
-
-def keeps_state(model: PreTrainedModel) -> bool:
-    """Whether transformers' cache of ``model`` holds states besides keys and values."""
-    return any(map(_is_stateful, DynamicCache(config=model.config).layers))
 
 
 @torch.no_grad()
 def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
-    """The states after a short text, in the order of the cache's layers."""
+    """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers."""
+    layers = DynamicCache(config=model.config).layers
+    if not any(map(_is_stateful, layers)):
+        return ()
+    if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
+        raise StateError(
+            "it has state that does not grow with the text and no attention layer, so no key/value cache to read at "
+            "fewer bits; only INT4 weights would make it faster, which are torchao's to give"
+        )
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    cache = DynamicCache(config=model.config)
+    _logits(model, ids, torch.arange(2, device=model.device)[None], cache)
     return tuple(
         StateShape(layer, kind, index, tuple(state.shape[1:]), state.dtype)
         for layer, kind, index, state in _states(cache)
     )
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    # An explicit mask keeps transformers from reading packed sequences out of the positions.
+    mask = torch.ones_like(input_ids)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, name: cache}
+    return model(**inputs, use_cache=True).logits
 
 
 class WithState(nn.Module):
@@ -42,23 +56,13 @@ class WithState(nn.Module):
         super().__init__()
         self.model = model
         self.shapes = shapes
-        names = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Logits ``(B, T, V)``, and the states, which are ``(B, ...)`` as those that are given."""
         cache = DynamicCache(config=self.model.config)
         for shape, state in zip(self.shapes, states, strict=True):
             _set(cache.layers[shape.layer], shape, state.clone())
-        # An explicit mask keeps transformers from reading packed sequences out of the positions.
-        mask = torch.ones_like(input_ids)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=True,
-            **{self._cache_name: cache},
-        ).logits
+        logits = _logits(self.model, input_ids, position_ids, cache)
         return logits, *(getattr(cache.layers[shape.layer], shape.kind)[shape.index] for shape in self.shapes)
 
 

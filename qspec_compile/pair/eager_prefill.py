@@ -25,7 +25,8 @@ class EagerPrefill(nn.Module):
         super().__init__()
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         model = copy.deepcopy(model, shared).eval()
-        for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+        configs = (getattr(module, "config", None) for module in model.modules())
+        for config in configs:
             if isinstance(config, PreTrainedConfig):
                 for part in (config, config.get_text_config()):
                     part._attn_implementation_internal = IMPLEMENTATION
@@ -39,11 +40,7 @@ class EagerPrefill(nn.Module):
         States are moved on in place; so are the parts of the cache.
         """
         num_states = len(self.captured.states)
-        states, (_, quantized_len, length, num_new), parts = (
-            inputs[:num_states],
-            inputs[num_states : num_states + 4],
-            inputs[num_states + 4 :],
-        )
+        states, (_, quantized_len, length, num_new, *parts) = inputs[:num_states], inputs[num_states:]
         counts = num_new.tolist()
         alike = len(set(counts)) == 1
         rows = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(counts))]
@@ -65,9 +62,7 @@ class EagerPrefill(nn.Module):
             for state, new in zip(states, after, strict=True):
                 state[row, 0] = new
             logits.append(made[:, -1:])
-        some = next((made for made in logits if made is not None), None)
-        if some is None:
-            raise ValueError("a prefill needs a new token")
+        some = next(made for made in logits if made is not None)
         return torch.cat([torch.zeros_like(some) if made is None else made for made in logits])
 
 

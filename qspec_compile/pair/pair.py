@@ -44,7 +44,7 @@ class Pair:
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
-        compiles: whether the graphs of recipes that say so go through torch.compile.
+        compiles: whether the graphs of recipes that say so go through torch.compile; those with state never do.
         tuned: what tuning did to the draft; None before.
     """
 
@@ -72,6 +72,11 @@ class Pair:
         self.model: PreTrainedModel = model
         self.captured = captured
         self.layers = captured.layers
+        if captured.states and config.compile:
+            raise ValueError(
+                f"compile=True: layers of {type(model).__name__} keep state, whose steps are not compiled; leave it "
+                "None"
+            )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         self.graphs: Mapping[Role, torch.nn.Module]
@@ -81,9 +86,9 @@ class Pair:
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
         if captured.states:
-            # Their steps are Python.
             self.compiles = False
-            self.graphs = {**self.graphs, Role.PREFILL: EagerPrefill(model, captured)}
+            with rope_at(model, rope_context):
+                self.graphs = {**self.graphs, Role.PREFILL: EagerPrefill(model, captured)}
         self._recipes = recipes
         self._forwards = {
             role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
@@ -218,6 +223,7 @@ class Pair:
         lines = [
             f"{type(self.model).__name__}, {dtype}, {self.device})",
             f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
+            *([f"  states in full precision: {len(self.captured.states)}"] if self.captured.states else []),
             f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
             f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
             f" (asked for {self.config.weight_group_size})",
