@@ -66,15 +66,18 @@ def test_a_conversation_goes_on_from_its_states_or_begins_anew(architecture):
     qs = converted(architecture)
     first = qs.generate(torch.tensor([random_prompt(20)]), num_speculative_tokens=4, **GREEDY)
     longer = torch.cat((first, torch.tensor([random_prompt(9, 1)])), 1)
+    # Else an id that is also that of padding would be taken for it.
+    mask = torch.ones_like(longer)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    text = qs.generate(longer, continue_cache=True, **options)
+    text = qs.generate(longer, mask, continue_cache=True, **options)
     assert qs.last_stats.continued_tokens == first.shape[1] - 1
-    assert torch.equal(text, qs.model.generate(longer, **options))
+    assert torch.equal(text, qs.model.generate(longer, attention_mask=mask, **options))
     # States do not go back to a place inside of the text.
     other = torch.cat((first[:, :40], torch.tensor([random_prompt(9, 2)])), 1)
-    text = qs.generate(other, continue_cache=True, **options)
+    mask = torch.ones_like(other)
+    text = qs.generate(other, mask, continue_cache=True, **options)
     assert qs.last_stats.continued_tokens == 0
-    assert torch.equal(text, qs.model.generate(other, **options))
+    assert torch.equal(text, qs.model.generate(other, attention_mask=mask, **options))
 
 
 def test_a_saved_pair_is_the_same(tmp_path):
