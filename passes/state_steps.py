@@ -92,7 +92,8 @@ class StepStates(PassBase):
                 node.replace_all_uses_with(rows)
                 graph.erase_node(node)
         output = graph.output_node()
-        (logits, *successors) = output.args[0]  # type: ignore[misc]
+        results: Any = output.args[0]
+        logits, *successors = results
         output.args = (logits,)
         # The export's knows the inputs and outputs that there were.
         graph.set_codegen(CodeGen())
@@ -236,7 +237,8 @@ class _Values(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         batch, tokens, slots = self.sizes.values()
-        before = n.meta.get("val")
+        before: Any = n.meta.get("val")
+        result: Any
         if n.op == "placeholder":
             is_state = n.target not in ("input_ids", "position_ids")
             result = self._empty(before, (batch, slots, *before.shape[1:]) if is_state else (batch, tokens))

@@ -156,7 +156,9 @@ UNSUPPORTED: dict[str, Refused] = {
     # Convolutions and recurrences.
     "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
     "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),
-    "recurrent_gemma": _architecture("recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d"),
+    "recurrent_gemma": _architecture(
+        "recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d", num_hidden_layers=3, lru_width=64
+    ),
     "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
     "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
     # The rest.

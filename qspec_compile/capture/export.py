@@ -134,7 +134,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
-            marker.update_arg(5, -marker.args[5])  # type: ignore[operator]
+            marker.update_arg(5, -marker.args[5])
     graph_module.recompile()
     return Capture(
         graph_module,

@@ -34,7 +34,11 @@ def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
         )
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)
-    _logits(model, ids, torch.arange(2, device=model.device)[None], cache)
+    try:
+        _logits(model, ids, torch.arange(2, device=model.device)[None], cache)
+    except Exception:
+        # A cache of the model's own; what mixes its tokens is found at its capture.
+        return ()
     return tuple(
         StateShape(layer, kind, index, tuple(state.shape[1:]), state.dtype)
         for layer, kind, index, state in _states(cache)

@@ -79,19 +79,19 @@ class Pair:
             )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
-        self.graphs: Mapping[Role, torch.nn.Module]
         self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
-        self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
+        graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
+        self.graphs: Mapping[Role, torch.nn.Module] = graphs
         if captured.states:
             self.compiles = False
             with rope_at(model, rope_context):
-                self.graphs = {**self.graphs, Role.PREFILL: EagerPrefill(model, captured)}
+                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, captured)}
         self._recipes = recipes
         self._forwards = {
-            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
+            role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
