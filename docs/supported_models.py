@@ -33,8 +33,8 @@ INTRODUCTION = f"""# Supported models
 
 Made on a CPU by `python docs/supported_models.py` with torch {torch.__version__.split("+")[0]} and transformers \
 {transformers.__version__}. There is no code per model: any decoder whose attention goes through transformers'
-attention interface is captured, with what states transformers' cache holds besides keys and values, and what cannot be decoded from
-them is refused by name. Each row is a
+attention interface is captured, with what states transformers' cache holds besides keys and values, and what cannot
+be decoded from them is refused by name. Each row is a
 tiny random model (two layers, float32) of that type. *Prefill* and *decoding* are the largest differences of the
 target's logits from the model's own (whose largest logit is about 4) after a prompt of {PROMPT} tokens and in \
 {sum(STEPS)} tokens

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from step_by_step import assert_same_text
 from tiny_models import tiny_model
 from transformers.models.llama import modeling_llama
 
@@ -19,7 +18,7 @@ CHUNK = 12
 
 @pytest.fixture(scope="module")
 def chunked_qs():
-    return quantspec.convert(tiny_model("llama4_text"), kv_group_size=16)
+    return quantspec.convert(tiny_model("llama4_text"), kv_group_size=64)
 
 
 def test_chunks_and_full_attention_are_told_apart(chunked_qs):
@@ -28,7 +27,7 @@ def test_chunks_and_full_attention_are_told_apart(chunked_qs):
 
 @pytest.mark.parametrize("gamma", [0, 4])
 def test_a_padded_batch_counts_chunks_from_each_text(chunked_qs, gamma):
-    """Long enough that chunks end inside the planes, between them and the recent buffer, and inside that."""
+    """Nothing is quantized: the ops' own tests let chunks end inside the planes and behind them."""
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 96, (count,), generator=generator) for count in (53, 41)]
     ids = torch.zeros(2, 53, dtype=torch.long)
@@ -38,8 +37,8 @@ def test_a_padded_batch_counts_chunks_from_each_text(chunked_qs, gamma):
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "num_speculative_tokens": gamma}
     together = chunked_qs.generate(ids, mask, **options)
     for row, prompt in enumerate(prompts):
-        alone = chunked_qs.generate(prompt[None], **{**options, "num_speculative_tokens": 0})
-        assert_same_text(chunked_qs, prompt, together[row, 53:].tolist(), alone[0, len(prompt) :].tolist(), tie=0.1)
+        alone = chunked_qs.generate(prompt[None], torch.ones(1, len(prompt)), **options | {"num_speculative_tokens": 0})
+        assert torch.equal(together[row, 53:], alone[0, len(prompt) :])
 
 
 def test_a_chunk_does_not_see_another(chunked_qs):
