@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import compute_dtype, masked_attention, softmax_with_sinks
+from .attention import compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .cache_layout import part_names
 from .hierarchical import dense_key_value
 from .pages import read_tokens
@@ -174,12 +174,12 @@ def _attend_sequence(
     scores = scores.view(kv_heads * repeat, tokens, -1)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    if tokens > 1 or window > 0:
+    if tokens > 1 or window:
         positions = first_key + torch.arange(scores.shape[-1], device=q.device)
         row_positions = start + torch.arange(tokens, device=q.device)[:, None]
         hidden = positions > row_positions
-        if window > 0:
-            hidden |= positions <= row_positions - window
+        if window:
+            hidden |= positions < first_visible(row_positions, window)
         scores = scores.masked_fill(hidden, float("-inf"))
     if read is not None:
         unread = F.pad(~read, (0, k_recent.shape[1])).repeat_interleave(repeat, 0)
@@ -219,7 +219,7 @@ def attend_plainly(
     out = query.new_empty(batch, tokens, heads, v_recent.shape[3])
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
         # Groups that lie wholly before every query's window are not read.
-        oldest = max(0, start - window + 1) if window > 0 else 0
+        oldest = first_visible(start, window)
         groups = slice(min(oldest, quantized) // group_size, quantized // group_size)
         row = tuple(None if part is None else part[b, :, groups] for part in planes)
         stored = slice(start + tokens - quantized)

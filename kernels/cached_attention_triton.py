@@ -475,8 +475,10 @@ def _attend_kernel(
     newest = start + rows % TOKENS
     # Without a window everything is newer than -1.
     oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    # A negative window is the size of chunks.
+    chunk = tl.maximum(-window, 1)
     if HAS_WINDOW:
-        oldest = newest - window
+        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
     d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
@@ -538,7 +540,8 @@ def _attend_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.maximum(start - window + 1, 0) // (2 * HALF) * HALF // BLOCK
+            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+            begin = begin // (2 * HALF) * HALF // BLOCK
             begin = tl.minimum(begin, end)
         first_unjudged = begin
         if SPARSE:
@@ -638,7 +641,9 @@ def _score_pages(
     if HAS_WINDOW:
         # Pages before it were not read.
         start = tl.load(length + pair // KV_HEADS).to(tl.int32)
-        first_page = tl.maximum(start - window + 1, 0) // (2 * HALF) * HALF // PAGE
+        chunk = tl.maximum(-window, 1)
+        first_page = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+        first_page = first_page // (2 * HALF) * HALF // PAGE
     if block * 32 * PAGE < quantized // 2:
         page = block * 32 + tl.arange(0, 32)
         seen = (page >= first_page) & (page * PAGE < quantized // 2)
@@ -970,7 +975,7 @@ def cached_attention_triton(
         ANGLES=1 if cos is None else cos.shape[2],
         INTERLEAVED=interleaved,
         HAS_LOWER=k_lower is not None,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=window != 0,
         HAS_SOFTCAP=softcap > 0,
         SPARSE=sparse,
         SCORES=scores,
@@ -1004,7 +1009,7 @@ def cached_attention_triton(
         PAGE=PAGE_BYTES,
         TILE=config.block,
         HAS_SINKS=sinks is not None,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=window != 0,
         SCORES=scores,
         OVERLAP=overlap,
         num_warps=4,

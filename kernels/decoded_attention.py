@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import masked_attention
+from .attention import first_visible, masked_attention
 
 
 def _attend(
@@ -28,7 +28,8 @@ def _attend(
     """Queries ``(B, H, T, D)`` from position ``start`` on over ``(B, K, S, D)`` keys; returns ``(B, T, H, Dv)``."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, last = keys.shape[1], start + tokens
-    first = max(0, start - window + 1) if window > 0 else 0
+    # Where this cuts, it cuts between chunks, so that they begin at multiples of their size still.
+    first = first_visible(start, window)
     keys, values = keys[:, :, first:last], values[:, :, first:last]
     if softcap > 0 or sinks is not None:
         return masked_attention(query, keys, values, start - first, scale, window, softcap, sinks)
@@ -36,8 +37,8 @@ def _attend(
     if tokens > 1:
         positions, own = torch.arange(first, last), torch.arange(start, last)[:, None]
         mask = positions <= own
-        if window > 0:
-            mask &= positions > own - window
+        if window:
+            mask &= positions >= first_visible(own, window)
         mask = mask.repeat(heads // kv_heads, 1)
     # The query heads of a key head are rows of one product, so its keys are read once.
     rows = query.reshape(batch, kv_heads, -1, head_dim)

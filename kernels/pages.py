@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import compute_dtype
+from .attention import compute_dtype, first_visible
 
 # A tile of the kernel that attends, so that a list of pages is a list of tiles.
 PAGE_BYTES = 32
@@ -60,8 +60,8 @@ def score_pages(
     position = torch.arange(start + tokens, device=query.device)
     own = position[start:, None]
     hidden = position > own
-    if window > 0:
-        hidden |= position <= own - window
+    if window:
+        hidden |= position < first_visible(own, window)
     scores = scores.masked_fill(hidden, float("-inf"))
     total = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:

@@ -66,6 +66,8 @@ class QuantSpecConfig:
         draft_attention_share: share of the planes that a sparse draft step reads, above 0, at most 1.
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``. At most the rows of a learned table of positions.
+        rope_context: for RoPE that depends on the length of a text (``dynamic``, ``longrope``): the length whose
+            frequencies all texts are computed with; None for the most tokens that a sequence may hold.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
         compile: run the pair through torch.compile; None compiles on GPUs only.
         adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,
@@ -84,6 +86,7 @@ class QuantSpecConfig:
     draft_attention: DraftAttention = DraftAttention.FULL
     draft_attention_share: float = 0.07
     max_cache_len: int | None = None
+    rope_context: int | None = None
     self_check: bool = True
     compile: bool | None = None
     adapted_group_sizes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
@@ -121,11 +124,12 @@ class QuantSpecConfig:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.compile not in (None, True, False):
             raise TypeError(f"compile must be True, False or None, not {self.compile!r}")
-        if self.max_cache_len is not None:
-            if not isinstance(self.max_cache_len, int) or isinstance(self.max_cache_len, bool):
-                raise TypeError(f"max_cache_len must be an int or None, not {self.max_cache_len!r}")
-            if self.max_cache_len < 1:
-                raise ValueError(f"max_cache_len must be at least 1, not {self.max_cache_len}")
+        for name in ("max_cache_len", "rope_context"):
+            tokens = getattr(self, name)
+            if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool)):
+                raise TypeError(f"{name} must be an int or None, not {tokens!r}")
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} must be at least 1, not {tokens}")
 
     @classmethod
     def from_options(cls, config: QuantSpecConfig | None, options: Mapping[str, Any]) -> QuantSpecConfig:

@@ -220,9 +220,9 @@ class Options:
 
 @st.composite
 def options(draw, heads: int) -> Options:
-    """Any mix of window, soft cap and sinks."""
+    """Any mix of window or chunks, soft cap and sinks."""
     sinks = randn(heads, seed=draw(seeds)) if draw(st.booleans()) else None
-    window = draw(st.sampled_from([0, 0, 1, 5, GROUP, GROUP + 3, 3 * GROUP]))
+    window = draw(st.sampled_from([0, 0, 1, 5, GROUP, GROUP + 3, 3 * GROUP, -1, -5, -GROUP - 3, -3 * GROUP]))
     return Options(draw(st.sampled_from([0.1, 0.3])), window, draw(st.sampled_from([0.0, 0.0, 2.0])), sinks)
 
 
@@ -234,7 +234,9 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, offset: int, op
         kv = h // (heads // keys.shape[0])
         for t in range(tokens):
             last = offset + t + 1
-            first = max(0, last - options.window) if options.window else 0
+            first = max(0, last - options.window) if options.window > 0 else 0
+            if options.window < 0:
+                first = (last - 1) // -options.window * -options.window
             scores = options.scale * keys[kv, first:last].double() @ query[h, t].double()
             if options.softcap:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
@@ -274,7 +276,9 @@ def test_attention_marker_is_causal_attention(case):
 @pytest.mark.parametrize("dims", [(16, 16), (24, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize(("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5)])
+@pytest.mark.parametrize(
+    ("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5), (-20, 7), (-1000, 5)]
+)
 def test_attention_over_more_rows_than_one_block(dtype, bound, dims, softcap, with_sinks, window, offset):
     """Several blocks of rows, more query heads than key heads; relative to the whole output."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -462,7 +466,7 @@ def test_prefill_attends_in_full_precision_and_stores_every_token(case):
 
 
 @pytest.mark.parametrize("chunks", [(5, 9), (GROUP, GROUP), (2 * GROUP, 1), (3 * GROUP + 2, 7, 2 * GROUP)])
-@pytest.mark.parametrize("window", [0, GROUP + 3])
+@pytest.mark.parametrize("window", [0, GROUP + 3, -GROUP - 3])
 def test_prefill_in_chunks_reads_the_planes_at_eight_bits(chunks, window):
     opts = Options(0.3, window, 0.0, None)
     tokens = sum(chunks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from quantspec.kernels.cache_layout import CachePart
 
 
@@ -19,6 +21,25 @@ class HeldState:
 
     per_token: int
     most: int
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """A state that is not keys and values, as a layer of transformers' own cache holds it.
+
+    Attributes:
+        layer: of that cache.
+        kind: its attribute there.
+        index: which of the layer's states of that kind.
+        shape: of one sequence.
+        dtype: of the model's own, full precision.
+    """
+
+    layer: int
+    kind: str
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class AttentionShape(Protocol):

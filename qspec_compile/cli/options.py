@@ -167,6 +167,14 @@ class ModelOptions:
         int | None,
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a text. [default: the model's context]"),
     ] = None
+    rope_context: Annotated[
+        int | None,
+        typer.Option(
+            parser=tokens(),
+            metavar="N",
+            help="Length of text whose frequencies a RoPE that depends on it has. [default: --max-cache-len]",
+        ),
+    ] = None
 
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
@@ -188,7 +196,7 @@ class ModelOptions:
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
         names: tuple[str, ...] = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer")
-        names += ("quantize_lm_head", "draft_attention", "draft_attention_share", "max_cache_len")
+        names += ("quantize_lm_head", "draft_attention", "draft_attention_share", "max_cache_len", "rope_context")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

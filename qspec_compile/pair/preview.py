@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quantspec.capture import CapturedLayer, capture, converting
+from quantspec.capture import CapturedLayer, capture, converting, rope_context_of
 from quantspec.config import QuantSpecConfig, WeightQuantizer
 from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
 from quantspec.passes.graph import clone
@@ -67,7 +67,7 @@ def structure_of(
             trust_remote_code=trust_remote_code,
         )
     with converting():
-        captured = capture(model, structure_only=True)
+        captured = capture(model, structure_only=True, rope_context=rope_context_of(model, options))
     weight_format = recipes_for(options)[Role.DRAFT].weight_format
     linears: tuple[LinearSize, ...] = ()
     if weight_format is not None:
