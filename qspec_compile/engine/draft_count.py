@@ -1,7 +1,6 @@
-"""How many tokens to draft in the next cycle: a fixed number, or what measured times and acceptance make fastest.
+"""What to draft in the next cycle: a fixed number of tokens, or what measured times and acceptance make fastest.
 
-A cycle of n drafts yields :func:`cycle_tokens` and takes verify + n * draft seconds, so tokens per second have a best
-n; n = 0 is plain decoding with the target.
+The text does not depend on it, only how soon it is there.
 """
 
 from __future__ import annotations
@@ -11,121 +10,140 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import Protocol
 
-# Each number has a CUDA graph of its own, so there are few.
-AUTO_CHOICES = (0, 1, 2, 4, 6, 8)
-# Timed before anything is chosen; the times of other numbers are extrapolated from these two until they are known.
-STARTS = (4, 0)
-# Where drafts seldom pay: plain decoding, until another number has its turn.
-PLAIN_START = (0,)
+from quantspec.config import Draft
+
+from .odds import Odds
+from .plan import PLAIN, Plan, Source
+
+# Each plan has a CUDA graph of its own, so there are few.
+SELF_COUNTS = (1, 2, 4, 6, 8, 12)
+LOOKUP_COUNTS = (3, 7, 15)
+# Timed before anything is chosen; the times of other plans are extrapolated until they are known.
+STARTS = (Plan(4), PLAIN)
+# Where drafts of its own seldom pay: plain decoding, until others look better.
+PLAIN_START = (PLAIN,)
 # With three times, one that something else delayed is not the median.
 _STARTING_TIMES = 3
-# Newest durations of a number whose median counts: delays are forgotten, and growing contexts followed.
-_TIMES_KEPT = 9
-# Cycles after which another number is tried: plain decoding and the fastest number's neighbours, in turn.
+# Newest durations of a plan whose median counts: delays are forgotten, and growing contexts followed.
+_TIMES_KEPT = 5
+# Cycles after which the time of plain decoding, or of the second best plan, is taken again.
 _PROBE_EVERY = 100
-# Weight of the newest accepted or rejected token in the running average.
-_NEWEST_TRIAL = 0.02
-_PRIOR_ACCEPTANCE = 0.8
-
-
-def cycle_tokens(rate: float, num_drafts: int) -> float:
-    """Expected tokens of a cycle, 1 + a + ... + a^n (Leviathan et al. 2023, eq. 1).
-
-    Args:
-        rate: probability a that a draft token is accepted, given that those before it were.
-        num_drafts: tokens drafted (n).
-    """
-    return sum(rate**drafts for drafts in range(num_drafts + 1))
+# Tokens per second by which a plan that was never run must look better: it may have to be captured.
+_WORTH_TRYING = 1.03
 
 
 class DraftCount(Protocol):
-    """Decides how many tokens each cycle drafts, ``most`` at the most."""
+    """Decides what each cycle drafts.
+
+    Attributes:
+        most: tokens that a cycle drafts at the most.
+        looks_up: whether drafts may come from the rows' own texts.
+    """
 
     most: int
+    looks_up: bool
 
-    def choose(self) -> int:
-        """Tokens to draft in the next cycle."""
+    def choose(self, matched: Sequence[int]) -> Plan:
+        """The plan of the next cycle; ``matched`` as in :meth:`Odds.tokens`."""
 
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
+    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Learn from a cycle: drafts accepted by each running sequence, and its duration if that is like others'."""
 
 
 class FixedDraftCount:
-    """Always the same number."""
+    """Always the same number, from the text where a lookup finds more than the draft itself is expected to yield."""
 
-    def __init__(self, num_speculative_tokens: int) -> None:
+    def __init__(self, num_speculative_tokens: int, draft: Draft = Draft.SELF) -> None:
         self.most = num_speculative_tokens
+        self.looks_up = draft is not Draft.SELF and num_speculative_tokens > 0
+        self._otherwise = PLAIN if draft is Draft.LOOKUP else Plan(num_speculative_tokens)
+        self._odds = Odds()
 
-    def choose(self) -> int:
-        """The number given."""
-        return self.most
+    def choose(self, matched: Sequence[int]) -> Plan:
+        """The number given, or no draft where there is nothing to look up and no other."""
+        lookup = Plan(self.most, Source.LOOKUP)
+        if not self.looks_up or not any(matched):
+            return self._otherwise
+        # Reading the text takes less than drafting, and no more than verifying one token does.
+        better = self._odds.tokens(lookup, matched) >= self._odds.tokens(self._otherwise, matched)
+        return lookup if better else self._otherwise
 
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
-        """Nothing is learnt."""
+    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+        """Acceptance is learnt."""
+        self._odds.record(plan, matched, accepted)
 
 
 class AutoDraftCount:
-    """The number that is fastest by what was seen so far.
+    """The plan that is fastest by what was seen so far.
 
     It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
-
-    Attributes:
-        acceptance: running probability that the next draft token is accepted, given that those before it were.
     """
 
-    most = max(AUTO_CHOICES)
-
-    def __init__(self, starts: tuple[int, ...] = STARTS) -> None:
+    def __init__(self, starts: tuple[Plan, ...] = STARTS, draft: Draft = Draft.SELF) -> None:
         """``starts`` are timed first; :data:`STARTS` or :data:`PLAIN_START`."""
-        self._starts = starts
-        self.acceptance = _PRIOR_ACCEPTANCE
-        self._seconds: dict[int, deque[float]] = {}
-        self._warm: set[int] = set()
+        self.looks_up = draft is not Draft.SELF
+        self._plans = [PLAIN]
+        if draft is not Draft.LOOKUP:
+            self._plans += map(Plan, SELF_COUNTS)
+        if self.looks_up:
+            self._plans += (Plan(count, Source.LOOKUP) for count in LOOKUP_COUNTS)
+        self._starts = tuple(plan for plan in starts if plan in self._plans)
+        self._odds = Odds()
+        self._seconds: dict[Plan, deque[float]] = {}
+        self._warm: set[Plan] = set()
         self._since_probe = 0
         self._num_probes = 0
 
-    def choose(self) -> int:
-        """The numbers to start with until both have been timed, then the fastest; now and then another one."""
+    @property
+    def most(self) -> int:
+        """Tokens that a cycle drafts at the most."""
+        return max(plan.num_drafts for plan in self._plans)
+
+    def choose(self, matched: Sequence[int]) -> Plan:
+        """The plans to start with until they have been timed, then the fastest; now and then another one."""
         for start in self._starts:
             if len(self._seconds.get(start, ())) < _STARTING_TIMES:
                 return start
-        fastest = self.fastest()
+        ranking = self._ranking(matched)
         if self._since_probe < _PROBE_EVERY:
-            return fastest
-        place = AUTO_CHOICES.index(fastest)
-        others = {0, *AUTO_CHOICES[max(0, place - 1) : place + 2]} - {fastest}
-        return sorted(others)[self._num_probes % len(others)]
+            return ranking[0]
+        known = [plan for plan in ranking if plan in self._seconds]
+        others = [plan for plan in dict.fromkeys((PLAIN, *known[:2])) if plan != ranking[0]]
+        return others[self._num_probes % len(others)] if others else ranking[0]
 
-    def fastest(self) -> int:
-        """The number with the most tokens per second, once those to start with have been timed."""
-        return max(AUTO_CHOICES, key=self.tokens_per_second)
+    def tokens_per_second(self, plan: Plan, matched: Sequence[int]) -> float:
+        """Expected yield of cycles of a plan, once those to start with have been timed."""
+        return self._odds.tokens(plan, matched) / max(self.seconds(plan), 1e-9)
 
-    def tokens_per_second(self, num_drafts: int) -> float:
-        """Expected yield of cycles of ``num_drafts`` tokens, once those to start with have been timed.
+    def seconds(self, plan: Plan) -> float:
+        """Duration of a cycle: measured, or else on the line through plain decoding and the plan that is most like it.
 
-        0 while no drafting has been.
+        As long as there is none such, drafts are taken to cost nothing.
         """
-        some = self._starts[0] or max(self._seconds)
-        if num_drafts in self._seconds:
-            seconds = self._median(num_drafts)
-        elif some == 0:
-            return 0.0
-        else:
-            seconds = self._median(0) + num_drafts / some * (self._median(some) - self._median(0))
-        return cycle_tokens(self.acceptance, num_drafts) / max(seconds, 1e-9)
+        if plan in self._seconds:
+            return median_low(self._seconds[plan])
+        alike = [known for known in self._seconds if known.source is plan.source and known.num_drafts]
+        plain = median_low(self._seconds[PLAIN])
+        if not alike:
+            return plain
+        nearest = min(alike, key=lambda known: abs(known.num_drafts - plan.num_drafts))
+        more = max(0.0, median_low(self._seconds[nearest]) - plain)
+        return plain + plan.num_drafts / nearest.num_drafts * more
 
-    def _median(self, num_drafts: int) -> float:
-        return median_low(self._seconds[num_drafts])
-
-    def record(self, num_drafts: int, accepted: Sequence[int], seconds: float | None) -> None:
-        """Update what is known; the first cycle of a number, which may compile, is not timed."""
-        if seconds is not None and num_drafts in self._warm:
-            self._seconds.setdefault(num_drafts, deque(maxlen=_TIMES_KEPT)).append(seconds)
-        self._warm.add(num_drafts)
+    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+        """Update what is known; the first cycle of a plan, which may compile, is not timed."""
+        if seconds is not None and plan in self._warm and plan in self._plans:
+            self._seconds.setdefault(plan, deque(maxlen=_TIMES_KEPT)).append(seconds)
+        self._warm.add(plan)
         probed = self._since_probe >= _PROBE_EVERY
         self._num_probes += probed
         self._since_probe = 0 if probed else self._since_probe + 1
-        for count in accepted if num_drafts else ():
-            # Each token up to the first rejected one is one trial.
-            for success in [1.0] * count + [0.0] * (count < num_drafts):
-                self.acceptance += _NEWEST_TRIAL * (success - self.acceptance)
+        self._odds.record(plan, matched, accepted)
+
+    def _ranking(self, matched: Sequence[int]) -> list[Plan]:
+        """All plans, the one that promises most first."""
+        def promise(plan: Plan) -> float:
+            return self.tokens_per_second(plan, matched) / (1.0 if plan in self._seconds else _WORTH_TRYING)
+
+        plans = [plan for plan in self._plans if plan.source is Source.SELF or any(matched)]
+        return sorted(plans, key=promise, reverse=True)

@@ -75,6 +75,7 @@ def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
             None,
             generator,
             num_speculative_tokens=0,
+            draft=None,
             continue_cache=False,
             seed=None,
         )
