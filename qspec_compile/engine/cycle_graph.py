@@ -74,12 +74,12 @@ class CycleReplay:
             tqdm(total=_WARM_UPS + 1, desc=description, unit="run", leave=False, disable=None) as bar,
         ):
             for _ in range(_WARM_UPS):
-                self._work(num_drafts)
+                self._work(plan)
                 cache.flush()
                 bar.update()
             torch.cuda.synchronize(device)
             with torch.cuda.graph(self._graph, stream=stream):
-                self._work(num_drafts)
+                self._work(plan)
             with torch.cuda.graph(self._flush_graph, stream=stream), torch.no_grad():
                 cache.flush()
             bar.update()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from statistics import median_low
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from quantspec.config import Draft
 
@@ -18,18 +18,38 @@ from .plan import PLAIN, Plan, Source
 # Each plan has a CUDA graph of its own, so there are few.
 SELF_COUNTS = (1, 2, 4, 6, 8, 12)
 LOOKUP_COUNTS = (3, 7, 15)
-# Timed before anything is chosen; the times of other plans are extrapolated until they are known.
-STARTS = (Plan(4), PLAIN)
-# Where drafts of its own seldom pay: plain decoding, until others look better.
-PLAIN_START = (PLAIN,)
-# With three times, one that something else delayed is not the median.
-_STARTING_TIMES = 3
 # Newest durations of a plan whose median counts: delays are forgotten, and growing contexts followed.
 _TIMES_KEPT = 5
-# Cycles after which the time of plain decoding, or of the second best plan, is taken again.
-_PROBE_EVERY = 100
 # Tokens per second by which a plan that was never run must look better: it may have to be captured.
 _WORTH_TRYING = 1.03
+# Of all time, what may be lost by trying other plans than the one that looks fastest.
+_SHARE_OF_TRIALS = 0.01
+# Cycles after which the duration of plain decoding may have changed.
+_PLAIN_AGE = 100
+
+
+_NEWEST = 0.95
+
+
+class Costs(NamedTuple):
+    """What parts of a cycle take, before anything is measured, in units of decoding one token.
+
+    Attributes:
+        step: a step of the draft.
+        verified: each token that is verified besides the first.
+    """
+
+    step: float
+    verified: float
+
+    def of(self, plan: Plan) -> float:
+        """Of a cycle."""
+        return 1 + plan.num_drafts * (self.verified + (self.step if plan.source is Source.SELF else 0.0))
+
+
+ON_GPU = Costs(step=0.35, verified=0.01)
+# A CPU computes what a GPU reads, and the planes at 4 bits take longer to read than the decoded copy.
+ON_CPU = Costs(step=1.2, verified=0.2)
 
 
 class DraftCount(Protocol):
@@ -51,22 +71,25 @@ class DraftCount(Protocol):
 
 
 class FixedDraftCount:
-    """Always the same number, from the text where a lookup finds more than the draft itself is expected to yield."""
+    """Always the same number of drafts, read from the text where that is expected to be faster.
 
-    def __init__(self, num_speculative_tokens: int, draft: Draft = Draft.SELF) -> None:
+    Nothing is measured, so what is drafted depends on the texts alone.
+    """
+
+    def __init__(self, num_speculative_tokens: int, draft: Draft = Draft.SELF, costs: Costs = ON_GPU) -> None:
+        """``costs``: what to expect of a cycle's duration."""
         self.most = num_speculative_tokens
         self.looks_up = draft is not Draft.SELF and num_speculative_tokens > 0
         self._otherwise = PLAIN if draft is Draft.LOOKUP else Plan(num_speculative_tokens)
+        self._costs = costs
         self._odds = Odds()
 
     def choose(self, matched: Sequence[int]) -> Plan:
-        """The number given, or no draft where there is nothing to look up and no other."""
+        """The number given, or no draft where there is nothing to look up and no other source."""
         lookup = Plan(self.most, Source.LOOKUP)
         if not self.looks_up or not any(matched):
             return self._otherwise
-        # Reading the text takes less than drafting, and no more than verifying one token does.
-        better = self._odds.tokens(lookup, matched) >= self._odds.tokens(self._otherwise, matched)
-        return lookup if better else self._otherwise
+        return max(lookup, self._otherwise, key=lambda plan: self._odds.tokens(plan, matched) / self._costs.of(plan))
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Acceptance is learnt."""
@@ -74,76 +97,95 @@ class FixedDraftCount:
 
 
 class AutoDraftCount:
-    """The plan that is fastest by what was seen so far.
+    """The plan that is fastest by what was seen so far; others are tried for a small share of the time.
 
     It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
     """
 
-    def __init__(self, starts: tuple[Plan, ...] = STARTS, draft: Draft = Draft.SELF) -> None:
-        """``starts`` are timed first; :data:`STARTS` or :data:`PLAIN_START`."""
+    def __init__(self, costs: Costs = ON_GPU, draft: Draft = Draft.SELF) -> None:
+        """``costs``: what to expect of plans that have not been timed."""
         self.looks_up = draft is not Draft.SELF
-        self._plans = [PLAIN]
-        if draft is not Draft.LOOKUP:
-            self._plans += map(Plan, SELF_COUNTS)
-        if self.looks_up:
-            self._plans += (Plan(count, Source.LOOKUP) for count in LOOKUP_COUNTS)
-        self._starts = tuple(plan for plan in starts if plan in self._plans)
+        sources = {Draft.SELF: (Source.SELF,), Draft.LOOKUP: (Source.LOOKUP,), Draft.BOTH: tuple(Source)}[draft]
+        counts = {Source.SELF: SELF_COUNTS, Source.LOOKUP: LOOKUP_COUNTS}
+        self._plans = [PLAIN, *(Plan(count, source) for source in sources for count in counts[source])]
+        # What tells most cheaply whether drafts of a source are accepted.
+        self._trials = [Plan(2 if source is Source.SELF else 3, source) for source in sources]
+        self.most = max(plan.num_drafts for plan in self._plans)
+        self._costs = costs
         self._odds = Odds()
         self._seconds: dict[Plan, deque[float]] = {}
         self._warm: set[Plan] = set()
-        self._since_probe = 0
-        self._num_probes = 0
-
-    @property
-    def most(self) -> int:
-        """Tokens that a cycle drafts at the most."""
-        return max(plan.num_drafts for plan in self._plans)
+        self._cycle = 0
+        self._last: dict[Plan, int] = {}
+        # Seconds that trials may lose, and the one under way with the yield that it is measured against.
+        self._spare = 0.0
+        self._trial: tuple[Plan, float] | None = None
+        self._gained: Plan | None = None
+        self._tokens = self._time = 0.0
 
     def choose(self, matched: Sequence[int]) -> Plan:
-        """The plans to start with until they have been timed, then the fastest; now and then another one."""
-        for start in self._starts:
-            if len(self._seconds.get(start, ())) < _STARTING_TIMES:
-                return start
-        ranking = self._ranking(matched)
-        if self._since_probe < _PROBE_EVERY:
-            return ranking[0]
-        known = [plan for plan in ranking if plan in self._seconds]
-        others = [plan for plan in dict.fromkeys((PLAIN, *known[:2])) if plan != ranking[0]]
-        return others[self._num_probes % len(others)] if others else ranking[0]
+        """The fastest plan, or another one as long as the time lost by such trials is a small share."""
+        plans = [plan for plan in self._plans if plan.source is Source.SELF or any(matched)]
+        speed = self._speed or max(self._odds.tokens(plan, matched) / self.seconds(plan) for plan in plans)
+        best = max(plans, key=lambda plan: self._gain(plan, matched, speed))
+        self._trial = None
+        trial = self._next_trial(best, bool(any(matched)))
+        if trial is None or self.seconds(trial) - len(matched) / speed > self._spare:
+            return best
+        self._trial = (trial, speed)
+        return trial
 
-    def tokens_per_second(self, plan: Plan, matched: Sequence[int]) -> float:
-        """Expected yield of cycles of a plan, once those to start with have been timed."""
-        return self._odds.tokens(plan, matched) / max(self.seconds(plan), 1e-9)
+    @property
+    def _speed(self) -> float:
+        """Tokens per second of the latest cycles."""
+        return self._tokens / self._time if self._time else 0.0
 
     def seconds(self, plan: Plan) -> float:
-        """Duration of a cycle: measured, or else on the line through plain decoding and the plan that is most like it.
+        """Expected duration of a cycle.
 
-        As long as there is none such, drafts are taken to cost nothing.
+        It is measured, or on the line through plain decoding and the plan that is most like it, or in proportion to
+        what was expected of one that was measured.
         """
         if plan in self._seconds:
             return median_low(self._seconds[plan])
         alike = [known for known in self._seconds if known.source is plan.source and known.num_drafts]
+        nearest = min(alike or self._seconds, key=lambda known: abs(known.num_drafts - plan.num_drafts), default=None)
+        if nearest is None:
+            return self._costs.of(plan)
+        seconds = median_low(self._seconds[nearest])
+        if not alike or PLAIN not in self._seconds:
+            return seconds * self._costs.of(plan) / self._costs.of(nearest)
         plain = median_low(self._seconds[PLAIN])
-        if not alike:
-            return plain
-        nearest = min(alike, key=lambda known: abs(known.num_drafts - plan.num_drafts))
-        more = max(0.0, median_low(self._seconds[nearest]) - plain)
-        return plain + plan.num_drafts / nearest.num_drafts * more
+        return plain + plan.num_drafts / nearest.num_drafts * max(0.0, seconds - plain)
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Update what is known; the first cycle of a plan, which may compile, is not timed."""
         if seconds is not None and plan in self._warm and plan in self._plans:
             self._seconds.setdefault(plan, deque(maxlen=_TIMES_KEPT)).append(seconds)
+            self._spare += _SHARE_OF_TRIALS * seconds
+        if self._trial is not None:
+            tried, speed = self._trial
+            lost = self.seconds(tried) - (len(accepted) + sum(accepted)) / speed
+            self._spare = min(self._spare - lost, self.seconds(tried))
+            self._gained = tried if lost < 0 else None
+        self._tokens = _NEWEST * self._tokens + len(accepted) + sum(accepted)
+        self._time = _NEWEST * self._time + self.seconds(plan)
         self._warm.add(plan)
-        probed = self._since_probe >= _PROBE_EVERY
-        self._num_probes += probed
-        self._since_probe = 0 if probed else self._since_probe + 1
+        self._cycle += 1
+        self._last[plan] = self._cycle
         self._odds.record(plan, matched, accepted)
 
-    def _ranking(self, matched: Sequence[int]) -> list[Plan]:
-        """All plans, the one that promises most first."""
-        def promise(plan: Plan) -> float:
-            return self.tokens_per_second(plan, matched) / (1.0 if plan in self._seconds else _WORTH_TRYING)
+    def _gain(self, plan: Plan, matched: Sequence[int], speed: float) -> float:
+        """Expected tokens of a cycle less those that its time is worth."""
+        known = plan in self._seconds or not self._seconds
+        return self._odds.tokens(plan, matched) - speed * self.seconds(plan) * (1.0 if known else _WORTH_TRYING)
 
-        plans = [plan for plan in self._plans if plan.source is Source.SELF or any(matched)]
-        return sorted(plans, key=promise, reverse=True)
+    def _next_trial(self, best: Plan, any_matched: bool) -> Plan | None:
+        """What was not run for longest, or what just gained."""
+        candidates = [plan for plan in self._trials if plan.source is not best.source or not best.num_drafts]
+        candidates = [plan for plan in candidates if plan.source is Source.SELF or any_matched]
+        if best != PLAIN and self._cycle - self._last.get(PLAIN, 0) >= _PLAIN_AGE:
+            candidates.append(PLAIN)
+        if self._gained in candidates:
+            return self._gained
+        return min(candidates, key=lambda plan: self._last.get(plan, 0), default=None)

@@ -16,7 +16,7 @@ from .request import Request
 from .text import Text
 
 # Newest tokens that are compared at the most: of several places the one that agrees in more of them is taken.
-LONGEST_MATCH = 8
+LONGEST_MATCH = 16
 
 
 def continuations(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -66,9 +66,7 @@ class Lookup:
         self.text = Text(batch, width, device)
         self.drafts = torch.zeros(batch, most, dtype=torch.int64, device=device)
         self.matched = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._search: Callable[..., tuple[Tensor, Tensor]] = (
-            torch.compile(continuations) if compiles else continuations
-        )
+        self._search: Callable[..., tuple[Tensor, Tensor]] = torch.compile(continuations) if compiles else continuations
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Take over the rows' texts so far, and search them."""

@@ -6,12 +6,10 @@ from collections.abc import Hashable, Sequence
 
 from .plan import Plan, Source
 
-# What counts of a trial after each token of the text since.
-_FADE = 0.98
-# Trials that count at the most: a batch makes many at once, and the text goes on.
-_MOST_TRIALS = 64.0
-# Trials of the prior. What has not been seen for a while is believed to have become good, and so is tried again.
-_PRIOR_TRIALS = 2.0
+# Newest trials that count, of a source's first tokens and of later ones.
+_MOST_TRIALS = 64
+# Trials that stand for what is expected before any, and the rate of most of them.
+_PRIOR_TRIALS = 4.0
 _PRIOR = 0.8
 # Longer matches than this are as good as each other.
 _LONG_MATCH = 4
@@ -30,24 +28,20 @@ def cycle_tokens(rate: float, num_drafts: int) -> float:
 class Chance:
     """The probability of an event, estimated from the newest trials."""
 
-    def __init__(self) -> None:
-        self._successes = self._trials = 0.0
+    def __init__(self, prior: float = _PRIOR) -> None:
+        """``prior``: the estimate before any."""
+        self._successes, self._trials = prior * _PRIOR_TRIALS, _PRIOR_TRIALS
 
     @property
     def rate(self) -> float:
         """The estimate."""
-        return (self._successes + _PRIOR_TRIALS * _PRIOR) / (self._trials + _PRIOR_TRIALS)
+        return self._successes / self._trials
 
     def record(self, successes: int, failures: int) -> None:
-        """Count trials."""
-        self._successes += successes
-        self._trials += successes + failures
-        self.fade(min(1.0, _MOST_TRIALS / max(self._trials, 1.0)))
-
-    def fade(self, factor: float) -> None:
-        """Let what was counted count less."""
-        self._successes *= factor
-        self._trials *= factor
+        """Count trials; older ones count for less."""
+        trials = self._trials + successes + failures
+        kept = min(1.0, _MOST_TRIALS / trials)
+        self._successes, self._trials = kept * (self._successes + successes), kept * trials
 
 
 class Odds:
@@ -73,10 +67,6 @@ class Odds:
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn from a cycle: ``accepted`` drafts of each running sequence."""
-        if not accepted:
-            return
-        for chance in self._chances.values():
-            chance.fade(_FADE ** (1 + sum(accepted) / len(accepted)))
         if not plan.num_drafts:
             return
         for found, count in zip(matched, accepted, strict=True):
@@ -90,10 +80,11 @@ class Odds:
                     self._later(found).record(count - 1, rejected)
 
     def _first(self, matched: int) -> Chance:
-        return self._of((Source.LOOKUP, min(matched, _LONG_MATCH)))
+        matched = min(matched, _LONG_MATCH)
+        return self._of((Source.LOOKUP, matched), _PRIOR * matched / _LONG_MATCH)
 
     def _later(self, matched: int) -> Chance:
         return self._of((Source.LOOKUP, min(matched, _LONG_MATCH), "later"))
 
-    def _of(self, key: Hashable) -> Chance:
-        return self._chances.setdefault(key, Chance())
+    def _of(self, key: Hashable, prior: float = _PRIOR) -> Chance:
+        return self._chances.setdefault(key, Chance(prior))

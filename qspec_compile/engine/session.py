@@ -17,7 +17,7 @@ from quantspec.pair import Pair
 
 from .acceptance import Rule
 from .cycle_graph import CycleReplays
-from .draft_count import PLAIN_START, STARTS, AutoDraftCount, DraftCount, FixedDraftCount
+from .draft_count import ON_CPU, ON_GPU, AutoDraftCount, DraftCount, FixedDraftCount
 from .sampling import accept
 from .stats import GenerationStats
 
@@ -117,15 +117,12 @@ class Session:
     def draft_count(
         self, num_speculative_tokens: int | str, draft: Draft, batch_size: int, prompt_len: int
     ) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length.
-
-        On a CPU it begins without drafts: reading planes at 4 bits takes longer there than reading the decoded copy.
-        """
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        costs = ON_CPU if self.pair.device.type == "cpu" else ON_GPU
         if not isinstance(num_speculative_tokens, str):
-            return FixedDraftCount(num_speculative_tokens, draft)
-        starts = PLAIN_START if self.pair.device.type == "cpu" else STARTS
+            return FixedDraftCount(num_speculative_tokens, draft, costs)
         key = (draft, batch_size, prompt_len.bit_length())
-        return self._auto_counts.setdefault(key, AutoDraftCount(starts, draft))
+        return self._auto_counts.setdefault(key, AutoDraftCount(costs, draft))
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:
