@@ -6,8 +6,7 @@ The text does not depend on it, only how soon it is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from statistics import median_low
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from quantspec.config import Draft
@@ -18,17 +17,18 @@ from .plan import PLAIN, Plan, Source
 # Each plan has a CUDA graph of its own, so there are few.
 SELF_COUNTS = (1, 2, 4, 6, 8, 12)
 LOOKUP_COUNTS = (3, 7, 15)
-# Newest durations of a plan whose median counts: delays are forgotten, and growing contexts followed.
+# Newest durations of a plan that count, so that growing contexts are followed.
 _TIMES_KEPT = 5
 # Tokens per second by which a plan that was never run must look better: it may have to be captured.
-_WORTH_TRYING = 1.03
+_WORTH_TRYING = 1.02
 # Of all time, what may be lost by trying other plans than the one that looks fastest.
-_SHARE_OF_TRIALS = 0.01
+_SHARE_OF_TRIALS = 0.008
+# Of a cycle's duration, what may be saved for trials.
+_MOST_SPARE = 2.0
 # Cycles after which the duration of plain decoding may have changed.
 _PLAIN_AGE = 100
-
-
-_NEWEST = 0.95
+# Cycles whose tokens per second a cycle's time is valued by.
+_NEWEST = 24
 
 
 class Costs(NamedTuple):
@@ -80,7 +80,7 @@ class FixedDraftCount:
         """``costs``: what to expect of a cycle's duration."""
         self.most = num_speculative_tokens
         self.looks_up = draft is not Draft.SELF and num_speculative_tokens > 0
-        self._otherwise = PLAIN if draft is Draft.LOOKUP else Plan(num_speculative_tokens)
+        self._own = None if draft is Draft.LOOKUP else Plan(num_speculative_tokens)
         self._costs = costs
         self._odds = Odds()
 
@@ -88,8 +88,10 @@ class FixedDraftCount:
         """The number given, or no draft where there is nothing to look up and no other source."""
         lookup = Plan(self.most, Source.LOOKUP)
         if not self.looks_up or not any(matched):
-            return self._otherwise
-        return max(lookup, self._otherwise, key=lambda plan: self._odds.tokens(plan, matched) / self._costs.of(plan))
+            return self._own or PLAIN
+        if self._own is None:
+            return lookup
+        return max(lookup, self._own, key=lambda plan: self._odds.tokens(plan, matched) / self._costs.of(plan))
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Acceptance is learnt."""
@@ -105,7 +107,7 @@ class AutoDraftCount:
     def __init__(self, costs: Costs = ON_GPU, draft: Draft = Draft.SELF) -> None:
         """``costs``: what to expect of plans that have not been timed."""
         self.looks_up = draft is not Draft.SELF
-        sources = {Draft.SELF: (Source.SELF,), Draft.LOOKUP: (Source.LOOKUP,), Draft.BOTH: tuple(Source)}[draft]
+        sources = {Draft.SELF: (Source.SELF,), Draft.LOOKUP: (Source.LOOKUP,), Draft.BOTH: (*Source,)}[draft]
         counts = {Source.SELF: SELF_COUNTS, Source.LOOKUP: LOOKUP_COUNTS}
         self._plans = [PLAIN, *(Plan(count, source) for source in sources for count in counts[source])]
         # What tells most cheaply whether drafts of a source are accepted.
@@ -121,15 +123,17 @@ class AutoDraftCount:
         self._spare = 0.0
         self._trial: tuple[Plan, float] | None = None
         self._gained: Plan | None = None
-        self._tokens = self._time = 0.0
+        self._newest: deque[tuple[Plan, int]] = deque(maxlen=_NEWEST)
 
     def choose(self, matched: Sequence[int]) -> Plan:
         """The fastest plan, or another one as long as the time lost by such trials is a small share."""
         plans = [plan for plan in self._plans if plan.source is Source.SELF or any(matched)]
         speed = self._speed or max(self._odds.tokens(plan, matched) / self.seconds(plan) for plan in plans)
         best = max(plans, key=lambda plan: self._gain(plan, matched, speed))
+        # Cycles that lose would not know it by their own speed.
+        speed = max(speed, self._odds.tokens(best, matched) / self.seconds(best))
         self._trial = None
-        trial = self._next_trial(best, bool(any(matched)))
+        trial = self._next_trial(best, any(matched))
         if trial is None or self.seconds(trial) - len(matched) / speed > self._spare:
             return best
         self._trial = (trial, speed)
@@ -137,39 +141,46 @@ class AutoDraftCount:
 
     @property
     def _speed(self) -> float:
-        """Tokens per second of the latest cycles."""
-        return self._tokens / self._time if self._time else 0.0
+        """Tokens per second of the newest cycles, by what is known of durations now."""
+        if not self._newest:
+            return 0.0
+        return sum(tokens for _, tokens in self._newest) / sum(self.seconds(plan) for plan, _ in self._newest)
 
     def seconds(self, plan: Plan) -> float:
-        """Expected duration of a cycle.
+        """Expected duration of a cycle: the shortest of its newest ones, since others may have been delayed.
 
-        It is measured, or on the line through plain decoding and the plan that is most like it, or in proportion to
-        what was expected of one that was measured.
+        A single one may be such; then it is no longer than what :meth:`_expected` says by others.
         """
-        if plan in self._seconds:
-            return median_low(self._seconds[plan])
-        alike = [known for known in self._seconds if known.source is plan.source and known.num_drafts]
-        nearest = min(alike or self._seconds, key=lambda known: abs(known.num_drafts - plan.num_drafts), default=None)
-        if nearest is None:
+        times = self._seconds.get(plan, ())
+        if not self._seconds:
             return self._costs.of(plan)
-        seconds = median_low(self._seconds[nearest])
-        if not alike or PLAIN not in self._seconds:
-            return seconds * self._costs.of(plan) / self._costs.of(nearest)
-        plain = median_low(self._seconds[PLAIN])
-        return plain + plan.num_drafts / nearest.num_drafts * max(0.0, seconds - plain)
+        if len(times) > 1:
+            return min(times)
+        others = {other: min(own) for other, own in self._seconds.items() if other != plan}
+        sure = {other: own for other, own in others.items() if len(self._seconds[other]) > 1}
+        return min((*times, self._expected(plan, sure or others))) if others else times[0]
+
+    def _expected(self, plan: Plan, known: Mapping[Plan, float]) -> float:
+        """On the line through plain decoding and the plan that is most like it, or in proportion to what costs were."""
+        alike = [other for other in known if other.source is plan.source and other.num_drafts]
+        nearest = min(alike or known, key=lambda other: abs(other.num_drafts - plan.num_drafts))
+        if not alike or PLAIN not in known or plan == PLAIN:
+            return known[nearest] * self._costs.of(plan) / self._costs.of(nearest)
+        more = max(0.0, known[nearest] - known[PLAIN])
+        return known[PLAIN] + plan.num_drafts / nearest.num_drafts * more
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Update what is known; the first cycle of a plan, which may compile, is not timed."""
         if seconds is not None and plan in self._warm and plan in self._plans:
             self._seconds.setdefault(plan, deque(maxlen=_TIMES_KEPT)).append(seconds)
-            self._spare += _SHARE_OF_TRIALS * seconds
+        taken, tokens = self.seconds(plan), len(accepted) + sum(accepted)
         if self._trial is not None:
             tried, speed = self._trial
-            lost = self.seconds(tried) - (len(accepted) + sum(accepted)) / speed
-            self._spare = min(self._spare - lost, self.seconds(tried))
+            lost = taken - tokens / speed
+            self._spare -= lost
             self._gained = tried if lost < 0 else None
-        self._tokens = _NEWEST * self._tokens + len(accepted) + sum(accepted)
-        self._time = _NEWEST * self._time + self.seconds(plan)
+        self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
+        self._newest.append((plan, tokens))
         self._warm.add(plan)
         self._cycle += 1
         self._last[plan] = self._cycle

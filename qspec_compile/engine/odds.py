@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 from .plan import Plan, Source
 
-# Newest trials that count, of a source's first tokens and of later ones.
-_MOST_TRIALS = 64
+# Newest trials that count, and those that tell of a change.
+_MANY, _FEW = 96.0, 24.0
+# Standard deviations of the few by which they must differ.
+_CHANGE = 3.0
 # Trials that stand for what is expected before any, and the rate of most of them.
 _PRIOR_TRIALS = 4.0
 _PRIOR = 0.8
@@ -26,22 +29,28 @@ def cycle_tokens(rate: float, num_drafts: int) -> float:
 
 
 class Chance:
-    """The probability of an event, estimated from the newest trials."""
+    """The probability of an event, estimated from the newest trials.
+
+    Many make it exact, and few tell soon of a change: where the two disagree, the many are forgotten.
+    """
 
     def __init__(self, prior: float = _PRIOR) -> None:
-        """``prior``: the estimate before any."""
-        self._successes, self._trials = prior * _PRIOR_TRIALS, _PRIOR_TRIALS
-
-    @property
-    def rate(self) -> float:
-        """The estimate."""
-        return self._successes / self._trials
+        """``prior``: the estimate before any trial."""
+        self.rate = self._newest = prior
+        self._trials = self._newest_trials = _PRIOR_TRIALS
 
     def record(self, successes: int, failures: int) -> None:
-        """Count trials; older ones count for less."""
-        trials = self._trials + successes + failures
-        kept = min(1.0, _MOST_TRIALS / trials)
-        self._successes, self._trials = kept * (self._successes + successes), kept * trials
+        """Count trials, successes first."""
+        for success in [1.0] * successes + [0.0] * failures:
+            self._trials = min(self._trials + 1, _MANY)
+            self._newest_trials = min(self._newest_trials + 1, _FEW)
+            self.rate += (success - self.rate) / self._trials
+            self._newest += (success - self._newest) / self._newest_trials
+        if abs(self._newest - self.rate) > _CHANGE * math.sqrt(self.rate * (1 - self.rate) / (2 * _FEW)):
+            self.rate, self._trials = self._newest, self._newest_trials
+
+
+_LATER = (Source.LOOKUP, "later")
 
 
 class Odds:
@@ -60,10 +69,8 @@ class Odds:
         if plan.source is Source.SELF:
             return len(matched) * cycle_tokens(self._of(Source.SELF).rate, plan.num_drafts)
         # The first token says whether the place was the right one.
-        return sum(
-            1 + bool(count) * self._first(count).rate * cycle_tokens(self._later(count).rate, plan.num_drafts - 1)
-            for count in matched
-        )
+        later = cycle_tokens(self._of(_LATER).rate, plan.num_drafts - 1)
+        return sum(1 + bool(count) * self._first(count).rate * later for count in matched)
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn from a cycle: ``accepted`` drafts of each running sequence."""
@@ -77,14 +84,11 @@ class Odds:
             elif found:
                 self._first(found).record(count > 0, count == 0)
                 if count:
-                    self._later(found).record(count - 1, rejected)
+                    self._of(_LATER).record(count - 1, rejected)
 
     def _first(self, matched: int) -> Chance:
         matched = min(matched, _LONG_MATCH)
         return self._of((Source.LOOKUP, matched), _PRIOR * matched / _LONG_MATCH)
-
-    def _later(self, matched: int) -> Chance:
-        return self._of((Source.LOOKUP, min(matched, _LONG_MATCH), "later"))
 
     def _of(self, key: Hashable, prior: float = _PRIOR) -> Chance:
         return self._chances.setdefault(key, Chance(prior))
