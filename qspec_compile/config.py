@@ -36,13 +36,13 @@ class Draft(StrEnum):
     """What is expected to yield most: a lookup where it finds something that is accepted, the INT4 draft elsewhere."""
 
 
-def check_draft(value: Any, name: str = "draft") -> Draft:
+def check_draft(value: Any) -> Draft:
     """The source of drafts that ``value`` names."""
     try:
         return Draft(value)
     except ValueError:
         choices = ", ".join(repr(choice.value) for choice in Draft)
-        raise ValueError(f"{name} must be one of {choices}, not {value!r}") from None
+        raise ValueError(f"draft must be one of {choices}, not {value!r}") from None
 
 
 def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
