@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .request import Request
-from .text import Text
+from .text import Positions, Text
 
 # Newest tokens that are compared at the most: of several places the one that agrees in more of them is taken.
 LONGEST_MATCH = 16
@@ -36,13 +36,11 @@ def continuations(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tens
     """
     width = ids.shape[1]
     places = torch.arange(width, device=ids.device)
-    same = (places < length[:, None]).expand_as(ids)
-    matched = torch.zeros_like(ids)
-    for back in range(1, LONGEST_MATCH + 1):
-        newest = ids.gather(1, (length - back).clamp(min=0)[:, None])
-        # No token is -1.
-        same = same & (F.pad(ids, (back, 0), value=-1)[:, :width] == newest)
-        matched = matched + same
+    # The tokens before each place; what fills up the first ones equals no token and nothing that fills up the newest.
+    windows = F.pad(ids, (LONGEST_MATCH, 0), value=-2).unfold(1, LONGEST_MATCH, 1)[:, :width]
+    newest = Positions(ids, length[:, None]).newest(LONGEST_MATCH)
+    behind = torch.arange(LONGEST_MATCH - 1, -1, -1, dtype=torch.int8, device=ids.device)
+    matched = torch.where(windows == newest, LONGEST_MATCH, behind).amin(-1).long()
     # A place is the index of the first token to propose; of equal matches the latest wins.
     best = torch.where(places < length[:, None], matched * width + places, -1).amax(1)
     place = best % width
