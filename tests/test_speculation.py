@@ -156,12 +156,12 @@ def test_odds_are_those_of_the_newest_trials():
     for _ in range(200):
         odds.record(Plan(4), [0], [4])
         odds.record(Plan(3, Source.LOOKUP), [1, 9, 0], [0, 3, 0])
-    assert odds.tokens(Plan(4), [0]) == pytest.approx(5, abs=0.1)
-    assert odds.tokens(Plan(3, Source.LOOKUP), [1, 9, 0]) == pytest.approx(1 + 4 + 1, abs=0.1)
-    assert odds.tokens(PLAIN, [1, 9]) == 2
+    assert odds.of([0]).tokens(Plan(4)) == pytest.approx(5, abs=0.1)
+    assert odds.of([1, 9, 0]).tokens(Plan(3, Source.LOOKUP)) == pytest.approx(1 + 4 + 1, abs=0.1)
+    assert odds.of([1, 9]).tokens(PLAIN) == 2
     for _ in range(200):
         odds.record(Plan(4), [0], [0])
-    assert odds.tokens(Plan(4), [0]) == pytest.approx(1, abs=0.2)
+    assert odds.of([0]).tokens(Plan(4)) == pytest.approx(1, abs=0.2)
 
 
 def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):

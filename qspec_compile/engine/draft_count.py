@@ -64,7 +64,7 @@ class DraftCount(Protocol):
     looks_up: bool
 
     def choose(self, matched: Sequence[int]) -> Plan:
-        """The plan of the next cycle; ``matched`` as in :meth:`Odds.tokens`."""
+        """The plan of the next cycle; ``matched`` as in :meth:`Odds.of`."""
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Learn from a cycle: drafts accepted by each running sequence, and its duration if that is like others'."""
@@ -91,7 +91,8 @@ class FixedDraftCount:
             return self._own or PLAIN
         if self._own is None:
             return lookup
-        return max(lookup, self._own, key=lambda plan: self._odds.tokens(plan, matched) / self._costs.of(plan))
+        outlook = self._odds.of(matched)
+        return max(lookup, self._own, key=lambda plan: outlook.tokens(plan) / self._costs.of(plan))
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Acceptance is learnt."""
@@ -115,11 +116,12 @@ class AutoDraftCount:
         self.most = max(plan.num_drafts for plan in self._plans)
         self._costs = costs
         self._odds = Odds()
-        self._seconds: dict[Plan, deque[float]] = {}
+        self._times: dict[Plan, deque[float]] = {}
+        self._seconds = {plan: costs.of(plan) for plan in self._plans}
         self._warm: set[Plan] = set()
         self._cycle = 0
         self._last: dict[Plan, int] = {}
-        # Seconds that trials may lose, and the one under way with the yield that it is measured against.
+        # Seconds that trials may lose, and the one under way with the speed that it is measured against.
         self._spare = 0.0
         self._trial: tuple[Plan, float] | None = None
         self._gained: Plan | None = None
@@ -127,38 +129,69 @@ class AutoDraftCount:
 
     def choose(self, matched: Sequence[int]) -> Plan:
         """The fastest plan, or another one as long as the time lost by such trials is a small share."""
-        plans = [plan for plan in self._plans if plan.source is Source.SELF or any(matched)]
-        speed = self._speed or max(self._odds.tokens(plan, matched) / self.seconds(plan) for plan in plans)
-        best = max(plans, key=lambda plan: self._gain(plan, matched, speed))
+        outlook, finds = self._odds.of(matched), any(matched)
+        tokens = {plan: outlook.tokens(plan) for plan in self._plans if finds or plan.source is Source.SELF}
+        speed = self._speed() or max(tokens[plan] / self._seconds[plan] for plan in tokens)
+
+        def gain(plan: Plan) -> float:
+            known = plan in self._times or not self._times
+            return tokens[plan] - speed * self._seconds[plan] * (1.0 if known else _WORTH_TRYING)
+
+        best = max(tokens, key=gain)
         # Cycles that lose would not know it by their own speed.
-        speed = max(speed, self._odds.tokens(best, matched) / self.seconds(best))
+        speed = max(speed, tokens[best] / self._seconds[best])
         self._trial = None
-        trial = self._next_trial(best, any(matched))
-        if trial is None or self.seconds(trial) - len(matched) / speed > self._spare:
+        trial = self._next_trial(best, finds)
+        if trial is None or self._seconds[trial] - len(matched) / speed > self._spare:
             return best
         self._trial = (trial, speed)
         return trial
-
-    @property
-    def _speed(self) -> float:
-        """Tokens per second of the newest cycles, by what is known of durations now."""
-        if not self._newest:
-            return 0.0
-        return sum(tokens for _, tokens in self._newest) / sum(self.seconds(plan) for plan, _ in self._newest)
 
     def seconds(self, plan: Plan) -> float:
         """Expected duration of a cycle: the shortest of its newest ones, since others may have been delayed.
 
         A single one may be such; then it is no longer than what :meth:`_expected` says by others.
         """
-        times = self._seconds.get(plan, ())
-        if not self._seconds:
+        times: Sequence[float] = self._times.get(plan, ())
+        if not self._times:
             return self._costs.of(plan)
         if len(times) > 1:
             return min(times)
-        others = {other: min(own) for other, own in self._seconds.items() if other != plan}
-        sure = {other: own for other, own in others.items() if len(self._seconds[other]) > 1}
+        others = {other: min(own) for other, own in self._times.items() if other != plan}
+        sure = {other: own for other, own in others.items() if len(self._times[other]) > 1}
         return min((*times, self._expected(plan, sure or others))) if others else times[0]
+
+    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+        """Update what is known; the first cycle of a plan, which may compile, is not timed."""
+        if seconds is not None and plan in self._warm and plan in self._seconds:
+            self._add_time(plan, max(seconds, 1e-9))
+        self._warm.add(plan)
+        self._odds.record(plan, matched, accepted)
+        if plan not in self._seconds:
+            # At the end of a text less is drafted.
+            plan = min(self._plans, key=lambda known: abs(known.num_drafts - plan.num_drafts))
+        taken, tokens = self._seconds[plan], len(accepted) + sum(accepted)
+        if self._trial is not None:
+            tried, speed = self._trial
+            lost = taken - tokens / speed
+            self._spare -= lost
+            self._gained = tried if lost < 0 else None
+        self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
+        self._newest.append((plan, tokens))
+        self._cycle += 1
+        self._last[plan] = self._cycle
+
+    def _speed(self) -> float:
+        """Tokens per second of the newest cycles, by what is known of durations now."""
+        time = sum(self._seconds[plan] for plan, _ in self._newest)
+        return sum(tokens for _, tokens in self._newest) / time if time else 0.0
+
+    def _add_time(self, plan: Plan, seconds: float) -> None:
+        times = self._times.setdefault(plan, deque(maxlen=_TIMES_KEPT))
+        times.append(seconds)
+        # Most cycles take as long as those before them, and then nothing else is expected.
+        if len(times) < 3 or min(times) != self._seconds[plan]:
+            self._seconds = {known: self.seconds(known) for known in self._plans}
 
     def _expected(self, plan: Plan, known: Mapping[Plan, float]) -> float:
         """On the line through plain decoding and the plan that is most like it, or in proportion to what costs were."""
@@ -168,28 +201,6 @@ class AutoDraftCount:
             return known[nearest] * self._costs.of(plan) / self._costs.of(nearest)
         more = max(0.0, known[nearest] - known[PLAIN])
         return known[PLAIN] + plan.num_drafts / nearest.num_drafts * more
-
-    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
-        """Update what is known; the first cycle of a plan, which may compile, is not timed."""
-        if seconds is not None and plan in self._warm and plan in self._plans:
-            self._seconds.setdefault(plan, deque(maxlen=_TIMES_KEPT)).append(seconds)
-        taken, tokens = self.seconds(plan), len(accepted) + sum(accepted)
-        if self._trial is not None:
-            tried, speed = self._trial
-            lost = taken - tokens / speed
-            self._spare -= lost
-            self._gained = tried if lost < 0 else None
-        self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
-        self._newest.append((plan, tokens))
-        self._warm.add(plan)
-        self._cycle += 1
-        self._last[plan] = self._cycle
-        self._odds.record(plan, matched, accepted)
-
-    def _gain(self, plan: Plan, matched: Sequence[int], speed: float) -> float:
-        """Expected tokens of a cycle less those that its time is worth."""
-        known = plan in self._seconds or not self._seconds
-        return self._odds.tokens(plan, matched) - speed * self.seconds(plan) * (1.0 if known else _WORTH_TRYING)
 
     def _next_trial(self, best: Plan, any_matched: bool) -> Plan | None:
         """What was not run for longest, or what just gained."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .plan import Plan, Source
 
@@ -25,7 +26,7 @@ def cycle_tokens(rate: float, num_drafts: int) -> float:
         rate: probability a that a draft token is accepted, given that those before it were.
         num_drafts: tokens drafted (n).
     """
-    return sum(rate**drafts for drafts in range(num_drafts + 1))
+    return (1 - rate ** (num_drafts + 1)) / (1 - rate) if rate < 1 else float(num_drafts + 1)
 
 
 class Chance:
@@ -50,45 +51,51 @@ class Chance:
             self.rate, self._trials = self._newest, self._newest_trials
 
 
-_LATER = (Source.LOOKUP, "later")
+class Outlook(NamedTuple):
+    """What the next cycle is expected to yield.
+
+    Attributes:
+        rows: running sequences.
+        own: rate of the draft's own tokens.
+        first: first tokens of lookups that are expected to be accepted, over the rows.
+        later: rate of a lookup's later tokens.
+    """
+
+    rows: int
+    own: float
+    first: float
+    later: float
+
+    def tokens(self, plan: Plan) -> float:
+        """Of a cycle of this plan, over all rows."""
+        if plan.source is Source.SELF:
+            return self.rows * cycle_tokens(self.own, plan.num_drafts)
+        # The first token says whether the place was the right one.
+        return self.rows + self.first * cycle_tokens(self.later, plan.num_drafts - 1)
 
 
 class Odds:
-    """What cycles yield, by their plan and by what a lookup found."""
+    """How often drafts were accepted: the draft's own, and lookups' by the length of the match."""
 
     def __init__(self) -> None:
-        self._chances: dict[Hashable, Chance] = {}
+        self._own, self._later = Chance(), Chance()
+        self._first = [Chance(_PRIOR * matched / _LONG_MATCH) for matched in range(_LONG_MATCH + 1)]
 
-    def tokens(self, plan: Plan, matched: Sequence[int]) -> float:
-        """Expected tokens of a cycle, over all running sequences.
-
-        Args:
-            plan: of the cycle.
-            matched: of each running sequence, tokens of its end that a lookup found earlier in its text.
-        """
-        if plan.source is Source.SELF:
-            return len(matched) * cycle_tokens(self._of(Source.SELF).rate, plan.num_drafts)
-        # The first token says whether the place was the right one.
-        later = cycle_tokens(self._of(_LATER).rate, plan.num_drafts - 1)
-        return sum(1 + bool(count) * self._first(count).rate * later for count in matched)
+    def of(self, matched: Sequence[int]) -> Outlook:
+        """The next cycle's, of sequences whose ends a lookup found so many tokens of earlier in their texts."""
+        first = sum(self._first[min(count, _LONG_MATCH)].rate for count in matched if count)
+        return Outlook(len(matched), self._own.rate, first, self._later.rate)
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn from a cycle: ``accepted`` drafts of each running sequence."""
         if not plan.num_drafts:
             return
         for found, count in zip(matched, accepted, strict=True):
+            # Each token up to the first rejected one is one trial.
             rejected = count < plan.num_drafts
             if plan.source is Source.SELF:
-                # Each token up to the first rejected one is one trial.
-                self._of(Source.SELF).record(count, rejected)
+                self._own.record(count, rejected)
             elif found:
-                self._first(found).record(count > 0, count == 0)
+                self._first[min(found, _LONG_MATCH)].record(count > 0, count == 0)
                 if count:
-                    self._of(_LATER).record(count - 1, rejected)
-
-    def _first(self, matched: int) -> Chance:
-        matched = min(matched, _LONG_MATCH)
-        return self._of((Source.LOOKUP, matched), _PRIOR * matched / _LONG_MATCH)
-
-    def _of(self, key: Hashable, prior: float = _PRIOR) -> Chance:
-        return self._chances.setdefault(key, Chance(prior))
+                    self._later.record(count - 1, rejected)
