@@ -36,6 +36,26 @@ class DraftAttention(StrEnum):
     """The same where a context is long enough for it to pay, else everything."""
 
 
+class Draft(StrEnum):
+    """Where drafted tokens come from."""
+
+    SELF = "self"
+    """The INT4 draft's own steps."""
+    LOOKUP = "lookup"
+    """What followed the newest tokens earlier in the row's own text, prompt included; else nothing is drafted."""
+    BOTH = "both"
+    """What is expected to yield most: a lookup where it finds something that is accepted, the INT4 draft elsewhere."""
+
+
+def check_draft(value: Any) -> Draft:
+    """The source of drafts that ``value`` names."""
+    try:
+        return Draft(value)
+    except ValueError:
+        choices = ", ".join(repr(choice.value) for choice in Draft)
+        raise ValueError(f"draft must be one of {choices}, not {value!r}") from None
+
+
 def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
     """Validate a number of draft tokens per cycle, or "auto"; 0 means decoding with the target alone."""
     if value == AUTO:
@@ -53,6 +73,8 @@ class QuantSpecConfig:
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
             fastest, plain decoding included. Can be overridden per ``generate`` call.
+        draft: ``"self"``: the INT4 draft proposes; ``"lookup"``: the text itself does, with what followed its newest
+            tokens before; ``"both"``: whichever yields more. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
@@ -78,6 +100,7 @@ class QuantSpecConfig:
     """
 
     num_speculative_tokens: int | str = 4
+    draft: Draft = Draft.SELF
     kv_group_size: int = 128
     weight_group_size: int = 128
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
@@ -94,6 +117,7 @@ class QuantSpecConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_group_sizes", dict(self.adapted_group_sizes))
         check_num_speculative_tokens(self.num_speculative_tokens)
+        object.__setattr__(self, "draft", check_draft(self.draft))
         for name in ("kv_group_size", "weight_group_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")

@@ -163,6 +163,19 @@ def test_json(run, folder, tokenizer):
     assert answer["statistics"]["num_speculative_tokens"] == 2
 
 
+def test_drafts_from_the_text(run, pair, folder):
+    call = ("--json", "--gamma", 3, "--max-new-tokens", 30, "--greedy")
+    for model in (pair, folder):
+        texts = {}
+        for draft in ("self", "lookup"):
+            status, out, _ = run("generate", model, "Hello hello hello", *call, "--draft", draft)
+            answer = json.loads(out)
+            texts[draft] = answer["text"]
+            assert status == 0
+            assert [name for name, count in answer["statistics"]["drafted_by_source"].items() if count] == [draft]
+        assert texts["self"] == texts["lookup"]
+
+
 def test_sampling_seed_stop_and_stats(run, pair):
     sampled = ("generate", pair, "Hello", "--temperature", "0.9", "--top-k", 30, "--max-new-tokens", 12)
     first, again, other = (run(*sampled, "--seed", seed)[1] for seed in (1, 1, 2))

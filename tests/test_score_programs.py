@@ -23,6 +23,7 @@ from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
 from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from quantspec.engine.logits_processors import ScoreProgram, apply_processors, compilable, program_key, reads_text
+from quantspec.engine.plan import Plan
 from quantspec.engine.sampling import Randomness
 from quantspec.engine.text import Text
 
@@ -427,7 +428,7 @@ def test_kept_programs_follow_the_call(qs, without_graphs, name, batch):
         inputs["input_ids"] = (inputs["input_ids"] + shift).clamp(max=95) * inputs["attention_mask"]
         theirs = qs.model.generate(**options, **inputs)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda self: next(counts))
+            patch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda *_: Plan(next(counts)))
             ours = qs.generate(num_speculative_tokens=4, seed=0, **options, **inputs)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert len(ours.scores) == len(ours.logits) == len(theirs.scores)
