@@ -490,7 +490,7 @@ def test_convert_overwrites_nothing(run, pair, folder, tmp_path):
 def test_options_a_saved_pair_cannot_change(run, pair):
     assert_error(run("generate", pair, "Hi", "--weight-group-size", 32), "weight_group_size cannot change")
     result = run("generate", pair, "Hi", "--weight-quantizer", "hqq")
-    assert_error(result, "weights were made with 'tinygemm'; convert", "`quantspec convert`")
+    assert_error(result, "pair was made with 'tinygemm'; convert", "`quantspec convert`")
 
 
 @pytest.fixture

@@ -265,7 +265,7 @@ def test_a_cycle_waits_for_nothing(do_sample):
             for name in ("_cached", "seeds", "sampled"):
                 setattr(randomness, name, mode.from_tensor(getattr(randomness, name)))
         packed, scores, logits = Cycle(Reader(), cache, acceptance, text=program.text)(4)
-    assert packed.shape == (BATCH, 8)
+    assert packed.shape == (BATCH, 9)
     assert scores.shape == logits.shape == (BATCH, 5, VOCAB)
 
 
