@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 from step_by_step import pad_batch, random_prompt
@@ -13,6 +16,7 @@ import quantspec
 from quantspec import UnsupportedModelError
 from quantspec.capture import capture
 from quantspec.config import QuantSpecConfig
+from quantspec.memory import expected_memory, full_precision_bytes
 from quantspec.passes import Role
 from quantspec.passes.state_steps import StateSteps, StateStepsError, StepStates
 
@@ -94,6 +98,8 @@ def test_states_count_as_memory_in_full_precision():
     (state,) = qs.session.cache.states
     assert state.dtype == torch.float32
     assert qs.last_stats.cache_bytes["state"] == state.nbytes
+    options = {"num_speculative_tokens": 4, "dtype": torch.float32, "states": qs.pair.captured.states}
+    assert expected_memory(qs.layers, 64, **options)["state"] == state.nbytes
     assert "states in full precision: 1" in repr(qs)
 
 
@@ -119,6 +125,20 @@ def test_what_states_do_not_go_with_is_refused():
 def test_a_model_without_attention_is_refused_with_the_reason():
     with pytest.raises(UnsupportedModelError, match="no attention layer, so no key/value cache"):
         quantspec.convert(tiny_model("lfm2", layer_types=["conv", "conv"]), QuantSpecConfig())
+
+
+def test_inspect_counts_states(run, tmp_path):
+    """In both columns: places for drafts in the pair's cache, one of each sequence in transformers' own."""
+    model = tiny_model("lfm2")
+    model.config.save_pretrained(tmp_path)
+    status, out, err = run("inspect", tmp_path, "--context", 64, "--batch-size", 2, "--json")
+    assert (status, err) == (0, "")
+    captured, memory = capture(model), json.loads(out)["memory"]
+    (state,) = captured.states
+    own = 2 * math.prod(state.shape) * state.dtype.itemsize
+    assert memory["cache"]["state"] == own * (QuantSpecConfig.num_speculative_tokens + 2)
+    dense = full_precision_bytes(captured.layers, 64, 2, torch.float32)
+    assert memory["unconverted"]["cache"] == dense + own
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------
