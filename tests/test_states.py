@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
 import torch
 from step_by_step import pad_batch, random_prompt
@@ -100,6 +97,8 @@ def test_states_count_as_memory_in_full_precision():
     assert qs.last_stats.cache_bytes["state"] == state.nbytes
     options = {"num_speculative_tokens": 4, "dtype": torch.float32, "states": qs.pair.captured.states}
     assert expected_memory(qs.layers, 64, **options)["state"] == state.nbytes
+    dense, bare = (full_precision_bytes(qs.layers, 64, 1, torch.float32, states) for states in (options["states"], ()))
+    assert dense - bare == state[:, 0].nbytes
     assert "states in full precision: 1" in repr(qs)
 
 
@@ -127,18 +126,37 @@ def test_a_model_without_attention_is_refused_with_the_reason():
         quantspec.convert(tiny_model("lfm2", layer_types=["conv", "conv"]), QuantSpecConfig())
 
 
-def test_inspect_counts_states(run, tmp_path):
-    """In both columns: places for drafts in the pair's cache, one of each sequence in transformers' own."""
+class OfItsBatch(torch.nn.Module):
+    """Every row sees the mean of all rows' hidden states: tokens of one text, once they are verified side by side."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        """``(B, T, C)``."""
+        return self.inner(hidden + hidden.mean(0, keepdim=True))
+
+
+def test_a_hybrid_that_mixes_rows_is_refused():
     model = tiny_model("lfm2")
-    model.config.save_pretrained(tmp_path)
-    status, out, err = run("inspect", tmp_path, "--context", 64, "--batch-size", 2, "--json")
-    assert (status, err) == (0, "")
-    captured, memory = capture(model), json.loads(out)["memory"]
-    (state,) = captured.states
-    own = 2 * math.prod(state.shape) * state.dtype.itemsize
-    assert memory["cache"]["state"] == own * (QuantSpecConfig.num_speculative_tokens + 2)
-    dense = full_precision_bytes(captured.layers, 64, 2, torch.float32)
-    assert memory["unconverted"]["cache"] == dense + own
+    model.model.layers[1].feed_forward = OfItsBatch(model.model.layers[1].feed_forward)
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside attention"):
+        quantspec.convert(model, self_check=False)
+
+
+def test_a_forward_that_fails_with_a_cache_gives_its_own_error():
+    model = tiny_model("lfm2")
+    forward = model.forward
+
+    def without_cache(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise RuntimeError("no cache fits here")
+        return forward(*args, **kwargs)
+
+    model.forward = without_cache
+    with pytest.raises(UnsupportedModelError, match="no cache fits here"):
+        quantspec.convert(model, self_check=False)
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------
