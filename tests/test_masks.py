@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ def chunked_qs():
 
 def test_chunks_and_full_attention_are_told_apart(chunked_qs):
     assert [(layer.window, layer.chunk) for layer in chunked_qs.layers] == [(0, CHUNK), (0, 0)]
+
+
+def test_inspect_tells_chunks(run, tmp_path):
+    """Without weights, too."""
+    tiny_model("llama4_text").config.save_pretrained(tmp_path)
+    status, out, err = run("inspect", tmp_path, "--json")
+    assert (status, err) == (0, "")
+    told = [(layer["kind"], layer["window"], layer["chunk"]) for layer in json.loads(out)["attention"]]
+    assert told == [("chunks", None, CHUNK), ("full", None, None)]
+    assert f"chunks of {CHUNK}" in run("inspect", tmp_path)[1]
 
 
 @pytest.mark.parametrize("gamma", [0, 4])

@@ -13,6 +13,7 @@ import quantspec
 from quantspec import UnsupportedModelError
 from quantspec.capture import capture
 from quantspec.config import QuantSpecConfig
+from quantspec.memory import expected_memory, full_precision_bytes
 from quantspec.passes import Role
 from quantspec.passes.state_steps import StateSteps, StateStepsError, StepStates
 
@@ -94,6 +95,10 @@ def test_states_count_as_memory_in_full_precision():
     (state,) = qs.session.cache.states
     assert state.dtype == torch.float32
     assert qs.last_stats.cache_bytes["state"] == state.nbytes
+    options = {"num_speculative_tokens": 4, "dtype": torch.float32, "states": qs.pair.captured.states}
+    assert expected_memory(qs.layers, 64, **options)["state"] == state.nbytes
+    dense, bare = (full_precision_bytes(qs.layers, 64, 1, torch.float32, states) for states in (options["states"], ()))
+    assert dense - bare == state[:, 0].nbytes
     assert "states in full precision: 1" in repr(qs)
 
 
@@ -119,6 +124,39 @@ def test_what_states_do_not_go_with_is_refused():
 def test_a_model_without_attention_is_refused_with_the_reason():
     with pytest.raises(UnsupportedModelError, match="no attention layer, so no key/value cache"):
         quantspec.convert(tiny_model("lfm2", layer_types=["conv", "conv"]), QuantSpecConfig())
+
+
+class OfItsBatch(torch.nn.Module):
+    """Every row sees the mean of all rows' hidden states: tokens of one text, once they are verified side by side."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        """``(B, T, C)``."""
+        return self.inner(hidden + hidden.mean(0, keepdim=True))
+
+
+def test_a_hybrid_that_mixes_rows_is_refused():
+    model = tiny_model("lfm2")
+    model.model.layers[1].feed_forward = OfItsBatch(model.model.layers[1].feed_forward)
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside attention"):
+        quantspec.convert(model, self_check=False)
+
+
+def test_a_forward_that_fails_with_a_cache_gives_its_own_error():
+    model = tiny_model("lfm2")
+    forward = model.forward
+
+    def without_cache(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise RuntimeError("no cache fits here")
+        return forward(*args, **kwargs)
+
+    model.forward = without_cache
+    with pytest.raises(UnsupportedModelError, match="no cache fits here"):
+        quantspec.convert(model, self_check=False)
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------

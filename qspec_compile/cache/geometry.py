@@ -60,6 +60,11 @@ def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
     return 2 * kv_group_size + num_speculative_tokens + 1
 
 
+def state_slots(num_speculative_tokens: int) -> int:
+    """Places of a state: after the verified tokens, and after each of the block that is being verified."""
+    return num_speculative_tokens + 2
+
+
 def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> int:
     """Groups that a cache has planes for, once there is room for ``num_tokens`` per sequence."""
     # The newest G tokens are never quantized.

@@ -17,7 +17,7 @@ from quantspec.kernels import flush
 from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
 from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
-from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots
+from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots, state_slots
 from .page_choice import PageBudget, PageChoice
 
 
@@ -129,7 +129,7 @@ class HierarchicalCache:
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.states: list[Tensor] = [
-            torch.zeros(batch_size, num_speculative_tokens + 2, *state.shape, dtype=state.dtype, device=device)
+            torch.zeros(batch_size, state_slots(num_speculative_tokens), *state.shape, dtype=state.dtype, device=device)
             for state in states
         ]
         # Tokens that were kept last; the states after each of them are where they were written still.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
@@ -121,6 +124,19 @@ def _rope_parameters(config: object) -> Iterator[tuple[str, dict]]:
             yield f"rope_parameters[{key}]", nested
 
 
+class _MetaIsZero(TorchDispatchMode):
+    """Takes tensors without data for zeros, which to a mask's rule say that nothing is padded."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A rule is asked for the first text alone, and sizes of an export are symbols.
+        args, kwargs = tree_map_only(
+            Tensor,
+            lambda x: torch.zeros([1] * x.dim(), dtype=x.dtype, device="cpu") if x.device.type == "meta" else x,
+            (args, kwargs or {}),
+        )
+        return func(*args, **kwargs)
+
+
 def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
     """Whether a mask rule lets the tokens of a chunk see no other's, judged on a grid of positions.
 
@@ -138,7 +154,8 @@ def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
     kv = q.T
     zero = torch.zeros((), dtype=torch.long, device=place)
     try:
-        allowed = spec.mask_function(zero, zero, q, kv).expand(len(points), len(points))
+        with _MetaIsZero() if device.type == "meta" else contextlib.nullcontext():
+            allowed = spec.mask_function(zero, zero, q, kv).expand(len(points), len(points))
     except Exception as error:
         if device.type == "meta":
             return False
@@ -190,7 +207,7 @@ def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: T
 def chunked_layers(recorder: Recorder, masks: Sequence[tuple[MaskSpec, nn.Module]], device: torch.device) -> set[int]:
     """Which of the attention calls with these masks attend in chunks; their ``window`` is a chunk's size.
 
-    On the meta device rules that hold tensors cannot be asked, and are taken for windows.
+    On the meta device tensors that rules hold are taken for zeros, and rules that cannot be asked so for windows.
 
     Raises:
         UnsupportedModelError: a mask that is not causal with an optional sliding window or chunks.

@@ -37,6 +37,9 @@ def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     try:
         _logits(model, ids, torch.arange(2, device=model.device)[None], cache)
     except Exception:
+        own = model(input_ids=ids, use_cache=True)
+        if type(getattr(own, "past_key_values", None)) is DynamicCache:
+            raise
         # A cache of the model's own; what mixes its tokens is found at its capture.
         return ()
     return tuple(

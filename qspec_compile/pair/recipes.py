@@ -164,10 +164,9 @@ def common_graph(captured: Capture, config: QuantSpecConfig, vocab_size: int) ->
     """
     base = clone(captured.graph_module)
     assert config.max_cache_len is not None
-    # A graph of single tokens mixes none but by what its states and markers tell.
-    check = [] if captured.states else [CheckTokenMixing(vocab_size, config.max_cache_len)]
+    check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        return run_passes(base, [*check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        return run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
 
