@@ -35,7 +35,8 @@ def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)
     try:
-        _logits(model, ids, torch.arange(2, device=model.device)[None], cache)
+        # Without a mask, whose values tensors on the meta device do not have.
+        model(input_ids=ids, **{_cache_name(model): cache}, use_cache=True)
     except Exception:
         own = model(input_ids=ids, use_cache=True)
         if type(getattr(own, "past_key_values", None)) is DynamicCache:
@@ -48,12 +49,15 @@ def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     )
 
 
+def _cache_name(model: PreTrainedModel) -> str:
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     # An explicit mask keeps transformers from reading packed sequences out of the positions.
     mask = torch.ones_like(input_ids)
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, name: cache}
-    return model(**inputs, use_cache=True).logits
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    return model(**inputs, **{_cache_name(model): cache}, use_cache=True).logits
 
 
 class WithState(nn.Module):
