@@ -49,7 +49,7 @@ def test_a_padded_batch_is_generated_as_alone(architecture):
     assert 0 < qs.last_stats.draft_acceptance_rate < 1
 
 
-@pytest.mark.parametrize("architecture", STATEFUL)
+@pytest.mark.parametrize("architecture", ["lfm2", "granitemoehybrid", "falcon_h1"])
 def test_states_are_found_without_weights(architecture):
     model = tiny_model(architecture)
     found = state_shapes(model)
