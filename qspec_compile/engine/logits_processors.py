@@ -107,6 +107,11 @@ def compilable(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList(processor for processor in processors if _is_compilable(processor))
 
 
+def in_lockstep(processors: LogitsProcessorList) -> bool:
+    """Whether some are not :func:`compilable`, so that the host calls all, once per token for all rows."""
+    return not all(map(_is_compilable, processors))
+
+
 def _is_compilable(processor: LogitsProcessor) -> bool:
     if isinstance(processor, PerRow):
         return all(own is None or type(own) in _KINDS for own in processor.rows)
