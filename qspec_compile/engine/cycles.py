@@ -25,7 +25,7 @@ from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, in_lockstep, reads_text
 from .lookup import Lookup
 from .plan import Plan
-from .progress import Progress
+from .progress import Progress, by_row
 from .sampling import Randomness
 from .text import Text
 
@@ -336,11 +336,9 @@ class JudgedCycles(_OnRunner):
         """
         progress, accepted = self._call.progress, []
         scores, logits = self._runner.outputs()
-        # Of the next cycle's nothing may show in what was collected.
-        collected = (
-            None if progress.scores is None else scores.clone(),
-            None if progress.logits is None else logits.to(torch.float32, copy=True),
-        )
+        # The next cycle overwrites them.
+        scores_of = None if progress.scores is None else by_row(scores.clone())
+        logits_of = None if progress.logits is None else by_row(logits.to(torch.float32, copy=True))
         for row, request in enumerate(progress.requests):
             if request.ended:
                 continue
@@ -349,8 +347,7 @@ class JudgedCycles(_OnRunner):
             tokens = [*result.drafts[row][:count], result.next_tokens[row]]
             if result.fails[row] and request.needs_after(tokens[:count]):
                 raise FloatingPointError(NO_DISTRIBUTION if request.do_sample else NAN_LOGITS)
-            outputs = (None if output is None else output[row, : count + 1] for output in collected)
-            progress.append(row, tokens, *outputs)
+            progress.append(row, tokens, scores_of and scores_of[row], logits_of and logits_of[row])
         return accepted
 
 
@@ -407,9 +404,10 @@ class LockstepCycles(_OnRunner):
             drafted = step < drafts.shape[1]
             differ = [token != draft for token, draft in zip(chosen, on_host[step], strict=True)] if drafted else []
             rejected = not drafted or _any_running(call, differ)
+            scores_of = None if progress.scores is None else by_row(scores[:, None])
+            logits_of = None if progress.logits is None else by_row(logits[:, step : step + 1].clone().float())
             for row, token in enumerate(chosen):
-                raw = None if progress.logits is None else logits[row : row + 1, step].to(torch.float32, copy=True)
-                progress.append(row, [token], scores[row : row + 1], raw)
+                progress.append(row, [token], scores_of and scores_of[row], logits_of and logits_of[row])
             progress.judge()
             if rejected or not any(progress.running):
                 break

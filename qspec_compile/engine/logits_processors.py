@@ -221,15 +221,20 @@ def _typical(scores: Tensor, at: None, fixed: tuple[float, int], mass: Tensor) -
 
 
 def _epsilon(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
-    filter_value, least = fixed
-    most = min(least, scores.shape[-1])
-    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
-    return scores.masked_fill((scores.softmax(-1) < epsilon) & (scores < kept), filter_value)
+    return _cut_below(scores, scores.softmax(-1), fixed, epsilon)
 
 
 def _eta(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
-    entropy = Categorical(logits=scores, validate_args=False).entropy()[..., None]
-    return _epsilon(scores, at, fixed, torch.min(epsilon, epsilon.sqrt() * (-entropy).exp()))
+    probs = scores.softmax(-1)
+    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+    return _cut_below(scores, probs, fixed, torch.min(epsilon, epsilon.sqrt() * (-entropy).exp()))
+
+
+def _cut_below(scores: Tensor, probs: Tensor, fixed: tuple[float, int], bound: Tensor) -> Tensor:
+    filter_value, least = fixed
+    most = min(least, scores.shape[-1])
+    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
+    return scores.masked_fill((probs < bound) & (scores < kept), filter_value)
 
 
 def _top_h(scores: Tensor, at: None, fixed: tuple[float, int], top_h: Tensor) -> Tensor:
@@ -239,7 +244,7 @@ def _top_h(scores: Tensor, at: None, fixed: tuple[float, int], top_h: Tensor) ->
     probs = distribution.probs
     kept = (-probs * probs.log()).cumsum(-1) <= distribution.entropy()[..., None] * top_h
     kept[..., 0] = True
-    return scores.masked_fill(~torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, kept), filter_value)
+    return torch.full_like(scores, filter_value).scatter_(-1, indices, top.masked_fill(~kept, filter_value))
 
 
 def _normalize(scores: Tensor, at: None, fixed: None) -> Tensor:

@@ -87,8 +87,8 @@ class SpeculativeLoop:
             randomness = Randomness.of(self.cache.length, self.progress.requests)
             noise = None if randomness is None else perturbation(scores[:, None], *randomness.at(-1, 1))[:, 0]
             pending, tokens = choose(self.call, scores, noise)
-            for row, token in enumerate(tokens):
-                self.progress.append(row, [token], scores[row : row + 1], raw[row : row + 1])
+            for row, (token, score, logit) in enumerate(zip(tokens, scores, raw, strict=True)):
+                self.progress.append(row, [token], [score], [logit])
             self._judge()
         self.stats.prefill_seconds = self._clock.now() - start
         return pending
