@@ -145,8 +145,11 @@ class Runner(Protocol):
     def judged(self) -> Tensor:
         """Run a whole cycle; returns the packed result."""
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Scores and logits ``(B, T + 1, V)`` of the judged cycle that ran last, overwritten by the next."""
+    def scores(self) -> Tensor:
+        """``(B, T + 1, V)`` of the judged cycle that ran last, overwritten by the next."""
+
+    def logits(self) -> Tensor:
+        """As :meth:`scores`."""
 
     def proposed(self) -> Proposal:
         """Draft and verify, as :meth:`LockstepCycle.show`."""
@@ -201,8 +204,11 @@ class EagerRunner:
         packed, self._scores, self._logits = self.cycle(*self._plan)
         return packed
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        return self._scores, self._logits
+    def scores(self) -> Tensor:
+        return self._scores
+
+    def logits(self) -> Tensor:
+        return self._logits
 
     def proposed(self) -> Proposal:
         assert isinstance(self.cycle, LockstepCycle)
@@ -252,8 +258,11 @@ class ReplayRunner:
     def judged(self) -> Tensor:
         return self._replay()
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        return self._replay.scores, self._replay.logits
+    def scores(self) -> Tensor:
+        return self._replay.scores
+
+    def logits(self) -> Tensor:
+        return self._replay.logits
 
     def proposed(self) -> Proposal:
         return self._replay()  # type: ignore[no-any-return]
@@ -335,10 +344,9 @@ class JudgedCycles(_OnRunner):
             FloatingPointError: the next token of a sequence that needs one could not be chosen.
         """
         progress, accepted = self._call.progress, []
-        scores, logits = self._runner.outputs()
         # The next cycle overwrites them.
-        scores_of = None if progress.scores is None else by_row(scores.clone())
-        logits_of = None if progress.logits is None else by_row(logits.to(torch.float32, copy=True))
+        scores_of = None if progress.scores is None else by_row(self._runner.scores().clone())
+        logits_of = None if progress.logits is None else by_row(self._runner.logits().to(torch.float32, copy=True))
         for row, request in enumerate(progress.requests):
             if request.ended:
                 continue
