@@ -230,10 +230,10 @@ class LockstepCycle(Cycle):
         drafts, choice = self._drafts, self._choice
         count = drafts.shape[1]
         places = torch.arange(count + 1, device=drafts.device)
-        # A choice is the target's own while every draft before it stands; those that were accepted do anyway.
-        stands = (drafts == choice[:, :count]) | (places[:count] < accepted)
+        # A choice is the target's own while every draft before it stands, for the text so far whatever was chosen.
+        stands = (drafts == choice[:, :count]) | (places[:count] <= accepted)
         stands = F.pad(stands, (1, 0), value=True).cumprod(1).bool()
-        # The next token, too, must be the one that was verified.
+        # The next token must be the draft that was verified with those behind it.
         goes_on = F.pad(drafts, (0, 1), value=-1).gather(1, accepted) == next_tokens
         later = accepted + 1 + torch.arange(self.known.shape[1], device=drafts.device)
         found = torch.where(stands & goes_on, choice, -1).gather(1, later.clamp(max=count))

@@ -265,7 +265,7 @@ class ReplayRunner:
         return self._replay.logits
 
     def proposed(self) -> Proposal:
-        return self._replay()  # type: ignore[no-any-return]
+        return self._replay()
 
     def move_on(self, accepted: int, next_tokens: Tensor) -> Tensor:
         assert isinstance(self._current, ProposalReplay)
@@ -345,8 +345,8 @@ class JudgedCycles(_OnRunner):
         """
         progress, accepted = self._call.progress, []
         # The next cycle overwrites them.
-        scores_of = None if progress.scores is None else by_row(self._runner.scores().clone())
-        logits_of = None if progress.logits is None else by_row(self._runner.logits().to(torch.float32, copy=True))
+        scores_of = [] if progress.scores is None else by_row(self._runner.scores().clone())
+        logits_of = [] if progress.logits is None else by_row(self._runner.logits().to(torch.float32, copy=True))
         for row, request in enumerate(progress.requests):
             if request.ended:
                 continue
@@ -355,7 +355,7 @@ class JudgedCycles(_OnRunner):
             tokens = [*result.drafts[row][:count], result.next_tokens[row]]
             if result.fails[row] and request.needs_after(tokens[:count]):
                 raise FloatingPointError(NO_DISTRIBUTION if request.do_sample else NAN_LOGITS)
-            progress.append(row, tokens, scores_of and scores_of[row], logits_of and logits_of[row])
+            progress.append(row, tokens, *(of[row] if of else None for of in (scores_of, logits_of)))
         return accepted
 
 
@@ -412,10 +412,10 @@ class LockstepCycles(_OnRunner):
             drafted = step < drafts.shape[1]
             differ = [token != draft for token, draft in zip(chosen, on_host[step], strict=True)] if drafted else []
             rejected = not drafted or _any_running(call, differ)
-            scores_of = None if progress.scores is None else by_row(scores[:, None])
-            logits_of = None if progress.logits is None else by_row(logits[:, step : step + 1].clone().float())
+            scores_of = [] if progress.scores is None else by_row(scores[:, None])
+            logits_of = [] if progress.logits is None else by_row(logits[:, step : step + 1].clone().float())
             for row, token in enumerate(chosen):
-                progress.append(row, [token], scores_of and scores_of[row], logits_of and logits_of[row])
+                progress.append(row, [token], *(of[row] if of else None for of in (scores_of, logits_of)))
             progress.judge()
             if rejected or not any(progress.running):
                 break
