@@ -160,6 +160,23 @@ def test_acceptance_of_a_sampled_batch_is_near_that_of_its_rows(small_qs, monkey
     assert small_qs.last_stats.mean_acceptance_length > 1.3 * shortest
 
 
+class Greedy(LogitsProcessor):
+    """Takes more than transformers gives."""
+
+    def __call__(self, input_ids, scores, temperature):
+        return scores
+
+
+@pytest.mark.parametrize("new_tokens", [1, 9])
+def test_a_processor_of_another_signature_is_refused_as_in_hugging_face(qs, new_tokens):
+    options = {"max_new_tokens": new_tokens, "logits_processor": [Greedy()], **ragged(2)}
+    with pytest.raises(ValueError, match="required parameters") as theirs:
+        qs.model.generate(**options)
+    with pytest.raises(ValueError, match="required parameters") as ours:
+        qs.generate(**options)
+    assert str(ours.value) == str(theirs.value)
+
+
 # --- How much is drafted ---------------------------------------------------------------------------------------------
 
 

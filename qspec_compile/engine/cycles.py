@@ -407,7 +407,7 @@ class LockstepCycles(_OnRunner):
                 raise FloatingPointError(NAN_LOGITS)
             # Running sequences are equally long, and those that are done are padded.
             text = progress.sequences[:, : max(progress.context_lens)]
-            scores = apply_processors(call.processors, text, logits[:, step].to(torch.float32, copy=True))
+            scores = apply_processors(call.processors, text, logits[:, step].to(torch.float32, copy=True), again=True)
             tokens, chosen = choose(call, scores, None if noise is None else noise[:, step])
             drafted = step < drafts.shape[1]
             differ = [token != draft for token, draft in zip(chosen, on_host[step], strict=True)] if drafted else []

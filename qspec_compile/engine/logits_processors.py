@@ -143,10 +143,16 @@ def reads_text(processors: LogitsProcessorList) -> bool:
     return any(_kind(processor).reads_text for processor in processors)
 
 
-def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
-    """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids."""
+def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, again: bool = False) -> Tensor:
+    """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids.
+
+    ``again``: the call has used them before, so their signatures, which take transformers long to read, are known.
+    """
+    called = processors if again else [processors]
     try:
-        return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        for processor in called:
+            scores = processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        return scores
     except Exception as error:
         error.add_note(
             "raised by a logits processor; quantspec calls them as Hugging Face does, once per token, with the text "
