@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import Randomness, accept, perturb
+from .sampling import Randomness, accept, perturb, perturbation
 
 Process = Callable[[Tensor, int], Tensor]
 """``process(logits (B, T, V), num_ahead)`` gives float32 scores of the tokens after the first ``num_ahead`` drafts."""
@@ -45,7 +45,7 @@ class Acceptance:
         self._process = process
         self._rule = rule
         compiled: Callable[..., Any] = torch.compile if compiles else lambda function: function
-        self._choose, self._judge = compiled(_choose), compiled(_judge)
+        self._choose, self._judge, self._perturbation = compiled(_choose), compiled(_judge), compiled(perturbation)
 
     def draft(self, logits: Tensor, step: int) -> Tensor:
         """The token ``(B,)`` that the draft's logits ``(B, 1, V)`` choose behind ``step`` drafts of the cycle."""
@@ -57,6 +57,15 @@ class Acceptance:
         noise = self._noise(0, logits.shape[1])
         accepted, next_tokens, fails = self._judge(self._rule, drafts, logits, scores, *noise)
         return Verdict(accepted, next_tokens, fails, scores)
+
+    def noise(self, logits: Tensor) -> Tensor | None:
+        """What is added to scores of the target's logits ``(B, T + 1, V)`` before the choice; None without sampling."""
+        return None if self.randomness is None else self._perturbation(logits, *self._noise(0, logits.shape[1]))
+
+    def choices(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """The target's choice ``(B, T + 1)`` behind each draft, by its logits and their :meth:`noise`."""
+        scores = self._process(logits, 0)
+        return (scores if noise is None else scores + noise).argmax(-1)
 
     def _noise(self, num_ahead: int, count: int) -> tuple[Tensor, ...]:
         return () if self.randomness is None else self.randomness.at(num_ahead, count)

@@ -6,9 +6,10 @@ small tensor per cycle, which also says whether a flush is due.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quantspec.cache import HierarchicalCache
@@ -51,6 +52,20 @@ class CycleResult(NamedTuple):
         )
 
 
+class Proposal(NamedTuple):
+    """What a cycle shows the host before anything is accepted.
+
+    ``drafts (B, T)`` and the verifier's ``logits (B, T + 1, V)``; ``noise (B, T + 1, V)`` float32 is added to processed
+    scores before the choice, None if no row is sampled; ``packed (B, T + 1)`` int64 are the drafts, and bits of which
+    the t-th tells that row t of the logits has NaN.
+    """
+
+    drafts: Tensor
+    logits: Tensor
+    noise: Tensor | None
+    packed: Tensor
+
+
 class Cycle:
     """The device's part of a cycle.
 
@@ -79,6 +94,14 @@ class Cycle:
         self.lookup = lookup
         self.pending = cache.length.new_zeros(cache.batch_size)
         self.running = torch.ones_like(self.pending, dtype=torch.bool)
+
+    def begin(self, pending: Tensor) -> None:
+        """Start a call's cycles behind the tokens ``pending (B,)``."""
+        self.pending.copy_(pending)
+
+    def resume(self, other: Self) -> None:
+        """Go on where another cycle of the same call stopped."""
+        self.pending.copy_(other.pending)
 
     @torch.no_grad()
     def __call__(self, num_drafts: int, source: Source = Source.SELF) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +148,7 @@ class Cycle:
         current = self.pending
         for step in range(num_drafts):
             logits = self.pair.read(Role.DRAFT, current[:, None], self.cache, num_ahead=step)
-            current = self.acceptance.draft(logits, step)
+            current = self._drafted(self.acceptance.draft(logits, step), step)
             if self.text is not None:
                 self.text.write(step, current[:, None])
             tokens.append(current)
@@ -135,10 +158,14 @@ class Cycle:
         """``num_drafts`` tokens ``(B, T)`` that the texts themselves propose."""
         assert self.lookup is not None
         # The search behind the verification overwrites them.
-        drafts = self.lookup.drafts[:, :num_drafts].clone()
+        drafts = self._drafted(self.lookup.drafts[:, :num_drafts].clone(), 0)
         if self.text is not None:
             self.text.write(0, drafts)
         return drafts
+
+    def _drafted(self, tokens: Tensor, step: int) -> Tensor:
+        """What to draft behind ``step`` drafts instead of ``tokens``, ``(B,)`` or ``(B, T)``."""
+        return tokens
 
     def verify(self, drafts: Tensor) -> Tensor:
         """The verifier's logits ``(B, T + 1, V)`` of every drafted token and of the one after them."""
@@ -147,3 +174,73 @@ class Cycle:
         if self.verifier is Role.TARGET:
             self.cache.choose_pages()
         return logits
+
+
+class LockstepCycle(Cycle):
+    """A cycle that the host judges, of rows that all advance by as many tokens as the row that accepts least.
+
+    What verification chose for the others beyond that is what they draft next, as far as their texts went that way.
+
+    Attributes:
+        known: ``(B, N)`` int64 tokens to draft, -1 from where none is known.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known = self.pending.new_full((self.cache.batch_size, self.cache.num_speculative_tokens), -1)
+        self._drafts = self._choice = self.known
+
+    def begin(self, pending: Tensor) -> None:
+        super().begin(pending)
+        self.known.fill_(-1)
+
+    def resume(self, other: Self) -> None:
+        super().resume(other)
+        self.known.copy_(other.known)
+
+    @torch.no_grad()
+    def show(self, num_drafts: int, source: Source = Source.SELF) -> Proposal:
+        """Draft, verify, and prepare what the host judges by."""
+        drafts, logits = self.propose(num_drafts, source)
+        places = torch.arange(num_drafts + 1, device=drafts.device)
+        nan_bits = (logits.isnan().any(-1).long() << places).sum(1)
+        noise = self.acceptance.noise(logits)
+        if self._knows:
+            self._drafts, self._choice = drafts, self.acceptance.choices(logits, noise)
+        return Proposal(drafts, logits, noise, torch.cat((drafts, nan_bits[:, None]), 1))
+
+    def keep(self, accepted: Tensor, next_tokens: Tensor) -> Tensor:
+        """As :meth:`Cycle.keep`, of the drafts shown last; all rows accept equally many."""
+        if self._knows:
+            self._learn(accepted[:, None], next_tokens[:, None])
+        return super().keep(accepted, next_tokens)
+
+    def move_on(self, accepted: Tensor, next_tokens: Tensor) -> Tensor:
+        """:meth:`keep`; returns ``(1 + B,)`` int64: whether a flush is due, and what a lookup now finds of each row."""
+        due = self.keep(accepted, next_tokens)
+        matched = torch.zeros_like(self.pending) if self.lookup is None else self.lookup.matched
+        return torch.cat((due[None].long(), matched))
+
+    @property
+    def _knows(self) -> bool:
+        """A single row has accepted what it could."""
+        return self.cache.batch_size > 1
+
+    def _learn(self, accepted: Tensor, next_tokens: Tensor) -> None:
+        drafts, choice = self._drafts, self._choice
+        count = drafts.shape[1]
+        places = torch.arange(count + 1, device=drafts.device)
+        # A choice is the target's own while every draft before it stands, for the text so far whatever was chosen.
+        stands = (drafts == choice[:, :count]) | (places[:count] <= accepted)
+        stands = F.pad(stands, (1, 0), value=True).cumprod(1).bool()
+        # The next token must be the draft that was verified with those behind it.
+        goes_on = F.pad(drafts, (0, 1), value=-1).gather(1, accepted) == next_tokens
+        later = accepted + 1 + torch.arange(self.known.shape[1], device=drafts.device)
+        found = torch.where(stands & goes_on, choice, -1).gather(1, later.clamp(max=count))
+        self.known.copy_(torch.where(later <= count, found, -1))
+
+    def _drafted(self, tokens: Tensor, step: int) -> Tensor:
+        if not self._knows:
+            return tokens
+        known = self.known[:, step : step + tokens[0].numel()].view_as(tokens)
+        return torch.where(known >= 0, known, tokens)

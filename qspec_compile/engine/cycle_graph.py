@@ -5,7 +5,7 @@ Lengths, texts, the processors' parameters and the rows' seeds live in tensors t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 
 from .acceptance import Acceptance, Rule
-from .cycle import Cycle
+from .cycle import Cycle, LockstepCycle, Proposal
 from .logits_processors import ScoreProgram, program_key
 from .lookup import Lookup
 from .plan import Plan
@@ -58,14 +58,21 @@ class CycleReplay:
         self.program = ScoreProgram(processors, text)
         randomness = Randomness(cache.length) if do_sample else None
         acceptance = Acceptance(self.program, pair.compiles_on_gpu, randomness, rule)
-        self.cycle = Cycle(pair, cache, acceptance, text=self.program.text, lookup=lookup)
+        self._compose(pair, cache, acceptance, lookup)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
         self._capture(plan)
 
+    def _compose(self, pair: Pair, cache: HierarchicalCache, acceptance: Acceptance, lookup: Lookup | None) -> None:
+        self.cycle = Cycle(pair, cache, acceptance, text=self.program.text, lookup=lookup)
+
+    def _works(self, plan: Plan) -> tuple[Callable[[], object], ...]:
+        """What is captured, a graph for each."""
+        return lambda: self._work(plan), self.cycle.cache.flush
+
     def _capture(self, plan: Plan) -> None:
-        device, cache = self.cycle.pair.device, self.cycle.cache
-        self._graph, self._flush_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        device, cache, works = self.cycle.pair.device, self.cycle.cache, self._works(plan)
+        self._graphs = tuple(torch.cuda.CUDAGraph() for _ in works)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         description = f"compiling ({plan.num_drafts} drafts)"
@@ -74,14 +81,13 @@ class CycleReplay:
             tqdm(total=_WARM_UPS + 1, desc=description, unit="run", leave=False, disable=None) as bar,
         ):
             for _ in range(_WARM_UPS):
-                self._work(plan)
-                cache.flush()
+                for work in works:
+                    work()
                 bar.update()
             torch.cuda.synchronize(device)
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._work(plan)
-            with torch.cuda.graph(self._flush_graph, stream=stream), torch.no_grad():
-                cache.flush()
+            for graph, work in zip(self._graphs, works, strict=True):
+                with torch.cuda.graph(graph, stream=stream):
+                    work()
             bar.update()
         torch.cuda.current_stream(device).wait_stream(stream)
         # Warm-ups choose by what no text says.
@@ -95,28 +101,47 @@ class CycleReplay:
 
     def __call__(self) -> Any:
         """Replay; returns :meth:`Cycle.__call__`'s packed result, overwritten by the next replay."""
-        self._graph.replay()
+        self._graphs[0].replay()
         return self._packed
 
     def flush(self) -> None:
         """Flush where it is due."""
-        self._flush_graph.replay()
+        self._graphs[1].replay()
 
     def _work(self, plan: Plan) -> None:
-        """What is captured."""
+        """The cycle."""
         self._packed, self.scores, self.logits = self.cycle(*plan)
 
 
 class ProposalReplay(CycleReplay):
-    """Drafting and verification of a :class:`Cycle`, captured once; who replays them judges, and moves it on."""
+    """A :class:`LockstepCycle` of a fixed plan, captured once, but for judging, which is left to who replays it."""
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Replay; returns what :meth:`Cycle.propose` does, overwritten by the next replay."""
-        self._graph.replay()
+    cycle: LockstepCycle
+
+    def __call__(self) -> Proposal:
+        """Replay; returns what :meth:`LockstepCycle.show` does, overwritten by the next replay."""
+        self._graphs[0].replay()
         return self._proposal
 
+    def move_on(self, accepted: int, next_tokens: Tensor) -> Tensor:
+        """:meth:`LockstepCycle.move_on` by ``accepted`` drafts of every row; overwritten by the next replay."""
+        self._accepted.fill_(accepted)
+        self._next_tokens.copy_(next_tokens)
+        self._graphs[2].replay()
+        return self._moved
+
+    def _compose(self, pair: Pair, cache: HierarchicalCache, acceptance: Acceptance, lookup: Lookup | None) -> None:
+        self.cycle = LockstepCycle(pair, cache, acceptance, text=self.program.text, lookup=lookup)
+        self._accepted, self._next_tokens = torch.zeros_like(cache.length), torch.zeros_like(cache.length)
+
+    def _works(self, plan: Plan) -> tuple[Callable[[], object], ...]:
+        return *super()._works(plan), self._move_on
+
     def _work(self, plan: Plan) -> None:
-        self._proposal = self.cycle.propose(*plan)
+        self._proposal = self.cycle.show(*plan)
+
+    def _move_on(self) -> None:
+        self._moved = self.cycle.move_on(self._accepted, self._next_tokens)
 
 
 class CycleReplays:

@@ -6,6 +6,7 @@ there. Lockstep shows any processor what it sees in plain decoding, token by tok
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -19,13 +20,13 @@ from quantspec.pair import Pair
 from quantspec.passes import Role
 
 from .acceptance import Acceptance, Rule
-from .cycle import Cycle, CycleResult
+from .cycle import Cycle, CycleResult, LockstepCycle, Proposal
 from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay
-from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, reads_text
+from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, in_lockstep, reads_text
 from .lookup import Lookup
 from .plan import Plan
-from .progress import Progress
-from .sampling import Randomness, perturb
+from .progress import Progress, by_row
+from .sampling import Randomness
 from .text import Text
 
 NAN_LOGITS = (
@@ -63,17 +64,20 @@ class Call(NamedTuple):
 class Outcome(NamedTuple):
     """What one cycle did: by its ``plan`` it drafted, and each running sequence ``accepted`` so many.
 
-    ``typical_start`` is when that began which every cycle of this plan does; None if this one is unlike others.
+    ``seconds`` is what every cycle of this plan takes, whatever is accepted; None if this one is unlike others.
     """
 
     plan: Plan
     accepted: list[int]
     flushed: bool
-    typical_start: float | None
+    seconds: float | None
 
 
 class Cycles(Protocol):
     """A way to run cycles: drafts, verifies, emits what is accepted, flushes."""
+
+    def advancing(self, running: Sequence[int]) -> list[int]:
+        """Of what is given for each running sequence, that of each that advances by itself: the least of the others."""
 
     def matched(self) -> list[int]:
         """Tokens of each running sequence's end that a lookup finds earlier in its text; zeros without one."""
@@ -100,18 +104,22 @@ class Clock:
         return self.now()
 
 
-def choose(call: Call, scores: Tensor, randomness: Randomness | None, num_ahead: int) -> Tensor:
-    """The token ``(B,)`` that scores ``(B, V)`` choose; ``num_ahead`` as in :meth:`Randomness.at`.
+def choose(call: Call, scores: Tensor, noise: Tensor | None) -> tuple[Tensor, list[int]]:
+    """The token ``(B,)`` that scores ``(B, V)`` and the noise of sampling choose, on the device and on the host.
 
     Raises:
         FloatingPointError: no token of a running sequence can be sampled.
     """
-    if randomness is None:
-        return scores.argmax(-1)
-    best, tokens = perturb(scores[:, None], *randomness.at(num_ahead, 1))[:, 0].max(-1)
-    if _any_running(call, (randomness.sampled & ~best.isfinite()).tolist()):
+    if noise is None:
+        tokens = scores.argmax(-1)
+        return tokens, tokens.tolist()
+    best, tokens = (scores + noise).max(-1)
+    # One transfer: ids are exact as float64.
+    on_host, bests = torch.stack((tokens.double(), best.double())).tolist()
+    fails = [row.do_sample and not math.isfinite(one) for row, one in zip(call.progress.requests, bests, strict=True)]
+    if _any_running(call, fails):
         raise FloatingPointError(NO_DISTRIBUTION)
-    return tokens
+    return tokens, [int(token) for token in on_host]
 
 
 def _any_running(call: Call, flags: Sequence[bool]) -> bool:
@@ -137,11 +145,17 @@ class Runner(Protocol):
     def judged(self) -> Tensor:
         """Run a whole cycle; returns the packed result."""
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Copies of the float32 scores and logits ``(B, T + 1, V)`` of the judged cycle that ran last."""
+    def scores(self) -> Tensor:
+        """``(B, T + 1, V)`` of the judged cycle that ran last, overwritten by the next."""
 
-    def proposed(self) -> tuple[Tensor, Tensor]:
-        """Draft and verify, as :meth:`Cycle.propose`."""
+    def logits(self) -> Tensor:
+        """As :meth:`scores`."""
+
+    def proposed(self) -> Proposal:
+        """Draft and verify, as :meth:`LockstepCycle.show`."""
+
+    def move_on(self, accepted: int, next_tokens: Tensor) -> Tensor:
+        """:meth:`LockstepCycle.move_on` by ``accepted`` drafts of every row."""
 
     def flush(self) -> None:
         """Flush where it is due."""
@@ -162,9 +176,10 @@ class EagerRunner:
         call: Call,
         processors: LogitsProcessorList,
         pending: Tensor,
+        kind: type[Cycle],
         looks_up: bool,
     ) -> None:
-        """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet."""
+        """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet; ``kind``: of the cycle."""
         self._cache, self._progress = cache, call.progress
         self.lookup = None
         if looks_up:
@@ -178,8 +193,8 @@ class EagerRunner:
         program = ScoreProgram(processors, text)
         randomness = Randomness.of(cache.length, call.progress.requests)
         acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, call.rule)
-        self.cycle = Cycle(pair, cache, acceptance, call.verifier, program.text, self.lookup)
-        self.cycle.pending.copy_(pending)
+        self.cycle = kind(pair, cache, acceptance, call.verifier, program.text, self.lookup)
+        self.cycle.begin(pending)
 
     def prepare(self, plan: Plan) -> bool:
         self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._progress.remaining - 1))
@@ -189,11 +204,19 @@ class EagerRunner:
         packed, self._scores, self._logits = self.cycle(*self._plan)
         return packed
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        return self._scores, self._logits.float()
+    def scores(self) -> Tensor:
+        return self._scores
 
-    def proposed(self) -> tuple[Tensor, Tensor]:
-        return self.cycle.propose(*self._plan)
+    def logits(self) -> Tensor:
+        return self._logits
+
+    def proposed(self) -> Proposal:
+        assert isinstance(self.cycle, LockstepCycle)
+        return self.cycle.show(*self._plan)
+
+    def move_on(self, accepted: int, next_tokens: Tensor) -> Tensor:
+        assert isinstance(self.cycle, LockstepCycle)
+        return self.cycle.move_on(torch.full_like(next_tokens, accepted), next_tokens)
 
     def flush(self) -> None:
         self._cache.flush()
@@ -235,12 +258,18 @@ class ReplayRunner:
     def judged(self) -> Tensor:
         return self._replay()
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        replay = self._replay
-        return replay.scores.clone(), replay.logits.to(torch.float32, copy=True)
+    def scores(self) -> Tensor:
+        return self._replay.scores
 
-    def proposed(self) -> tuple[Tensor, Tensor]:
+    def logits(self) -> Tensor:
+        return self._replay.logits
+
+    def proposed(self) -> Proposal:
         return self._replay()
+
+    def move_on(self, accepted: int, next_tokens: Tensor) -> Tensor:
+        assert isinstance(self._current, ProposalReplay)
+        return self._current.move_on(accepted, next_tokens)
 
     def flush(self) -> None:
         self._replay.flush()
@@ -256,10 +285,11 @@ class ReplayRunner:
 
     def _take(self, replay: CycleReplay) -> None:
         """Go on with another replay, from where the current one stopped."""
-        if self._current is not None:
-            self._pending = self._current.cycle.pending
         replay.begin(self._processors, self._call.progress.requests)
-        replay.cycle.pending.copy_(self._pending)
+        if self._current is None:
+            replay.cycle.begin(self._pending)
+        else:
+            replay.cycle.resume(self._current.cycle)
         self._current = replay
 
 
@@ -289,6 +319,10 @@ class _OnRunner:
 class JudgedCycles(_OnRunner):
     """Cycles whose processors run on the device, which judges the drafts too."""
 
+    def advancing(self, running: Sequence[int]) -> list[int]:
+        """All of them."""
+        return list(running)
+
     def run(self, plan: Plan) -> Outcome:
         """Run one cycle of up to the plan's drafts."""
         runner = self._runner
@@ -301,7 +335,7 @@ class JudgedCycles(_OnRunner):
         accepted = self._emit(result)
         self._matched = result.matched
         plan = plan._replace(num_drafts=len(result.drafts[0]))
-        return Outcome(plan, accepted, result.flush_due, None if is_new else start)
+        return Outcome(plan, accepted, result.flush_due, None if is_new else self._clock.finished() - start)
 
     def _emit(self, result: CycleResult) -> list[int]:
         """Emit each running sequence's accepted tokens and the one that follows; returns how many each accepted.
@@ -310,8 +344,9 @@ class JudgedCycles(_OnRunner):
             FloatingPointError: the next token of a sequence that needs one could not be chosen.
         """
         progress, accepted = self._call.progress, []
-        collects = progress.scores is not None or progress.logits is not None
-        scores, logits = self._runner.outputs() if collects else (None, None)
+        # The next cycle overwrites them.
+        scores_of = [] if progress.scores is None else by_row(self._runner.scores().clone())
+        logits_of = [] if progress.logits is None else by_row(self._runner.logits().to(torch.float32, copy=True))
         for row, request in enumerate(progress.requests):
             if request.ended:
                 continue
@@ -320,8 +355,7 @@ class JudgedCycles(_OnRunner):
             tokens = [*result.drafts[row][:count], result.next_tokens[row]]
             if result.fails[row] and request.needs_after(tokens[:count]):
                 raise FloatingPointError(NO_DISTRIBUTION if request.do_sample else NAN_LOGITS)
-            outputs = (None if output is None else output[row, : count + 1] for output in (scores, logits))
-            progress.append(row, tokens, *outputs)
+            progress.append(row, tokens, *(of[row] if of else None for of in (scores_of, logits_of)))
         return accepted
 
 
@@ -332,46 +366,56 @@ class LockstepCycles(_OnRunner):
     which costs acceptance and leaves the text as it is.
     """
 
+    def advancing(self, running: Sequence[int]) -> list[int]:
+        """All rows are as one."""
+        return [min(running)]
+
     def run(self, plan: Plan) -> Outcome:
         """Run one cycle of up to the plan's drafts."""
         runner, running = self._runner, self._call.progress.running
         is_new = self._prepare(plan)
         start = self._clock.now()
-        drafts, logits = runner.proposed()
+        proposal = runner.proposed()
         # On a GPU the replay is under way, and nothing has waited for it yet.
         self._follow()
-        accepted, tokens = self._walk(drafts, logits)
-        due = runner.cycle.keep(torch.full_like(tokens, accepted), tokens)
-        matched = torch.zeros_like(tokens) if runner.lookup is None else runner.lookup.matched
-        flush_due, *self._matched = torch.cat((due[None].long(), matched)).tolist()
+        # All that the host will ask of the device but the choices, at once.
+        rows = proposal.packed.tolist()
+        walk = self._clock.now()
+        accepted, tokens = self._walk(proposal, rows)
+        walk = self._clock.now() - walk
+        flush_due, *self._matched = runner.move_on(accepted, tokens).tolist()
         if flush_due:
             runner.flush()
-        plan = plan._replace(num_drafts=drafts.shape[1])
-        return Outcome(plan, [accepted] * sum(running), bool(flush_due), None if is_new else start)
+        plan = plan._replace(num_drafts=proposal.drafts.shape[1])
+        # A walk takes as long per token whatever was drafted.
+        seconds = None if is_new else self._clock.now() - start - walk
+        return Outcome(plan, [accepted] * sum(running), bool(flush_due), seconds)
 
-    def _walk(self, drafts: Tensor, logits: Tensor) -> tuple[int, Tensor]:
+    def _walk(self, proposal: Proposal, rows: Sequence[Sequence[int]]) -> tuple[int, Tensor]:
         """Emit the tokens of a block one by one until one sequence rejects its draft, or all are done.
+
+        ``rows`` are the proposal's packed ones.
 
         Returns:
             How many drafts every sequence accepted, and the token ``(B,)`` of each that follows them.
         """
-        call, progress, randomness = self._call, self._call.progress, self._runner.cycle.acceptance.randomness
-        # All that the host will ask of the device but the choices, at once.
-        *on_host, are_nan = torch.stack((*drafts.unbind(1), _nan_bits(logits))).tolist()
+        call, progress = self._call, self._call.progress
+        drafts, logits, noise, _ = proposal
+        *on_host, are_nan = zip(*rows, strict=True)
         for step in range(logits.shape[1]):
             if _any_running(call, [bool(bits >> step & 1) for bits in are_nan]):
                 raise FloatingPointError(NAN_LOGITS)
             # Running sequences are equally long, and those that are done are padded.
             text = progress.sequences[:, : max(progress.context_lens)]
-            scores = apply_processors(call.processors, text, logits[:, step].to(torch.float32, copy=True))
-            tokens = choose(call, scores, randomness, step)
-            chosen = tokens.tolist()
+            scores = apply_processors(call.processors, text, logits[:, step].to(torch.float32, copy=True), again=True)
+            tokens, chosen = choose(call, scores, None if noise is None else noise[:, step])
             drafted = step < drafts.shape[1]
             differ = [token != draft for token, draft in zip(chosen, on_host[step], strict=True)] if drafted else []
             rejected = not drafted or _any_running(call, differ)
+            scores_of = [] if progress.scores is None else by_row(scores[:, None])
+            logits_of = [] if progress.logits is None else by_row(logits[:, step : step + 1].clone().float())
             for row, token in enumerate(chosen):
-                raw = None if progress.logits is None else logits[row : row + 1, step].to(torch.float32, copy=True)
-                progress.append(row, [token], scores[row : row + 1], raw)
+                progress.append(row, [token], *(of[row] if of else None for of in (scores_of, logits_of)))
             progress.judge()
             if rejected or not any(progress.running):
                 break
@@ -384,12 +428,6 @@ class LockstepCycles(_OnRunner):
         for processor in self._call.processors:
             if isinstance(processor, FollowingProcessor):
                 processor.follow(texts, progress.running)
-
-
-def _nan_bits(logits: Tensor) -> Tensor:
-    """``(B,)`` int64: bit t is set where row t of ``(B, T, V)`` logits has NaN."""
-    places = torch.arange(logits.shape[1], device=logits.device)
-    return (logits.isnan().any(-1).long() << places).sum(1)
 
 
 def cycles_of(
@@ -405,12 +443,11 @@ def cycles_of(
 
     ``pending (B,)`` are the newest tokens; ``looks_up`` tells whether some plan may draft from the rows' texts.
     """
-    processors = compilable(call.processors)
-    lockstep = len(processors) < len(call.processors)
+    processors, lockstep = compilable(call.processors), in_lockstep(call.processors)
     runner: Runner
     if call.verifier is Role.TARGET and replays.suit():
         kind = ProposalReplay if lockstep else CycleReplay
         runner = ReplayRunner(replays, cache, call, processors, pending, kind, looks_up)
     else:
-        runner = EagerRunner(pair, cache, call, processors, pending, looks_up)
+        runner = EagerRunner(pair, cache, call, processors, pending, LockstepCycle if lockstep else Cycle, looks_up)
     return LockstepCycles(runner, call, clock) if lockstep else JudgedCycles(runner, call, clock)

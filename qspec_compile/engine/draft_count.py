@@ -17,6 +17,8 @@ from .plan import PLAIN, Plan, Source
 # Each plan has a CUDA graph of its own, so there are few.
 SELF_COUNTS = (1, 2, 4, 6, 8, 12)
 LOOKUP_COUNTS = (3, 7, 15)
+# Cycles without drafts after which one is drafted, where drafts did not pay: it tells whether they do by now.
+_TRY_AGAIN = 32
 # Newest durations of a plan that count, so that growing contexts are followed.
 _TIMES_KEPT = 5
 # Tokens per second by which a plan that was never run must look better: it may have to be captured.
@@ -73,30 +75,45 @@ class DraftCount(Protocol):
 class FixedDraftCount:
     """Always the same number of drafts, read from the text where that is expected to be faster.
 
-    Nothing is measured, so what is drafted depends on the texts alone.
+    Rows in lockstep accept what all of them accept, which may be little; then one draft or none, where that is expected
+    to be faster. Nothing is measured, so what is drafted depends on the texts alone.
     """
 
-    def __init__(self, num_speculative_tokens: int, draft: Draft = Draft.SELF, costs: Costs = ON_GPU) -> None:
-        """``costs``: what to expect of a cycle's duration."""
+    def __init__(
+        self,
+        num_speculative_tokens: int,
+        draft: Draft = Draft.SELF,
+        costs: Costs = ON_GPU,
+        in_lockstep: bool = False,
+    ) -> None:
+        """``costs``: what to expect of a cycle's duration; ``in_lockstep``: several rows advance as one."""
         self.most = num_speculative_tokens
         self.looks_up = draft is not Draft.SELF and num_speculative_tokens > 0
-        self._own = None if draft is Draft.LOOKUP else Plan(num_speculative_tokens)
-        self._costs = costs
+        own = () if draft is Draft.LOOKUP else (self.most,)
+        # Each number is captured by itself, so there are few.
+        fewer = (min(1, *own), 0) if own else (0,)
+        counts = dict.fromkeys((*own, *fewer) if in_lockstep else own)
+        self._own = [Plan(count) for count in counts]
+        self._lookups = [Plan(self.most, Source.LOOKUP)] if self.looks_up else []
+        # Whoever gives a number holds that a row by itself gains by it.
+        self._costs = ON_GPU if in_lockstep else costs
         self._odds = Odds()
+        self._undrafted = 0
 
     def choose(self, matched: Sequence[int]) -> Plan:
-        """The number given, or no draft where there is nothing to look up and no other source."""
-        lookup = Plan(self.most, Source.LOOKUP)
-        if not self.looks_up or not any(matched):
-            return self._own or PLAIN
-        if self._own is None:
-            return lookup
+        """The number given; less in lockstep, and where there is nothing to look up and no other source."""
+        plans = [*(self._lookups if any(matched) else ()), *self._own] or [PLAIN]
+        if self._undrafted >= _TRY_AGAIN:
+            plans = [plan for plan in plans if plan.num_drafts] or plans
+        if len(plans) == 1:
+            return plans[0]
         outlook = self._odds.of(matched)
-        return max(lookup, self._own, key=lambda plan: outlook.tokens(plan) / self._costs.of(plan))
+        return max(plans, key=lambda plan: outlook.tokens(plan) / self._costs.of(plan))
 
     def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
         """Acceptance is learnt."""
         self._odds.record(plan, matched, accepted)
+        self._undrafted = 0 if plan.num_drafts else self._undrafted + 1
 
 
 class AutoDraftCount:

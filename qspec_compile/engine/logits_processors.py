@@ -107,6 +107,11 @@ def compilable(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList(processor for processor in processors if _is_compilable(processor))
 
 
+def in_lockstep(processors: LogitsProcessorList) -> bool:
+    """Whether some are not :func:`compilable`, so that the host calls all, once per token for all rows."""
+    return not all(map(_is_compilable, processors))
+
+
 def _is_compilable(processor: LogitsProcessor) -> bool:
     if isinstance(processor, PerRow):
         return all(own is None or type(own) in _KINDS for own in processor.rows)
@@ -138,10 +143,16 @@ def reads_text(processors: LogitsProcessorList) -> bool:
     return any(_kind(processor).reads_text for processor in processors)
 
 
-def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
-    """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids."""
+def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor, again: bool = False) -> Tensor:
+    """``(B, V)`` scores of the token that follows each row of ``(B, S)`` ids.
+
+    ``again``: the call has used them before, so their signatures, which take transformers long to read, are known.
+    """
+    called = processors if again else [processors]
     try:
-        return processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        for processor in called:
+            scores = processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        return scores
     except Exception as error:
         error.add_note(
             "raised by a logits processor; quantspec calls them as Hugging Face does, once per token, with the text "
@@ -216,15 +227,20 @@ def _typical(scores: Tensor, at: None, fixed: tuple[float, int], mass: Tensor) -
 
 
 def _epsilon(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
-    filter_value, least = fixed
-    most = min(least, scores.shape[-1])
-    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
-    return scores.masked_fill((scores.softmax(-1) < epsilon) & (scores < kept), filter_value)
+    return _cut_below(scores, scores.softmax(-1), fixed, epsilon)
 
 
 def _eta(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
-    entropy = Categorical(logits=scores, validate_args=False).entropy()[..., None]
-    return _epsilon(scores, at, fixed, torch.min(epsilon, epsilon.sqrt() * (-entropy).exp()))
+    probs = scores.softmax(-1)
+    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+    return _cut_below(scores, probs, fixed, torch.min(epsilon, epsilon.sqrt() * (-entropy).exp()))
+
+
+def _cut_below(scores: Tensor, probs: Tensor, fixed: tuple[float, int], bound: Tensor) -> Tensor:
+    filter_value, least = fixed
+    most = min(least, scores.shape[-1])
+    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
+    return scores.masked_fill((probs < bound) & (scores < kept), filter_value)
 
 
 def _top_h(scores: Tensor, at: None, fixed: tuple[float, int], top_h: Tensor) -> Tensor:
@@ -234,7 +250,7 @@ def _top_h(scores: Tensor, at: None, fixed: tuple[float, int], top_h: Tensor) ->
     probs = distribution.probs
     kept = (-probs * probs.log()).cumsum(-1) <= distribution.entropy()[..., None] * top_h
     kept[..., 0] = True
-    return scores.masked_fill(~torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, kept), filter_value)
+    return torch.full_like(scores, filter_value).scatter_(-1, indices, top.masked_fill(~kept, filter_value))
 
 
 def _normalize(scores: Tensor, at: None, fixed: None) -> Tensor:

@@ -18,7 +18,7 @@ from .cycles import NAN_LOGITS, Call, Clock, Cycles, choose, cycles_of
 from .draft_count import DraftCount
 from .logits_processors import apply_processors
 from .prefill import prefill
-from .sampling import Randomness
+from .sampling import Randomness, perturbation
 from .session import Session
 from .stats import GenerationStats
 
@@ -60,11 +60,10 @@ class SpeculativeLoop:
     def step(self, cycles: Cycles) -> None:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
         start = self._clock.now()
-        matched = cycles.matched()
+        matched = cycles.advancing(cycles.matched())
         done = cycles.run(self.draft_count.choose(matched))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
-        typical = None if done.typical_start is None else self._clock.finished() - done.typical_start
-        self.draft_count.record(done.plan, matched, done.accepted, typical)
+        self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds)
         self._judge()
         self.stats.flushes += done.flushed
         self.stats.record_cycle(done.plan, done.accepted, self._clock.now() - start)
@@ -85,9 +84,11 @@ class SpeculativeLoop:
             prompts_and_padding = self.progress.sequences[:, : self.progress.prompt_len]
             raw = logits[:, 0].float()
             scores = apply_processors(self.call.processors, prompts_and_padding, raw.clone())
-            pending = choose(self.call, scores, Randomness.of(self.cache.length, self.progress.requests), -1)
-            for row, token in enumerate(pending.tolist()):
-                self.progress.append(row, [token], scores[row : row + 1], raw[row : row + 1])
+            randomness = Randomness.of(self.cache.length, self.progress.requests)
+            noise = None if randomness is None else perturbation(scores[:, None], *randomness.at(-1, 1))[:, 0]
+            pending, tokens = choose(self.call, scores, noise)
+            for row, (token, score, logit) in enumerate(zip(tokens, scores, raw, strict=True)):
+                self.progress.append(row, [token], [score], [logit])
             self._judge()
         self.stats.prefill_seconds = self._clock.now() - start
         return pending

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .request import Request
+from .request import Outputs, Request
 
 
 class Progress:
@@ -88,8 +88,8 @@ class Progress:
         """Most tokens that any running sequence may still emit."""
         return max(request.remaining for request in self.requests)
 
-    def append(self, row: int, tokens: list[int], scores: Tensor | None, logits: Tensor | None) -> int:
-        """Emit ``tokens`` of one sequence up to its end; returns how many. ``(T, V)`` outputs are kept if collected."""
+    def append(self, row: int, tokens: list[int], scores: Outputs | None, logits: Outputs | None) -> int:
+        """Emit ``tokens`` of one sequence up to its end; returns how many. Outputs are kept if collected."""
         self._is_stale = True
         return self.requests[row].append(
             tokens, None if self.scores is None else scores, None if self.logits is None else logits
@@ -173,6 +173,13 @@ class Progress:
             self.scores += (_take_step([request.scores for request in self.requests]),)
         if self.logits is not None:
             self.logits += (_take_step([request.logits for request in self.requests]),)
+
+
+def by_row(outputs: Tensor) -> list[Outputs]:
+    """``(B, T, V)`` as each row's T outputs."""
+    # All at once: as many views one by one would take longer than what they are copied from.
+    each, count = outputs.flatten(0, 1).unbind(), outputs.shape[1]
+    return [each[first : first + count] for first in range(0, len(each), count)]
 
 
 def _take_step(waiting: list[list[Tensor]]) -> Tensor:

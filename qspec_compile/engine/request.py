@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+Outputs = Sequence[Tensor]
+"""``(V,)`` float32 of each of some tokens."""
+
 
 @dataclass
 class Request:
@@ -41,8 +44,8 @@ class Request:
         """Most tokens that it may still get."""
         return 0 if self.ended else self.max_new_tokens - len(self.tokens)
 
-    def append(self, tokens: Sequence[int], scores: Tensor | None = None, logits: Tensor | None = None) -> int:
-        """Take ``tokens`` up to the end of the sequence, and their scores and logits ``(T, V)``; returns how many."""
+    def append(self, tokens: Sequence[int], scores: Outputs | None = None, logits: Outputs | None = None) -> int:
+        """Take ``tokens`` up to the end of the sequence, and the scores and logits of each; returns how many."""
         taken = 0
         for token in tokens:
             if self.ended:

@@ -57,6 +57,11 @@ class Randomness:
         return self.seeds, self.sampled, self._cached[:, None] + ahead
 
 
+def perturbation(scores: Tensor, seeds: Tensor, sampled: Tensor, positions: Tensor) -> Tensor:
+    """What :func:`perturb` adds to scores of this shape, by themselves."""
+    return torch.where(sampled[:, None, None], gumbel(seeds, positions, scores.shape[-1]), 0.0)
+
+
 def perturb(scores: Tensor, seeds: Tensor, sampled: Tensor, positions: Tensor) -> Tensor:
     """Scores whose arg-max is the choice.
 

@@ -68,7 +68,7 @@ class Session:
         self.replays = CycleReplays(pair, rule)
         self.last_stats: GenerationStats | None = None
         self._texts: list[Tensor] | None = None
-        self._auto_counts: dict[tuple[Draft, int, int], AutoDraftCount] = {}
+        self._auto_counts: dict[tuple[Draft, int, bool, int], AutoDraftCount] = {}
         self._turns = _Turns()
 
     @contextlib.contextmanager
@@ -115,13 +115,16 @@ class Session:
         self.replays.clear()
 
     def draft_count(
-        self, num_speculative_tokens: int | str, draft: Draft, batch_size: int, prompt_len: int
+        self, num_speculative_tokens: int | str, draft: Draft, batch_size: int, prompt_len: int, in_lockstep: bool
     ) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length.
+
+        ``in_lockstep`` tells whether rows advance as one.
+        """
         costs = ON_CPU if self.pair.device.type == "cpu" else ON_GPU
         if not isinstance(num_speculative_tokens, str):
-            return FixedDraftCount(num_speculative_tokens, draft, costs)
-        key = (draft, batch_size, prompt_len.bit_length())
+            return FixedDraftCount(num_speculative_tokens, draft, costs, in_lockstep and batch_size > 1)
+        key = (draft, batch_size, in_lockstep, prompt_len.bit_length())
         return self._auto_counts.setdefault(key, AutoDraftCount(costs, draft))
 
 

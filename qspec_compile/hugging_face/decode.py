@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.cache import check_cache_len
 from quantspec.config import check_draft, check_num_speculative_tokens
 from quantspec.engine.cycles import Call
-from quantspec.engine.logits_processors import merge_processors
+from quantspec.engine.logits_processors import in_lockstep, merge_processors
 from quantspec.engine.loop import SpeculativeLoop
 from quantspec.engine.progress import Progress
 from quantspec.engine.session import Session
@@ -172,7 +172,8 @@ def decode_checked(
     num_tokens = longest + max(request.max_new_tokens for request in requests)
     check_cache_len(num_tokens, pair.max_len)
 
-    draft_count = session.draft_count(num_speculative_tokens, source, len(prompts), longest)
+    processors = merge_processors([row.processors for row in rows])
+    draft_count = session.draft_count(num_speculative_tokens, source, len(prompts), longest, in_lockstep(processors))
     stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = config._pad_token_tensor
     returns_dict = bool(config.return_dict_in_generate)
@@ -185,7 +186,7 @@ def decode_checked(
         collect_scores=returns_dict and bool(config.output_scores),
         collect_logits=returns_dict and bool(config.output_logits),
     )
-    call = Call(progress, merge_processors([row.processors for row in rows]), session.rule, verifier)
+    call = Call(progress, processors, session.rule, verifier)
     with session.exclusive():
         try:
             with _out_of_memory_releases(session, len(prompts), num_tokens):
