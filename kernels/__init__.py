@@ -14,7 +14,8 @@ if __name__ != "kernels":
     from .cached_attention import cached_attention, cached_attention_reference
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
-    from .int4_linear import int4_linear
+    from .int4_linear import int4_fused_linear, int4_linear
+    from .linears import linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
 
@@ -25,7 +26,9 @@ __all__ = [
     "expert_linear",
     "flush",
     "int4_expert_linear",
+    "int4_fused_linear",
     "int4_linear",
+    "linears",
     "materialize",
     "prefill_attention",
 ]

@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
+from .epilogue import gated
 from .inline_asm import (
     activated,
     biased_quarters,
     exact_dot,
-    exact_product,
-    fetch_rows,
     launches_overlap,
     nibble_bias,
     ones_like,
@@ -38,6 +37,8 @@ from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
+# Tiles of outputs whose splits of K may be counted.
+MAX_SPLIT_TILES = 4096
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
 _K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
@@ -84,6 +85,49 @@ def _(x, qdata, scale_and_zero, bias):
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
 
+@torch.library.custom_op("quantspec::int4_fused_linear", mutates_args=())
+def int4_fused_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """:func:`int4_linear` with what follows it in a decoder's layer.
+
+    ``y = x W^T + bias``, then ``activation(gate) * factor`` where rows of ``W`` alternate, eight gates and their eight
+    factors, then ``+ residual``.
+
+    Args:
+        x, qdata, scale_and_zero, bias: as of :func:`int4_linear`, with N outputs.
+        residual: of the shape and dtype of the result, or None.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none; N is then a multiple of 16.
+
+    Returns:
+        ``(..., N)``, or ``(..., N/2)`` with an activation, in the dtype of ``x``.
+    """
+    return _plain(x, qdata, scale_and_zero, bias, residual, activation)
+
+
+def _plain(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
+    y = gated(y, activation) if activation else y
+    return y if residual is None else y + residual
+
+
+@int4_fused_linear.register_fake
+def _(x, qdata, scale_and_zero, bias, residual, activation):
+    return x.new_empty(*x.shape[:-1], qdata.shape[0] // 2 if activation else qdata.shape[0])
+
+
 @triton.jit
 def _load(at, inside, EVEN: tl.constexpr):
     """Where everything is inside, no mask: a predicate per load costs time."""
@@ -94,43 +138,98 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _codes_operand(
-    w, K_WIDTH: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr, USE_ASM: tl.constexpr
+def _weights(
+    w_at,
+    scale_and_zero,
+    sz_chunk,
+    sz_n,
+    n,
+    w_chunk,
+    first,
+    N,
+    wanted,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Codes of halfwords ``(c, (n / 8, chunk, n % 8), (i, h))`` as ``(CHUNKS, 16, 32 * WORDS)``, plus ``nibble_bias``."""
-    q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
-    q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
-    q = tl.reshape(q, (4, 2, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
-    if K_WIDTH == 4:  # k is (p1, i, c, p0, h)
-        q = tl.permute(q, (2, 1, 3, 6, 4, 0, 7, 5))
-    else:  # k is (p1, i, p0, c, h)
-        q = tl.permute(q, (2, 1, 3, 6, 4, 7, 0, 5))
-    return tl.reshape(q, (CHUNKS, 16, 32 * WORDS))
+    """Codes, and scales with zeros, of the step whose chunks begin at ``first``; nothing unless ``wanted``."""
+    WORDS: tl.constexpr = CHUNK // 32
+    EVEN: tl.constexpr = EVEN_N and EVEN_K and not MASKED
+    # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+    w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
+    w = _load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
+    sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
+    sz_mask = (first + sz_chunk < ALL_CHUNKS) & wanted
+    sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN)
+    if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
+        sz = tl.join(sz, _load(sz_at + 16, (sz_n + 16 < N) & sz_mask, EVEN))
+        sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (sz_chunk.shape[0], 16 * TILES, 1))
+    return w, sz
 
 
 @triton.jit
-def _rows_operand(xx, K_WIDTH: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, ROW_TILES: tl.constexpr):
-    """The other factor: ``(c, (m / 8, i, chunk, m % 8), (h, p))`` as ``(CHUNKS, 32 * WORDS, 8 * ROW_TILES)``."""
-    xx = tl.reshape(xx, (4, ROW_TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, m / 8, i, chunk, m % 8, h, p1, p0
-    if K_WIDTH == 4:
-        xx = tl.permute(xx, (3, 6, 2, 0, 7, 5, 1, 4))
+def _add_step(
+    acc,
+    w,
+    sz,
+    x_at,
+    m,
+    x_chunk,
+    first,
+    num_rows,
+    CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    dtype: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """``acc`` and the products of one step."""
+    CHUNKS: tl.constexpr = acc.shape[0]
+    WORDS: tl.constexpr = CHUNK // 32
+    x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+    if EVEN_K:
+        xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
     else:
+        xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
+    q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
+    q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
+    q = tl.reshape(q, (4, 2 * TILES, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
+    xx = tl.reshape(xx, (4, ROW_TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, m / 8, i, chunk, m % 8, h, p1, p0
+    if K_WIDTH == 4:  # k is (p1, i, c, p0, h)
+        q = tl.permute(q, (2, 1, 3, 6, 4, 0, 7, 5))
+        xx = tl.permute(xx, (3, 6, 2, 0, 7, 5, 1, 4))
+    else:  # k is (p1, i, p0, c, h)
+        q = tl.permute(q, (2, 1, 3, 6, 4, 7, 0, 5))
         xx = tl.permute(xx, (3, 6, 2, 7, 0, 5, 1, 4))
-    return tl.reshape(xx, (CHUNKS, 32 * WORDS, 8 * ROW_TILES))
+    q = tl.reshape(q, (CHUNKS, 16 * TILES, CHUNK))
+    xx = tl.reshape(xx, (CHUNKS, CHUNK, 8 * ROW_TILES))
+    product = exact_dot(q, xx, USE_ASM)
+    total = exact_dot(ones_like(q, USE_ASM), xx, USE_ASM)
+    scale, zero = split_pair(sz, dtype)
+    # Taking the bias out here is cheaper than from every code.
+    scale = scale.to(tl.float32)
+    return acc + scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
 
 
 @triton.jit
 def _linear_kernel(
     x,
-    norm,
     qdata,
     scale_and_zero,
     bias,
     residual,
+    partial,
+    arrivals,
     out,
     num_rows,
     N,
-    eps,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -138,10 +237,10 @@ def _linear_kernel(
     CHUNKS: tl.constexpr,
     TILES: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -150,34 +249,28 @@ def _linear_kernel(
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``16 * TILES`` outputs of ``8 * ROW_TILES`` rows; each step takes one chunk of K per warp.
+    """``16 * TILES`` outputs of ``8 * ROW_TILES`` rows over one split of K; each step takes one chunk per warp.
 
     ``x`` is (num_rows, K), ``qdata`` (N, K/4) uint16, ``scale_and_zero`` (K/GROUP, N) int32 pairs. A chunk is ``CHUNK``
     codes of one group. What a thread loads is its own share of the product's operands, so nothing passes through shared
     memory: thread c of four loads k = (c, i, h, p), which is nibble p of halfword h of its word i, and the product sums
     over k in the order in which a thread holds ``K_WIDTH`` neighbours.
 
-    With ``ACTIVATION`` the weight has 2 N rows, gates and then their factors, and the two tiles are rows n of each.
+    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves its
+    sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and is the only one to
+    go on. ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate, eight
+    gates and eight factors.
     """
     WORDS: tl.constexpr = CHUNK // 32
+    N_TILES: tl.constexpr = 2 * TILES
+    BLOCK_N: tl.constexpr = 8 * N_TILES
     BLOCK_M: tl.constexpr = 8 * ROW_TILES
     ALL_CHUNKS: tl.constexpr = K // CHUNK
-    EVEN_K: tl.constexpr = STEPS * CHUNKS == ALL_CHUNKS
-    STEP_BYTES: tl.constexpr = CHUNKS * CHUNK // 2
-    GATED: tl.constexpr = ACTIVATION != ""
-    if GATED:
-        first_n = tl.program_id(0) * 16
-        second = N
-        all_n = 2 * N
-        in_second = 16
-    else:
-        first_n = tl.program_id(0) * (16 * TILES)
-        second = 16
-        all_n = N
-        in_second = N - 16 - first_n
+    EVEN_K: tl.constexpr = SPLITS * STEPS * CHUNKS == ALL_CHUNKS
+    first_n = tl.program_id(0) * BLOCK_N
     c = tl.arange(0, 4)[:, None, None]
     # Rows of the loads are (n / 8, chunk, n % 8) and (m / 8, i, chunk, m % 8): warps share out the chunks.
-    r = tl.arange(0, 2 * CHUNKS * 8)[None, :, None]
+    r = tl.arange(0, N_TILES * CHUNKS * 8)[None, :, None]
     n = first_n + r // (8 * CHUNKS) * 8 + r % 8
     w_chunk = r // 8 % CHUNKS
     w_at = (
@@ -190,215 +283,256 @@ def _linear_kernel(
     r = tl.arange(0, ROW_TILES * WORDS * CHUNKS * 8)[None, :, None]
     m = r // (8 * CHUNKS * WORDS) * 8 + r % 8
     x_chunk = r // 8 % CHUNKS
-    x_k = x_chunk * CHUNK + c * (8 * WORDS) + r // (8 * CHUNKS) % WORDS * 8 + tl.arange(0, 8)[None, None, :]
-    x_at = x + m * K + x_k
+    x_at = (
+        x + m * K + x_chunk * CHUNK + c * (8 * WORDS) + r // (8 * CHUNKS) % WORDS * 8 + tl.arange(0, 8)[None, None, :]
+    )
     sz_chunk = tl.arange(0, CHUNKS)[:, None, None]
     sz_n = first_n + tl.arange(0, 16)[None, :, None]
-    first_acc = tl.zeros((CHUNKS, 16, BLOCK_M), tl.float32)
-    second_acc = tl.zeros((CHUNKS, 16, BLOCK_M), tl.float32)
-    squares = tl.zeros((CHUNKS, 16, BLOCK_M), tl.float32)
+    start = tl.program_id(1) * STEPS * CHUNKS
+    acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
     if PDL:
-        # Weights are nobody's output: the next kernel may begin to fetch its own, as this one does.
+        # No kernel writes weights: the next one may load its own while this one ends.
         gdc_launch_dependents()
-    if AHEAD > 0:
-        lines = tl.minimum(16, N - first_n)
-        fetched = qdata + first_n.to(tl.int64) * (K // 4)
-        ahead = min(AHEAD * STEP_BYTES, K // 2)
-        fetch_rows(fetched, lines, K // 2, ahead)
-        sz_bytes = lines * 4
-        if TILES == 2 and not GATED:
-            sz_bytes = tl.minimum(32, N - first_n) * 4
-        fetch_rows(scale_and_zero + first_n, K // GROUP, all_n * 4, sz_bytes)
-        if TILES == 2:
-            fetch_rows(
-                fetched + second.to(tl.int64) * (K // 4) if GATED else fetched + 4 * K,
-                tl.maximum(tl.minimum(lines, in_second), 0),
-                K // 2,
-                ahead,
-            )
-        if GATED:
-            fetch_rows(scale_and_zero + N + first_n, K // GROUP, all_n * 4, sz_bytes)
+    loaded = ()
+    for step in tl.static_range(EARLY):
+        loaded = loaded + _weights(
+            w_at,
+            scale_and_zero,
+            sz_chunk,
+            sz_n,
+            n,
+            w_chunk,
+            start + step * CHUNKS,
+            N,
+            True,
+            CHUNK,
+            GROUP,
+            TILES,
+            ALL_CHUNKS,
+            EVEN_N,
+            EVEN_K,
+            False,
+        )
     if PDL:
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
-    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        first = step * CHUNKS
-        if AHEAD > 0 and AHEAD < STEPS:
-            k_byte = (step + AHEAD) * STEP_BYTES
-            left = tl.minimum(STEP_BYTES, K // 2 - k_byte)
-            fetch_rows(fetched + k_byte // 2, lines, K // 2, left)
-            if TILES == 2:
-                fetch_rows(
-                    (fetched + second.to(tl.int64) * (K // 4) if GATED else fetched + 4 * K) + k_byte // 2,
-                    tl.maximum(tl.minimum(lines, in_second), 0),
-                    K // 2,
-                    left,
-                )
-        # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
-        w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
-        w_inside = first + w_chunk < ALL_CHUNKS
-        w = _load(w_step, (n < N) & w_inside, EVEN_N and EVEN_K)
-        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
-        if EVEN_K:
-            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
-        else:
-            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
-        sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * all_n + sz_n
-        sz_mask = first + sz_chunk < ALL_CHUNKS
-        sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN_N and EVEN_K)
-        if TILES == 2:
-            w2 = _load(w_step + second * (K // 4), (n - first_n < in_second) & (n < N) & w_inside, EVEN_N and EVEN_K)
-            sz2 = _load(sz_at + second, (sz_n - first_n < in_second) & (sz_n < N) & sz_mask, EVEN_N and EVEN_K)
-        xx = _rows_operand(xx, K_WIDTH, CHUNKS, WORDS, ROW_TILES)
-        q = _codes_operand(w, K_WIDTH, CHUNKS, WORDS, dtype, USE_ASM)
-        if HAS_NORM:
-            norm_step = tl.max_contiguous(norm + x_k + m * 0 + first * CHUNK, [2, 1, 8])
-            factor = _load(norm_step, first + x_chunk < ALL_CHUNKS, EVEN_K)
-            factor = _rows_operand(factor, K_WIDTH, CHUNKS, WORDS, ROW_TILES)
-            squares += exact_dot(ones_like(q, USE_ASM), exact_product(xx, xx, USE_ASM), USE_ASM)
-            xx = exact_product(xx, factor, USE_ASM)
-        # Taking the codes' bias out here is cheaper than from every code.
-        total = exact_dot(ones_like(q, USE_ASM), xx, USE_ASM)
-        scale, zero = split_pair(sz, dtype)
-        scale = scale.to(tl.float32)
-        first_acc += (
-            scale * exact_dot(q, xx, USE_ASM) + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
-        )
-        if TILES == 2:
-            q = _codes_operand(w2, K_WIDTH, CHUNKS, WORDS, dtype, USE_ASM)
-            scale, zero = split_pair(sz2, dtype)
-            scale = scale.to(tl.float32)
-            second_acc += (
-                scale * exact_dot(q, xx, USE_ASM) + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
+    if EARLY == STEPS:
+        for step in tl.static_range(STEPS):
+            acc = _add_step(
+                acc,
+                loaded[2 * step],
+                loaded[2 * step + 1],
+                x_at,
+                m,
+                x_chunk,
+                start + step * CHUNKS,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
             )
-    y = tl.sum(first_acc, 0)
+    elif EARLY == 1:
+        w, sz = loaded
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            first = start + step * CHUNKS
+            next_w, next_sz = _weights(
+                w_at,
+                scale_and_zero,
+                sz_chunk,
+                sz_n,
+                n,
+                w_chunk,
+                first + CHUNKS,
+                N,
+                step + 1 < STEPS,
+                CHUNK,
+                GROUP,
+                TILES,
+                ALL_CHUNKS,
+                EVEN_N,
+                EVEN_K,
+                True,
+            )
+            acc = _add_step(
+                acc,
+                w,
+                sz,
+                x_at,
+                m,
+                x_chunk,
+                first,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
+            )
+            w, sz = next_w, next_sz
+    else:
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            first = start + step * CHUNKS
+            w, sz = _weights(
+                w_at,
+                scale_and_zero,
+                sz_chunk,
+                sz_n,
+                n,
+                w_chunk,
+                first,
+                N,
+                True,
+                CHUNK,
+                GROUP,
+                TILES,
+                ALL_CHUNKS,
+                EVEN_N,
+                EVEN_K,
+                False,
+            )
+            acc = _add_step(
+                acc,
+                w,
+                sz,
+                x_at,
+                m,
+                x_chunk,
+                first,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
+            )
+    y = tl.sum(acc, 0)
     row = tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, 16)[:, None]
-    if HAS_NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y *= factor
+    n = first_n + tl.arange(0, BLOCK_N)[:, None]
+    inside = (row < num_rows) & (n < N)
+    if SPLITS > 1:
+        at = partial + row * N + n
+        tl.store(at + tl.program_id(1) * num_rows * N, y, inside)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        if arrived < SPLITS - 1:
+            return
+        tl.store(arrivals + tl.program_id(0), 0)
+        y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for split in tl.static_range(SPLITS):
+            y += tl.load(at + split * num_rows * N, inside, other=0, cache_modifier=".cg")
     if HAS_BIAS:
         y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-    inside = (row < num_rows) & (n < N)
-    at = row * N + n
-    if TILES == 2:
-        y2 = tl.sum(second_acc, 0)
-        if HAS_NORM:
-            y2 *= factor
-        if HAS_BIAS:
-            y2 += tl.load(bias + second + n, second + n < all_n, other=0).to(tl.float32)
-        if GATED:
-            y = activated(y, ACTIVATION) * y2
-        else:
-            inside2 = (row < num_rows) & (n + 16 < N)
-            if HAS_RESIDUAL:
-                y2 += tl.load(residual + at + 16, inside2, other=0).to(tl.float32)
-            tl.store(out + at + 16, y2, inside2)
+    if ACTIVATION != "":
+        y = tl.permute(tl.reshape(y, (TILES, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+        gate, factor = tl.split(tl.reshape(y, (8 * TILES, BLOCK_M, 2)))
+        y = activated(gate, ACTIVATION) * factor
+        N = N // 2
+        n = first_n // 2 + tl.arange(0, 8 * TILES)[:, None]
+        inside = (row < num_rows) & (n < N)
     if HAS_RESIDUAL:
-        y += tl.load(residual + at, inside, other=0).to(tl.float32)
-    tl.store(out + at, y, inside)
+        y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
+    tl.store(out + row * N + n, y, inside)
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), chunks ahead of a warp, splits of K."""
+    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled and early steps, chunk."""
 
     tiles: int
     warps: int
-    unroll: int
     splits: int
+    unroll: int
+    early: int
+    chunk: int
+    registers: int | None = None
 
 
 @lru_cache
 def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
-
-    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
-    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
-    x is what the caches are busy with.
-    """
-    outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
-    share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
-    splits = min(share, max(1, in_features // 1024))
-    if rows > 8:
-        return LinearConfig(2, 2, 2, splits)
-    if share == 1:
-        if group == 32:
-            return LinearConfig(2, 4 if outputs > 1024 else 8, 2, 1)
-        return (
-            LinearConfig(2, 2, 2, 1)
-            if group == 128 and outputs > 1024
-            else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
-        )
-    if group == 32:
-        return LinearConfig(1, 4, 2, min(4, 2 * splits))
-    if in_features > 8192 and chunks % (4 * splits):
-        # Splits would end in half-empty steps.
-        return LinearConfig(1, 8, 2, 1)
-    if share == 2 and group == 128 and chunks >= 8:
-        return LinearConfig(1, 8, 1, 1)
-    return LinearConfig(1, 4, 1 if share == 4 else 2, splits)
+    """Configuration by shape, tuned on an H100."""
+    return LinearConfig(1, 4, 1, 1, 1, min(group, 128))
 
 
-def launch(x, norm, eps, qdata, scale_and_zero, bias, residual, activation, config):
-    in_features = x.shape[-1]
-    outputs = qdata.shape[0] // 2 if activation else qdata.shape[0]
-    rows = x.numel() // in_features
-    group = in_features // scale_and_zero.shape[0]
-    tiles, warps, unroll, ahead, chunk = config
-    use_asm = use_inline_asm(x.device)
-    pdl = launches_overlap(x.device)
-    options = {"launch_pdl": True} if pdl else {}
-    out = x.new_empty(*x.shape[:-1], outputs)
-    width = 16 if activation else 16 * tiles
-    _linear_kernel[(triton.cdiv(outputs, width),)](
-        x,
-        norm if norm is not None else x,
-        qdata.view(torch.uint16),
-        scale_and_zero.view(torch.int32),
-        bias if bias is not None else out,
-        residual if residual is not None else out,
-        out,
-        rows,
-        outputs,
-        eps,
-        K=in_features,
-        GROUP=group,
-        CHUNK=chunk,
-        STEPS=triton.cdiv(in_features // chunk, warps),
-        CHUNKS=warps,
-        TILES=tiles,
-        ROW_TILES=triton.cdiv(rows, 8),
-        UNROLL=unroll,
-        AHEAD=ahead if pdl else 0,
-        EVEN_N=outputs % width == 0,
-        HAS_NORM=norm is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation,
-        K_WIDTH=_K_WIDTH,
-        dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        USE_ASM=use_asm,
-        PDL=pdl,
-        num_warps=warps,
-        num_stages=1,
-        **options,
-    )
-    return out
+@lru_cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Zeros that the kernel's programs count in, and leave as zeros."""
+    return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
 
 @on_tensors_device
-def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
+def int4_fused_linear_triton(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
     """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
     has_kernel = group >= 32 and group & (group - 1) == 0
     if not has_kernel or not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
-        return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
-    tiles, warps, unroll, _ = linear_config(rows, out_features, in_features, group)
-    chunk = min(group, 128)
-    qdata, params = qdata.contiguous(), scale_and_zero.to(x.dtype).contiguous()
-    return launch(x.contiguous(), None, 0.0, qdata, params, bias, None, "", (tiles, warps, unroll, 0, chunk))
+        return _plain(x, qdata, scale_and_zero, bias, residual, activation)
+    config = linear_config(rows, out_features, in_features, group)
+    steps = triton.cdiv(in_features // config.chunk, config.warps * config.splits)
+    pdl = launches_overlap(x.device)
+    options = {"launch_pdl": True} if pdl else {}
+    if config.registers is not None:
+        options["maxnreg"] = config.registers
+    out = x.new_empty(*x.shape[:-1], out_features // 2 if activation else out_features)
+    several = config.splits > 1
+    _linear_kernel[(triton.cdiv(out_features, 16 * config.tiles), config.splits)](
+        x.contiguous(),
+        qdata.contiguous().view(torch.uint16),
+        scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
+        out if bias is None else bias.contiguous(),
+        out if residual is None else residual.contiguous(),
+        x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out,
+        _arrivals(x.device) if several else out,
+        out,
+        rows,
+        out_features,
+        K=in_features,
+        GROUP=group,
+        CHUNK=config.chunk,
+        STEPS=steps,
+        CHUNKS=config.warps,
+        TILES=config.tiles,
+        ROW_TILES=triton.cdiv(rows, 8),
+        SPLITS=config.splits,
+        UNROLL=config.unroll,
+        EARLY=min(config.early, steps),
+        EVEN_N=out_features % (16 * config.tiles) == 0,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation,
+        K_WIDTH=_K_WIDTH,
+        dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        USE_ASM=use_inline_asm(x.device),
+        PDL=pdl,
+        num_warps=config.warps,
+        num_stages=1,
+        **options,
+    )
+    return out
 
 
-int4_linear.register_kernel("cuda")(int4_linear_triton)
+int4_fused_linear.register_kernel("cuda")(int4_fused_linear_triton)
+
+
+@int4_linear.register_kernel("cuda")
+def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
+    """As :func:`int4_fused_linear_triton`, without an epilogue."""
+    return int4_fused_linear_triton(x, qdata, scale_and_zero, bias, None, "")

@@ -8,15 +8,53 @@ On CUDA, 1 to 16 rows of 16-bit floats are multiplied by a kernel that reads eve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
+from .epilogue import ACTIVATIONS
 from .inline_asm import activated, exact_dot, fetch_rows, launches_overlap, use_inline_asm
-from .int4_linear import _K_WIDTH
+from .int4_linear import _K_WIDTH, MAX_KERNEL_ROWS
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+
+
+# Weights of one launch.
+MAX_WEIGHTS = 3
+
+
+@torch.library.custom_op("quantspec::linears", mutates_args=())
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    """Linear layers of one input.
+
+    Args:
+        x: ``(..., K)`` of a float dtype.
+        weights: ``(N_i, K)`` each, in the dtype of ``x``.
+        biases: ``(N_i,)`` each in the dtype of ``x``, or none at all.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``: of two weights the first gives gates and the second their
+            factors. Empty for none.
+
+    Returns:
+        ``(..., sum of N_i)``, or ``(..., N_1)`` with an activation, in the dtype of ``x``.
+    """
+    return _plain(x, weights, biases, activation)
+
+
+def _plain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    offsets = biases or [None] * len(weights)
+    each = [F.linear(x, weight, bias) for weight, bias in zip(weights, offsets, strict=True)]
+    if activation:
+        return ACTIVATIONS[activation](each[0]) * each[1]
+    return torch.cat(each, -1) if len(each) > 1 else each[0]
+
+
+@linears.register_fake
+def _(x, weights, biases, activation):
+    width = weights[0].shape[0] if activation else sum(weight.shape[0] for weight in weights)
+    return x.new_empty(*x.shape[:-1], width)
 
 
 @triton.jit
@@ -74,6 +112,7 @@ def _linears_kernel(
     ROW_TILES: tl.constexpr,
     UNROLL: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -89,12 +128,12 @@ def _linears_kernel(
     With ``ACTIVATION`` ``w0`` are the gates and ``w1`` their factors.
     """
     WORDS: tl.constexpr = CHUNK // 32
-    BLOCK_N: tl.constexpr = 8 * TILES
+    GATED: tl.constexpr = ACTIVATION != ""
+    BLOCK_N: tl.constexpr = 8 if GATED else 8 * TILES
     BLOCK_M: tl.constexpr = 8 * ROW_TILES
     ALL_CHUNKS: tl.constexpr = K // CHUNK
     EVEN_K: tl.constexpr = STEPS * CHUNKS == ALL_CHUNKS
     STEP: tl.constexpr = CHUNKS * CHUNK
-    GATED: tl.constexpr = ACTIVATION != ""
     pid = tl.program_id(0)
     w = w0
     b = b0
@@ -129,102 +168,142 @@ def _linears_kernel(
     r = tl.arange(0, TILES * WORDS * CHUNKS * 8)[None, :, None]
     n = r // (8 * CHUNKS * WORDS) * 8 + r % 8
     w_chunk = r // 8 % CHUNKS
-    tile = first_n.to(tl.int64) * K
-    w_at = n * K + w_chunk * CHUNK + r // (8 * CHUNKS) % WORDS * 32 + c * 8 + word
+    # Of a gated tile the first eight rows are gates, the others factors.
+    other = 0
+    if GATED:
+        other = tl.multiple_of((w1.to(tl.int64) - w0.to(tl.int64)) // 2 - 8 * K, 8)
+    w_at = (
+        w
+        + first_n.to(tl.int64) * K
+        + (n * K + w_chunk * CHUNK + r // (8 * CHUNKS) % WORDS * 32 + tl.where(n < 8, 0, other) + c * 8 + word)
+    )
+    n = n % 8 if GATED else n
     r = tl.arange(0, ROW_TILES * WORDS * CHUNKS * 8)[None, :, None]
     m = r // (8 * CHUNKS * WORDS) * 8 + r % 8
     x_chunk = r // 8 % CHUNKS
     x_at = x + m * K + x_chunk * CHUNK + r // (8 * CHUNKS) % WORDS * 32 + c * 8 + word
-    first_acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
-    second_acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((CHUNKS, 8 * TILES, BLOCK_M), tl.float32)
     if PDL:
-        # Weights are nobody's output: the next kernel may begin to fetch its own, as this one does.
+        # No kernel writes weights: the next one may load its own while this one ends.
         gdc_launch_dependents()
+    lines = tl.minimum(BLOCK_N, N - first_n)
+    if EARLY:
+        a = _load(tl.max_contiguous(w_at, [2, 1, 8]), (n < lines) & (w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
     if AHEAD > 0:
-        lines = tl.minimum(BLOCK_N, N - first_n)
-        ahead = min(AHEAD * STEP, K) * 2
-        fetch_rows(w + tile, lines, K * 2, ahead)
+        fetch_rows(w + first_n.to(tl.int64) * K + EARLY * STEP, lines, K * 2, min(AHEAD * STEP, K) * 2)
         if GATED:
-            fetch_rows(w1 + tile, lines, K * 2, ahead)
+            fetch_rows(w1 + first_n.to(tl.int64) * K + EARLY * STEP, lines, K * 2, min(AHEAD * STEP, K) * 2)
     if PDL:
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
     for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        first = step * CHUNKS
-        if AHEAD > 0 and AHEAD < STEPS:
-            k = (step + AHEAD) * STEP
+        if AHEAD > 0:
+            k = (step + EARLY + AHEAD) * STEP
             left = tl.minimum(STEP, K - k) * 2
-            fetch_rows(w + tile + k, lines, K * 2, left)
+            fetch_rows(w + first_n.to(tl.int64) * K + k, lines, K * 2, left)
             if GATED:
-                fetch_rows(w1 + tile + k, lines, K * 2, left)
+                fetch_rows(w1 + first_n.to(tl.int64) * K + k, lines, K * 2, left)
         # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+        first = (step + EARLY) * CHUNKS
         w_step = tl.max_contiguous(w_at + first * CHUNK, [2, 1, 8])
-        w_mask = (n < N - first_n) & (first + w_chunk < ALL_CHUNKS)
-        a = _load(w + tile + w_step, w_mask, EVEN_N and EVEN_K)
-        if GATED:
-            a2 = _load(w1 + tile + w_step, w_mask, EVEN_N and EVEN_K)
+        if EARLY:
+            next_a = _load(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS) & (step + 1 < STEPS), False)
+        else:
+            a = _load(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
+        first = step * CHUNKS
         x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
         if EVEN_K:
             xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
         else:
             xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
         xx = _columns(xx, K_WIDTH, ROW_TILES, CHUNKS, WORDS)
-        first_acc += exact_dot(_operands(a, K_WIDTH, TILES, CHUNKS, WORDS), xx, USE_ASM)
-        if GATED:
-            second_acc += exact_dot(_operands(a2, K_WIDTH, TILES, CHUNKS, WORDS), xx, USE_ASM)
-    y = tl.sum(first_acc, 0)
+        acc += exact_dot(_operands(a, K_WIDTH, TILES, CHUNKS, WORDS), xx, USE_ASM)
+        if EARLY:
+            a = next_a
+    y = tl.sum(acc, 0)
     row = tl.arange(0, BLOCK_M)[None, :]
-    n = tl.arange(0, BLOCK_N)[:, None]
-    inside = (row < num_rows) & (n < N - first_n)
-    if HAS_BIAS:
-        y += tl.load(b + first_n + n, n < N - first_n, other=0).to(tl.float32)
     if GATED:
-        y2 = tl.sum(second_acc, 0)
+        y = tl.permute(tl.reshape(y, (2, 8, BLOCK_M)), (1, 2, 0))
+        y, factor = tl.split(y)
+    n = tl.arange(0, BLOCK_N)[:, None]
+    if HAS_BIAS:
+        y += tl.load(b + first_n + n, n < lines, other=0).to(tl.float32)
+    if GATED:
         if HAS_BIAS:
-            y2 += tl.load(b1 + first_n + n, n < N - first_n, other=0).to(tl.float32)
-        y = activated(y, ACTIVATION) * y2
+            factor += tl.load(b1 + first_n + n, n < lines, other=0).to(tl.float32)
+        y = activated(y, ACTIVATION) * factor
+    inside = (row < num_rows) & (n < lines)
     at = row * width + column + n
     if HAS_RESIDUAL:
         y += tl.load(residual + at, inside, other=0).to(tl.float32)
     tl.store(out + at, y, inside)
 
 
-def launch(x, weights, biases, residual, activation, config):
-    tiles, warps, unroll, ahead, chunk = config
+class LinearsConfig(NamedTuple):
+    """Launch of one shape: tiles of 8 outputs, warps (one chunk each), steps unrolled, steps fetched ahead into the L2
+    cache, whether a step is loaded early, and the chunk of K."""
+
+    tiles: int
+    warps: int
+    unroll: int
+    ahead: int
+    early: int
+    chunk: int
+
+
+@lru_cache
+def linears_config(rows: int, sizes: tuple[int, ...], in_features: int, activation: str) -> LinearsConfig | None:
+    """Configuration by shape, tuned on an H100; None where cuBLAS is faster."""
+    return LinearsConfig(2, 8, 1, 0, 1, 128)
+
+
+@linears.register_kernel("cuda")
+@on_tensors_device
+def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    """Launch the kernel for 1 to 16 rows of 16-bit floats where it is faster; arguments as the op's."""
     in_features = x.shape[-1]
-    sizes = [weight.shape[0] for weight in weights]
-    width = sizes[0] if activation else sum(sizes)
     rows = x.numel() // in_features
+    sizes = tuple(weight.shape[0] for weight in weights)
+    config = None
+    if 1 <= rows <= MAX_KERNEL_ROWS and x.element_size() == 2 and len(weights) <= MAX_WEIGHTS:
+        config = linears_config(rows, sizes, in_features, activation)
+    if config is None or in_features % config.chunk:
+        return _plain(x, weights, biases, activation)
     pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
-    out = x.new_empty(*x.shape[:-1], width)
-    padded = [*weights, *[weights[0]] * (3 - len(weights))]
-    blocks = [triton.cdiv(size, 8 * tiles) for size in sizes]
+    block = 8 if activation else 8 * config.tiles
+    blocks = [triton.cdiv(size, block) for size in sizes]
+    out = x.new_empty(*x.shape[:-1], sizes[0] if activation else sum(sizes))
+    missing = MAX_WEIGHTS - len(weights)
     _linears_kernel[(blocks[0] if activation else sum(blocks),)](
-        x,
-        *padded,
-        *([*biases, *[biases[0]] * (3 - len(weights))] if biases else [out] * 3),
-        residual if residual is not None else out,
+        x.contiguous(),
+        *(weight.contiguous() for weight in weights),
+        *[weights[0]] * missing,
+        *(bias.contiguous() for bias in biases),
+        *[out] * (MAX_WEIGHTS - len(biases)),
+        out,
         out,
         rows,
-        *[*sizes, 0, 0][:3],
+        *sizes,
+        *[0] * missing,
         K=in_features,
         WEIGHTS=len(weights),
-        CHUNK=chunk,
-        STEPS=triton.cdiv(in_features // chunk, warps),
-        CHUNKS=warps,
-        TILES=tiles,
+        CHUNK=config.chunk,
+        STEPS=triton.cdiv(in_features // config.chunk, config.warps),
+        CHUNKS=config.warps,
+        TILES=config.tiles,
         ROW_TILES=triton.cdiv(rows, 8),
-        UNROLL=unroll,
-        AHEAD=ahead if pdl else 0,
-        EVEN_N=all(size % (8 * tiles) == 0 for size in sizes),
+        UNROLL=config.unroll,
+        AHEAD=config.ahead if pdl else 0,
+        EARLY=config.early,
+        EVEN_N=all(size % block == 0 for size in sizes),
         HAS_BIAS=bool(biases),
-        HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL=False,
         ACTIVATION=activation,
         K_WIDTH=_K_WIDTH,
         USE_ASM=use_inline_asm(x.device),
         PDL=pdl,
-        num_warps=warps,
+        num_warps=config.warps,
         num_stages=1,
         **options,
     )

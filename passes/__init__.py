@@ -4,6 +4,8 @@ from quantspec.config import GROUP_SIZES, WeightQuantizer
 
 from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
+from .group_linears import GroupLinears
+from .int4_epilogues import FuseInt4Epilogues
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
 from .plain_weights import plain_weights
@@ -21,7 +23,9 @@ __all__ = [
     "INT4",
     "CacheAccess",
     "CheckTokenMixing",
+    "FuseInt4Epilogues",
     "FuseSharedInputLinears",
+    "GroupLinears",
     "LinearReport",
     "LowerAttention",
     "MaterializePositionTables",

@@ -8,6 +8,7 @@ from torch import Tensor
 from quantspec.config import WeightQuantizer
 from quantspec.kernels.int4_linear import pack_int4
 
+from .int4_epilogues import FuseInt4Epilogues
 from .prepack_int4 import PrepackInt4ForCpu
 from .weight_formats import Part, WeightFormat, register
 
@@ -57,7 +58,7 @@ INT4 = register(
         pack=quantize_int4,
         linear=torch.ops.quantspec.int4_linear.default,
         expert_linear=torch.ops.quantspec.int4_expert_linear.default,
-        layouts=(PrepackInt4ForCpu,),
+        layouts=(PrepackInt4ForCpu, FuseInt4Epilogues),
     )
 )
 """The format of the draft's weights; :mod:`quantspec.kernels.int4_linear` has the layout."""

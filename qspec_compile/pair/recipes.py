@@ -22,6 +22,7 @@ from quantspec.passes import (
     CacheAccess,
     CheckTokenMixing,
     FuseSharedInputLinears,
+    GroupLinears,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
@@ -46,6 +47,7 @@ ORDER = (
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
+    GroupLinears,
     WidenLinears,
 )
 """The passes in the order in which a graph goes through those that its role has."""
@@ -85,7 +87,7 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET]))
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [GroupLinears()]))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))

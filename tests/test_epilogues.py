@@ -1,0 +1,174 @@
+"""Passes that let linears do what follows them: exact counts, the same outputs, and the graphs they leave alone."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from quantspec.capture import Capture, capture
+from quantspec.config import WeightQuantizer
+from quantspec.passes import (
+    FuseInt4Epilogues,
+    FuseSharedInputLinears,
+    GroupLinears,
+    QuantizeWeights,
+    RemoveNoOps,
+    group_linears,
+    plain_weights,
+)
+from quantspec.passes.graph import clone, find_calls
+from quantspec.passes.int4_weights import INT4
+from tests.test_passes import _CheckValues, apply, count, exported, ids_and_positions, randn
+from tests.tiny_models import tiny_model
+
+aten = torch.ops.aten
+ops = torch.ops.quantspec
+
+
+@functools.cache
+def _captured(architecture: str) -> Capture:
+    return capture(tiny_model(architecture))
+
+
+def decoder(architecture: str) -> fx.GraphModule:
+    """A fresh clone of a captured tiny decoder, as the target's passes find it."""
+    return RemoveNoOps()(clone(_captured(architecture).graph_module)).graph_module
+
+
+def quantized(gm: fx.GraphModule) -> fx.GraphModule:
+    """With INT4 weights, those of one input stacked."""
+    for rewrite in (QuantizeWeights(INT4, 32, WeightQuantizer.TINYGEMM, True), FuseSharedInputLinears()):
+        gm = rewrite(gm).graph_module
+    return gm
+
+
+@pytest.fixture
+def grouping(monkeypatch) -> None:
+    """Let the pass take weights of a CPU, whose op is the plain implementation."""
+    monkeypatch.setattr(group_linears, "worth_grouping", lambda weight: True)
+
+
+# Products of a gate and additions to a residual, of two layers.
+INT4_COUNTS = {
+    "llama": (2, 4),
+    "gemma": (2, 4),
+    "qwen2": (2, 4),
+    "phi3": (2, 4),
+    "glm": (2, 4),
+    # Norms stand between linear and addition.
+    "gemma2": (2, 0),
+    "olmo2": (2, 0),
+    # Attention and MLP read one norm: five linears are one, and both results are added.
+    "cohere": (0, 4),
+    # No gate; the MLP's result is added to the attention's.
+    "phi": (0, 2),
+    "gpt_neox": (0, 2),
+    "gpt2": (0, 4),
+    # The residual is scaled.
+    "granite": (2, 0),
+}
+
+
+@pytest.mark.parametrize("architecture", INT4_COUNTS)
+def test_int4_linears_take_gates_and_residuals(architecture: str) -> None:
+    gm = quantized(decoder(architecture))
+    linears = count(gm, ops.int4_linear.default)
+    expected = gm(*ids_and_positions())
+    weights = plain_weights(gm)
+    gates, sums = INT4_COUNTS[architecture]
+    additions, products = count(gm, aten.add.Tensor), count(gm, aten.mul.Tensor)
+    gm = apply(gm, FuseInt4Epilogues(), modifies=gates + sums > 0)
+    fused = list(find_calls(gm.graph, ops.int4_fused_linear.default))
+    assert sum(bool(node.args[5]) for node in fused) == products - count(gm, aten.mul.Tensor) == gates
+    assert sum(node.args[4] is not None for node in fused) == additions - count(gm, aten.add.Tensor) == sums
+    assert len(fused) + count(gm, ops.int4_linear.default) == linears
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+    after = plain_weights(gm)
+    assert after.keys() == weights.keys()
+    for name, parts in weights.items():
+        for part, tensor in parts.items():
+            assert torch.equal(after[name][part], tensor), (name, part)
+
+
+class _Gate(nn.Module):
+    """A gate whose factor may come first, and with biases or not."""
+
+    def __init__(self, gate_first: bool, bias: bool, width: int = 48) -> None:
+        super().__init__()
+        self.gate_first = gate_first
+        self.both = nn.Linear(64, 2 * width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``silu(gate) * factor``."""
+        first, second = self.both(x).chunk(2, -1)
+        return F.silu(first) * second if self.gate_first else first * F.silu(second)
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gates_stand_in_either_half(gate_first: bool, bias: bool) -> None:
+    x = randn(3, 64)
+    gm = quantized(exported(_Gate(gate_first, bias), x))
+    expected, weights = gm(x), plain_weights(gm)
+    gm = apply(gm, FuseInt4Epilogues())
+    assert count(gm, aten.mul.Tensor, aten.silu.default, aten.chunk.default) == 0
+    torch.testing.assert_close(gm(x), expected)
+    for part, tensor in weights["both"].items():
+        assert torch.equal(plain_weights(gm)["both"][part], tensor)
+
+
+class _Alone(nn.Module):
+    """What looks like a gate or a residual, but is read elsewhere, broadcast, scaled or of odd width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(64, 40), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        """Nothing here can be fused."""
+        gate, factor = self.a(x).chunk(2, -1)
+        b, d = self.b(x * 2), self.d(x * 3)
+        return F.silu(gate) * factor, b + x, b, self.c(x * 4) + row, torch.add(d, x, alpha=2), d + d
+
+
+def test_what_is_read_elsewhere_broadcast_or_scaled_is_left_alone() -> None:
+    inputs = randn(3, 64), randn(1, 64)
+    gm = quantized(exported(_Alone(), *inputs))
+    apply(gm, FuseInt4Epilogues(), modifies=False)
+
+
+# Gated pairs, groups of the other linears of one input (the head among them), of two layers.
+GROUPED = {
+    "llama": (2, 3),
+    "gemma": (2, 3),
+    "qwen2": (2, 3),
+    # One linear has both halves already.
+    "phi3": (0, 1),
+    "gemma2": (2, 3),
+    # Attention and MLP read one norm.
+    "cohere": (2, 3),
+    # Three of the four linears that read one norm, and the fourth.
+    "phi": (0, 3),
+    "mixtral": (0, 3),
+}
+
+
+@pytest.mark.parametrize("architecture", GROUPED)
+def test_the_targets_linears_share_launches(architecture: str, grouping) -> None:
+    gm = decoder(architecture)
+    expected = gm(*ids_and_positions())
+    storages = {name: tensor.data_ptr() for name, tensor in gm.named_parameters()}
+    gm = apply(gm, GroupLinears())
+    calls = list(find_calls(gm.graph, ops.linears.default))
+    gates = sum(bool(node.args[3]) for node in calls)
+    assert (gates, len(calls) - gates) == GROUPED[architecture]
+    assert {name: tensor.data_ptr() for name, tensor in gm.named_parameters()} == storages
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_linears_of_a_cpu_stay() -> None:
+    apply(decoder("llama"), GroupLinears(), modifies=False)
