@@ -1,4 +1,4 @@
-"""What follows a linear in a decoder and fits into its launch: patterns that passes over several kinds of linears share."""
+"""What follows a linear and fits into its launch: patterns that passes over several kinds of linears share."""
 
 from __future__ import annotations
 
@@ -50,18 +50,17 @@ def gated_products(graph: fx.Graph) -> Iterator[GatedProduct]:
                 break
 
 
-def added(graph: fx.Graph, fits: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
-    """Additions ``(sum, linear, residual)`` to a linear that fits and that nothing else reads; the last one of two."""
+def added(graph: fx.Graph, fits: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, fx.Node]]:
+    """Additions, with the linear in each that fits and that nothing else reads; of two the last one in the graph."""
     places = {node: place for place, node in enumerate(graph.nodes)}
     found = []
     for node in find_calls(graph, aten.add.Tensor):
         terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
-        if len(terms) < 2 or node.kwargs or not all(_alike(term, node) for term in terms):
+        if len(terms) < 2 or terms[0] is terms[1] or node.kwargs or not all(_alike(term, node) for term in terms):
             continue
         linears = [term for term in terms if fits(term) and len(term.users) == 1]
-        if linears and terms[0] is not terms[1]:
-            linear = max(linears, key=places.__getitem__)
-            found.append((node, linear, terms[0] if linear is terms[1] else terms[1]))
+        if linears:
+            found.append((node, max(linears, key=places.__getitem__)))
     return found
 
 

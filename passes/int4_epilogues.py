@@ -36,8 +36,8 @@ class FuseInt4Epilogues(WeightLayout):
             self._fuse_gate(graph_module, match, linear)
         graph_module.graph.eliminate_dead_code()
         sums = added(graph_module.graph, _may_add)
-        for node, linear, residual in sums:
-            self._fuse_sum(graph_module, node, linear, residual)
+        for node, linear in sums:
+            self._fuse_sum(graph_module, node, linear)
         if gates or sums:
             finish(graph_module)
         return PassResult(graph_module, bool(gates or sums))
@@ -84,7 +84,9 @@ class FuseInt4Epilogues(WeightLayout):
         match.product.replace_all_uses_with(new)
 
     @staticmethod
-    def _fuse_sum(gm: fx.GraphModule, node: fx.Node, linear: fx.Node, residual: fx.Node) -> None:
+    def _fuse_sum(gm: fx.GraphModule, node: fx.Node, linear: fx.Node) -> None:
+        # Read now: the residual may be a sum that has just been rewritten.
+        residual = next(term for term in node.args[:2] if term is not linear)
         activation = linear.args[5] if linear.target is FuseInt4Epilogues.op else ""
         with gm.graph.inserting_before(node):
             args = (*linear.args[:4], residual, activation)

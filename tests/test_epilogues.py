@@ -22,8 +22,8 @@ from quantspec.passes import (
 )
 from quantspec.passes.graph import clone, find_calls
 from quantspec.passes.int4_weights import INT4
-from tests.test_passes import _CheckValues, apply, count, exported, ids_and_positions, randn
-from tests.tiny_models import tiny_model
+from test_passes import _CheckValues, apply, count, exported, ids_and_positions, randn
+from tiny_models import tiny_model
 
 aten = torch.ops.aten
 ops = torch.ops.quantspec
