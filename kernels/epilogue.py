@@ -19,6 +19,6 @@ GATE_ROWS = 8
 
 
 def gated(y: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * factor`` of ``(..., N)``, where :data:`GATE_ROWS` gates and factors alternate, ``(..., N/2)``."""
+    """``activation(gate) * factor``, ``(..., N/2)``, of ``(..., N)`` where :data:`GATE_ROWS` of each alternate."""
     gate, factor = y.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2)
     return (ACTIVATIONS[activation](gate) * factor).flatten(-2)

@@ -86,7 +86,7 @@ _BYTES_ASM = tl.constexpr(
 )
 
 
-# The first $2 threads fetch $4 bytes each, $3 bytes apart from $1 on; the bytes are a multiple of 16, or no more than 0.
+# The first $2 threads fetch $4 bytes each, $3 bytes apart, from $1 on; no more than 0 bytes are none.
 _FETCH_ASM = tl.constexpr(
     """
     {
@@ -102,8 +102,6 @@ _FETCH_ASM = tl.constexpr(
     }
     """
 )
-# The product of two pairs; adding -0 changes no result, and sm_80 has no other product of bfloat16 pairs.
-_PRODUCT_BFLOAT16_ASM = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
 
 
 @triton.jit
@@ -115,17 +113,6 @@ def fetch_rows(at, rows, stride, bytes):
     tl.inline_asm_elementwise(
         _FETCH_ASM, "=r,l,r,r,r", [at.to(tl.int64), rows, stride, bytes], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def exact_product(a, b, USE_ASM: tl.constexpr):
-    """Elementwise ``a * b`` of bfloat16, rounded once."""
-    if USE_ASM:
-        return tl.inline_asm_elementwise(
-            _PRODUCT_BFLOAT16_ASM, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        return (a.to(tl.float32) * b.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit

@@ -5,7 +5,9 @@
 torchao chooses scale and zero and rounds (its tinygemm convention, where zero is the value of code 8). Plain layout:
 byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1]`` in its high one.
 
-On CUDA, 1 to 16 rows are multiplied by a kernel that reads the codes once. Per group of k it forms
+``quantspec::int4_fused_linear`` also does what follows: the gate of an MLP, the addition to the residual stream.
+
+On CUDA, 1 to 16 rows are multiplied in one launch that reads the codes once. Per group of k it forms
 
     y[m, n] += scale[n] * sum_k (code[n, k] - 8) x[m, k] + zero[n] * sum_k x[m, k]
 
@@ -37,8 +39,8 @@ from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 16
-# Tiles of outputs whose splits of K may be counted.
-MAX_SPLIT_TILES = 4096
+# Most tiles of outputs of which K is split.
+MAX_SPLIT_TILES = 512
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
 _K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
@@ -256,10 +258,10 @@ def _linear_kernel(
     memory: thread c of four loads k = (c, i, h, p), which is nibble p of halfword h of its word i, and the product sums
     over k in the order in which a thread holds ``K_WIDTH`` neighbours.
 
-    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves its
-    sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and is the only one to
-    go on. ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate, eight
-    gates and eight factors.
+    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves
+    its sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and is the only one
+    to go on. ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate,
+    eight gates and eight factors.
     """
     WORDS: tl.constexpr = CHUNK // 32
     N_TILES: tl.constexpr = 2 * TILES
@@ -446,7 +448,8 @@ def _linear_kernel(
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled and early steps, chunk."""
+    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled steps, steps loaded before
+    the kernels in front end, codes of a chunk, and registers of a thread where the compiler takes too many."""
 
     tiles: int
     warps: int
@@ -459,8 +462,32 @@ class LinearConfig(NamedTuple):
 
 @lru_cache
 def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100."""
-    return LinearConfig(1, 4, 1, 1, 1, min(group, 128))
+    """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
+
+    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
+    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
+    x is what the caches are busy with.
+    """
+    outputs, chunk = triton.cdiv(out_features, 16), min(group, 128)
+    chunks = in_features // chunk
+    share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
+    splits = min(share, max(1, in_features // 1024))
+    if rows > 8:
+        return LinearConfig(2, 2, splits, 2, 0, chunk)
+    if share == 1:
+        if group == 32:
+            return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0, chunk)
+        if group == 128 and outputs > 1024:
+            return LinearConfig(2, 2, 1, 2, 0, chunk)
+        return LinearConfig(1, 4, 1, 2 if group == 64 else 1, 0, chunk)
+    if group == 32:
+        return LinearConfig(1, 4, min(4, 2 * splits), 2, 0, chunk)
+    if in_features > 8192 and chunks % (4 * splits):
+        # Splits would end in half-empty steps.
+        return LinearConfig(1, 8, 1, 2, 0, chunk)
+    if share == 2 and group == 128 and chunks >= 8:
+        return LinearConfig(1, 8, 1, 1, 0, chunk)
+    return LinearConfig(1, 4, splits, 1 if share == 4 else 2, 0, chunk)
 
 
 @lru_cache

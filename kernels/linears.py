@@ -21,7 +21,6 @@ from .inline_asm import activated, exact_dot, fetch_rows, launches_overlap, use_
 from .int4_linear import _K_WIDTH, MAX_KERNEL_ROWS
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
-
 # Weights of one launch.
 MAX_WEIGHTS = 3
 
@@ -70,10 +69,8 @@ def _load(at, inside, EVEN: tl.constexpr):
 def _operands(w, K_WIDTH: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
     """``(c, (tile, i, chunk, row % 8), 8)`` as ``(CHUNKS, 8 * TILES rows, 32 * WORDS)``."""
     w = tl.reshape(w, (4, TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, tile, i, chunk, row % 8, a, b, e
-    if K_WIDTH == 4:  # k is (a, i, c, b, e)
-        w = tl.permute(w, (3, 1, 4, 5, 2, 0, 6, 7))
-    else:  # k is (a, i, b, c, e)
-        w = tl.permute(w, (3, 1, 4, 5, 2, 6, 0, 7))
+    # k is (a, i, c, b, e) or (a, i, b, c, e)
+    w = tl.permute(w, (3, 1, 4, 5, 2, 0, 6, 7) if K_WIDTH == 4 else (3, 1, 4, 5, 2, 6, 0, 7))
     return tl.reshape(w, (CHUNKS, 8 * TILES, 32 * WORDS))
 
 
@@ -81,10 +78,7 @@ def _operands(w, K_WIDTH: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexp
 def _columns(w, K_WIDTH: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
     """As :func:`_operands`, transposed."""
     w = tl.reshape(w, (4, TILES, WORDS, CHUNKS, 8, 2, 2, 2))
-    if K_WIDTH == 4:
-        w = tl.permute(w, (3, 5, 2, 0, 6, 7, 1, 4))
-    else:
-        w = tl.permute(w, (3, 5, 2, 6, 0, 7, 1, 4))
+    w = tl.permute(w, (3, 5, 2, 0, 6, 7, 1, 4) if K_WIDTH == 4 else (3, 5, 2, 6, 0, 7, 1, 4))
     return tl.reshape(w, (CHUNKS, 32 * WORDS, 8 * TILES))
 
 
@@ -97,7 +91,6 @@ def _linears_kernel(
     b0,
     b1,
     b2,
-    residual,
     out,
     num_rows,
     N0,
@@ -115,7 +108,6 @@ def _linears_kernel(
     EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_WIDTH: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -234,14 +226,12 @@ def _linears_kernel(
         y = activated(y, ACTIVATION) * factor
     inside = (row < num_rows) & (n < lines)
     at = row * width + column + n
-    if HAS_RESIDUAL:
-        y += tl.load(residual + at, inside, other=0).to(tl.float32)
     tl.store(out + at, y, inside)
 
 
 class LinearsConfig(NamedTuple):
     """Launch of one shape: tiles of 8 outputs, warps (one chunk each), steps unrolled, steps fetched ahead into the L2
-    cache, whether a step is loaded early, and the chunk of K."""
+    cache, steps (0 or 1) loaded before the kernels in front end, and numbers of a chunk."""
 
     tiles: int
     warps: int
@@ -253,8 +243,10 @@ class LinearsConfig(NamedTuple):
 
 @lru_cache
 def linears_config(rows: int, sizes: tuple[int, ...], in_features: int, activation: str) -> LinearsConfig | None:
-    """Configuration by shape, tuned on an H100; None where cuBLAS is faster."""
-    return LinearsConfig(2, 8, 1, 0, 1, 128)
+    """Configuration by shape, measured on an H100; None where cuBLAS is faster."""
+    if activation or 8192 < sum(sizes) < 32768:
+        return None
+    return LinearsConfig(2, 4, 2, 0, 0, 128) if rows > 8 else LinearsConfig(2, 8, 1, 1, 0, 128)
 
 
 @linears.register_kernel("cuda")
@@ -282,7 +274,6 @@ def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
         *(bias.contiguous() for bias in biases),
         *[out] * (MAX_WEIGHTS - len(biases)),
         out,
-        out,
         rows,
         *sizes,
         *[0] * missing,
@@ -298,7 +289,6 @@ def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
         EARLY=config.early,
         EVEN_N=all(size % block == 0 for size in sizes),
         HAS_BIAS=bool(biases),
-        HAS_RESIDUAL=False,
         ACTIVATION=activation,
         K_WIDTH=_K_WIDTH,
         USE_ASM=use_inline_asm(x.device),

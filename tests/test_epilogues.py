@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from test_passes import _CheckValues, apply, count, exported, ids_and_positions, randn
+from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from quantspec.capture import Capture, capture
@@ -22,8 +24,6 @@ from quantspec.passes import (
 )
 from quantspec.passes.graph import clone, find_calls
 from quantspec.passes.int4_weights import INT4
-from test_passes import _CheckValues, apply, count, exported, ids_and_positions, randn
-from tiny_models import tiny_model
 
 aten = torch.ops.aten
 ops = torch.ops.quantspec

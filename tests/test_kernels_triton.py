@@ -16,6 +16,7 @@ from torch import Tensor
 from quantspec.kernels.cached_attention import cached_attention_reference
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.epilogue import gated
 from quantspec.kernels.expert_linear import (
     expert_linear,
     expert_linear_triton,
@@ -25,7 +26,14 @@ from quantspec.kernels.expert_linear import (
 from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
 from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred_nibbles, nibble_bias
-from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton, linear_config
+from quantspec.kernels.int4_linear import (
+    LinearConfig,
+    dequantize_int4,
+    int4_fused_linear_triton,
+    int4_linear_triton,
+    linear_config,
+)
+from quantspec.kernels.linears import LinearsConfig, linears, linears_triton
 from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,6 +241,39 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     assert actual.dtype == dtype
     # Codes and products are exact, so only float32 sums and the rounding of the result differ.
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("rows", "tiles", "splits", "early"), [(1, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (13, 2, 3, 0)]
+)
+def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.int4_linear")
+    monkeypatch.setattr(module, "linear_config", lambda *_: LinearConfig(tiles, 2, splits, 1, early, 64))
+    arguments, expected = int4_arguments(rows, 80, 768, 64, True, torch.bfloat16)
+    if activation:
+        expected = gated(expected, activation)
+    residual = random(*expected.shape, dtype=torch.bfloat16)
+    for _ in range(2):  # the counts of arrived splits are as before
+        actual = int4_fused_linear_triton(*arguments, residual, activation)
+        assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "activation"), [(1, (40, 24, 33), ""), (6, (72,), ""), (13, (44, 44), "silu")]
+)
+def test_linears_of_one_input_match_float64(rows, sizes, activation, early, bias, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.linears")
+    monkeypatch.setattr(module, "linears_config", lambda *_: LinearsConfig(2, 2, 1, 0, early, 64))
+    x = random(rows, 640, dtype=torch.bfloat16)
+    weights = [random(size, 640, dtype=torch.bfloat16) for size in sizes]
+    biases = [random(size, dtype=torch.bfloat16) for size in sizes] if bias else []
+    wide = ([tensor.double() for tensor in tensors] for tensors in (weights, biases))
+    expected = linears(x.double(), *wide, activation)
+    actual = linears_triton(x, weights, biases, activation)
+    assert relative_error(actual, expected) < torch.finfo(torch.bfloat16).eps
 
 
 def test_int4_linear_takes_weights_of_any_layout() -> None:

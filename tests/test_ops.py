@@ -608,6 +608,13 @@ def op_cases() -> dict[str, tuple]:
     weight, bias = randn(2, 6, 64, seed=3, dtype=torch.float32), randn(2, 6, seed=4, dtype=torch.float32)
     cases["int4_linear"] = kernels.int4_linear, (x[None], qdata, params, None)
     cases["int4_linear bias"] = kernels.int4_linear, (x, qdata, params, bias[0])
+    fused = x[None], qdata, params, bias[0], kernels.int4_linear(x[None], qdata, params, None)
+    cases["int4_fused_linear"] = kernels.int4_fused_linear, (*fused, "")
+    gates = torch.cat((qdata,) * 3)[:16], torch.cat((params,) * 3, 1)[:, :16], None, None, "silu"
+    cases["int4_fused_linear gated"] = kernels.int4_fused_linear, (x, *gates)
+    matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
+    cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]], "")
+    cases["linears gated"] = kernels.linears, (x[None], [matrix, matrix], [], "gelu")
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
