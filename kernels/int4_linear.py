@@ -259,8 +259,8 @@ def _linear_kernel(
     over k in the order in which a thread holds ``K_WIDTH`` neighbours.
 
     ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves
-    its sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and is the only one
-    to go on. ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate,
+    its sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and alone goes on.
+    ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate,
     eight gates and eight factors.
     """
     WORDS: tl.constexpr = CHUNK // 32
@@ -448,8 +448,8 @@ def _linear_kernel(
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled steps, steps loaded before
-    the kernels in front end, codes of a chunk, and registers of a thread where the compiler takes too many."""
+    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled steps, steps loaded
+    before the kernels in front end, codes of a chunk, and registers of a thread where the compiler takes too many."""
 
     tiles: int
     warps: int

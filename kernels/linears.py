@@ -115,9 +115,9 @@ def _linears_kernel(
 ):
     """``8 * TILES`` outputs of ``8 * ROW_TILES`` rows; each step takes one chunk of K per warp.
 
-    ``x`` is (num_rows, K), weight i (N_i, K). What a thread loads is its own share of the product's operands, so nothing
-    passes through shared memory; the product sums over k in the order in which a thread holds ``K_WIDTH`` neighbours.
-    With ``ACTIVATION`` ``w0`` are the gates and ``w1`` their factors.
+    ``x`` is (num_rows, K), weight i (N_i, K). What a thread loads is its own share of the product's operands, so
+    nothing passes through shared memory; the product sums over k in the order in which a thread holds ``K_WIDTH``
+    neighbours. With ``ACTIVATION`` ``w0`` are the gates and ``w1`` their factors.
     """
     WORDS: tl.constexpr = CHUNK // 32
     GATED: tl.constexpr = ACTIVATION != ""
