@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.linears import MAX_WEIGHTS
+from quantspec.kernels.linears import MAX_WEIGHTS, linears_config
 
 from .epilogues import GatedProduct, gated_products
 from .graph import add_call, aten, find_calls, finish, get_tensor
@@ -21,7 +21,7 @@ _LINEARS = torch.ops.quantspec.linears.default
 class GroupLinears(PassBase):
     """Matches linears that one launch serves better, writes ``quantspec::linears`` over the model's own weights.
 
-    Three patterns, of 16-bit weights on a GPU: ``mul(silu(linear(x, W)), linear(x, V))`` and the same with both GELUs
+    Three patterns, of 16-bit weights on a GPU and of shapes that cuBLAS reads slower: ``mul(silu(linear(x, W)), linear(x, V))`` and the same with both GELUs
     becomes ``linears(x, [W, V], [], "silu")``; other linears of one input become ``split(linears(x, [W_i], ...))``,
     three at a time; the language-model head becomes one of its own.
 
@@ -91,15 +91,19 @@ def _linears(gm: fx.GraphModule) -> list[fx.Node]:
     for node in find_calls(gm.graph, aten.linear.default):
         tensors = [arg for arg in node.args[1:] if arg is not None]
         if all(isinstance(arg, fx.Node) and arg.op == "get_attr" for arg in tensors):
-            weight = get_tensor(gm, tensors[0])  # type: ignore[arg-type]
-            if weight.dim() == 2 and worth_grouping(weight):
-                found.append(node)
+            found.append(node)
     return found
 
 
-def worth_grouping(weight: Tensor) -> bool:
-    """Whether ``quantspec::linears`` has a kernel for this weight's device and dtype."""
-    return weight.is_cuda and weight.element_size() == 2
+def worth_grouping(weights: list[Tensor], activation: str) -> bool:
+    """Whether ``quantspec::linears`` has a kernel for weights of this device, dtype and shapes that is faster."""
+    sizes = tuple(weight.shape[0] for weight in weights)
+    fits = all(weight.is_cuda and weight.element_size() == 2 for weight in weights)
+    return fits and linears_config(1, sizes, weights[0].shape[1], activation) is not None
+
+
+def _worth(gm: fx.GraphModule, nodes: list[fx.Node], activation: str = "") -> bool:
+    return worth_grouping([get_tensor(gm, node.args[1]) for node in nodes], activation)  # type: ignore[arg-type]
 
 
 def _gates(gm: fx.GraphModule) -> list[GatedProduct]:
@@ -109,6 +113,7 @@ def _gates(gm: fx.GraphModule) -> list[GatedProduct]:
         match
         for match in gated_products(gm.graph)
         if match.gate in linears and match.factor in linears and _kind(match.gate) == _kind(match.factor)
+        if _worth(gm, [match.gate, match.factor], match.activation)
     ]
 
 
@@ -121,7 +126,7 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     groups = []
     for nodes in sets.values():
         parts = [nodes[start : start + MAX_WEIGHTS] for start in range(0, len(nodes), MAX_WEIGHTS)]
-        groups += [part for part in parts if len(part) > 1 or part[0] is head]
+        groups += [part for part in parts if (len(part) > 1 or part[0] is head) and _worth(gm, part)]
     return groups
 
 

@@ -49,7 +49,7 @@ def quantized(gm: fx.GraphModule) -> fx.GraphModule:
 @pytest.fixture
 def grouping(monkeypatch) -> None:
     """Let the pass take weights of a CPU, whose op is the plain implementation."""
-    monkeypatch.setattr(group_linears, "worth_grouping", lambda weight: True)
+    monkeypatch.setattr(group_linears, "worth_grouping", lambda weights, activation: True)
 
 
 # Products of a gate and additions to a residual, of two layers.

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
@@ -648,7 +649,7 @@ def test_fake_equals_real_in_shape_dtype_and_strides(name):
     real = op(*copied(args))
     mode = FakeTensorMode()
     with mode:
-        fake = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        fake = op(*tree_map_only(Tensor, mode.from_tensor, args))
     if real is None:
         assert fake is None
         return
