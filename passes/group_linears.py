@@ -21,9 +21,9 @@ _LINEARS = torch.ops.quantspec.linears.default
 class GroupLinears(PassBase):
     """Matches linears that one launch serves better, writes ``quantspec::linears`` over the model's own weights.
 
-    Three patterns, of 16-bit weights on a GPU and of shapes that cuBLAS reads slower: ``mul(silu(linear(x, W)), linear(x, V))`` and the same with both GELUs
-    becomes ``linears(x, [W, V], [], "silu")``; other linears of one input become ``split(linears(x, [W_i], ...))``,
-    three at a time; the language-model head becomes one of its own.
+    Three patterns, of 16-bit weights on a GPU and of shapes that cuBLAS reads slower: ``mul(silu(linear(x, W)),
+    linear(x, V))`` and the same with both GELUs becomes ``linears(x, [W, V], [], "silu")``; other linears of one input
+    become ``split(linears(x, [W_i], ...))``, three at a time; the language-model head becomes one of its own.
 
     Requires nothing. Ensures the same outputs up to rounding, that no weight is copied, and that none of these is left.
     """
