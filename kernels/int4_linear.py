@@ -464,29 +464,32 @@ class LinearConfig(NamedTuple):
 def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
     """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
 
-    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
-    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
-    x is what the caches are busy with.
+    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Few outputs of few
+    inputs fit into registers, all loaded early. Smaller chunks are loaded further ahead. Where outputs are many, two
+    tiles per program read x half as often; so do rows beyond 8, when x is what the caches are busy with.
     """
     outputs, chunk = triton.cdiv(out_features, 16), min(group, 128)
     chunks = in_features // chunk
     share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
     splits = min(share, max(1, in_features // 1024))
+    if chunk == 128 and chunks >= 8:
+        if share == 4 and in_features <= 4096:
+            return LinearConfig(1, 4, 1, 1, triton.cdiv(chunks, 4), chunk)
+        if share == 4:
+            return LinearConfig(1, 4, 2, 1, 1, chunk) if rows > 8 else LinearConfig(2, 4, splits, 1, 1, chunk)
+        if share == 2:
+            return LinearConfig(2, 4, splits, 1, 1, chunk) if rows > 8 else LinearConfig(1, 8, 1, 1, 1, chunk)
+        if rows > 8:
+            return LinearConfig(2, 4 if outputs <= 4096 else 2, 1, 1, 1, chunk)
+        return LinearConfig(1, 4, 1, 1, 0, chunk) if outputs <= 4096 else LinearConfig(2, 2, 1, 2, 0, chunk)
     if rows > 8:
         return LinearConfig(2, 2, splits, 2, 0, chunk)
     if share == 1:
         if group == 32:
             return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0, chunk)
-        if group == 128 and outputs > 1024:
-            return LinearConfig(2, 2, 1, 2, 0, chunk)
-        return LinearConfig(1, 4, 1, 2 if group == 64 else 1, 0, chunk)
+        return LinearConfig(2 if group == 64 and outputs > 1024 else 1, 4, 1, 2 if group == 64 else 1, 0, chunk)
     if group == 32:
         return LinearConfig(1, 4, min(4, 2 * splits), 2, 0, chunk)
-    if in_features > 8192 and chunks % (4 * splits):
-        # Splits would end in half-empty steps.
-        return LinearConfig(1, 8, 1, 2, 0, chunk)
-    if share == 2 and group == 128 and chunks >= 8:
-        return LinearConfig(1, 8, 1, 1, 0, chunk)
     return LinearConfig(1, 4, splits, 1 if share == 4 else 2, 0, chunk)
 
 
