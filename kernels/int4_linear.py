@@ -339,7 +339,7 @@ def _linear_kernel(
                 USE_ASM,
             )
     elif EARLY == 1:
-        w, sz = loaded
+        w, sz = loaded  # type: ignore[misc]
         for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
             first = start + step * CHUNKS
             next_w, next_sz = _weights(
@@ -520,7 +520,7 @@ def int4_fused_linear_triton(
     pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
     if config.registers is not None:
-        options["maxnreg"] = config.registers
+        options["maxnreg"] = config.registers  # type: ignore[assignment]
     out = x.new_empty(*x.shape[:-1], out_features // 2 if activation else out_features)
     several = config.splits > 1
     _linear_kernel[(triton.cdiv(out_features, 16 * config.tiles), config.splits)](

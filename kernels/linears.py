@@ -43,7 +43,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], acti
 
 
 def _plain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
-    offsets = biases or [None] * len(weights)
+    offsets: Sequence[Tensor | None] = biases or [None] * len(weights)
     each = [F.linear(x, weight, bias) for weight, bias in zip(weights, offsets, strict=True)]
     if activation:
         return ACTIVATIONS[activation](each[0]) * each[1]

@@ -81,7 +81,7 @@ def piece(node: fx.Node) -> Piece:
         if whole.target is aten.split_with_sizes.default:
             return Piece(tensor, sum(whole.args[1][:index]), length)  # type: ignore[index, arg-type]
         if whole.target is aten.split.Tensor:
-            return Piece(tensor, index * whole.args[1], length)  # type: ignore[operator]
+            return Piece(tensor, index * whole.args[1], length)  # type: ignore
         if whole.target is aten.chunk.default:
             return Piece(tensor, index * -(-int(tensor.meta["val"].shape[-1]) // whole.args[1]), length)  # type: ignore
     return Piece(node, 0, length)
