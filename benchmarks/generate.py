@@ -1,13 +1,15 @@
-"""Time of ``generate`` against plain Hugging Face generation: SmolLM2-135M, same prompt, same dtype, one run each.
+"""Time of ``generate`` against plain Hugging Face generation: SmolLM2-135M, same prompt, same dtype, in turns.
 
     python -m benchmarks.generate --device cpu --out benchmarks/results/generate-cpu.json
 
-Prefill is the time to the first token; decoding is what follows it, in tokens per second.
+Prefill is the time to the first token; decoding is what follows it, in tokens per second. ``speedup`` is that of the
+whole call, prompt and answer. Of several repetitions, each a run of everything in turn, the medians count.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,14 @@ PROMPT_START = 5000
 DTYPES = ("bfloat16", "float32")
 CONTEXTS = (2000,)
 NEW_TOKENS = 48
+REPETITIONS = 1
+_PLAIN = "Hugging Face"
+# What is timed beside plain generation, and how it is called.
+MODES: dict[str, dict[str, Any]] = {
+    "auto": {"num_speculative_tokens": "auto"},
+    "speculative": {},
+    "target only": {"num_speculative_tokens": 0},
+}
 
 
 class TokenTimes:
@@ -45,19 +55,26 @@ class TokenTimes:
 def timed(
     generate: Any, prompt: torch.Tensor, new_tokens: int, **options: Any
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Run one greedy generation; returns its ids and ``prefill_seconds``, ``tokens_per_second``."""
+    """Run one greedy generation; returns its ids and ``seconds``, ``prefill_seconds`` and ``tokens_per_second``."""
     clock = TokenTimes()
     start = time.perf_counter()
     ids = generate(prompt, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, streamer=clock, **options)
+    seconds = time.perf_counter() - start
     arrivals = clock.times[1:]
     rate = (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
-    return ids, {"prefill_seconds": arrivals[0] - start, "tokens_per_second": rate}
+    return ids, {"seconds": seconds, "prefill_seconds": arrivals[0] - start, "tokens_per_second": rate}
 
 
 def measure(
-    dtype: str, device: str, contexts: Sequence[int], new_tokens: int, compile: bool = False
+    dtype: str,
+    device: str,
+    contexts: Sequence[int],
+    new_tokens: int,
+    compile: bool = False,
+    modes: Sequence[str] = tuple(MODES),
+    repetitions: int = REPETITIONS,
 ) -> Iterator[dict[str, Any]]:
-    """Two rows per context, with drafts and without, each beside Hugging Face's figures."""
+    """A row per context and mode, each beside Hugging Face's figures."""
     LOG.info("loading the model")
     model, tokenizer = load_smollm2(getattr(torch, dtype), device)
     ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(device)
@@ -71,28 +88,45 @@ def measure(
         # Kernels, thread pools and (with --compile) graphs warm up on both sides.
         for generate in (qs.generate, model.generate):
             generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
-        LOG.info("%d tokens: Hugging Face", context)
-        plain_ids, plain = timed(model.generate, prompt, new_tokens)
-        for name, options in (("speculative", {}), ("target only", {"num_speculative_tokens": 0})):
-            LOG.info("%d tokens: %s", context, name)
-            ours_ids, ours = timed(qs.generate, prompt, new_tokens, **options)
-            assert qs.last_stats is not None
-            agree = (plain_ids == ours_ids)[0, context:].long().cumprod(0).sum().item()
+        times: dict[str, list[dict[str, float]]] = {}
+        texts, stats = {}, {}
+        for _ in range(repetitions):
+            for name in (_PLAIN, *modes):
+                LOG.info("%d tokens: %s", context, name)
+                if name == _PLAIN:
+                    texts[name], figures = timed(model.generate, prompt, new_tokens)
+                else:
+                    texts[name], figures = timed(qs.generate, prompt, new_tokens, **MODES[name])
+                    stats[name] = qs.last_stats
+                LOG.debug(figures)
+                times.setdefault(name, []).append(figures)
+        plain = _medians(times[_PLAIN])
+        for name in modes:
+            ours, done = _medians(times[name]), stats[name]
+            assert done is not None
+            agree = (texts[_PLAIN] == texts[name])[0, context:].long().cumprod(0).sum().item()
             row = {
                 "prompt_tokens": context,
                 "new_tokens": new_tokens,
                 "dtype": dtype,
                 "compiled": compile,
                 "mode": name,
+                "repetitions": repetitions,
                 **ours,
                 **{f"hugging_face_{key}": value for key, value in plain.items()},
                 "decode_speedup": ours["tokens_per_second"] / plain["tokens_per_second"],
-                "draft_acceptance_rate": qs.last_stats.draft_acceptance_rate if name == "speculative" else None,
+                "speedup": plain["seconds"] / ours["seconds"],
+                "draft_acceptance_rate": done.draft_acceptance_rate if done.drafted else None,
+                "drafted_per_cycle": done.drafted_per_cycle,
                 "tokens_equal_to_hugging_face": agree,
                 "convert_seconds": convert_seconds,
             }
             LOG.debug(row)
             yield row
+
+
+def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def main() -> None:
@@ -102,6 +136,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--modes", nargs="+", default=tuple(MODES), choices=tuple(MODES))
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--compile", action="store_true", help="run the pair through torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
     arguments = vars(parser.parse_args())

@@ -11,12 +11,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, REFUSED, Option  # noqa: E402
+from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, OWN, REFUSED, Option  # noqa: E402
+
+from quantspec.hugging_face.rows import ROW_OPTIONS  # noqa: E402
 
 INTRODUCTION = f"""# Generation options
 
 Made by `python docs/generation_options.py` from the table that `tests/test_generation_options.py` checks: every field
-of transformers' `GenerationConfig`, given as a keyword or in a config, and every argument of `model.generate`.
+of transformers' `GenerationConfig`, given as a keyword or in a config, every argument of `model.generate`, and what
+`qs.generate` adds.
 
 *Honoured* options mean what they mean there. *Refused* ones raise an error that names them before any work is done.
 *Irrelevant* ones change nothing in Hugging Face's greedy search and sampling either, or only how its own cache works.
@@ -25,6 +28,16 @@ of transformers' `GenerationConfig`, given as a keyword or in a config, and ever
 part of the captured cycle, and other values need no other capture. *{HOST.capitalize()}*: drafting and verification are
 captured; between them the processors are called as Hugging Face calls them, once per token, up to the first draft that
 is rejected. One such option takes the whole call there.
+"""
+
+
+ROWS = """
+## Rows of their own
+
+`qs.generate(..., row_options=[{{...}}, ...])` takes a dict for each row, over the options of the call: Hugging Face
+prepares each row as if it were alone, and the batch decodes them together, in one captured cycle. `seed` takes a list.
+Rows may differ in {options}. Everything else is the whole batch's, and refused by name in a row;
+so is `eos_token_id` beside `json_schema`, `regex` or `grammar`.
 """
 
 
@@ -42,11 +55,18 @@ def _section(status: str, options: dict[str, Option]) -> list[str]:
 def page() -> str:
     """The whole page."""
     lines = [INTRODUCTION]
-    for title, options in (("Fields of `GenerationConfig`", OPTIONS), ("Arguments of `generate`", ARGUMENTS)):
+    tables = {
+        "Fields of `GenerationConfig`": OPTIONS,
+        "Arguments of `model.generate`": ARGUMENTS,
+        "Arguments that `qs.generate` adds": OWN,
+    }
+    for title, options in tables.items():
         lines.append(f"\n## {title}")
         for status in (HONOURED, REFUSED, IRRELEVANT):
-            lines += _section(status, options)
-    return "\n".join(lines) + "\n"
+            if any(option.status == status for option in options.values()):
+                lines += _section(status, options)
+    options = ", ".join(f"`{name}`" for name in sorted(ROW_OPTIONS))
+    return "\n".join(lines) + "\n" + ROWS.format(options=options)
 
 
 if __name__ == "__main__":

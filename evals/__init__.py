@@ -5,6 +5,7 @@ Importing registers lm-eval's model ``quantspec`` where lm-eval is installed.
 
 import importlib.util
 
+from .qwen_coder import load_qwen_coder
 from .smollm2 import load_smollm2
 from .texts import python_reference
 
@@ -15,4 +16,4 @@ if importlib.util.find_spec("lm_eval") is not None:
 
     model_registry.register("quantspec", target="quantspec.evals.adapter:QuantSpecLM")
 
-__all__ = ["load_smollm2", "python_reference"]
+__all__ = ["load_qwen_coder", "load_smollm2", "python_reference"]

@@ -12,17 +12,22 @@ if __name__ != "kernels":
     from . import cached_attention_triton as cached_attention_triton
     from .attention import attention
     from .cached_attention import cached_attention, cached_attention_reference
+    from .cut_off import cut_off
+    from .decoded_attention import decoded_attention
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
     from .int4_linear import int4_fused_linear, int4_linear
     from .linears import linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
+    from .tuning_attention import teaching_attention, tuning_attention
 
 __all__ = [
     "attention",
     "cached_attention",
     "cached_attention_reference",
+    "cut_off",
+    "decoded_attention",
     "expert_linear",
     "flush",
     "int4_expert_linear",
@@ -31,4 +36,6 @@ __all__ = [
     "linears",
     "materialize",
     "prefill_attention",
+    "teaching_attention",
+    "tuning_attention",
 ]

@@ -1,6 +1,7 @@
 """The parts of one layer's hierarchical cache: their names, order, shapes and dtypes, and what each counts as.
 
-The ops take the parts in this order; the cache, the graphs' inputs and the memory estimates are made from it.
+The ops take the parts in this order; the cache, the graphs' inputs and the memory estimates are made from it. Only a
+cache on a CPU has the parts of ``DECODED_PARTS``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 
 from .hierarchical import num_value_groups
 
-Kind = Literal["upper", "lower", "scales", "recent"]
+Kind = Literal["upper", "lower", "scales", "recent", "decoded"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What parts count as where memory is told: the two planes, scales with zeros, and the recent buffer."""
+"""What parts count as where memory is told: the two planes, scales with zeros, the recent buffer, the decoded copy."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class CachePart:
         holds: what is in it, ``"keys"`` or ``"values"``.
         kind: what it counts as.
         axes: its axes in order. B batch, K key/value heads, R recent slots, N groups of G tokens, D channels of a head,
-            V groups of channels, each with a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`).
+            V groups of channels, each with a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`),
+            S = N * G + R cached tokens.
         dtype: None for the model's.
         tokens_adjacent_on_cuda: whether CUDA stores its last two axes the other way round, since tokens are what the
             product with a value plane sums over.
@@ -42,7 +44,7 @@ class CachePart:
     @property
     def group_axis(self) -> int | None:
         """The axis that grows with the number of groups; None for a part that has none."""
-        return self.axes.index("N") if "N" in self.axes else None
+        return next((index for index, axis in enumerate(self.axes) if axis in ("N", "S")), None)
 
     def shape(
         self, batch: int, kv_heads: int, head_dim: int, groups: int, group_size: int, recent: int
@@ -56,6 +58,7 @@ class CachePart:
             "K": kv_heads,
             "R": recent,
             "N": groups,
+            "S": groups * group_size + recent,
             "G": group_size,
             "G/2": group_size // 2,
             "D": head_dim,
@@ -68,6 +71,7 @@ _RECENT = ("B", "K", "R", "D")
 _PLANE = ("B", "K", "N", "G/2", "D")
 _PER_CHANNEL = ("B", "K", "N", "D")
 _PER_TOKEN = ("B", "K", "N", "G", "V")
+_CACHED = ("B", "K", "S", "D")
 
 CACHE_PARTS = (
     CachePart("k_recent", "keys", "recent", _RECENT, None),
@@ -83,7 +87,21 @@ CACHE_PARTS = (
 )
 """Parts of one layer's cache, in the order in which every op takes them."""
 
+DECODED_PARTS = (
+    CachePart("k_decoded", "keys", "decoded", _CACHED, None),
+    CachePart("v_decoded", "values", "decoded", _CACHED, None),
+)
+"""The same tokens by position, those of the planes decoded at 8 bits; ``quantspec::decoded_attention`` reads them.
+
+A CPU would spend most of a step on decoding the planes again, and has the memory.
+"""
+
+
+def parts_on(device: torch.device | str) -> tuple[CachePart, ...]:
+    """Parts that a layer's cache has on ``device``."""
+    return (*CACHE_PARTS, *DECODED_PARTS) if torch.device(device).type == "cpu" else CACHE_PARTS
+
 
 def part_names(*kinds: Kind) -> tuple[str, ...]:
-    """Names of the parts of these kinds, in order; of all parts if none is named."""
+    """Names of the parts of these kinds in :data:`CACHE_PARTS`, in order; of all of them if no kind is named."""
     return tuple(part.name for part in CACHE_PARTS if not kinds or part.kind in kinds)

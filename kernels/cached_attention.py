@@ -10,7 +10,14 @@ Scales are folded so that only codes are converted:
     q . (s*c + z)             = (q*s) . c + q . z          one scaled q per key group
     sum_t p_t (s_t c_t + z_t) = (p*s) . c + sum_t p_t z_t  one scaled p per value group
 
-The kernels for CUDA are in ``cached_attention_triton``.
+With tables of cosines and sines (RoPE, arXiv 2104.09864) it rotates the new tokens' queries and keys first, and caches
+the rotated keys:
+
+    x'[i] = cos[i] x[i] - sin[i] x[j]    x'[j] = cos[j] x[j] + sin[j] x[i]
+
+for every pair of channels i < j among the first R: neighbours, or R/2 apart.
+
+The kernels for CUDA are in ``cached_attention_triton``. A CPU's target reads through ``decoded_attention`` instead.
 """
 
 from __future__ import annotations
@@ -26,6 +33,23 @@ from .hierarchical import dense_key_value
 
 # Of keys and values, on CUDA: a program holds two value groups at most.
 MAX_HEAD_DIM = 256
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    """``x (B, H, T, D)`` with its first ``rotary_dim`` channels rotated, in float32 at least, and rounded once.
+
+    ``cos``, ``sin``, ``rotary_dim`` and ``interleaved`` are those of ``quantspec::cached_attention``.
+    """
+    dtype = compute_dtype(x.dtype)
+    rotated, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
+    c, s = (table.to(dtype).unsqueeze(1) for table in (cos, sin))
+    if interleaved:
+        partners = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
+        c, s = (table.repeat_interleave(rotary_dim // table.shape[-1], -1) for table in (c, s))
+    else:
+        partners = torch.cat((-rotated[..., rotary_dim // 2 :], rotated[..., : rotary_dim // 2]), -1)
+        c, s = (table.repeat(1, 1, 1, rotary_dim // table.shape[-1]) for table in (c, s))
+    return torch.cat(((rotated * c + partners * s).to(x.dtype), rest), -1)
 
 
 def append_recent(
@@ -58,6 +82,10 @@ def cached_attention_reference(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> Tensor:
     """Decode the planes to dense keys and values and attend, in float32 or, for a float64 query, float64.
 
@@ -69,10 +97,13 @@ def cached_attention_reference(
         k_upper, k_scale, k_zero, v_upper, v_scale, v_zero, quantized_len, length: as there.
         k_lower, v_lower: as there; both None for the draft's 4-bit read.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
+        cos, sin, rotary_dim, interleaved: as in ``quantspec::cached_attention``.
 
     Returns:
         ``(B, T, H, Dv)``, float32, or float64 for a float64 query.
     """
+    if cos is not None and sin is not None:
+        query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     dtype = compute_dtype(query.dtype)
     outputs = []
@@ -181,12 +212,17 @@ def cached_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
 ) -> Tensor:
     """Append T new tokens to the recent buffer and attend from them to everything cached, by the hierarchical code of
     QuantSpec (arXiv 2502.10424, section 4.2).
 
     Args:
-        query: ``(B, H, T, D)`` of a float dtype, after RoPE; token t of sequence b sits at position ``length[b] + t``.
+        query: ``(B, H, T, D)`` of a float dtype, after RoPE if there is any; token t of sequence b sits at position
+            ``length[b] + t``.
         key, value: ``(B, K, T, D)`` and ``(B, K, T, Dv)`` of the new tokens, written into the recent buffer; K divides
             H.
         k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)`` in the model's dtype, mutated; slot r holds position
@@ -197,6 +233,11 @@ def cached_attention(
         v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16.
         quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached before this call.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
+        cos, sin: ``(B or 1, T, rotary_dim)``, or with half as many channels, one for each pair: factors of the rotation
+            of query and key, which then come before RoPE; both None for none. It is computed in float32 (float64 for
+            float64) and rounded once to the query's dtype, as torch.compile does with the model's own.
+        rotary_dim: the first channels of a head, which are rotated; even.
+        interleaved: whether a pair are neighbours, instead of ``rotary_dim / 2`` apart.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
@@ -204,6 +245,8 @@ def cached_attention(
     Raises:
         ValueError: on CUDA, heads of more than 256 dims.
     """
+    if cos is not None and sin is not None:
+        query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, group_size = key.shape[1], 2 * k_upper.shape[3]

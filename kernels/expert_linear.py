@@ -12,13 +12,14 @@ CUDA graph serves every choice of experts. More, as a prompt has, are sorted by 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
-from .int4_linear import dequantize_int4
+from .int4_linear import dequantize_int4, scale_and_zero_gradient
 from .optional_triton import tl, triton
 
 # Most bytes of weights that rows read in all, each its own expert's: a hundredth of a second, and more rows than
@@ -59,6 +60,43 @@ def expert_linear(x: Tensor, expert_ids: Tensor, weight: Tensor, bias: Tensor | 
 @expert_linear.register_fake
 def _(x, expert_ids, weight, bias, transposed):
     return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
+
+
+def _input_gradient(grad: Tensor, expert_ids: Tensor, matrix: Callable[[int], Tensor]) -> Tensor:
+    """Gradient ``(S, K)`` of the input by that of the output, ``(S, N)``; ``matrix(e)`` is ``(N, K)``."""
+    return _expert_by_expert(grad, expert_ids, matrix(0).shape[1], lambda expert: matrix(expert).t(), None)
+
+
+def _bias_gradient(grad: Tensor, expert_ids: Tensor, num_experts: int) -> Tensor:
+    return grad.new_zeros(num_experts, grad.shape[1]).index_add_(0, expert_ids, grad)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, expert_ids, weight, _, ctx.transposed = inputs
+    ctx.save_for_backward(x, expert_ids, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, expert_ids, weight = ctx.saved_tensors
+    of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
+    matrices = weight.transpose(1, 2) if ctx.transposed else weight
+    gradient = None
+    if of_weight:
+        gradient = torch.zeros_like(weight)
+        for expert in expert_ids.unique().tolist():
+            rows = expert_ids == expert
+            product = grad[rows].t() @ x[rows]
+            gradient[expert] = product.t() if ctx.transposed else product
+    return (
+        _input_gradient(grad, expert_ids, matrices.__getitem__) if of_x else None,
+        None,
+        gradient,
+        _bias_gradient(grad, expert_ids, len(weight)) if of_bias else None,
+        None,
+    )
+
+
+expert_linear.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit
@@ -157,6 +195,35 @@ def _int4_expert_by_expert(
 @int4_expert_linear.register_fake
 def _(x, expert_ids, qdata, scale_and_zero, bias):
     return x.new_empty(x.shape[0], qdata.shape[1])
+
+
+def _int4_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _int4_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, expert_ids, qdata, scale_and_zero = ctx.saved_tensors
+    of_x, _, _, of_scales, of_bias = ctx.needs_input_grad
+
+    def matrix(expert: int) -> Tensor:
+        return dequantize_int4(qdata[expert], scale_and_zero[expert], x.dtype)
+
+    gradient = None
+    if of_scales:
+        gradient = torch.zeros_like(scale_and_zero)
+        for expert in expert_ids.unique().tolist():
+            rows = expert_ids == expert
+            gradient[expert] = scale_and_zero_gradient(grad[rows], x[rows], qdata[expert], scale_and_zero[expert])
+    return (
+        _input_gradient(grad, expert_ids, matrix) if of_x else None,
+        None,
+        None,
+        gradient,
+        _bias_gradient(grad, expert_ids, len(qdata)) if of_bias else None,
+    )
+
+
+int4_expert_linear.register_autograd(_int4_gradients, setup_context=_int4_keep)
 
 
 @triton.jit

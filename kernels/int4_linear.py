@@ -17,7 +17,7 @@ on tensor cores with codes and ones as operands, so that codes are all it conver
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,38 @@ def _plain(
 @int4_fused_linear.register_fake
 def _(x, qdata, scale_and_zero, bias, residual, activation):
     return x.new_empty(*x.shape[:-1], qdata.shape[0] // 2 if activation else qdata.shape[0])
+
+
+def scale_and_zero_gradient(grad: Tensor, x: Tensor, qdata: Tensor, scale_and_zero: Tensor) -> Tensor:
+    """Gradient ``(K/g, N, 2)`` of ``scale_and_zero`` by that of the output, ``(S, N)``, for inputs ``(S, K)``.
+
+    With D = grad^T x, the sums over each group of ``D[n, k] (code[n, k] - 8)`` for scales and ``D[n, k]`` for zeros.
+    """
+    of_weight = (grad.t() @ x).unflatten(-1, (scale_and_zero.shape[0], -1))
+    codes = unpack_int4(qdata).view(of_weight.shape).to(x.dtype) - 8
+    dtype = scale_and_zero.dtype
+    sums = (of_weight * codes).sum(-1, dtype=dtype), of_weight.sum(-1, dtype=dtype)
+    return torch.stack(sums, -1).transpose(0, 1)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Codes are constants; the dense weight exists only while this runs."""
+    x, qdata, scale_and_zero = ctx.saved_tensors
+    of_x, _, of_scales, of_bias = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        grad @ dequantize_int4(qdata, scale_and_zero, x.dtype) if of_x else None,
+        None,
+        scale_and_zero_gradient(rows, x.flatten(0, -2), qdata, scale_and_zero) if of_scales else None,
+        rows.sum(0) if of_bias else None,
+    )
+
+
+int4_linear.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
-from .attention_lowering import ACCESSES, CacheAccess, LowerAttention, Role, cache_parts
+from .attention_lowering import ACCESSES, DECODED_ACCESS, CacheAccess, LowerAttention, Role, cache_parts
 from .fuse_linears import FuseSharedInputLinears
+from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
 from .int4_epilogues import FuseInt4Epilogues
 from .int4_weights import INT4
@@ -19,11 +20,13 @@ from .widen_linears import WidenLinears, cpu_lacks_half_matmul
 
 __all__ = [
     "ACCESSES",
+    "DECODED_ACCESS",
     "GROUP_SIZES",
     "INT4",
     "CacheAccess",
     "CheckTokenMixing",
     "FuseInt4Epilogues",
+    "FuseRotation",
     "FuseSharedInputLinears",
     "GroupLinears",
     "LinearReport",

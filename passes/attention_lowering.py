@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.cache_layout import CACHE_PARTS, CachePart, part_names
+from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, CachePart, part_names
 
 from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
@@ -32,15 +32,18 @@ class CacheAccess:
     """How a graph's attention reads the cache.
 
     Attributes:
-        op: called as ``op(query, key, value, *CACHE_PARTS, quantized_len, length, *state, scale, window, softcap,
-            sinks)``; returns ``(B, T, H, Dv)``.
-        parts: names of the parts that the graph takes as inputs; the op gets None for each other one.
+        op: called as ``op(query, key, value, *arguments, quantized_len, length, *state, scale, window, softcap,
+            sinks)``; returns ``(B, T, H, Dv)``. Where it goes on with ``cos, sin, rotary_dim, interleaved``, each None
+            or left out, :class:`quantspec.passes.FuseRotation` has it rotate query and key.
+        parts: names of the parts that the graph takes as inputs.
         state: names of further ``(B,)`` int64 inputs.
+        arguments: names of the parts that the op takes, None for those that are not in ``parts``.
     """
 
     op: torch._ops.OpOverload
     parts: tuple[str, ...]
     state: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = part_names()
 
 
 ACCESSES: dict[str, CacheAccess] = {
@@ -51,9 +54,15 @@ ACCESSES: dict[str, CacheAccess] = {
 """How each role's graph reads the cache; a further kind of draft adds its own."""
 
 
-def cache_parts(role: str) -> tuple[str, ...]:
+_DECODED = (*part_names("recent"), *(part.name for part in DECODED_PARTS))
+DECODED_ACCESS = CacheAccess(torch.ops.quantspec.decoded_attention.default, _DECODED, arguments=_DECODED)
+"""How a CPU's graphs read the cache: dense, old tokens as the planes decode at 8 bits."""
+
+
+def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
     """Names of the cache's parts that a role's graph takes for every layer: the draft never sees the lower planes."""
-    return ACCESSES[role].parts
+    on_cpu = role == Role.TARGET and torch.device(device).type == "cpu"
+    return (DECODED_ACCESS if on_cpu else ACCESSES[role]).parts
 
 
 class LowerAttention(PassBase):
@@ -97,13 +106,13 @@ class LowerAttention(PassBase):
     def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
         query, key, value, layer, *options = marker.args
         dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
-        parts = {part.name: part for part in CACHE_PARTS}
+        parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS)}
         inputs: dict[str, fx.Node] = {}
         for name in self.access.parts:
             part = parts[name]
             inputs[name] = add_placeholder(graph, f"cache_{layer}_{name}", values.of(part, dense[part.holds]))
             inputs[name].meta["cache_part"] = part
-        cache = tuple(inputs.get(name) for name in parts)
+        cache = tuple(inputs.get(name) for name in self.access.arguments)
         with graph.inserting_before(marker):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 aten = torch.ops.aten
 
@@ -119,7 +120,10 @@ def finish(gm: fx.GraphModule) -> None:
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with its own graph and the same tensors; holds only the tensors its graph reads."""
+    """A GraphModule with its own graph and the same tensors; holds only the tensors its graph reads.
+
+    Its code is made when it is first called or read, not after each of the passes that it goes through.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, copied)
@@ -127,4 +131,4 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
         output = output[0]
     graph.output(output)
     graph.eliminate_dead_code()
-    return fx.GraphModule(gm, graph)
+    return _LazyGraphModule(gm, graph)

@@ -59,6 +59,7 @@ INT4 = register(
         linear=torch.ops.quantspec.int4_linear.default,
         expert_linear=torch.ops.quantspec.int4_expert_linear.default,
         layouts=(PrepackInt4ForCpu, FuseInt4Epilogues),
+        learned="scale_and_zero",
     )
 )
 """The format of the draft's weights; :mod:`quantspec.kernels.int4_linear` has the layout."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, fx
 
 from .weight_formats import PACKED_LINEARS, format_of, plain_parts
@@ -23,7 +25,11 @@ def plain_weights(gm: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
     Raises:
         RuntimeError: this CPU's packed layout cannot be read back.
     """
-    weights = {}
+    return dict(each_plain_weight(gm))
+
+
+def each_plain_weight(gm: fx.GraphModule) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What :func:`plain_weights` returns, but once for every linear that a weight serves."""
     for node in gm.graph.nodes:
         if PACKED_LINEARS not in node.meta:
             continue
@@ -31,6 +37,5 @@ def plain_weights(gm: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
         names = [part.name for part in weight_format.parts]
         start = 0
         for linear, rows in node.meta[PACKED_LINEARS].rows:
-            weights[linear] = dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
+            yield linear, dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
             start += rows
-    return weights

@@ -84,6 +84,8 @@ class WeightFormat:
             precision.
         group_size: from K and the group size asked for to the one used, None where the weight stays in full precision.
         layouts: passes that run on packed linears, in order.
+        learned: name of the part with scales and zeros, along its last axis, that tuning learns; None where it learns
+            nothing. The ops have gradients for it, and every layout's ``plain`` gives views of it.
     """
 
     name: str
@@ -93,6 +95,7 @@ class WeightFormat:
     expert_linear: OpOverload | None = None
     group_size: Callable[[int, int], int | None] = adapted_group_size
     layouts: tuple[type[WeightLayout], ...] = ()
+    learned: str | None = None
 
     def packed(self, weight: Tensor, group_size: int, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
         """The parts of a weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``."""
@@ -148,8 +151,15 @@ def plain_parts(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
     for layout in weight_format.layouts:
         if node.target is layout.op:
             return layout.plain(gm, node)
+    return tuple(get_tensor(gm, part) for part in part_nodes(node).values())
+
+
+def part_nodes(node: fx.Node) -> dict[str, fx.Node]:
+    """The nodes of a call's packed weights by the names of their parts; the call is of its format's own ops."""
+    weight_format = format_of(node)
     first = 2 if node.target is weight_format.expert_linear else 1
-    return tuple(get_tensor(gm, part) for part in node.args[first:-1])  # type: ignore[arg-type]
+    nodes = node.args[first : first + len(weight_format.parts)]
+    return dict(zip((part.name for part in weight_format.parts), nodes, strict=True))  # type: ignore[arg-type]
 
 
 def check_packed(gm: fx.GraphModule) -> None:

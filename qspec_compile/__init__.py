@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
-    from .config import QuantSpecConfig
+    from .config import QuantSpecConfig, TuneConfig
     from .engine.stats import GenerationStats
     from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
     from .hugging_face.decode import GenerateOutput
-    from .model import QuantSpecModel, convert, from_pretrained
+    from .model import QuantSpecModel, convert, from_pretrained, tune
+    from .pair.tuned import TuneReport
 
 __version__ = version("quantspec")
 
@@ -25,10 +26,13 @@ __all__ = [
     "QuantSpecModel",
     "SavedModelError",
     "SelfCheckError",
+    "TuneConfig",
+    "TuneReport",
     "UnsupportedModelError",
     "__version__",
     "convert",
     "from_pretrained",
+    "tune",
 ]
 
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
@@ -40,9 +44,12 @@ _MODULES = {
     "QuantSpecModel": "model",
     "SavedModelError": "errors",
     "SelfCheckError": "errors",
+    "TuneConfig": "config",
+    "TuneReport": "pair.tuned",
     "UnsupportedModelError": "errors",
     "convert": "model",
     "from_pretrained": "model",
+    "tune": "model",
 }
 
 

@@ -41,8 +41,7 @@ class QuantSpecConfig:
 
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
-            fastest, plain decoding included; sampled texts then depend on times and no seed repeats them. Can be
-            overridden per ``generate`` call.
+            fastest, plain decoding included. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
@@ -118,3 +117,58 @@ class QuantSpecConfig:
         if len(renamed) != len(options):
             raise TypeError(f"option given under two names: {', '.join(sorted(options))}")
         return replace(config or cls(), **renamed)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Options of :func:`quantspec.tune`; frozen, validated on creation.
+
+    Attributes:
+        steps: of the optimizer.
+        window: tokens of each text that is learned from, at least 4; at most what the model's context holds.
+        windows_per_step: texts of a step.
+        train_windows: texts that the model writes to be learned from.
+        held_out_windows: texts that it writes besides, for the figures before and after.
+        learning_rate: highest change of a scale per step, as a share of it, and of a zero as a share of its scale.
+        prompt_tokens: with texts of the user's, how many tokens of one begin each text; at most half of it.
+        seed: of the texts and of their order.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    steps: int = 200
+    window: int = 1024
+    windows_per_step: int = 4
+    train_windows: int = 192
+    held_out_windows: int = 8
+    learning_rate: float = 2e-3
+    prompt_tokens: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.name != "learning_rate"):
+            value, least = getattr(self, name), {"seed": 0, "window": 4}.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, not {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not isinstance(self.learning_rate, int | float) or isinstance(self.learning_rate, bool):
+            raise TypeError(f"learning_rate must be a number, not {self.learning_rate!r}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must be between 0 and 1, not {self.learning_rate}")
+
+    @classmethod
+    def from_options(cls, config: TuneConfig | None, options: Mapping[str, Any]) -> TuneConfig:
+        """``config`` (or the defaults) with keyword ``options`` on top.
+
+        Raises:
+            TypeError, ValueError: an unknown name, which lists the known ones, or a bad value.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config must be a TuneConfig, not {type(config).__name__}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(map(repr, unknown))}; the options are {', '.join(known)}")
+        return replace(config or cls(), **options)

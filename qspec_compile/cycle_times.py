@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from .engine.acceptance import GreedyAcceptance
+from .engine.acceptance import Acceptance
 from .engine.cycle import Cycle
 from .engine.session import Session
 
@@ -80,7 +80,7 @@ def _time_cycle(session: Session, num_drafts: int | None) -> CycleTimes:
     count = session.last_stats.num_speculative_tokens if num_drafts is None else num_drafts
     if not 0 <= count <= cache.num_speculative_tokens:
         raise ValueError(f"num_drafts must be between 0 and {cache.num_speculative_tokens}, as generated; not {count}")
-    acceptance = GreedyAcceptance(lambda logits, _: logits.float(), session.pair.compiles_on_gpu)
+    acceptance = Acceptance(lambda logits, _: logits.float(), session.pair.compiles_on_gpu)
     cycle = Cycle(session.pair, cache, acceptance)
     # Cycles of sequences that are all done move no length, and write past the verified tokens only.
     cycle.running.zero_()

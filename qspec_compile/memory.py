@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
+from quantspec.kernels.cache_layout import parts_on
 
 from .cache.geometry import AttentionShape, HeldState, part_shape, planned_groups, recent_slots
 from .config import QuantSpecConfig
@@ -28,17 +28,24 @@ def cache_bytes_per_token(
         layers: the model's attention layers.
         kv_group_size: tokens quantized together (G).
     """
-    group = _bytes_by_part(layers, 1, 1, kv_group_size, 0, torch.uint8)
+    group = _bytes_by_part(layers, 1, 1, kv_group_size, 0, torch.uint8, "cuda")
     return {kind: size / kv_group_size for kind, size in group.items() if kind != "recent"}
 
 
 def _bytes_by_part(
-    layers: Sequence[AttentionShape], batch_size: int, groups: int, group_size: int, recent: int, dtype: torch.dtype
+    layers: Sequence[AttentionShape],
+    batch_size: int,
+    groups: int,
+    group_size: int,
+    recent: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> dict[str, int]:
     """Bytes of a cache with room for ``groups`` groups and ``recent`` slots."""
-    totals = dict.fromkeys(map(str, KINDS), 0)
+    parts = parts_on(device)
+    totals = {str(part.kind): 0 for part in parts}
     for layer in layers:
-        for part in CACHE_PARTS:
+        for part in parts:
             shape = part_shape(part, layer, batch_size, groups, group_size, recent)
             totals[part.kind] += math.prod(shape) * (part.dtype or dtype).itemsize
     return totals
@@ -53,6 +60,7 @@ def expected_memory(
     num_speculative_tokens: int = QuantSpecConfig.num_speculative_tokens,  # type: ignore[assignment]
     dtype: torch.dtype = torch.bfloat16,
     max_cache_len: int | None = None,
+    device: torch.device | str = "cuda",
 ) -> dict[str, int]:
     """Bytes of a new cache with room for ``context`` tokens per sequence, prompt and output.
 
@@ -62,16 +70,17 @@ def expected_memory(
         batch_size: sequences.
         kv_group_size: tokens quantized together (G).
         num_speculative_tokens: most tokens drafted per cycle.
-        dtype: of the recent buffer, the model's.
+        dtype: of the recent buffer and the decoded copy, the model's.
         max_cache_len: most tokens that a sequence may hold; ``context`` if None.
+        device: where the cache is. On a CPU it has a decoded copy, which takes what transformers' own cache does.
 
     Returns:
         Bytes by part, those of :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``: ``upper``,
-        ``lower``, ``scales`` (with zeros) and ``recent``.
+        ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``.
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
     slots = recent_slots(kv_group_size, num_speculative_tokens)
-    return _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype)
+    return _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype, device)
 
 
 def full_precision_bytes(

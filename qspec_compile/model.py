@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +16,18 @@ from transformers.generation.streamers import BaseStreamer
 from .capture import converting
 from .checkpoint.loading import load_pair
 from .checkpoint.saving import save_pretrained
-from .config import QuantSpecConfig
+from .config import QuantSpecConfig, TuneConfig
 from .engine.session import Session
 from .engine.stats import GenerationStats
 from .hugging_face.decode import GenerateOutput, decode
 from .hugging_face.generate import generate
 from .pair import Pair
+from .pair.tuned import TuneReport
 from .passes import Role
 from .pictures import plot
 from .self_check import self_check
+from .tuning import TuneProgress
+from .tuning import tune as tune_pair
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
@@ -67,6 +70,11 @@ class QuantSpecModel:
         """Of the ``generate`` call that ended last, also if it was interrupted; None before the first."""
         return self.session.last_stats
 
+    @property
+    def tuned(self) -> TuneReport | None:
+        """What :meth:`tune` did to the draft, also before the pair was saved; None if nothing."""
+        return self.pair.tuned
+
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights: ``target``, the model's own, and ``draft_int4``, what the draft adds to them."""
         return dict(self.pair.weight_bytes)
@@ -82,8 +90,12 @@ class QuantSpecModel:
         num_speculative_tokens: int | str | None = None,
         continue_cache: bool = False,
         generator: torch.Generator | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        row_options: Sequence[Mapping[str, Any]] | None = None,
         tokenizer: Any = None,
+        json_schema: dict[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateOutput:
         """Generate text as ``model.generate`` would, several tokens per reading of the target.
@@ -96,14 +108,21 @@ class QuantSpecModel:
             generation_config: replaces ``model.generation_config``; keywords override either.
             streamer: receives the prompt, then tokens as they are accepted.
             num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
-                by measured times, so that sampled texts differ from run to run whatever the seed.
+                by measured times.
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
-            generator: randomness for sampling, on the model's device; the global one if None.
-            seed: shorthand for a fresh generator with this seed. The same seed gives the same text on one machine,
-                except with ``num_speculative_tokens="auto"`` and, with ``continue_cache``, after other earlier calls,
-                which leave other parts of the text quantized.
-            tokenizer: needed with ``stop_strings``.
+            generator: draws the rows' seeds where none are given, on the model's device; the global one if None.
+            seed: of sampling, one for each row; an int s stands for s, s + 1, and so on. A row's random numbers depend
+                on its seed and the position in its text alone. So its text does too, alone or in a batch and whatever
+                is drafted, but for rounding.
+            row_options: for each row a dict of options over those of the call: greedy or sampled, all that shapes its
+                distribution, its lengths and EOS tokens. Each row gets the text that it gets alone.
+            tokenizer: needed with ``stop_strings``, ``json_schema``, ``regex`` and ``grammar``.
+            json_schema: a dict or JSON text; every new text is JSON that it allows. Give one of this and the next two;
+                each needs llguidance (``pip install 'quantspec[structured]'``). EOS is allowed where the text may end
+                and nowhere else, so a text is complete unless ``max_new_tokens`` or another criterion cuts it.
+            regex: a regular expression, in Rust's syntax, that the whole of every new text matches.
+            grammar: the same as a Lark grammar, as llguidance reads it.
             **kwargs: any Hugging Face generation option that greedy search or sampling knows. Logits processors are
                 called as in Hugging Face, once per token. Those that may keep state, which are all but transformers'
                 usual ones, see no drafts, and the rows of a batch advance together.
@@ -115,7 +134,9 @@ class QuantSpecModel:
             ValueError, TypeError: an input or option that cannot be honoured, or a model that was cast, moved or given
                 other weights since its conversion, before any work is done.
             CacheFullError: prompt and output would exceed ``max_cache_len``.
-            RuntimeError: called while this thread generates with the pair, as by a streamer.
+            RuntimeError: called while this thread generates with the pair, as by a streamer; or a grammar is beyond
+                llguidance's limits.
+            ImportError: llguidance is missing, and a structure was asked for.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
             torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
         """
@@ -130,7 +151,11 @@ class QuantSpecModel:
             continue_cache=continue_cache,
             generator=generator,
             seed=seed,
+            row_options=row_options,
             tokenizer=tokenizer,
+            json_schema=json_schema,
+            regex=regex,
+            grammar=grammar,
             **kwargs,
         )
 
@@ -138,6 +163,46 @@ class QuantSpecModel:
     def decode(self) -> Callable[..., Tensor | GenerateOutput]:
         """The decoding loop as a callable for ``model.generate(..., custom_generate=qs.decode)``."""
         return functools.partial(decode, self.session)
+
+    @noting_untested_versions()
+    def tune(
+        self,
+        config: TuneConfig | None = None,
+        *,
+        texts: Sequence[Any] | None = None,
+        tokenizer: Any = None,
+        callback: Callable[[TuneProgress], Any] | None = None,
+        **options: Any,
+    ) -> TuneReport:
+        """Let the draft learn the model's own distribution, in place, so that more of what it proposes is accepted.
+
+        The model writes text, and the scales and zeros of the INT4 weights move towards the target's probabilities on
+        it; their codes, and so the bytes that a draft step reads, stay. The target is not touched, and what is
+        generated has its distribution before and after. Minutes on a GPU; it needs memory for the gradients of one
+        layer at a time. Captured cycles stay valid, and :meth:`save_pretrained` saves the tuned draft.
+
+        Ctrl-C ends it early with the best draft so far; so does a ``callback`` that returns True.
+
+        Args:
+            config: options as a :class:`TuneConfig`.
+            texts: what the pair will be used for, strings (with ``tokenizer``) or token ids, at least a page; the model
+                writes on from places of them. Without any it writes from random first tokens.
+            tokenizer: of ``texts``.
+            callback: called after every step.
+            **options: fields of :class:`TuneConfig`, on top of ``config``.
+
+        Returns:
+            What it did, with the draft's quality on held-out text before and after; also :attr:`tuned`.
+
+        Raises:
+            TypeError, ValueError: a bad option or text, a draft without INT4 weights, or a model that was changed since
+                its conversion, before any work is done.
+            RuntimeError: called while this thread generates with the pair, as by a streamer.
+            torch.OutOfMemoryError: the GPU is full; the draft is as it was. Fewer ``windows_per_step`` need less.
+        """
+        resolved = TuneConfig.from_options(config, options)
+        with self.session.exclusive():
+            return tune_pair(self.pair, resolved, texts, tokenizer, callback)
 
     def reset(self) -> None:
         """Release the cache and its CUDA graphs; the next call allocates anew.
@@ -213,13 +278,25 @@ class QuantSpecModel:
         return f"QuantSpecModel({self.pair.describe()}"
 
 
+def tune(converted: QuantSpecModel, config: TuneConfig | None = None, **options: Any) -> TuneReport:
+    """:meth:`QuantSpecModel.tune` of ``converted``, with its arguments."""
+    return converted.tune(config, **options)
+
+
 @noting_untested_versions()
-def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **options: Any) -> QuantSpecModel:
+def convert(
+    model: PreTrainedModel,
+    config: QuantSpecConfig | None = None,
+    *,
+    tune: bool | TuneConfig = False,
+    **options: Any,
+) -> QuantSpecModel:
     """Pair a Hugging Face decoder with an INT4 draft of itself.
 
     Args:
         model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable.
         config: options as a :class:`QuantSpecConfig`.
+        tune: whether to :meth:`~QuantSpecModel.tune` the draft, or the options of that.
         **options: fields of :class:`QuantSpecConfig`, on top of ``config``.
 
     Returns:
@@ -231,11 +308,16 @@ def convert(model: PreTrainedModel, config: QuantSpecConfig | None = None, **opt
         SelfCheckError: the pair does not reproduce the model's logits.
     """
     resolved = QuantSpecConfig.from_options(config, options)
+    if not isinstance(tune, bool | TuneConfig):
+        raise TypeError(f"tune must be True, False or a TuneConfig, not {tune!r}")
     with converting():
         pair = Pair(model, resolved)
         if resolved.self_check:
             self_check(pair)
-    return QuantSpecModel(pair)
+    converted = QuantSpecModel(pair)
+    if tune is not False:
+        converted.tune(None if tune is True else tune)
+    return converted
 
 
 @noting_untested_versions()

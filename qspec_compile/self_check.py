@@ -16,8 +16,8 @@ from .passes import Role
 
 _LOGGER = logging.getLogger(__name__)
 
-# Tokens decoded after the prompt: one by one, then as a block.
-_STEPS = (1, 1, 3)
+# Tokens decoded after the prompt, block by block. Two or more, as in cycles: a block of one is compiled by itself.
+_STEPS = (2, 3)
 EXACT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # The INT8 read of the cache may move logits by this much more.
 _QUANTIZED_TOLERANCE = 5e-2

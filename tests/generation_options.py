@@ -68,7 +68,7 @@ OPTIONS: dict[str, Option] = {
     "early_stopping": _BEAMS,
     "max_time": _honoured(1e-9, "looked at after every token"),
     "stop_strings": _honoured("first", "at the exact token; needs `tokenizer`"),
-    "do_sample": _honoured(True, "the distribution is the target's; random numbers are drawn in another order"),
+    "do_sample": _honoured(True, "the distribution is the target's; random numbers follow from seed and position"),
     "num_beams": _refused(4, "only 1: greedy search and sampling"),
     "use_mtp": _refused(True, "the draft is the model itself"),
     "use_cache": _irrelevant("the pair always keeps its own cache"),
@@ -165,4 +165,17 @@ ARGUMENTS: dict[str, Option] = {
     "negative_prompt_ids": Option(HONOURED, "read with `guidance_scale`"),
     "negative_prompt_attention_mask": Option(HONOURED, "read with `guidance_scale`"),
     "custom_generate": _refused(print, "it is one itself"),
+}
+
+# Keywords of quantspec's own.
+OWN: dict[str, Option] = {
+    "num_speculative_tokens": Option(HONOURED, 'tokens drafted per cycle, or `"auto"`'),
+    "continue_cache": Option(HONOURED, "prefills only what is new"),
+    "generator": Option(HONOURED, "of randomness"),
+    "seed": Option(HONOURED, "of randomness; a list has one for each row"),
+    "row_options": Option(HONOURED, "a dict of options for each row"),
+    "tokenizer": Option(HONOURED, "read with `stop_strings`, `json_schema`, `regex` and `grammar`"),
+    "json_schema": _on_host({"enum": [1, 2]}, "a dict or JSON text; needs `tokenizer` and the extra `structured`"),
+    "regex": _on_host("a|b", "in Rust's syntax; as `json_schema`"),
+    "grammar": _on_host('start: "a" | "b"', "in Lark's syntax; as `json_schema`"),
 }

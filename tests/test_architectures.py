@@ -32,7 +32,8 @@ def converted(architecture: str) -> QuantSpecModel:
     return quantspec.convert(tiny_model(architecture), **options)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+# One process runs all of an architecture's tests (pytest-xdist's loadgroup), so that it converts once in all.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES])
 def qs(request) -> QuantSpecModel:
     return converted(request.param)
 
@@ -129,15 +130,16 @@ def test_memory_beyond_the_model_is_int4_weights_and_cache(qs):
     cache = qs.pair.new_cache(batch, draft_tokens)
     cache.reserve(tokens)
     groups, slots = 5, 2 * GROUP + draft_tokens + 1
-    totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0}
+    totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0, "decoded": 0}
     for layer in qs.layers:
         heads, dims = batch * layer.kv_heads, layer.key_dim + layer.value_dim
         totals["recent"] += heads * slots * dims * 4
+        totals["decoded"] += heads * (groups * GROUP + slots) * dims * 4
         totals["upper"] += heads * groups * GROUP * dims // 2
         totals["lower"] += heads * groups * GROUP * dims // 2
         totals["scales"] += heads * groups * (layer.key_dim + GROUP * num_value_groups(layer.value_dim)) * 2 * 2
     assert cache.bytes_by_part() == totals
-    parts = {part.data_ptr(): part.nbytes for layer in cache.layers for part in layer.parts()}
+    parts = {part.data_ptr(): part.nbytes for layer in cache.layers for part in vars(layer).values()}
     assert sum(parts.values()) == sum(totals.values())
 
 

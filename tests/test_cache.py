@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quantspec import CacheFullError
 from quantspec.cache import HierarchicalCache, LayerCache
 from quantspec.capture import CapturedLayer
-from quantspec.kernels import cached_attention, prefill_attention
-from quantspec.kernels.cache_layout import CACHE_PARTS, part_names
+from quantspec.kernels import cached_attention, decoded_attention, prefill_attention
+from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, part_names
 from quantspec.kernels.hierarchical import dense_key_value
 
 G = 16
@@ -27,6 +27,7 @@ LAYERS = (
     CapturedLayer("second", 4, 2, 4, 130, window=0, softcap=0.0, has_sinks=False),
 )
 PLANES = ("k_upper", "k_lower", "k_scale", "k_zero", "v_upper", "v_lower", "v_scale", "v_zero")
+DECODED = tuple(part.name for part in DECODED_PARTS)
 
 
 def new_cache(batch: int, gamma: int, dtype: torch.dtype = torch.float32) -> HierarchicalCache:
@@ -81,6 +82,10 @@ def assert_holds(cache: HierarchicalCache, dense: DenseCache, four_bits: bool = 
             quantized, length = int(cache.quantized_len[row]), int(cache.length[row])
             assert length == dense.length(row)
             parts = {name: getattr(layer, name)[row] for name in (*PLANES, "k_recent", "v_recent")}
+            if not four_bits:
+                exact = dense_key_value(quantized, length, torch.float32, **parts)
+                copies = (getattr(layer, name)[row, :, :length] for name in DECODED)
+                assert all(map(torch.equal, copies, exact))
             if four_bits:
                 parts["k_lower"] = parts["v_lower"] = None
             decoded = dense_key_value(quantized, length, torch.float32, **parts)
@@ -147,6 +152,10 @@ class Driver:
             state = (self.cache.quantized_len, self.cache.length)
             parts = self.cache.layers[index].parts()
             out = cached_attention(query, key, value, *parts, *state, *self.options(layer))
+            layer_cache = self.cache.layers[index]
+            copies = [getattr(layer_cache, name) for name in (*part_names("recent"), *DECODED)]
+            by_copy = decoded_attention(query, key, value, *copies, *state, *self.options(layer))
+            torch.testing.assert_close(by_copy, out, rtol=1e-4, atol=1e-4)
             for row, count in enumerate(accepted):
                 before = (self.dense.keys[index][row], self.dense.values[index][row])
                 self.dense.append(index, row, key[row], value[row])
@@ -324,7 +333,10 @@ def test_bytes_by_part():
     # A scale and a zero per channel of a key group, and per token and at most 128 channels of values.
     scales = sum(2 * 2 * batch * heads * groups * (key + G * -(-value // 128)) for heads, key, value in widths)
     recent = sum(2 * batch * heads * (2 * G + gamma + 1) * (key + value) for heads, key, value in widths)
-    assert cache.bytes_by_part() == {"upper": plane, "lower": plane, "scales": scales, "recent": recent}
+    slots = groups * G + 2 * G + gamma + 1
+    decoded = sum(2 * batch * heads * slots * (key + value) for heads, key, value in widths)
+    expected = {"upper": plane, "lower": plane, "scales": scales, "recent": recent, "decoded": decoded}
+    assert cache.bytes_by_part() == expected
 
 
 def test_growing_keeps_contents():

@@ -8,7 +8,7 @@ import torch
 from quantspec.cache import LayerCache
 from quantspec.cache.geometry import part_shape
 from quantspec.capture import CapturedLayer
-from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS, part_names
+from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS, part_names, parts_on
 from quantspec.kernels.hierarchical import encode_keys, encode_values
 from quantspec.memory import cache_bytes_per_token
 
@@ -40,15 +40,17 @@ def test_quantized_parts_are_those_that_encoding_makes(holds: str, encode, dim: 
 
 
 def test_kinds_are_all_counted_and_recent_buffers_alone_do_not_grow() -> None:
-    assert {part.kind for part in CACHE_PARTS} == set(KINDS)
+    assert {part.kind for part in parts_on("cpu")} == set(KINDS)
+    assert {part.kind for part in parts_on("cuda")} == set(KINDS) - {"decoded"}
     assert {part.kind for part in CACHE_PARTS if part.group_axis is None} == {"recent"}
-    assert set(cache_bytes_per_token([LAYER])) == set(KINDS) - {"recent"}
+    assert set(cache_bytes_per_token([LAYER])) == set(KINDS) - {"recent", "decoded"}
 
 
 def test_a_grown_layer_is_as_one_allocated_at_once() -> None:
     sizes = (16, 40, torch.bfloat16, "cpu")
     grown, new = LayerCache.allocate(LAYER, 2, 1, *sizes).grown(3), LayerCache.allocate(LAYER, 2, 3, *sizes)
     assert grown.groups == new.groups == 3
-    for part, tensor, expected in zip(CACHE_PARTS, grown.parts(), new.parts(), strict=True):
+    for part in parts_on("cpu"):
+        tensor, expected = getattr(grown, part.name), getattr(new, part.name)
         assert tensor.shape == expected.shape == part_shape(part, LAYER, 2, 3, 16, 40)
         assert tensor.dtype == expected.dtype == (part.dtype or torch.bfloat16)

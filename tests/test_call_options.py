@@ -127,9 +127,9 @@ def test_the_smallest_and_the_largest_seed(qs, seed):
     assert qs.generate(IDS, seed=seed, **OPTIONS).shape == (1, 14)
 
 
-@pytest.mark.parametrize("seed", [1.5, "7", numpy.float32(7), [7]])
+@pytest.mark.parametrize("seed", [1.5, "7", numpy.float32(7)])
 def test_other_seeds_are_refused(qs, seed):
-    with pytest.raises(TypeError, match="seed must be an int, not"):
+    with pytest.raises(TypeError, match="seed must be an int, or a list with an int for each row, not"):
         qs.generate(IDS, seed=seed, **OPTIONS)
 
 

@@ -268,7 +268,12 @@ def loops(monkeypatch) -> list[tuple]:
     def run(loop):
         run_loop(loop)
         call, prompts = loop.call, [request.prompt.tolist() for request in loop.progress.requests]
-        chosen = (loop.cache.capacity, call.do_sample, [type(one) for one in call.processors], loop.draft_count.most)
+        chosen = (
+            loop.cache.capacity,
+            any(request.do_sample for request in loop.progress.requests),
+            [type(one) for one in call.processors],
+            loop.draft_count.most,
+        )
         seen.append((*chosen, prompts, loop.progress.num_generated()))
 
     monkeypatch.setattr(SpeculativeLoop, "run", run)
@@ -406,6 +411,8 @@ def test_inspect_tells_what_convert_makes(run, folder):
     assert facts["memory"]["weights"] == qs.weight_bytes()
     expected = expected_memory(qs.layers, 200, 2, kv_group_size=16, dtype=torch.float32, max_cache_len=512)
     assert facts["memory"]["cache"] == expected
+    on_cpu = expected_memory(qs.layers, 200, 2, kv_group_size=16, dtype=torch.float32, max_cache_len=512, device="cpu")
+    assert on_cpu == {**expected, "decoded": facts["memory"]["decoded_copy_on_cpu"]}
 
 
 def test_inspect_shows_a_saved_pair_as_it_was_saved(run, pair):
@@ -425,7 +432,15 @@ def test_inspect_prints_tables(run, tmp_path):
     tiny_model("gemma2").config.save_pretrained(tmp_path)
     status, out, _ = run("inspect", tmp_path)
     assert status == 0
-    for text in ("Gemma2ForCausalLM", "window of 12", "50", "model.layers.*.mlp.up_proj", "full precision", "total"):
+    for text in (
+        "Gemma2ForCausalLM",
+        "window of 12",
+        "50",
+        "model.layers.*.mlp.up_proj",
+        "full precision",
+        "total",
+        "decoded copy",
+    ):
         assert text in out
 
 

@@ -57,12 +57,14 @@ def test_generate_is_measured_on_a_cpu(run, no_gpu, monkeypatch, tokenizer, tmp_
     assert figures["environment"]["torch"] == version("torch")
     rows = figures["rows"]
     assert [(row["prompt_tokens"], row["mode"]) for row in rows] == [
-        (length, mode) for length in (40, 60) for mode in ("speculative", "target only")
+        (length, mode) for length in (40, 60) for mode in ("auto", "speculative", "target only")
     ]
     for row in rows:
         assert row["new_tokens"] == row["tokens_equal_to_hugging_face"] == 16
         assert row["decode_speedup"] == row["tokens_per_second"] / row["hugging_face_tokens_per_second"]
-        assert (row["draft_acceptance_rate"] is None) == (row["mode"] == "target only")
+        assert row["speedup"] == row["hugging_face_seconds"] / row["seconds"]
+        assert row["seconds"] > row["prefill_seconds"] > 0
+        assert row["mode"] == "auto" or (row["draft_acceptance_rate"] is None) == (row["mode"] == "target only")
 
 
 def generate_row(context: int, new_tokens: int, dtype: str) -> dict:

@@ -20,7 +20,7 @@ FLOORS = (
     ("capture", "cache"),
     ("pair", "memory"),
     ("engine", "self_check", "backend"),
-    ("hugging_face", "checkpoint", "cycle_times"),
+    ("hugging_face", "checkpoint", "cycle_times", "tuning"),
     ("pictures", "model", "__init__"),
     ("evals",),
     ("benchmarks",),

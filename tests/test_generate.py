@@ -35,8 +35,7 @@ from transformers.generation.logits_process import PrefixConstrainedLogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec import GenerateOutput
-from quantspec.engine.acceptance import Rules
-from quantspec.engine.sampling import accept_greedy
+from quantspec.engine.sampling import accept
 from quantspec.engine.session import Session
 from quantspec.pair import Pair
 from quantspec.pair.pair import by_address
@@ -203,12 +202,12 @@ def uneven(qs, monkeypatch):
         return forward(self, Role.TARGET if role is Role.DRAFT else role, *inputs, cache=cache)
 
     def first_row_only(drafts, scores):
-        accepted, _ = accept_greedy(drafts, scores)
+        accepted, _ = accept(drafts, scores)
         accepted[1:] = 0
         return accepted, scores.argmax(-1).gather(1, accepted[:, None]).squeeze(1)
 
     monkeypatch.setattr(Pair, "forward", perfect)
-    monkeypatch.setattr(qs, "session", Session(qs.pair, Rules(greedy=first_row_only)))
+    monkeypatch.setattr(qs, "session", Session(qs.pair, first_row_only))
 
 
 def test_rows_that_advance_at_different_speeds(qs, uneven):
@@ -877,8 +876,11 @@ def test_seed_and_generator_reproduce(qs):
     options = {"do_sample": True, "temperature": 1.5}
     first = generate(qs, prompt, 12, seed=5, **options)
     assert generate(qs, prompt, 12, seed=5, **options) == first
-    assert generate(qs, prompt, 12, generator=torch.Generator().manual_seed(5), **options) == first
     assert generate(qs, prompt, 12, seed=6, **options) != first
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    one, other = (generate(qs, prompt, 12, generator=generator, **options) for generator in generators)
+    assert one == other
+    assert generate(qs, prompt, 12, generator=generators[0], **options) != one
 
 
 def test_seed_leaves_global_randomness_alone(qs):

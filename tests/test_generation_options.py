@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, REFUSED
+from doc_blocks import stand_in_tokenizer
+from generation_options import ARGUMENTS, GRAPH, HONOURED, HOST, IRRELEVANT, OPTIONS, OWN, REFUSED
 from test_cycle import gpu_qs, needs_cuda
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
+from quantspec import QuantSpecModel
 from quantspec.engine import loop
 from quantspec.engine.cycles import JudgedCycles, LockstepCycles, ReplayRunner
+from quantspec.engine.logits_processors import FollowingProcessor, compilable
+from quantspec.hugging_face.structured import grammar_processor
 
 __all__ = ["gpu_qs"]
 
@@ -79,6 +83,13 @@ def test_every_argument_is_classified():
     assert parameters == set(ARGUMENTS)
 
 
+def test_every_argument_of_our_own_is_classified():
+    theirs, ours = (
+        set(inspect.signature(method).parameters) for method in (GenerationMixin.generate, QuantSpecModel.generate)
+    )
+    assert ours - theirs - {"input_ids", "attention_mask"} == set(OWN)
+
+
 def test_the_page_is_made_from_the_table():
     spec = importlib.util.spec_from_file_location("docs_generation_options", DOCS / "generation_options.py")
     module = importlib.util.module_from_spec(spec)
@@ -135,6 +146,16 @@ def ways(qs, monkeypatch, name: str) -> list:
             options[listed] = [[95]] if listed == "bad_words_ids" else [95]
     qs.generate(ids, attention_mask=None if ids is None else torch.ones_like(ids), **options)
     return taken
+
+
+@pytest.mark.parametrize("name", ["json_schema", "regex", "grammar"])
+def test_structures_keep_to_their_tier(name):
+    """Their processor is of no kind that a program holds, and is shown the text on the host."""
+    tokenizer = stand_in_tokenizer()
+    processor = grammar_processor({name: OWN[name].example}, tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+    assert OWN[name].tier == HOST
+    assert not compilable(LogitsProcessorList([processor]))
+    assert isinstance(processor, FollowingProcessor)
 
 
 UNTIERED = {"max_time", "stop_strings", "num_assistant_tokens"}

@@ -44,6 +44,7 @@ def test_plan_equals_allocation(layers, context, room, batch_size, kv_group_size
         num_speculative_tokens=num_speculative_tokens,
         dtype=dtype,
         max_cache_len=limit,
+        device=device,
     )
     assert planned == cache.bytes_by_part()
 
@@ -61,6 +62,7 @@ def test_plan_equals_what_generate_takes(qs):
         num_speculative_tokens=3,
         dtype=torch.float32,
         max_cache_len=qs.config.max_cache_len,
+        device="cpu",
     )
     assert planned == qs.last_stats.cache_bytes
 

@@ -597,11 +597,19 @@ def op_cases() -> dict[str, tuple]:
         draft = [None if name in part_names("lower") else part for name, part in parts.items()]
         state, new = cache.state(), (query, key, value)
         num_new = torch.tensor([3, 2])
+        # A whole text, too short for a group.
+        planes = [None if name in part_names("lower") else part[:, :, :0] for name, part in list(parts.items())[2:]]
+        text, none = (key.clone(), value.clone(), *planes), torch.zeros(2, dtype=torch.int64)
         for label, options in (("plain", (0.3, 0, 0.0, None)), ("windowed", (0.3, 5, 2.0, sinks))):
             name = f"{dims[0]}/{dims[1]} {label}"
             cases[f"attention {name}"] = kernels.attention, (*new, 0, *options)
             cases[f"cached_attention target {name}"] = cached_attention, (*new, *target, *state, *options)
             cases[f"cached_attention draft {name}"] = cached_attention, (*new, *draft, *state, *options)
+            angles = 6 * torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(8))
+            rotation = (angles.cos(), angles.sin(), 16, label == "windowed")
+            cases[f"cached_attention rotating {name}"] = cached_attention, (*new, *draft, *state, *options, *rotation)
+            cases[f"teaching_attention {name}"] = kernels.teaching_attention, (*new, *text, none, none, *options)
+            cases[f"tuning_attention {name}"] = kernels.tuning_attention, (*new, *text, none, none, *options)
             cases[f"prefill_attention {name}"] = kernels.prefill_attention, (*new, *target, *state, num_new, *options)
         cases[f"flush {dims[0]}/{dims[1]}"] = kernels.flush, (*target, *state)
     qdata, params, _ = int4_weight(6, 64, 32, seed=1, dtype=torch.float32)
@@ -619,6 +627,8 @@ def op_cases() -> dict[str, tuple]:
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
+    for name, typical in (("top-p", False), ("typical", True)):
+        cases[f"cut_off {name}"] = kernels.cut_off, (x[None], bias[:1, :1].sigmoid().expand(1, 5, 1), typical, 1, -1e4)
     cases["materialize"] = kernels.materialize, (x.t(),)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
@@ -633,7 +643,8 @@ def copied(args: tuple) -> tuple:
 
 def test_every_op_has_a_case():
     checked = {name.split()[0] for name in OP_CASES}
-    assert checked == set(kernels.__all__) - {"cached_attention_reference"}
+    # Of a CPU alone, with tests of its own in test_decoded_attention.py.
+    assert checked == set(kernels.__all__) - {"cached_attention_reference", "decoded_attention"}
 
 
 @pytest.mark.parametrize("name", OP_CASES)

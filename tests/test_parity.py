@@ -24,7 +24,6 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e 
 import lm_eval.tasks
 from datasets import Dataset
 
-from quantspec.engine.acceptance import Rules
 from quantspec.engine.session import Session
 from quantspec.evals import environment
 from quantspec.evals.adapter import QuantSpecLM
@@ -432,7 +431,7 @@ def test_texts_that_drafting_changes_fail(qs, tokenizer, tiny_tasks, monkeypatch
     def accept_all(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(drafts.sum(1), drafts.shape[1]), scores[:, -1].argmax(-1)
 
-    monkeypatch.setattr(qs, "session", Session(qs.pair, Rules(greedy=accept_all)))
+    monkeypatch.setattr(qs, "session", Session(qs.pair, accept_all))
     report = parity(qs, tokenizer=tokenizer, tasks=["tiny_write"], text="", include_path=tiny_tasks)
     assert "tiny_write texts" in failures(report)
 

@@ -43,7 +43,7 @@ def test_regions_compute_the_graph_and_equal_layers_are_one(name: str, role: Rol
     cache.reserve(64)
     ids = torch.tensor([[5, 7, 11]])
     rows = torch.arange(3)[None]
-    inputs = (ids, rows, rows, cache.quantized_len, cache.length, *cache.inputs(cache_parts(role)))
+    inputs = (ids, rows, rows, cache.quantized_len, cache.length, *cache.inputs(cache_parts(role, qs.pair.device)))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = dict(zip(placeholders, inputs, strict=True))
     for region in regions:

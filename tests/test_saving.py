@@ -31,11 +31,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel, SavedModelError, SelfCheckError
 from quantspec.checkpoint import loading, saving
-from quantspec.checkpoint.folder import DESCRIPTION_FILE, EDITABLE_FILE, Description
+from quantspec.checkpoint.folder import DESCRIPTION_FILE, EDITABLE_FILE, GRAPH_FILE, Description
 from quantspec.passes import WeightFormat, int4_weights, plain_weights
 from quantspec.passes.prepack_int4 import unpack_cpu_layout
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
+# Of a save without shards, beside its description.
+FILES = ["config.json", "generation_config.json", "model.safetensors", "quantspec.safetensors", GRAPH_FILE]
 
 
 def convert(architecture: str, dtype: torch.dtype = torch.float32, **options) -> QuantSpecModel:
@@ -487,8 +489,7 @@ def test_saving_over_the_folder_one_was_loaded_from(copy, qs, tokenizer):
     others = set(files_of(copy)) - set(Description.read(copy).files)
     assert "tokenizer.json" in others
     loaded.save_pretrained(copy)
-    expected = {"config.json", "generation_config.json", "model.safetensors", "quantspec.safetensors"}
-    assert set(files_of(copy)) - others == expected
+    assert set(files_of(copy)) - others == set(FILES)
     assert AutoTokenizer.from_pretrained(copy)("Hi").input_ids == tokenizer("Hi").input_ids
     assert continuation(loaded) == continuation(quantspec.from_pretrained(copy)) == continuation(qs)
 
@@ -532,7 +533,7 @@ def test_an_error_at_any_move(copy, qs, tokenizer, error):
     tokenizer.save_pretrained(copy)
     before = contents(copy)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SavedModelError
-    for step in range(len(Description.read(copy).files) + 6):
+    for step in range(len(Description.read(copy).files) + len(FILES) + 2):
         with failing_moves(step, 1, error), pytest.raises(expected):
             qs.save_pretrained(copy)
         assert contents(copy) == before, step
@@ -542,7 +543,7 @@ def test_an_error_at_any_move(copy, qs, tokenizer, error):
 
 
 def test_an_error_at_any_move_of_a_first_save(qs, tmp_path):
-    for step in range(5):
+    for step in range(len(FILES) + 1):
         with (
             failing_moves(step, 1, OSError(errno.EIO, "Input/output error")),
             pytest.raises(SavedModelError, match="Inp"),
@@ -557,7 +558,7 @@ def test_killed_at_any_move(copy, qs, tokenizer):
     """A mixture of old and new files does not load; the next save puts the earlier one back before it begins."""
     tokenizer.save_pretrained(copy)
     before = contents(copy)
-    for step in range(1, len(Description.read(copy).files) + 6):
+    for step in range(1, len(Description.read(copy).files) + len(FILES) + 2):
         with failing_moves(step, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             qs.save_pretrained(copy)
         with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
@@ -588,7 +589,7 @@ def test_a_save_while_another_writes(qs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(saving, "fingerprints", save_another_first)
     qs.save_pretrained(tmp_path)
-    assert files_of(tmp_path) == ["config.json", "generation_config.json", "model.safetensors", "quantspec.safetensors"]
+    assert files_of(tmp_path) == FILES
     assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
 
 
@@ -617,7 +618,8 @@ def test_a_save_while_another_moves(qs, tmp_path, monkeypatch):
     other.join()
     ours = moved_by.count(threading.current_thread().name)
     assert set(moved_by[:ours]) == {threading.current_thread().name}
-    assert len(moved_by) > ours == 5
+    # The description is moved too.
+    assert len(moved_by) > ours == len(FILES) + 1
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
     assert not any(path.is_dir() for path in tmp_path.iterdir())

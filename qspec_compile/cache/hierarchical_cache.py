@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quantspec.errors import CacheFullError
 from quantspec.kernels import flush
-from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS
-from quantspec.kernels.hierarchical import num_flushed_groups
+from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
+from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
 from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
 
@@ -30,7 +30,7 @@ def check_cache_len(num_tokens: int, max_len: int) -> None:
 
 
 class LayerCache(SimpleNamespace):
-    """One layer's tensors, each an attribute that is named as in ``quantspec.kernels.cache_layout.CACHE_PARTS``."""
+    """One layer's tensors, each an attribute that is named as in ``quantspec.kernels.cache_layout.parts_on``."""
 
     @classmethod
     def allocate(
@@ -38,7 +38,7 @@ class LayerCache(SimpleNamespace):
     ) -> LayerCache:
         """Zeroed storage for ``groups`` groups and ``recent`` slots."""
         tensors: dict[str, Tensor] = {}
-        for part in CACHE_PARTS:
+        for part in parts_on(device):
             shape = part_shape(part, layer, batch, groups, group_size, recent)
             transposed = part.tokens_adjacent_on_cuda and torch.device(device).type == "cuda"
             stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
@@ -49,9 +49,12 @@ class LayerCache(SimpleNamespace):
     @property
     def groups(self) -> int:
         """Groups there is room for."""
-        return next(
-            getattr(self, part.name).shape[part.group_axis] for part in CACHE_PARTS if part.group_axis is not None
-        )
+        return self.k_upper.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """Tokens of a group (G)."""
+        return 2 * self.k_upper.shape[3]
 
     def parts(self) -> tuple[Tensor, ...]:
         """All tensors, in the order the ops take them."""
@@ -60,11 +63,12 @@ class LayerCache(SimpleNamespace):
     def grown(self, groups: int) -> LayerCache:
         """A copy with room for ``groups`` groups, laid out alike; the recent buffers are kept as they are."""
         grown = {}
-        for part, tensor in zip(CACHE_PARTS, self.parts(), strict=True):
+        for part in parts_on(self.k_upper.device):
+            tensor = getattr(self, part.name)
             if part.group_axis is not None:
                 stored = tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2)
                 shape = list(stored.shape)
-                shape[part.group_axis] = groups
+                shape[part.group_axis] += (groups - self.groups) * (self.group_size if "S" in part.axes else 1)
                 larger = stored.new_zeros(shape)
                 larger.narrow(part.group_axis, 0, stored.shape[part.group_axis]).copy_(stored)
                 tensor = larger if stored is tensor else larger.transpose(-1, -2)
@@ -142,8 +146,10 @@ class HierarchicalCache:
 
     def advance_prefill(self, num_new: Tensor) -> None:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
+        before = self.quantized_len.clone()
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
+        self.decode(before)
 
     def accept(self, num_tokens: Tensor) -> bool:
         """Keep ``num_tokens`` (B,) int64 of the tokens just verified; the rest is abandoned. Flushes where it is due.
@@ -167,7 +173,18 @@ class HierarchicalCache:
         # The op looks at the lengths itself.
         for layer in self.layers:
             flush(*layer.parts(), self.quantized_len, self.length)
+        before = self.quantized_len.clone()
         self.quantized_len += due * self.group_size
+        self.decode(before)
+
+    def decode(self, first: Tensor) -> None:
+        """Bring a CPU's decoded copy up to date from positions ``first`` (B,) on, which are group boundaries."""
+        if self.length.device.type != "cpu":
+            return
+        state = list(enumerate(zip(first.tolist(), self.quantized_len.tolist(), self.length.tolist(), strict=True)))
+        for layer in self.layers:
+            for row, (start, quantized, length) in state:
+                write_decoded(start, quantized, length, *(getattr(layer, part.name)[row] for part in parts_on("cpu")))
 
     def _due(self) -> Tensor:
         return self.length - self.quantized_len >= 2 * self.group_size
@@ -185,9 +202,10 @@ class HierarchicalCache:
         self.quantized_len.zero_()
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros) and ``recent``."""
-        totals = dict.fromkeys(map(str, KINDS), 0)
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``."""
+        parts = parts_on(self.length.device)
+        totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:
-            for part, tensor in zip(CACHE_PARTS, layer.parts(), strict=True):
-                totals[part.kind] += tensor.nbytes
+            for part in parts:
+                totals[part.kind] += getattr(layer, part.name).nbytes
         return totals

@@ -2,12 +2,16 @@
 
     config.json, generation_config.json, model*.safetensors   the Hugging Face model as transformers saves it
     quantspec*.safetensors                                    the draft's weights, in the layout that their format packs
+    quantspec_graph.json                                      what capture made, where it can be kept; see below
     quantspec_config.json                                     this file's :class:`Description`, written last
 
 In ``quantspec*.safetensors`` linear NAME has a tensor ``draft.NAME.PART`` for each part of its weight format, see
 ``quantspec.passes.int4_weights``. Tensors of the model that transformers would not bring back bit for bit (buffers it
 computes anew, parameters of another dtype than the model's) are there as ``model.NAME``.
 ``check.logits (1, T, V)`` are what the target made of ``check.input_ids (1, T)``; folders saved before had none.
+
+``quantspec_graph.json`` has a ``key``, of :func:`quantspec.capture.stored.key_of`, and a ``graph``, of its ``to_json``,
+whose tensors are ``graph.NAME`` in ``quantspec*.safetensors``. Where the key is another one the model is captured anew.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from tqdm.auto import tqdm
 from quantspec.capture import DTYPES
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
+from quantspec.pair.tuned import TuneReport
 from quantspec.passes import LinearReport
 
 FORMAT_VERSION = 1
@@ -33,6 +38,8 @@ DESCRIPTION_FILE = "quantspec_config.json"
 TENSOR_FILES = "quantspec{suffix}.safetensors"
 DRAFT_PREFIX = "draft."
 MODEL_PREFIX = "model."
+GRAPH_FILE = "quantspec_graph.json"
+GRAPH_PREFIX = "graph."
 TOKENS_KEY = "check.input_ids"
 LOGITS_KEY = "check.logits"
 # Holds no weights and is for people to edit; the tokenizer's files are not part of a save at all.
@@ -63,6 +70,7 @@ class Description:
         options: the conversion's, by name in :class:`QuantSpecConfig`.
         linears: what became of each linear in the draft.
         files: fingerprints of all other files of the folder.
+        tuned: what tuning did to the draft; None if nothing.
     """
 
     format_version: int
@@ -72,6 +80,7 @@ class Description:
     options: QuantSpecConfig
     linears: tuple[LinearReport, ...]
     files: Mapping[str, Fingerprint]
+    tuned: TuneReport | None = None
 
     def write(self, folder: Path) -> None:
         """Write :data:`DESCRIPTION_FILE`."""
@@ -85,6 +94,10 @@ class Description:
         values["options"] = options
         values["linears"] = [asdict(report) for report in self.linears]
         values["files"] = {name: asdict(fingerprint) for name, fingerprint in self.files.items()}
+        # So do folders with a draft that was not tuned.
+        del values["tuned"]
+        if self.tuned is not None:
+            values["tuned"] = asdict(self.tuned)
         (folder / DESCRIPTION_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -124,7 +137,7 @@ class Description:
     @classmethod
     def _parse(cls, values: dict[str, Any]) -> Description:
         known = {f.name for f in fields(cls)}
-        if set(values) != known:
+        if set(values) | {"tuned"} != known:
             raise ValueError(f"its entries must be {', '.join(sorted(known))}")
         if values["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
             raise ValueError(f"{values['dtype']!r} is no dtype of a model")
@@ -138,6 +151,8 @@ class Description:
         values["files"] = files
         values["options"] = QuantSpecConfig.from_options(None, values["options"])
         values["linears"] = tuple(LinearReport(**entry) for entry in values["linears"])
+        if "tuned" in values:
+            values["tuned"] = TuneReport.from_dict(values["tuned"])
         return cls(**values)
 
 

@@ -25,6 +25,8 @@ from quantspec.self_check import EXACT_TOLERANCE, self_check
 from .folder import (
     DRAFT_PREFIX,
     EDITABLE_FILE,
+    GRAPH_FILE,
+    GRAPH_PREFIX,
     LOGITS_KEY,
     MODEL_PREFIX,
     TENSOR_FILES,
@@ -32,6 +34,7 @@ from .folder import (
     Description,
     check_files,
 )
+from .graph_file import read_capture
 from .identity import distance, target_logits
 
 # The saved INT4 weights were made with these.
@@ -70,7 +73,11 @@ def load_pair(
     if str(target_dtype) == f"torch.{description.dtype}":
         _restore(model, tensors, target_dtype)
     with converting():
-        pair = Pair(model, config, source=tensors.packed)
+        captured = None
+        # A file that was not listed was not checked.
+        if GRAPH_FILE in description.files:
+            captured = read_capture(folder, model, tensors.get, tensors.names(GRAPH_PREFIX))
+        pair = Pair(model, config, source=tensors.packed, captured=captured)
         # A note's wording may change between versions.
         made, expected = (
             {replace(report, note="") for report in reports} for reports in (pair.linears, description.linears)
@@ -80,7 +87,8 @@ def load_pair(
                 f"'{folder}' was saved with {_versions(description)}, whose draft differs from what is made now "
                 f"({', '.join(sorted({report.name for report in made ^ expected}))}): {_CONVERT_AGAIN}"
             )
-        _check_logits(pair, tensors, description)
+        pair.tuned = description.tuned
+        _check_logits(pair, tensors, description, of_model=captured is not None)
         if config.self_check:
             self_check(pair)
     return pair
@@ -159,13 +167,20 @@ def _check_generation_config(folder: Path, description: Description) -> None:
         ) from error
 
 
-def _check_logits(pair: Pair, tensors: _SavedTensors, description: Description) -> None:
-    """Compare the target with the saved one, on the tokens that were saved with its logits."""
+def _check_logits(pair: Pair, tensors: _SavedTensors, description: Description, of_model: bool) -> None:
+    """Compare the target with the saved one, on the tokens that were saved with its logits.
+
+    So is the model itself, ``of_model``, where the target was not made of its code but of a graph that was saved.
+    """
     if LOGITS_KEY not in tensors.names(LOGITS_KEY):
         return
     ids = tensors.get(TOKENS_KEY)[:, : pair.max_len].to(pair.device)
     expected = tensors.get(LOGITS_KEY)[:, : ids.shape[1]]
     error = distance(target_logits(pair, ids), expected)
+    if of_model:
+        with torch.no_grad():
+            logits = pair.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        error = max(error, distance(logits.cpu(), expected))
     allowed = max(EXACT_TOLERANCE[dtype] for dtype in (pair.model.dtype, expected.dtype))
     if not error <= allowed:
         raise SavedModelError(

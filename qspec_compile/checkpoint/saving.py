@@ -30,6 +30,7 @@ from .folder import (
     Description,
     fingerprints,
 )
+from .graph_file import write_capture
 from .identity import check_can_be_loaded, fixed_tokens, target_logits
 from .new_folder import removed_on_failure
 from .staging import is_staged, locked, publish, staged
@@ -78,7 +79,8 @@ def check_generation_config(config: GenerationConfig | None) -> None:
 def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> None:
     with _as_dense(pair.model):
         pair.model.save_pretrained(written, max_shard_size=max_shard_size)
-    tensors = _in_host_memory(_tensors(pair) | check)
+        constants = write_capture(pair, written)
+    tensors = _in_host_memory(_tensors(pair) | constants | check)
     save_torch_state_dict(tensors, written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
     Description(
         format_version=FORMAT_VERSION,
@@ -88,6 +90,7 @@ def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str
         options=pair.config,
         linears=pair.linears,
         files=fingerprints(written, sorted(path.name for path in written.iterdir())),
+        tuned=pair.tuned,
     ).write(written)
     for path in written.iterdir():
         # safetensors makes its files readable by their owner only.

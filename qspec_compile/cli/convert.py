@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from quantspec.checkpoint.new_folder import removed_on_failure
+from quantspec.config import TuneConfig
 
 from .console import stderr, working
 from .errors import CommandError, check_folder
@@ -23,10 +24,24 @@ def command(
     model: ModelOptions,
     run: RunOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let the draft learn the model's distribution; options: `quantspec tune`.")
+    ] = False,
 ) -> None:
     """Convert a model (no saved pair) and save the pair, so that loading it quantizes nothing."""
     if find_source(model.model).kind is Kind.PAIR:
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
+    save_pair(model, run, out, TuneConfig() if tune else None)
+
+
+def save_pair(
+    model: ModelOptions, run: RunOptions, out: Path, tune: TuneConfig | None, texts: list[str] | None = None
+) -> None:
+    """Load or convert ``model``, tune its draft unless ``tune`` is None, and save the pair to ``out``.
+
+    Raises:
+        CommandError: ``out`` cannot be a new folder.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"'{out}' exists and is not an empty folder", "name another one")
     check_folder(out)
@@ -35,8 +50,11 @@ def command(
         # A tokenizer that cannot be saved says so before the weights are read.
         found.tokenizer.save_pretrained(tokenizer)
         qs = found.load()
+        report: Any = None if tune is None else qs.tune(tune, texts=texts, tokenizer=found.tokenizer)
         with working("saving"):
             qs.save_pretrained(out)
             shutil.copytree(tokenizer, out, dirs_exist_ok=True)
+    if report is not None:
+        stderr().print(str(report), markup=False, soft_wrap=True)
     dtype = str(qs.model.dtype).removeprefix("torch.")
     stderr().print(f"saved to {out} in {dtype}", markup=False, soft_wrap=True)

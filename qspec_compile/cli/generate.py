@@ -39,6 +39,15 @@ def command(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt, or a document that goes before it, from FILE.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make the text JSON that the JSON schema in FILE allows.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Make the text match a regular expression, in Rust's syntax.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make the text follow the Lark grammar in FILE.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: text, token counts, statistics.")
@@ -48,8 +57,16 @@ def command(
     """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
+    given = {
+        "json_schema": None if json_schema is None else read_text(json_schema, "JSON schema"),
+        "regex": regex,
+        "grammar": None if grammar is None else read_text(grammar, "grammar"),
+    }
+    structure = {name: source for name, source in given.items() if source is not None}
     found = find_pair(model, run, generation=arguments)
     tokenizer = found.tokenizer
+    if structure:
+        check_structure(structure, tokenizer)
     inputs = encode(tokenizer, text, chat)
     num_tokens = inputs.input_ids.shape[1]
     if num_tokens == 0:
@@ -59,6 +76,7 @@ def command(
     arguments = {
         **inputs.to(qs.device),
         **arguments,
+        **structure,
         "num_speculative_tokens": model.num_speculative_tokens,
         "tokenizer": tokenizer,
     }
@@ -90,6 +108,15 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise CommandError("the prompt is empty", "give it as an argument, with --file, or on stdin")
     return text if document is None else f"{document.rstrip()}\n\n{text}"
+
+
+def check_structure(structure: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what ``generate`` could not follow, before weights are read."""
+    from quantspec.hugging_face.structured import grammar_processor
+
+    # Which tokens end a text is the model's to say, and what a grammar is does not depend on it.
+    end = tokenizer.eos_token_id
+    grammar_processor(structure, tokenizer, [0 if end is None else end], len(tokenizer))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> BatchEncoding:

@@ -83,7 +83,9 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
         num_speculative_tokens=gamma if isinstance(gamma, int) else AutoDraftCount().most,
         dtype=structure.dtype,
         max_cache_len=options.max_cache_len or structure.max_len,
+        device="cpu",
     )
+    decoded = cache.pop("decoded")
     weights = structure.weight_bytes
     dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype)
     return {
@@ -121,6 +123,7 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
             "batch_size": batch_size,
             "weights": weights,
             "cache": cache,
+            "decoded_copy_on_cpu": decoded,
             "total": sum(weights.values()) + sum(cache.values()),
             "unconverted": {"weights": weights["target"], "cache": dense, "total": weights["target"] + dense},
         },
@@ -204,6 +207,7 @@ def _memory_table(memory: dict[str, Any]) -> Table:
         table.add_row(f"cache: {part}", _mebibytes(count), "-")
     table.add_row("cache", _mebibytes(sum(memory["cache"].values())), _mebibytes(unconverted["cache"]))
     table.add_row("total", _mebibytes(memory["total"]), _mebibytes(unconverted["total"]), style="bold")
+    table.add_row("on a CPU also: decoded copy of the cache", _mebibytes(memory["decoded_copy_on_cpu"]), "-")
     return table
 
 

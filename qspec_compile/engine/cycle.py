@@ -6,7 +6,6 @@ small tensor per cycle, which also says whether a flush is due.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,15 +23,15 @@ class CycleResult(NamedTuple):
     """What a cycle did to each of B sequences, on the host.
 
     ``drafts (B, T)`` proposed tokens, of which the first ``accepted (B,)`` stand, followed by ``next_tokens (B,)``;
-    ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``has_nan (B,)``
-    whether any logit was NaN or, in sampling, the distribution that the next token was to be drawn from.
+    ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``fails (B,)``
+    whether one of these tokens could not be chosen, for NaN or, in sampling, for want of a distribution.
     """
 
     drafts: list[list[int]]
     accepted: list[int]
     next_tokens: list[int]
     flush_due: bool
-    has_nan: list[bool]
+    fails: list[bool]
 
     @classmethod
     def read(cls, packed: Tensor) -> CycleResult:
@@ -81,19 +80,19 @@ class Cycle:
             ``(B, num_drafts + 4)`` int64 for :meth:`CycleResult.read`, and ``(B, num_drafts + 1, V)`` scores and logits
             of the verifier.
         """
-        drafts, proposed, logits = self.propose(num_drafts)
-        verdict = self.acceptance.judge(drafts, proposed, logits)
+        drafts, logits = self.propose(num_drafts)
+        verdict = self.acceptance.judge(drafts, logits)
         due = self.keep(verdict.accepted, verdict.next_tokens)
-        has_nan = verdict.has_nan & self.running
-        columns = (verdict.accepted, verdict.next_tokens, due.expand_as(verdict.accepted), has_nan)
+        fails = verdict.fails & self.running
+        columns = (verdict.accepted, verdict.next_tokens, due.expand_as(verdict.accepted), fails)
         packed = torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1)
         return packed, verdict.scores, logits
 
     @torch.no_grad()
-    def propose(self, num_drafts: int) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def propose(self, num_drafts: int) -> tuple[Tensor, Tensor]:
         """Draft and verify; returns what :meth:`draft` and :meth:`verify` do."""
-        drafts, proposed = self.draft(num_drafts)
-        return drafts, proposed, self.verify(drafts)
+        drafts = self.draft(num_drafts)
+        return drafts, self.verify(drafts)
 
     def keep(self, accepted: Tensor, next_tokens: Tensor) -> Tensor:
         """Move the running sequences on by ``accepted (B,)`` drafts and ``next_tokens (B,)``.
@@ -107,20 +106,17 @@ class Cycle:
         self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
         return due
 
-    def draft(self, num_drafts: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """``num_drafts`` drafted tokens ``(B, T)`` and the distributions ``(B, V)`` they were drawn from, if any."""
-        tokens, proposed = [], []
+    def draft(self, num_drafts: int) -> Tensor:
+        """``num_drafts`` drafted tokens ``(B, T)``."""
+        tokens = []
         current = self.pending
         for step in range(num_drafts):
             logits = self.pair.read(Role.DRAFT, current[:, None], self.cache, num_ahead=step)
-            current, probs = self.acceptance.draft(logits, step)
+            current = self.acceptance.draft(logits, step)
             if self.text is not None:
                 self.text.write(step, current)
             tokens.append(current)
-            if probs is not None:
-                proposed.append(probs)
-        drafts = torch.stack(tokens, 1) if tokens else self.pending.new_empty(self.cache.batch_size, 0)
-        return drafts, proposed
+        return torch.stack(tokens, 1) if tokens else self.pending.new_empty(self.cache.batch_size, 0)
 
     def verify(self, drafts: Tensor) -> Tensor:
         """The verifier's logits ``(B, T + 1, V)`` of every drafted token and of the one after them."""

@@ -1,6 +1,6 @@
-"""Cycles captured as CUDA graphs and replayed: one per number of drafts, kind of sampling and kinds of processors.
+"""Cycles captured as CUDA graphs and replayed: one per number of drafts, with sampling or not, and kinds of processors.
 
-Lengths, tokens, the processors' parameters and the state of randomness live in tensors that the replays read.
+Lengths, tokens, the processors' parameters and the rows' seeds live in tensors that the replays read.
 """
 
 from __future__ import annotations
@@ -16,24 +16,17 @@ from transformers import LogitsProcessorList
 from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 
-from .acceptance import RULES, Acceptance, GreedyAcceptance, Rules, SampledAcceptance
+from .acceptance import Acceptance, Rule
 from .cycle import Cycle
 from .logits_processors import ScoreProgram, program_key
+from .request import Request
+from .sampling import Randomness, accept
 from .text import Text
 
 # Cycles before capture: compilation, autotuning and workspace allocation happen in the first.
 _WARM_UPS = 2
 # Each holds memory of its own.
 _MOST_REPLAYS = 16
-
-
-def make_acceptance(
-    pair: Pair, program: ScoreProgram, do_sample: bool, generator: torch.Generator | None, rules: Rules
-) -> Acceptance:
-    """How a cycle of this pair chooses tokens by processed scores."""
-    if do_sample:
-        return SampledAcceptance(program, generator, rules)
-    return GreedyAcceptance(program, pair.compiles_on_gpu, rules)
 
 
 class CycleReplay:
@@ -55,13 +48,13 @@ class CycleReplay:
         num_drafts: int,
         processors: LogitsProcessorList,
         do_sample: bool,
-        rules: Rules = RULES,
+        rule: Rule = accept,
         text: Text | None = None,
     ) -> None:
         """Compile what is not compiled yet and capture. What cache and text hold is left as it is."""
         self.program = ScoreProgram(processors, text)
-        self.generator = torch.Generator(device=pair.device)
-        acceptance = make_acceptance(pair, self.program, do_sample, self.generator, rules)
+        randomness = Randomness(cache.length) if do_sample else None
+        acceptance = Acceptance(self.program, pair.compiles_on_gpu, randomness, rule)
         self.cycle = Cycle(pair, cache, acceptance, text=self.program.text)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
@@ -70,7 +63,6 @@ class CycleReplay:
     def _capture(self, num_drafts: int) -> None:
         device, cache = self.cycle.pair.device, self.cycle.cache
         self._graph, self._flush_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(self.generator)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         description = f"compiling ({num_drafts} drafts)"
@@ -90,14 +82,11 @@ class CycleReplay:
             bar.update()
         torch.cuda.current_stream(device).wait_stream(stream)
 
-    def begin(self, processors: LogitsProcessorList, generator: torch.Generator | None) -> None:
-        """Take over the parameters of ``processors`` and the state of ``generator`` (the global one if None)."""
+    def begin(self, processors: LogitsProcessorList, requests: Sequence[Request]) -> None:
+        """Take over the parameters of ``processors`` and the rows' seeds."""
         self.program.load(processors)
-        self.generator.set_state(self._source(generator).get_state())
-
-    def end(self, generator: torch.Generator | None) -> None:
-        """Hand the state of randomness back."""
-        self._source(generator).set_state(self.generator.get_state())
+        if self.cycle.acceptance.randomness is not None:
+            self.cycle.acceptance.randomness.load(requests)
 
     def __call__(self) -> Any:
         """Replay; returns :meth:`Cycle.__call__`'s packed result, overwritten by the next replay."""
@@ -112,17 +101,11 @@ class CycleReplay:
         """What is captured."""
         self._packed, self.scores, self.logits = self.cycle(num_drafts)
 
-    def _source(self, generator: torch.Generator | None) -> torch.Generator:
-        if generator is not None:
-            return generator
-        index = self.generator.device.index
-        return torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
-
 
 class ProposalReplay(CycleReplay):
     """Drafting and verification of a :class:`Cycle`, captured once; who replays them judges, and moves it on."""
 
-    def __call__(self) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def __call__(self) -> tuple[Tensor, Tensor]:
         """Replay; returns what :meth:`Cycle.propose` does, overwritten by the next replay."""
         self._graph.replay()
         return self._proposal
@@ -134,9 +117,9 @@ class ProposalReplay(CycleReplay):
 class CycleReplays:
     """The replays of one pair's cache, the latest used kept."""
 
-    def __init__(self, pair: Pair, rules: Rules) -> None:
+    def __init__(self, pair: Pair, rule: Rule) -> None:
         self._pair = pair
-        self._rules = rules
+        self._rule = rule
         self._kept: dict[Hashable, CycleReplay] = {}
         self._storage: tuple[int, int] | None = None
         self._text: Text | None = None
@@ -162,7 +145,7 @@ class CycleReplays:
         key = (kind, num_drafts, do_sample, program_key(processors))
         is_new = key not in self._kept
         replay = self._kept.pop(key, None) or kind(
-            self._pair, cache, num_drafts, processors, do_sample, self._rules, text
+            self._pair, cache, num_drafts, processors, do_sample, self._rule, text
         )
         # The latest used is the last.
         self._kept[key] = replay

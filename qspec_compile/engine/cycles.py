@@ -18,12 +18,12 @@ from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 from quantspec.passes import Role
 
-from .acceptance import Rules
+from .acceptance import Acceptance, Rule
 from .cycle import Cycle, CycleResult
-from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay, make_acceptance
-from .logits_processors import ScoreProgram, apply_processors, compilable, reads_text
+from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay
+from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, reads_text
 from .progress import Progress
-from .sampling import sample, sample_step
+from .sampling import Randomness, perturb
 from .text import Text
 
 NAN_LOGITS = (
@@ -42,19 +42,20 @@ class Call(NamedTuple):
 
     Attributes:
         progress: its requests.
-        processors: of the scores, in order.
-        do_sample: sampling, else greedy search.
-        generator: of randomness, or None for the global one.
-        rules: which drafts stand.
+        processors: of the scores, in order, for all rows at once.
+        rule: which drafts stand.
         verifier: the role whose distribution is emitted.
     """
 
     progress: Progress
     processors: LogitsProcessorList
-    do_sample: bool
-    generator: torch.Generator | None
-    rules: Rules
+    rule: Rule
     verifier: Role = Role.TARGET
+
+    @property
+    def samples(self) -> bool:
+        """Whether any row is sampled."""
+        return any(request.do_sample for request in self.progress.requests)
 
 
 class Outcome(NamedTuple):
@@ -75,9 +76,6 @@ class Cycles(Protocol):
     def run(self, num_drafts: int) -> Outcome:
         """Run one cycle of up to ``num_drafts`` drafts."""
 
-    def close(self) -> None:
-        """Hand back what was borrowed."""
-
 
 class Clock:
     """Seconds, standing still in the caller's streamer and stopping criteria."""
@@ -97,27 +95,18 @@ class Clock:
         return self.now()
 
 
-def choose(
-    call: Call,
-    scores: Tensor,
-    generator: torch.Generator | None,
-    drafts: Tensor | None = None,
-    draft_probs: Tensor | None = None,
-) -> Tensor:
-    """The token ``(B,)`` that scores ``(B, V)`` choose, when sampling by way of the drafts ``(B,)`` if any.
+def choose(call: Call, scores: Tensor, randomness: Randomness | None, num_ahead: int) -> Tensor:
+    """The token ``(B,)`` that scores ``(B, V)`` choose; ``num_ahead`` as in :meth:`Randomness.at`.
 
     Raises:
         FloatingPointError: no token of a running sequence can be sampled.
     """
-    if not call.do_sample:
+    if randomness is None:
         return scores.argmax(-1)
-    probs = scores.softmax(-1)
-    # A softmax is NaN in all places or none.
-    if _any_running(call, probs[:, 0].isnan().tolist()):
+    best, tokens = perturb(scores[:, None], *randomness.at(num_ahead, 1))[:, 0].max(-1)
+    if _any_running(call, (randomness.sampled & ~best.isfinite()).tolist()):
         raise FloatingPointError(NO_DISTRIBUTION)
-    if drafts is None or draft_probs is None:
-        return sample(probs, generator)
-    return sample_step(drafts, draft_probs, probs, generator)
+    return tokens
 
 
 def _any_running(call: Call, flags: Sequence[bool]) -> bool:
@@ -131,10 +120,6 @@ class Runner(Protocol):
     def cycle(self) -> Cycle:
         """The one that :meth:`prepare` prepared."""
 
-    @property
-    def generator(self) -> torch.Generator | None:
-        """What the host draws from in between, or None for the global one."""
-
     def prepare(self, num_drafts: int) -> bool:
         """Make ready for a cycle of up to so many drafts; returns whether that took what later ones do without."""
 
@@ -144,14 +129,11 @@ class Runner(Protocol):
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Copies of the float32 scores and logits ``(B, T + 1, V)`` of the judged cycle that ran last."""
 
-    def proposed(self) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def proposed(self) -> tuple[Tensor, Tensor]:
         """Draft and verify, as :meth:`Cycle.propose`."""
 
     def flush(self) -> None:
         """Flush where it is due."""
-
-    def close(self) -> None:
-        """Hand back what was borrowed."""
 
 
 def _text_width(call: Call, cache: HierarchicalCache) -> int:
@@ -167,13 +149,13 @@ class EagerRunner:
     ) -> None:
         """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet."""
         self._cache, self._progress = cache, call.progress
-        self.generator = call.generator
         text = None
         if reads_text(processors):
             text = Text(cache.batch_size, _text_width(call, cache), pair.device)
             text.begin(call.progress.sequences, call.progress.context_lens)
         program = ScoreProgram(processors, text)
-        acceptance = make_acceptance(pair, program, call.do_sample, call.generator, call.rules)
+        randomness = Randomness.of(cache.length, call.progress.requests)
+        acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, call.rule)
         self.cycle = Cycle(pair, cache, acceptance, call.verifier, program.text)
         self.cycle.pending.copy_(pending)
 
@@ -188,14 +170,11 @@ class EagerRunner:
     def outputs(self) -> tuple[Tensor, Tensor]:
         return self._scores, self._logits.float()
 
-    def proposed(self) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def proposed(self) -> tuple[Tensor, Tensor]:
         return self.cycle.propose(self._num_drafts)
 
     def flush(self) -> None:
         self._cache.flush()
-
-    def close(self) -> None:
-        """Nothing is borrowed."""
 
 
 class ReplayRunner:
@@ -221,7 +200,7 @@ class ReplayRunner:
     def prepare(self, num_drafts: int) -> bool:
         call = self._call
         replay, is_new = self._replays.of(
-            self._cache, num_drafts, self._processors, call.do_sample, self._text, self._kind
+            self._cache, num_drafts, self._processors, call.samples, self._text, self._kind
         )
         if replay is not self._current:
             self._take(replay)
@@ -234,24 +213,15 @@ class ReplayRunner:
         replay = self._replay
         return replay.scores.clone(), replay.logits.to(torch.float32, copy=True)
 
-    def proposed(self) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    def proposed(self) -> tuple[Tensor, Tensor]:
         return self._replay()
 
     def flush(self) -> None:
         self._replay.flush()
 
-    def close(self) -> None:
-        """Hand the state of randomness back."""
-        if self._current is not None:
-            self._current.end(self._call.generator)
-
     @property
     def cycle(self) -> Cycle:
         return self._replay.cycle
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        return self._replay.generator
 
     @property
     def _replay(self) -> CycleReplay:
@@ -261,9 +231,8 @@ class ReplayRunner:
     def _take(self, replay: CycleReplay) -> None:
         """Go on with another replay, from where the current one stopped."""
         if self._current is not None:
-            self._current.end(self._call.generator)
             self._pending = self._current.cycle.pending
-        replay.begin(self._processors, self._call.generator)
+        replay.begin(self._processors, self._call.progress.requests)
         replay.cycle.pending.copy_(self._pending)
         self._current = replay
 
@@ -274,10 +243,6 @@ class _OnRunner:
     def __init__(self, runner: Runner, call: Call, clock: Clock) -> None:
         self._runner, self._call, self._clock = runner, call, clock
         self._told: tuple[Cycle, list[bool]] | None = None
-
-    def close(self) -> None:
-        """Hand back what the runner borrowed."""
-        self._runner.close()
 
     def _prepare(self, num_drafts: int) -> bool:
         """Make ready, and tell the device which sequences are running, if it does not know; as ``Runner.prepare``."""
@@ -319,8 +284,8 @@ class JudgedCycles(_OnRunner):
             count = result.accepted[row]
             accepted.append(count)
             tokens = [*result.drafts[row][:count], result.next_tokens[row]]
-            if result.has_nan[row] and request.needs_after(tokens[:count]):
-                raise FloatingPointError(NO_DISTRIBUTION if self._call.do_sample else NAN_LOGITS)
+            if result.fails[row] and request.needs_after(tokens[:count]):
+                raise FloatingPointError(NO_DISTRIBUTION if request.do_sample else NAN_LOGITS)
             outputs = (None if output is None else output[row, : count + 1] for output in (scores, logits))
             progress.append(row, tokens, *outputs)
         return accepted
@@ -329,8 +294,8 @@ class JudgedCycles(_OnRunner):
 class LockstepCycles(_OnRunner):
     """Cycles in which processors see what they see in plain decoding: one call per token, for all rows at once.
 
-    For any draft distribution q, accepting x with probability min(1, p(x)/q(x)) and drawing the rest from max(0, p - q)
-    gives p. So drafts know of the compilable processors alone, which costs acceptance and leaves the text as it is.
+    What is emitted is the target's own choice whatever was drafted. So drafts know of the compilable processors alone,
+    which costs acceptance and leaves the text as it is.
     """
 
     def run(self, num_drafts: int) -> Outcome:
@@ -338,20 +303,22 @@ class LockstepCycles(_OnRunner):
         runner, running = self._runner, self._call.progress.running
         is_new = self._prepare(num_drafts)
         start = self._clock.now()
-        drafts, proposed, logits = runner.proposed()
-        accepted, tokens = self._walk(drafts, proposed, logits)
+        drafts, logits = runner.proposed()
+        # On a GPU the replay is under way, and nothing has waited for it yet.
+        self._follow()
+        accepted, tokens = self._walk(drafts, logits)
         flush_due = bool(runner.cycle.keep(torch.full_like(tokens, accepted), tokens))
         if flush_due:
             runner.flush()
         return Outcome(drafts.shape[1], [accepted] * sum(running), flush_due, None if is_new else start)
 
-    def _walk(self, drafts: Tensor, proposed: Sequence[Tensor], logits: Tensor) -> tuple[int, Tensor]:
+    def _walk(self, drafts: Tensor, logits: Tensor) -> tuple[int, Tensor]:
         """Emit the tokens of a block one by one until one sequence rejects its draft, or all are done.
 
         Returns:
             How many drafts every sequence accepted, and the token ``(B,)`` of each that follows them.
         """
-        call, progress, generator = self._call, self._call.progress, self._runner.generator
+        call, progress, randomness = self._call, self._call.progress, self._runner.cycle.acceptance.randomness
         # All that the host will ask of the device but the choices, at once.
         *on_host, are_nan = torch.stack((*drafts.unbind(1), _nan_bits(logits))).tolist()
         for step in range(logits.shape[1]):
@@ -360,12 +327,9 @@ class LockstepCycles(_OnRunner):
             # Running sequences are equally long, and those that are done are padded.
             text = progress.sequences[:, : max(progress.context_lens)]
             scores = apply_processors(call.processors, text, logits[:, step].to(torch.float32, copy=True))
-            drafted = step < drafts.shape[1]
-            if drafted:
-                tokens = choose(call, scores, generator, drafts[:, step], proposed[step] if proposed else None)
-            else:
-                tokens = choose(call, scores, generator)
+            tokens = choose(call, scores, randomness, step)
             chosen = tokens.tolist()
+            drafted = step < drafts.shape[1]
             differ = [token != draft for token, draft in zip(chosen, on_host[step], strict=True)] if drafted else []
             rejected = not drafted or _any_running(call, differ)
             for row, token in enumerate(chosen):
@@ -374,7 +338,15 @@ class LockstepCycles(_OnRunner):
             progress.judge()
             if rejected or not any(progress.running):
                 break
+            self._follow()
         return step, tokens
+
+    def _follow(self) -> None:
+        progress = self._call.progress
+        texts = [request.tokens for request in progress.requests]
+        for processor in self._call.processors:
+            if isinstance(processor, FollowingProcessor):
+                processor.follow(texts, progress.running)
 
 
 def _nan_bits(logits: Tensor) -> Tensor:

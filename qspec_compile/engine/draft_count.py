@@ -14,7 +14,9 @@ from typing import Protocol
 # Each number has a CUDA graph of its own, so there are few.
 AUTO_CHOICES = (0, 1, 2, 4, 6, 8)
 # Timed before anything is chosen; the times of other numbers are extrapolated from these two until they are known.
-_STARTS = (4, 0)
+STARTS = (4, 0)
+# Where drafts seldom pay: plain decoding, until another number has its turn.
+PLAIN_START = (0,)
 # With three times, one that something else delayed is not the median.
 _STARTING_TIMES = 3
 # Newest durations of a number whose median counts: delays are forgotten, and growing contexts followed.
@@ -65,7 +67,7 @@ class FixedDraftCount:
 class AutoDraftCount:
     """The number that is fastest by what was seen so far.
 
-    It follows measured times, so two runs may draft differently, also with equal seeds.
+    It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
 
     Attributes:
         acceptance: running probability that the next draft token is accepted, given that those before it were.
@@ -73,7 +75,9 @@ class AutoDraftCount:
 
     most = max(AUTO_CHOICES)
 
-    def __init__(self) -> None:
+    def __init__(self, starts: tuple[int, ...] = STARTS) -> None:
+        """``starts`` are timed first; :data:`STARTS` or :data:`PLAIN_START`."""
+        self._starts = starts
         self.acceptance = _PRIOR_ACCEPTANCE
         self._seconds: dict[int, deque[float]] = {}
         self._warm: set[int] = set()
@@ -82,7 +86,7 @@ class AutoDraftCount:
 
     def choose(self) -> int:
         """The numbers to start with until both have been timed, then the fastest; now and then another one."""
-        for start in _STARTS:
+        for start in self._starts:
             if len(self._seconds.get(start, ())) < _STARTING_TIMES:
                 return start
         fastest = self.fastest()
@@ -97,11 +101,16 @@ class AutoDraftCount:
         return max(AUTO_CHOICES, key=self.tokens_per_second)
 
     def tokens_per_second(self, num_drafts: int) -> float:
-        """Expected yield of cycles of ``num_drafts`` tokens, once those to start with have been timed."""
+        """Expected yield of cycles of ``num_drafts`` tokens, once those to start with have been timed.
+
+        0 while no drafting has been.
+        """
+        some = self._starts[0] or max(self._seconds)
         if num_drafts in self._seconds:
             seconds = self._median(num_drafts)
+        elif some == 0:
+            return 0.0
         else:
-            some = _STARTS[0]
             seconds = self._median(0) + num_drafts / some * (self._median(some) - self._median(0))
         return cycle_tokens(self.acceptance, num_drafts) / max(seconds, 1e-9)
 

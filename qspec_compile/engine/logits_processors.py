@@ -7,16 +7,19 @@ processors themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from quantspec.kernels import cut_off
+
+from .row_processors import PerRow, merge_rows
 from .text import Positions, Text
 
 _NEVER = 2**62
@@ -51,7 +54,7 @@ class ScoreProgram:
         """``text`` may be left out where none of the processors :func:`reads_text`."""
         self.text = text if reads_text(processors) else None
         self._processors = processors
-        self._kinds = [(_KINDS[type(processor)], _KINDS[type(processor)].fixed(processor)) for processor in processors]
+        self._kinds = [(kind := _kind(processor), kind.fixed(processor)) for processor in processors]
         self._values: list[tuple[Tensor, ...]] | None = None
         self._shape = (0, 0)
 
@@ -91,19 +94,48 @@ class ScoreProgram:
         ]
 
 
+class FollowingProcessor(LogitsProcessor):
+    """A processor that reads the text on the host, and as soon as it is known: on a GPU while a replay is under way."""
+
+    def follow(self, texts: Sequence[Sequence[int]], running: Sequence[bool]) -> None:
+        """Take the new tokens of each row so far, padding left out, before the next call; others need no token."""
+        raise NotImplementedError
+
+
 def compilable(processors: LogitsProcessorList) -> LogitsProcessorList:
     """Those that a program can hold. Any other, also a subclass, may count its calls or follow a grammar."""
-    return LogitsProcessorList(processor for processor in processors if type(processor) in _KINDS)
+    return LogitsProcessorList(processor for processor in processors if _is_compilable(processor))
+
+
+def _is_compilable(processor: LogitsProcessor) -> bool:
+    if isinstance(processor, PerRow):
+        return all(own is None or type(own) in _KINDS for own in processor.rows)
+    return type(processor) in _KINDS
 
 
 def program_key(processors: LogitsProcessorList) -> tuple[Hashable, ...]:
     """What the program of :func:`compilable` processors is fixed to."""
-    return tuple((type(processor), _KINDS[type(processor)].fixed(processor)) for processor in processors)
+    return tuple(_key(processor) for processor in processors)
+
+
+def _key(processor: LogitsProcessor) -> Hashable:
+    if isinstance(processor, PerRow):
+        return PerRow, _key(_some(processor))
+    return type(processor), _KINDS[type(processor)].fixed(processor)
+
+
+def _kind_or_class(processor: LogitsProcessor) -> Hashable:
+    return (_key(processor),) if _is_compilable(processor) else (type(processor),)
+
+
+def merge_processors(rows: Sequence[LogitsProcessorList]) -> LogitsProcessorList:
+    """One list for the batch that does to each row what its own does; programs hold all that they hold of the rows'."""
+    return merge_rows(rows, _kind_or_class)
 
 
 def reads_text(processors: LogitsProcessorList) -> bool:
     """Whether any of :func:`compilable` processors depends on the preceding tokens or their number."""
-    return any(_KINDS[type(processor)].reads_text for processor in processors)
+    return any(_kind(processor).reads_text for processor in processors)
 
 
 def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
@@ -116,6 +148,29 @@ def apply_processors(processors: LogitsProcessorList, ids: Tensor, scores: Tenso
             "accepted so far, and never with drafts"
         )
         raise
+
+
+def _kind(processor: LogitsProcessor) -> Kind:
+    """How one of :func:`compilable` processors becomes part of a program."""
+    if not isinstance(processor, PerRow):
+        return _KINDS[type(processor)]
+    kind = _KINDS[type(_some(processor))]
+
+    def apply(scores: Tensor, at: Positions | None, fixed: Hashable, has: Tensor, *values: Tensor) -> Tensor:
+        return torch.where(has, kind.apply(scores, at, fixed, *values), scores)
+
+    def values(processor: PerRow, batch: int, vocab: int) -> tuple[Tensor, ...]:
+        # The values of a row that has none are not looked at.
+        owners = [_some(processor) if own is None else own for own in processor.rows]
+        rows = ([_as_tensor(value, 1) for value in kind.values(own, 1, vocab)] for own in owners)
+        has = torch.tensor([own is not None for own in processor.rows], device="cpu")
+        return has[:, None, None], *(torch.cat(column) for column in zip(*rows, strict=True))
+
+    return Kind(apply, values, lambda processor: kind.fixed(_some(processor)), kind.reads_text)
+
+
+def _some(processor: PerRow) -> LogitsProcessor:
+    return next(own for own in processor.rows if own is not None)
 
 
 def _as_tensor(value: Any, batch: int) -> Tensor:
@@ -142,35 +197,28 @@ def _top_k(scores: Tensor, at: None, fixed: tuple[int, float], k: Tensor) -> Ten
 
 def _top_p(scores: Tensor, at: None, fixed: tuple[float, int], cut: Tensor) -> Tensor:
     filter_value, least = fixed
-    ordered, indices = scores.sort()
-    removed = ordered.softmax(-1).cumsum(-1) <= cut
-    removed[..., -least:] = False
-    return scores.masked_fill(removed.scatter(-1, indices, removed), filter_value)
+    return cut_off(scores, cut.expand(*scores.shape[:2], 1), False, least, filter_value)
 
 
 def _min_p(scores: Tensor, at: None, fixed: tuple[float, int], min_p: Tensor) -> Tensor:
     filter_value, least = fixed
     probs = scores.softmax(-1)
     removed = probs < min_p * probs.amax(-1, keepdim=True)
-    kept = probs.topk(min(least, scores.shape[-1])).indices
-    return scores.masked_fill(removed.scatter(-1, kept, False), filter_value)
+    # The likeliest is above any share of itself.
+    if least > 1:
+        removed = removed.scatter(-1, probs.topk(min(least, scores.shape[-1])).indices, False)
+    return scores.masked_fill(removed, filter_value)
 
 
 def _typical(scores: Tensor, at: None, fixed: tuple[float, int], mass: Tensor) -> Tensor:
     filter_value, least = fixed
-    normalized = scores.log_softmax(-1)
-    entropy = -(normalized * normalized.exp()).nansum(-1, keepdim=True)
-    ordered, indices = (-normalized - entropy).abs().sort()
-    cumulative = scores.gather(-1, indices).softmax(-1).cumsum(-1)
-    last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
-    removed = ordered > ordered.gather(-1, last)
-    removed[..., :least] = False
-    return scores.masked_fill(removed.scatter(-1, indices, removed), filter_value)
+    return cut_off(scores, mass.expand(*scores.shape[:2], 1), True, least, filter_value)
 
 
 def _epsilon(scores: Tensor, at: None, fixed: tuple[float, int], epsilon: Tensor) -> Tensor:
     filter_value, least = fixed
-    kept = scores.topk(min(least, scores.shape[-1])).values[..., -1:]
+    most = min(least, scores.shape[-1])
+    kept = scores.amax(-1, keepdim=True) if most == 1 else scores.topk(most).values[..., -1:]
     return scores.masked_fill((scores.softmax(-1) < epsilon) & (scores < kept), filter_value)
 
 

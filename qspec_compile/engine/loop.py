@@ -18,6 +18,7 @@ from .cycles import NAN_LOGITS, Call, Clock, Cycles, choose, cycles_of
 from .draft_count import DraftCount
 from .logits_processors import apply_processors
 from .prefill import prefill
+from .sampling import Randomness
 from .session import Session
 from .stats import GenerationStats
 
@@ -52,11 +53,8 @@ class SpeculativeLoop:
             return
         session = self.session
         cycles = cycles_of(session.pair, session.replays, self.cache, self.call, self._clock, pending)
-        try:
-            while any(self.progress.running):
-                self.step(cycles)
-        finally:
-            cycles.close()
+        while any(self.progress.running):
+            self.step(cycles)
 
     def step(self, cycles: Cycles) -> None:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
@@ -85,7 +83,7 @@ class SpeculativeLoop:
             prompts_and_padding = self.progress.sequences[:, : self.progress.prompt_len]
             raw = logits[:, 0].float()
             scores = apply_processors(self.call.processors, prompts_and_padding, raw.clone())
-            pending = choose(self.call, scores, self.call.generator)
+            pending = choose(self.call, scores, Randomness.of(self.cache.length, self.progress.requests), -1)
             for row, token in enumerate(pending.tolist()):
                 self.progress.append(row, [token], scores[row : row + 1], raw[row : row + 1])
             self._judge()

@@ -37,15 +37,14 @@ class Progress:
     def __init__(
         self,
         input_ids: Tensor,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
+        requests: Sequence[Request],
         pad_token_id: int,
         stopping_criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
         collect_scores: bool = False,
         collect_logits: bool = False,
     ) -> None:
-        """``input_ids (B, S)`` are ``prompts`` with their padding."""
+        """``input_ids (B, S)`` are the prompts with their padding."""
         batch, self.prompt_len = input_ids.shape
         self.pad_token_id = pad_token_id
         self.streamer = streamer
@@ -55,18 +54,12 @@ class Progress:
         self.logits: tuple[Tensor, ...] | None = () if collect_logits else None
         self._end: list[int | None] = [None] * batch
         # The length and EOS are known at once, without asking the device; other criteria wait for their step.
-        length = self.prompt_len + max_new_tokens
+        length = self.prompt_len + max(request.max_new_tokens for request in requests)
         waiting = [criterion for criterion in stopping_criteria if not _is_known_at_once(criterion, length)]
         theirs = [criterion for criterion in waiting if type(criterion).__module__.startswith("transformers.")]
         self._criteria = StoppingCriteriaList(theirs)
         self._user_criteria = StoppingCriteriaList(criterion for criterion in waiting if criterion not in theirs)
-        eos = frozenset(
-            int(token)
-            for criterion in stopping_criteria
-            if type(criterion) is EosTokenCriteria
-            for token in criterion.eos_token_id.flatten().tolist()
-        )
-        self.requests = [Request(prompt, max_new_tokens, eos) for prompt in prompts]
+        self.requests = list(requests)
         self._ids = input_ids.new_full((batch, length), pad_token_id)
         self._ids[:, : self.prompt_len] = input_ids
         # Columns of the device's copy that will not change, and whether the host has more than the copy.

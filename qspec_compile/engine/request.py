@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 
 @dataclass
@@ -16,6 +17,9 @@ class Request:
         prompt: ``(S,)`` int64 ids without padding, on the model's device.
         max_new_tokens: it ends when it has this many.
         eos_token_ids: it ends behind any of these.
+        processors: of its scores, in order.
+        do_sample: sampling, else greedy search.
+        seed: int64 of its randomness, if it is sampled.
         tokens: new ids so far.
         scores, logits: ``(V,)`` float32 of the newest tokens, as many as nobody has taken yet; empty if not collected.
         ended: whether it needs no more tokens.
@@ -24,6 +28,9 @@ class Request:
     prompt: Tensor
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    do_sample: bool = False
+    seed: int = 0
     tokens: list[int] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)

@@ -1,31 +1,80 @@
-"""Accepting draft tokens without changing the target's distribution (Leviathan et al. 2023; Chen et al. 2023).
+"""Choosing tokens so that neither the draft nor the rest of a batch shows in a text.
 
-Greedy: a draft token is accepted while it is the target's argmax. Sampling: token x is accepted with probability
-min(1, p(x)/q(x)); at the first rejection the next token is drawn from norm(max(0, p - q)); if all are accepted, from p.
-Here p and q are the target's and the draft's distributions after the same logits processors.
+The next token is the arg-max of the processed scores: of the scores themselves in greedy search, and in sampling of the
+scores plus Gumbel noise, which draws from their softmax. The noise belongs to the row's seed and the token's position,
+and the draft proposes by the same. So a draft is accepted where it is the target's own choice, and what is emitted is
+that choice in any case: it follows the target's distribution, and a row's seed alone gives its text (drafter-invariant
+speculative decoding, Daliri et al. 2025).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .noise import gumbel
+from .request import Request
 
-def sample(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one index from each row of ``(..., V)`` probabilities, which need not sum to one.
 
-    With E_i exponential, argmax p_i / E_i is i with probability p_i; ``torch.multinomial`` would wait for the device.
+class Randomness:
+    """Which rows of a batch are sampled, and by which seeds, in tensors that stay where they are.
+
+    Attributes:
+        seeds: ``(B,)`` int64.
+        sampled: ``(B,)`` bool; the others are searched greedily.
     """
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / noise).argmax(-1)
+
+    # Later calls, in inference mode or not, write them.
+    @torch.inference_mode(False)
+    def __init__(self, cached: Tensor) -> None:
+        """``cached (B,)``: tokens of each row in the cache, which the newest one is not."""
+        self._cached = cached
+        self.seeds = torch.zeros_like(cached)
+        self.sampled = torch.zeros_like(cached, dtype=torch.bool)
+
+    @classmethod
+    def of(cls, cached: Tensor, requests: Sequence[Request]) -> Randomness | None:
+        """That of these rows; None if all are searched greedily."""
+        if not any(request.do_sample for request in requests):
+            return None
+        randomness = cls(cached)
+        randomness.load(requests)
+        return randomness
+
+    def load(self, requests: Sequence[Request]) -> None:
+        """Take over other rows."""
+        self.seeds.copy_(torch.tensor([request.seed for request in requests], device="cpu"))
+        self.sampled.copy_(torch.tensor([request.do_sample for request in requests], device="cpu"))
+
+    def at(self, num_ahead: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`perturb` takes besides scores of ``count`` positions.
+
+        ``num_ahead`` drafts and the newest token are before the first of them; with -1 the cache alone is.
+        """
+        ahead = torch.arange(num_ahead + 1, num_ahead + 1 + count, device=self._cached.device)
+        return self.seeds, self.sampled, self._cached[:, None] + ahead
 
 
-def accept_greedy(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
+def perturb(scores: Tensor, seeds: Tensor, sampled: Tensor, positions: Tensor) -> Tensor:
+    """Scores whose arg-max is the choice.
+
+    Args:
+        scores: ``(B, T, V)`` float32.
+        seeds: ``(B,)`` int64.
+        sampled: ``(B,)`` bool; other rows stay as they are.
+        positions: ``(B, T)`` int64 tokens of the row's own text before each.
+    """
+    return torch.where(sampled[:, None, None], scores + gumbel(seeds, positions, scores.shape[-1]), scores)
+
+
+def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Accept the draft tokens that agree with the target.
 
     Args:
         draft_tokens: ``(B, T)`` int64.
-        target_scores: ``(B, T + 1, V)``; row t scores the token after the first t draft tokens.
+        target_scores: ``(B, T + 1, V)``; the arg-max of row t is the target's choice after the first t draft tokens.
 
     Returns:
         ``num_accepted (B,)`` and ``next_token (B,)``: the target's own token after the accepted ones.
@@ -34,51 +83,3 @@ def accept_greedy(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, 
     matches = (draft_tokens == choice[:, :-1]).long()
     num_accepted = matches.cumprod(1).sum(1)
     return num_accepted, choice.gather(1, num_accepted[:, None]).squeeze(1)
-
-
-def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """norm(max(0, p - q)) over the last axis; p itself where the two are equal and nothing is left."""
-    excess = (target_probs - draft_probs).clamp(min=0)
-    total = excess.sum(-1, keepdim=True)
-    return torch.where(total > 0, excess / total.clamp(min=torch.finfo(excess.dtype).tiny), target_probs)
-
-
-def sample_step(
-    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """Speculative sampling of one token ``(B,)`` of each sequence: the drafted one, or what stands in its place.
-
-    Args:
-        draft_tokens: ``(B,)`` int64, drawn from ``draft_probs``.
-        draft_probs, target_probs: ``(B, V)``.
-        generator: source of randomness, or None for the global one.
-    """
-    p, q = (probs.gather(-1, draft_tokens[:, None])[:, 0] for probs in (target_probs, draft_probs))
-    uniform = torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-    return torch.where(uniform * q < p, draft_tokens, sample(residual(target_probs, draft_probs), generator))
-
-
-def accept_sampled(
-    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Speculative sampling of one block.
-
-    Args:
-        draft_tokens: ``(B, T)`` int64, drawn from ``draft_probs``.
-        draft_probs: ``(B, T, V)``.
-        target_probs: ``(B, T + 1, V)``.
-        generator: source of randomness, or None for the global one.
-
-    Returns:
-        ``num_accepted (B,)`` and ``next_token (B,)``.
-    """
-    tokens = draft_tokens.unsqueeze(-1)
-    p, q = target_probs[:, :-1].gather(-1, tokens).squeeze(-1), draft_probs.gather(-1, tokens).squeeze(-1)
-    uniform = torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-    # u < p/q without the division; a token the target forbids (p = 0) is never accepted.
-    num_accepted = (uniform * q < p).long().cumprod(1).sum(1)
-    # Past the last draft token q is zero, and the residual of p over nothing is p: the bonus token.
-    draft_probs = torch.cat((draft_probs, torch.zeros_like(target_probs[:, :1])), 1)
-    row = num_accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
-    next_probs = residual(target_probs.gather(1, row), draft_probs.gather(1, row)).squeeze(1)
-    return num_accepted, sample(next_probs, generator)

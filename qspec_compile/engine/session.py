@@ -14,9 +14,10 @@ from quantspec.cache import HierarchicalCache
 from quantspec.locks import LockOfProcess
 from quantspec.pair import Pair
 
-from .acceptance import RULES, Rules
+from .acceptance import Rule
 from .cycle_graph import CycleReplays
-from .draft_count import AutoDraftCount, DraftCount, FixedDraftCount
+from .draft_count import PLAIN_START, STARTS, AutoDraftCount, DraftCount, FixedDraftCount
+from .sampling import accept
 from .stats import GenerationStats
 
 
@@ -53,17 +54,17 @@ class Session:
 
     Attributes:
         pair: whose cache it is.
-        rules: which drafts stand.
+        rule: which drafts stand.
         cache: of the call before, whatever it holds; None before the first and after a release.
         replays: captured cycles on that cache.
         last_stats: of the call that ended last, also if it was interrupted; None before the first.
     """
 
-    def __init__(self, pair: Pair, rules: Rules = RULES) -> None:
+    def __init__(self, pair: Pair, rule: Rule = accept) -> None:
         self.pair = pair
-        self.rules = rules
+        self.rule = rule
         self.cache: HierarchicalCache | None = None
-        self.replays = CycleReplays(pair, rules)
+        self.replays = CycleReplays(pair, rule)
         self.last_stats: GenerationStats | None = None
         self._texts: list[Tensor] | None = None
         self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
@@ -113,10 +114,14 @@ class Session:
         self.replays.clear()
 
     def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length.
+
+        On a CPU it begins without drafts: reading planes at 4 bits takes longer there than reading the decoded copy.
+        """
         if not isinstance(num_speculative_tokens, str):
             return FixedDraftCount(num_speculative_tokens)
-        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount())
+        starts = PLAIN_START if self.pair.device.type == "cpu" else STARTS
+        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount(starts))
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:

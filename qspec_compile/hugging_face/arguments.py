@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from quantspec.config import ALIASES, check_num_speculative_tokens
 from quantspec.pair import Pair
+
+from .structured import grammar_processor
 
 # What generate() makes for model.forward in every version, and the loop has no use for.
 _IGNORED_MODEL_KWARGS = frozenset({"attention_mask", "position_ids", "use_cache", "logits_to_keep"})
@@ -58,6 +59,7 @@ def prepare_arguments(
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
     tokenizer: Any,
+    structure: Mapping[str, Any],
     num_speculative_tokens: int | str | None,
     continue_cache: bool,
     kwargs: dict[str, Any],
@@ -87,6 +89,7 @@ def prepare_arguments(
         check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
     _take_stop_strings(options, configs, tokenizer)
+    _take_structure(options, configs, tokenizer, structure, pair.vocab_size)
     check_continue_cache(continue_cache)
     return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
 
@@ -112,17 +115,6 @@ def _option(name: str, options: dict[str, Any], configs: Sequence[GenerationConf
         return options[name]
     values = (getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)
-
-
-def check_seed(seed: Any) -> int:
-    """``seed`` as an int that torch takes."""
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an int, not {seed!r}") from None
-    if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be between -2**63 and 2**64 - 1, not {number}")
-    return number
 
 
 def check_input_ids(pair: Pair, input_ids: Tensor) -> None:
@@ -199,6 +191,24 @@ def _take_stop_strings(options: dict[str, Any], configs: Sequence[GenerationConf
     criteria.extend(options.get("stopping_criteria") or [])
     options["stopping_criteria"] = criteria
     options["stop_strings"] = None
+
+
+def _take_structure(
+    options: dict[str, Any],
+    configs: Sequence[GenerationConfig | None],
+    tokenizer: Any,
+    structure: Mapping[str, Any],
+    vocab_size: int,
+) -> None:
+    """Turn a ``structure`` into a logits processor, and let EOS end the text whatever else may."""
+    if not structure:
+        return
+    eos = _option("eos_token_id", options, configs)
+    if eos is None:
+        eos = options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
+    ids = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    processor = grammar_processor(structure, tokenizer, ids, vocab_size)
+    options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or []), processor])
 
 
 def refuse_unsupported(

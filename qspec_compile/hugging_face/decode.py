@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec.cache import check_cache_len
 from quantspec.config import check_num_speculative_tokens
 from quantspec.engine.cycles import Call
+from quantspec.engine.logits_processors import merge_processors
 from quantspec.engine.loop import SpeculativeLoop
 from quantspec.engine.progress import Progress
 from quantspec.engine.session import Session
@@ -37,6 +38,7 @@ from .arguments import (
     check_streamer,
     refuse_unsupported,
 )
+from .rows import Prepared, check_seed, row_seeds
 
 
 @dataclass
@@ -65,6 +67,7 @@ def decode(
     generator: torch.Generator | None = None,
     num_speculative_tokens: int | str | None = None,
     continue_cache: bool = False,
+    seed: int | Sequence[int] | None = None,
     verifier: Role = Role.TARGET,
     synced_gpus: bool = False,
     **model_kwargs: Any,
@@ -76,8 +79,8 @@ def decode(
         model: the Hugging Face model that calls; must be the converted one.
         input_ids: ``(B, S)`` prompts; ``model_kwargs["attention_mask"]`` tells padding.
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
-        streamer, generator: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its own
-            loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
+        streamer, generator, seed: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its
+            own loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
         continue_cache: prefill only what the previous call's text does not begin with.
         verifier: the role whose distribution is emitted.
@@ -107,14 +110,13 @@ def decode(
             session,
             input_ids,
             mask,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
+            Prepared(logits_processor, stopping_criteria, generation_config),
             streamer,
             generator,
             num_speculative_tokens,
             continue_cache,
-            verifier,
+            seed,
+            verifier=verifier,
         )
 
 
@@ -122,19 +124,26 @@ def decode_checked(
     session: Session,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
+    prepared: Prepared,
     streamer: BaseStreamer | None,
     generator: torch.Generator | None,
     num_speculative_tokens: int | str | None,
     continue_cache: bool,
+    seed: int | Sequence[int] | None,
+    rows: Sequence[Prepared] | None = None,
     verifier: Role = Role.TARGET,
 ) -> Tensor | GenerateOutput:
-    """:func:`decode` of ids, mask and options that have been checked; the rest is checked here."""
+    """:func:`decode` of ids, mask and options that have been checked; the rest is checked here.
+
+    ``prepared`` are the options of the batch; ``rows`` those of each row, where they differ.
+    """
     pair = session.pair
     check_streamer(streamer)
     check_generator(generator, pair.device)
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("pass either generator or seed, not both")
+        seed = check_seed(seed)
     if num_speculative_tokens is None:
         num_speculative_tokens = pair.config.num_speculative_tokens
     else:
@@ -145,27 +154,33 @@ def decode_checked(
         attention_mask = torch.ones_like(input_ids)
     prompts = [row[mask] for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
     longest = max(map(len, prompts))
-    # A caller's criterion takes the place of the config's.
-    lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
-    max_new_tokens = max(1, min(lengths, default=generation_config.max_length) - input_ids.shape[1])
-    num_tokens = longest + max_new_tokens
+    criteria, config = prepared.criteria, prepared.config
+    if rows is None:
+        rows = [prepared] * len(prompts)
+    else:
+        # Each row has a length of its own.
+        criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
+    samples = any(row.config.do_sample for row in rows)
+    seeds = row_seeds(seed, generator, len(prompts), pair.device) if samples or seed is not None else [0] * len(prompts)
+    each = zip(rows, prompts, seeds, strict=True)
+    requests = [row.request(prompt, input_ids.shape[1], own) for row, prompt, own in each]
+    num_tokens = longest + max(request.max_new_tokens for request in requests)
     check_cache_len(num_tokens, pair.max_len)
 
     draft_count = session.draft_count(num_speculative_tokens, len(prompts), longest)
     stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
-    pad = generation_config._pad_token_tensor
-    returns_dict = bool(generation_config.return_dict_in_generate)
+    pad = config._pad_token_tensor
+    returns_dict = bool(config.return_dict_in_generate)
     progress = Progress(
         input_ids,
-        prompts,
-        max_new_tokens,
+        requests,
         0 if pad is None else int(pad),
-        stopping_criteria,
+        criteria,
         streamer,
-        collect_scores=returns_dict and bool(generation_config.output_scores),
-        collect_logits=returns_dict and bool(generation_config.output_logits),
+        collect_scores=returns_dict and bool(config.output_scores),
+        collect_logits=returns_dict and bool(config.output_logits),
     )
-    call = Call(progress, logits_processor, bool(generation_config.do_sample), generator, session.rules, verifier)
+    call = Call(progress, merge_processors([row.processors for row in rows]), session.rule, verifier)
     with session.exclusive():
         try:
             with _out_of_memory_releases(session, len(prompts), num_tokens):

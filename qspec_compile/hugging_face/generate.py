@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from .arguments import (
     bare_call_arguments,
     check_attention_mask,
     check_input_ids,
-    check_seed,
     prepare_arguments,
     refuse_unsupported,
 )
 from .decode import GenerateOutput, decode_checked, ends_on_failure
+from .rows import Prepared, check_row_options, prepare_rows
 
 
 def generate(
@@ -34,12 +35,19 @@ def generate(
     num_speculative_tokens: int | str | None = None,
     continue_cache: bool = False,
     generator: torch.Generator | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    row_options: Sequence[Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
+    json_schema: dict[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateOutput:
     """:meth:`quantspec.QuantSpecModel.generate`; ``model`` is the converted one or a view with a config of its own."""
     pair = session.pair
+    given_config = generation_config
+    sources = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    structure = {name: source for name, source in sources.items() if source is not None}
 
     def method(
         _: Any,
@@ -58,24 +66,25 @@ def generate(
         prepared.pop("synced_gpus", None)
         bare_call = functools.partial(bare_call_arguments, pair.model, ids, mask, generation_config)
         refuse_unsupported(generation_config, prepared, bare_call)
+        rows = None
+        if row_options is not None:
+            copies = generation_config.num_return_sequences
+            rows = prepare_rows(model, ids, mask, given_config, arguments.hugging_face, row_options, copies)
         return decode_checked(
             session,
             ids,
             mask,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
+            Prepared(logits_processor, stopping_criteria, generation_config),
             streamer,
             generator,
             **arguments.decoding,
+            seed=seed,
+            rows=rows,
         )
 
     with ends_on_failure(streamer):
         pair.check_unmoved()
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("pass either generator or seed, not both")
-            generator = torch.Generator(device=pair.device).manual_seed(check_seed(seed))
+        check_row_options(row_options, structure)
         arguments = prepare_arguments(
             pair,
             model.generation_config,
@@ -83,6 +92,7 @@ def generate(
             attention_mask,
             generation_config,
             tokenizer,
+            structure,
             num_speculative_tokens,
             continue_cache,
             kwargs,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.passes.graph import get_tensor, module_path
@@ -93,10 +94,25 @@ def _with_sizes(node: fx.Node) -> Iterator[fx.Node]:
 
 def split_regions(graph: fx.Graph) -> list[Region] | None:
     """Regions of a lowered decoder graph, in order; None where it has few layers or a cut would part a tuple."""
-    nodes = [node for node in graph.nodes if node.op == "call_function" and not _is_size(node)]
+    nodes = _computing(graph)
     cuts = _cuts(nodes)
-    if len(cuts) < _LEAST_LAYERS:
-        return None
+    return None if len(cuts) < _LEAST_LAYERS else _regions(graph, nodes, cuts)
+
+
+def layer_regions(graph: fx.Graph) -> list[Region]:
+    """Regions of a lowered decoder graph of any number of layers; a single one where it cannot be cut."""
+    nodes = _computing(graph)
+    regions = _regions(graph, nodes, _cuts(nodes)) or _regions(graph, nodes, [])
+    assert regions is not None
+    return regions
+
+
+def _computing(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and not _is_size(node)]
+
+
+def _regions(graph: fx.Graph, nodes: list[fx.Node], cuts: list[int]) -> list[Region] | None:
+    """The regions between ``cuts``; None where one would part a tuple."""
     bounds = [0, *cuts, len(nodes)]
     parts = [nodes[first:last] for first, last in itertools.pairwise(bounds)]
     home = {node: index for index, part in enumerate(parts) for node in part}
@@ -159,6 +175,8 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
     symbols = _varying_symbols(placeholders)
     regions = split_regions(graph_module.graph)
     if regions is None:
+        # torch.compile traces the code that is there.
+        _LazyGraphModule.force_recompile(graph_module)
         whole = _Marked(torch.compile(graph_module.forward), [_dims_with(symbols, node) for node in placeholders])
         return _with_many_shapes(whole)
     device = placeholders[0].meta["val"].device

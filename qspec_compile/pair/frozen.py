@@ -15,7 +15,7 @@ _HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_
 # They change what training does.
 _OF_TRAINING = frozenset({"training", "gradient_checkpointing"})
 # They say what a forward returns or what goes with the model; names of every config, such as architectures, do too.
-_OF_NO_FORWARD = frozenset({"use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"})
+_OF_NO_FORWARD = frozenset({"model_type", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"})
 
 
 class FrozenModel:
@@ -27,7 +27,7 @@ class FrozenModel:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parts = dict(_parts(model))
-        self._options = copy.deepcopy(dict(_options(getattr(model, "config", None))))
+        self._options = copy.deepcopy(dict(options_of(getattr(model, "config", None))))
         self._remember()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class FrozenModel:
         """Leave out what has changed since because the model ran, a counter for example."""
         now = dict(_parts(self._model))
         self._parts = {name: part for name, part in self._parts.items() if _same(part, now.get(name))}
-        options = dict(_options(getattr(self._model, "config", None)))
+        options = dict(options_of(getattr(self._model, "config", None)))
         self._options = {name: value for name, value in self._options.items() if value == options.get(name)}
         self._remember()
 
@@ -50,7 +50,7 @@ class FrozenModel:
         """
         if self._seen is None or self._addresses() != self._seen:
             self._check_parts()
-        options = dict(_options(getattr(self._model, "config", None)))
+        options = dict(options_of(getattr(self._model, "config", None)))
         for name, option in self._options.items():
             if name not in options or options[name] != option:
                 raise _changed(f"option '{name}' in the config")
@@ -100,12 +100,12 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"attribute '{prefix}{name}'", value
 
 
-def _options(config: Any) -> Iterator[tuple[str, Any]]:
+def options_of(config: Any) -> Iterator[tuple[str, Any]]:
     """What a forward may read of a config and of those within it, by name; transformers' private entries left out."""
     known = vars(PreTrainedConfig()).keys() | _OF_NO_FORWARD
     for name, value in vars(config).items() if isinstance(config, PreTrainedConfig) else ():
         if isinstance(value, PreTrainedConfig):
-            yield from ((f"{name}.{inner}", option) for inner, option in _options(value))
+            yield from ((f"{name}.{inner}", option) for inner, option in options_of(value))
         elif not name.startswith("_") and name not in known:
             yield name, value
 

@@ -14,11 +14,12 @@ from quantspec.cache import HierarchicalCache
 from quantspec.capture import Capture, capture, check_model
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
-from quantspec.passes import Role, WeightSource
+from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
 from .frozen import FrozenModel
-from .recipes import build_graphs, recipes_for
+from .recipes import build_graphs, common_graph, recipes_for
+from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
 
@@ -33,40 +34,60 @@ class Pair:
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
         config: the options in force, group sizes as adapted.
+        captured: what the graphs were made of.
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
+        common: what the graphs of all roles were made of, with attention markers still.
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the graphs of recipes that say so go through torch.compile.
+        tuned: what tuning did to the draft; None before.
     """
 
-    def __init__(self, model: PreTrainedModel, config: QuantSpecConfig, source: WeightSource | None = None) -> None:
-        """Capture ``model`` and make its roles; ``source`` has ready weights of the draft, else they are quantized.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: QuantSpecConfig,
+        source: WeightSource | None = None,
+        captured: Capture | None = None,
+    ) -> None:
+        """Make the roles of ``model``; ``source`` has ready weights of the draft, else they are quantized.
+
+        It is captured, unless ``captured`` is what that would give.
 
         Raises:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
             ValueError: an option that does not suit the model.
         """
-        recipes = recipes_for(config)
         check_model(model)
+        recipes = recipes_for(config, model.device)
         self.frozen = FrozenModel(model)
-        captured = capture(model)
+        if captured is None:
+            captured = capture(model)
         self.model: PreTrainedModel = model
+        self.captured = captured
         self.layers = captured.layers
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len)
         self.graphs: Mapping[Role, fx.GraphModule]
-        self.graphs, self.linears = build_graphs(captured, config, recipes, self.vocab_size, source)
+        self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
+        self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
         self._recipes = recipes
         self._forwards = {
-            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph.forward
+            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
+        self.tuned: TuneReport | None = None
+
+    @property
+    def draft_weights(self) -> WeightFormat | None:
+        """The format of the draft's linears; None where they are the model's own."""
+        return self._recipes[Role.DRAFT].weight_format
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -18,9 +19,11 @@ from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
     ACCESSES,
+    DECODED_ACCESS,
     INT4,
     CacheAccess,
     CheckTokenMixing,
+    FuseRotation,
     FuseSharedInputLinears,
     GroupLinears,
     LinearReport,
@@ -44,6 +47,7 @@ ORDER = (
     SelectLogitRows,
     MaterializePositionTables,
     LowerAttention,
+    FuseRotation,
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
@@ -88,18 +92,20 @@ def register(recipe: Recipe) -> Recipe:
 
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [GroupLinears()]))
+register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
 
-def recipes_for(config: QuantSpecConfig) -> Mapping[Role, Recipe]:
-    """The recipe of each role under these options.
+def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") -> Mapping[Role, Recipe]:
+    """The recipe of each role under these options on ``device``.
 
     Raises:
         ValueError: no draft of that name is registered; lists those that are.
     """
-    names = {Role.TARGET: "target", Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
+    target = "target on a CPU" if torch.device(device).type == "cpu" else "target"
+    names = {Role.TARGET: target, Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
     if (Role.DRAFT, config.draft_recipe) not in _RECIPES:
         known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
         raise ValueError(f"draft_recipe must be one of {known}, not {config.draft_recipe!r}; register() adds others")
@@ -133,21 +139,13 @@ def _in_order(first: PassBase, second: PassBase) -> bool:
     return places[0] <= places[1] if all(places) else True
 
 
-def build_graphs(
-    captured: Capture,
-    config: QuantSpecConfig,
-    recipes: Mapping[Role, Recipe],
-    vocab_size: int,
-    source: WeightSource | None = None,
-) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
-    """The lowered graph of each role, and what became of the weights of the draft.
+def common_graph(captured: Capture, config: QuantSpecConfig, vocab_size: int) -> fx.GraphModule:
+    """What the graphs of all roles begin as, with attention markers still.
 
     Args:
         captured: the decoder; it is left as it is.
         config: the options, with a ``max_cache_len``.
-        recipes: of each role.
         vocab_size: token ids that the embedding knows.
-        source: has ready weights of the draft; without it they are quantized.
 
     Raises:
         UnsupportedModelError: the graph mixes tokens outside attention, or has no language-model head.
@@ -156,12 +154,28 @@ def build_graphs(
     assert config.max_cache_len is not None
     check = CheckTokenMixing(vocab_size, config.max_cache_len)
     try:
-        run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        return run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def build_graphs(
+    base: fx.GraphModule,
+    config: QuantSpecConfig,
+    recipes: Mapping[Role, Recipe],
+    source: WeightSource | None = None,
+) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
+    """The lowered graph of each role, and what became of the weights of the draft.
+
+    Args:
+        base: their :func:`common_graph`; it is left as it is.
+        config: the options.
+        recipes: of each role.
+        source: has ready weights of the draft; without it they are quantized.
+    """
     graphs, linears = {}, []
     for role, recipe in recipes.items():
-        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size)]
+        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size), FuseRotation()]
         if recipe.weight_format is not None:
             quantize, of_weights = weight_passes(recipe.weight_format, config, source)
             passes += of_weights

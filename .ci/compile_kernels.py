@@ -1,0 +1,278 @@
+"""Compile every Triton kernel for every supported generation of GPUs, without one.
+
+    python .ci/compile_kernels.py [--generations 80 90] [--out FILE]
+
+The launchers run as they do on a GPU of the generation, on tensors without storage, and Triton compiles what they would
+launch. Fails where a kernel does not compile, takes more shared memory than a block may have, or where it or its launch
+uses what the generation lacks. Writes for each kernel its registers, shared memory, spilled bytes and instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from quantspec.kernels.cached_attention_triton import cached_attention_triton
+from quantspec.kernels.cut_off import cut_off_triton
+from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
+from quantspec.kernels.hierarchical import num_value_groups
+from quantspec.kernels.inline_asm import launches_overlap
+from quantspec.kernels.int4_linear import int4_linear_triton
+
+# Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+GROUP = 128
+_LAUNCHERS = ("cached_attention_triton", "int4_linear", "encode", "expert_linear")
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Generation:
+    """The active driver of Triton, for compiling only."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by device.
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention(
+    heads: int, kv_heads: int, dim: int, tokens: int, lower: bool, dtype: torch.dtype, **options: Any
+) -> Callable:
+    """A call of cached attention over 32k tokens, of one sequence."""
+    groups, parts = 32768 // GROUP, num_value_groups(dim)
+    plane = (1, kv_heads, groups, GROUP // 2, dim)
+    recent = (1, kv_heads, 2 * GROUP + 8, dim)
+    upper = {name: empty(*plane, dtype=torch.uint8) for name in ("k_upper", "v_upper")}
+    arguments: dict[str, Any] = {
+        "query": empty(1, heads, tokens, dim, dtype=dtype),
+        "key": empty(1, kv_heads, tokens, dim, dtype=dtype),
+        "value": empty(1, kv_heads, tokens, dim, dtype=dtype),
+        "k_recent": empty(*recent, dtype=dtype),
+        "v_recent": empty(*recent, dtype=dtype),
+        "k_upper": upper["k_upper"],
+        "k_lower": upper["k_upper"] if lower else None,
+        "k_scale": empty(1, kv_heads, groups, dim, dtype=torch.float16),
+        "k_zero": empty(1, kv_heads, groups, dim, dtype=torch.float16),
+        "v_upper": upper["v_upper"].transpose(-1, -2).contiguous().transpose(-1, -2),
+        "v_lower": upper["v_upper"].transpose(-1, -2).contiguous().transpose(-1, -2) if lower else None,
+        "v_scale": empty(1, kv_heads, groups, GROUP, parts, dtype=torch.float16),
+        "v_zero": empty(1, kv_heads, groups, GROUP, parts, dtype=torch.float16),
+        "quantized_len": empty(1, dtype=torch.int64),
+        "length": empty(1, dtype=torch.int64),
+        "scale": dim**-0.5,
+        "window": 0,
+        "softcap": 0.0,
+        "sinks": None,
+    }
+    rotary = options.pop("rotary", 0)
+    if rotary:
+        table = empty(1, tokens, rotary, dtype=dtype)
+        arguments |= {"cos": table, "sin": table, "rotary_dim": rotary}
+    return lambda: cached_attention_triton(**(arguments | options))
+
+
+def linear(rows: int, out_features: int, in_features: int, group: int, dtype: torch.dtype) -> Callable:
+    data = empty(out_features, in_features // 2, dtype=torch.uint8)
+    return lambda: int4_linear_triton(
+        empty(rows, in_features, dtype=dtype), data, empty(in_features // group, out_features, 2, dtype=dtype), None
+    )
+
+
+def encode(dim: int) -> Callable:
+    """A flush, and a prefill, of two heads."""
+    heads, groups, parts = 2, 8, num_value_groups(dim)
+    plane = empty(1, heads, groups, GROUP // 2, dim, dtype=torch.uint8)
+    scales = empty(1, heads, groups, dim, dtype=torch.float16)
+    token_scales = empty(1, heads, groups, GROUP, parts, dtype=torch.float16)
+    recent, lengths = empty(1, heads, 2 * GROUP + 8, dim), empty(1, dtype=torch.int64)
+    cache = (recent, recent, plane, plane, scales, scales, plane, plane, token_scales, token_scales)
+    new = empty(1, heads, 500, dim)
+
+    def call() -> None:
+        encode_oldest_groups(None, *cache, lengths, lengths)
+        encode_oldest_groups((new, new, lengths), *cache, lengths, lengths)
+
+    return call
+
+
+def experts(dtype: torch.dtype) -> Callable:
+    x, ids = empty(6, 256, dtype=dtype), empty(6, dtype=torch.int64)
+    weight = empty(4, 512, 256, dtype=dtype)
+    data, numbers = empty(4, 512, 128, dtype=torch.uint8), empty(4, 2, 512, 2, dtype=dtype)
+
+    def call() -> None:
+        expert_linear_triton(x, ids, weight, None, False)
+        expert_linear_triton(x, ids, weight.transpose(1, 2).contiguous(), None, True)
+        int4_expert_linear_triton(x, ids, data, numbers, None)
+
+    return call
+
+
+def cut_offs(rows: int, vocab: int) -> Callable:
+    scores, limit = empty(rows, vocab, dtype=torch.float32), empty(rows, 1, dtype=torch.float32)
+
+    def call() -> None:
+        for typical in (False, True):
+            cut_off_triton(scores, limit, typical, 1, float("-inf"))
+
+    return call
+
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+CASES: dict[str, Callable[[], Callable]] = {
+    "draft 32/8 of 128": lambda: attention(32, 8, 128, 1, False, BFLOAT, rotary=128),
+    "verification 32/8 of 128": lambda: attention(32, 8, 128, 6, True, BFLOAT, rotary=128),
+    "verification 9/3 of 64, window, soft cap": lambda: attention(
+        9, 3, 64, 6, True, HALF, rotary=32, interleaved=True, window=500, softcap=30.0, sinks=empty(9)
+    ),
+    "verification 8/4 of 256": lambda: attention(8, 4, 256, 6, True, BFLOAT, rotary=256),
+    "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
+    "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
+    "linear 16 rows, 4096 to 4096": lambda: linear(16, 4096, 4096, 128, BFLOAT),
+    "linear 8 rows, 4096 to 1024, group 32": lambda: linear(8, 1024, 4096, 32, HALF),
+    "encoding of 128": lambda: encode(128),
+    "experts": lambda: experts(BFLOAT),
+    "cut-offs": lambda: cut_offs(5, 49152),
+}
+
+
+@contextmanager
+def compiled_for(capability: int) -> Iterator[list[Any]]:
+    """Within, launches are compiled for a generation and collected."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    def overlap(device: torch.device) -> bool:
+        return launches_overlap.__wrapped__(torch.device("cuda"))
+
+    answers = {"use_inline_asm": lambda device: True, "launches_overlap": overlap}
+    device_says = mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10))
+    with mock.patch.object(JITFunction, "run", compile_only), device_says:
+        modules = [importlib.import_module(f"quantspec.kernels.{name}") for name in _LAUNCHERS]
+        patches = [
+            mock.patch.object(module, name, answer)
+            for module in modules
+            for name, answer in answers.items()
+            if hasattr(module, name)
+        ]
+        driver.set_active(Generation(capability))  # type: ignore[arg-type]
+        for patch in patches:
+            patch.start()
+        try:
+            yield kernels
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def described(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run([_BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code.stdout, re.M)
+    return {
+        "kernel": kernel.metadata.name,
+        "warps": kernel.metadata.num_warps,
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "spill_instructions": sum(name.startswith(("STL", "LDL")) for name in instructions),
+        "shared_bytes": kernel.metadata.shared,
+        "instructions": len(instructions),
+        "overlaps": bool(getattr(kernel.metadata, "launch_pdl", False)),
+    }
+
+
+def faults(row: dict[str, Any], ptx: str, capability: int) -> Iterator[str]:
+    """What a generation cannot do of it."""
+    if row["shared_bytes"] > SHARED_KB[capability] * 1024:
+        yield f"takes {row['shared_bytes']} bytes of shared memory of {SHARED_KB[capability]} KB"
+    if capability < 90 and (row["overlaps"] or "griddepcontrol" in ptx):
+        yield "overlaps launches, which needs compute capability 9.0"
+
+
+def compile_generation(capability: int, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of every kernel of the cases, and what is wrong."""
+    rows, wrong = [], []
+    for name in names:
+        try:
+            with compiled_for(capability) as kernels:
+                CASES[name]()()
+        except Exception as error:
+            wrong.append(f"sm_{capability}, {name}: {type(error).__name__}: {error}")
+            continue
+        for kernel in kernels:
+            row = {"capability": capability, "triton": triton.__version__, "case": name} | described(kernel)
+            rows.append(row)
+            wrong += [
+                f"sm_{capability}, {name}, {row['kernel']}: {text}"
+                for text in faults(row, kernel.asm["ptx"], capability)
+            ]
+    return rows, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", type=int, nargs="*", choices=list(SHARED_KB), default=list(SHARED_KB))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    compile_cases = functools.partial(compile_generation, names=options.cases)
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(compile_cases, options.generations))
+    rows = [row for rows, _ in results for row in rows]
+    wrong = [text for _, texts in results for text in texts]
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(rows)} kernels for {len(options.generations)} generations, {len(wrong)} faults")
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

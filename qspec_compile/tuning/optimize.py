@@ -1,0 +1,202 @@
+"""Tuning: sample text, then move the draft's scales and zeros towards the target's distribution on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from quantspec.capture import converting
+from quantspec.config import TuneConfig
+from quantspec.pair import Pair
+from quantspec.pair.tuned import DraftQuality, TuneReport
+from quantspec.passes import Role
+from quantspec.passes.plain_weights import each_plain_weight
+
+from .graphs import Student, Teacher, tuning_graphs
+from .texts import beginnings, sampled, text_length, token_ids
+
+# The share of all steps in which the rate of learning rises; behind it falls as a cosine.
+_WARM_UP = 0.075
+_BETAS = (0.9, 0.95)
+# Held-out text is looked at so often while tuning, to keep the best.
+_LOOKS = 4
+# Rows of logits that are compared at a time: their float32 copies are what takes memory.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class TuneProgress:
+    """Where tuning stands, after a step.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        kl, acceptance: of this step's texts before it, see :class:`DraftQuality`.
+    """
+
+    step: int
+    steps: int
+    kl: float
+    acceptance: float
+
+
+def _check_tunable(pair: Pair) -> None:
+    """Raise ``ValueError`` where a draft has nothing to learn."""
+    weight_format = pair.draft_weights
+    if weight_format is None or weight_format.learned is None or all(r.group_size is None for r in pair.linears):
+        raise ValueError("this draft has no scales to tune: none of its linears is INT4; see print(qs)")
+
+
+def tune(
+    pair: Pair,
+    config: TuneConfig,
+    texts: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    callback: Callable[[TuneProgress], Any] | None = None,
+) -> TuneReport:
+    """Tune the draft of ``pair`` in place; see :meth:`quantspec.QuantSpecModel.tune`."""
+    _check_tunable(pair)
+    pair.check_unmoved()
+    started = time.perf_counter()
+    prompts = beginnings(
+        config.train_windows + config.held_out_windows, token_ids(texts, tokenizer, pair), pair, config
+    )
+    on_gpu = pair.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(pair.device)
+    written = sampled(prompts, pair, text_length(pair, config), config.seed)
+    with converting(), torch.inference_mode(False), torch.enable_grad():
+        # What was written in inference mode takes part in no gradient.
+        training, held_out = written.clone().split((config.train_windows, config.held_out_windows))
+        teacher, student = tuning_graphs(pair)
+        run = _Tuning(teacher, student, config, held_out)
+        run.steps(training, callback)
+        _write(pair, student)
+    report = TuneReport(
+        steps=run.done,
+        stopped=run.done < config.steps,
+        before=run.before,
+        after=run.best,
+        tokens=run.done * config.windows_per_step * written.shape[1],
+        seconds=round(time.perf_counter() - started, 1),
+        peak_memory=torch.cuda.max_memory_allocated(pair.device) if on_gpu else None,
+        seed=config.seed,
+    )
+    pair.tuned = report
+    return report
+
+
+class _Tuning:
+    """The optimization.
+
+    Attributes:
+        before, best: on held-out text, of the draft as it was and of the best so far, which the student has at the end.
+        done: steps done.
+    """
+
+    def __init__(self, teacher: Teacher, student: Student, config: TuneConfig, held_out: Tensor) -> None:
+        self._teacher = teacher
+        self._student = student
+        self._config = config
+        self._held_out = held_out.split(config.windows_per_step)
+        self._optimizer = torch.optim.Adam(student.parameters, lr=config.learning_rate, betas=_BETAS)
+        self.done = 0
+        self.before = self.best = self._quality()
+        self._kept = [parameter.detach().clone() for parameter in student.parameters]
+
+    def steps(self, texts: Tensor, callback: Callable[[TuneProgress], Any] | None) -> None:
+        """Learn from ``texts (n, T)`` until the last step, or Ctrl-C, or a callback that returns True."""
+        config = self._config
+        every = max(1, config.steps // _LOOKS)
+        batches = _batches(texts, config)
+        with tqdm(total=config.steps, desc="tuning", disable=None) as bar:
+            try:
+                while self.done < config.steps:
+                    progress = self._step(next(batches))
+                    bar.update()
+                    bar.set_postfix(KL=f"{progress.kl:.4f}", acceptance=f"{progress.acceptance:.3f}")
+                    if callback is not None and callback(progress):
+                        break
+                    if self.done % every == 0 and self.done < config.steps:
+                        self._keep_best()
+            except KeyboardInterrupt:
+                bar.write("tuning stops: the best so far is kept")
+        self._keep_best()
+        with torch.no_grad():
+            for parameter, kept in zip(self._student.parameters, self._kept, strict=True):
+                parameter.copy_(kept)
+
+    def _step(self, ids: Tensor) -> TuneProgress:
+        config = self._config
+        for group in self._optimizer.param_groups:
+            warm = min(1.0, (self.done + 1) / (_WARM_UP * config.steps))
+            group["lr"] = config.learning_rate * warm * (1 + math.cos(math.pi * self.done / config.steps)) / 2
+        kl, acceptance, _ = self._with_gradients(ids).unbind()
+        self._optimizer.step()
+        self.done += 1
+        return TuneProgress(self.done, config.steps, kl.item(), acceptance.item())
+
+    def _with_gradients(self, ids: Tensor) -> Tensor:
+        """:meth:`_compare`, with new gradients of the KL in what is learned."""
+        self._optimizer.zero_grad(set_to_none=True)
+        result = self._compare(ids)
+        result[0].backward()
+        return result.detach()
+
+    def _compare(self, ids: Tensor, first: int = 0) -> Tensor:
+        """Mean KL, acceptance and agreement, ``(3,)``, of the tokens of ``ids (B, T)`` from ``first`` on."""
+        targets, cache = self._teacher.read(ids)
+        drafts = self._student.read(ids, cache)
+        rows = zip(*(x[:, first:].flatten(0, 1).split(_ROWS) for x in (targets, drafts)), strict=True)
+        sums = [checkpoint(compare, *pair, use_reentrant=False, preserve_rng_state=False) for pair in rows]
+        return torch.stack(sums).sum(0) / (len(ids) * (ids.shape[1] - first))
+
+    @torch.no_grad()
+    def _quality(self) -> DraftQuality:
+        """On the second half of the held-out texts: what follows a prompt."""
+        parts = [len(ids) * self._compare(ids, ids.shape[1] // 2) for ids in self._held_out]
+        return DraftQuality(*(torch.stack(parts).sum(0) / sum(map(len, self._held_out))).tolist())
+
+    def _keep_best(self) -> None:
+        quality = self._quality()
+        if quality.kl < self.best.kl:
+            self.best = quality
+            for kept, parameter in zip(self._kept, self._student.parameters, strict=True):
+                kept.copy_(parameter.detach())
+
+
+def _batches(texts: Tensor, config: TuneConfig) -> Iterator[Tensor]:
+    """Texts of a step, all in turn and in a new order each time."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order: list[int] = []
+    while True:
+        while len(order) < config.windows_per_step:
+            order += torch.randperm(len(texts), generator=generator).tolist()
+        yield texts[order[: config.windows_per_step]]
+        del order[: config.windows_per_step]
+
+
+def compare(targets: Tensor, drafts: Tensor) -> Tensor:
+    """Sums over rows of logits ``(R, V)``: KL(target‖draft), sum of min(p, q), and equal arg-max; ``(3,)`` float32."""
+    p, q = (logits.float().log_softmax(-1) for logits in (targets, drafts))
+    # Tokens that the model rules out have -inf in both.
+    kl = p.exp() * (p - q).masked_fill(p.isneginf(), 0)
+    overlap = torch.minimum(p, q.detach()).exp()
+    same = targets.argmax(-1) == drafts.argmax(-1)
+    return torch.stack((kl.sum(), overlap.sum(), same.sum().float()))
+
+
+def _write(pair: Pair, student: Student) -> None:
+    """Put what was learned where the draft reads it, so that captured graphs stay as they are."""
+    for name, parts in each_plain_weight(pair.graphs[Role.DRAFT]):
+        stored = parts[pair.draft_weights.learned]
+        with torch.inference_mode(stored.is_inference()), torch.no_grad():
+            stored.copy_(student.learned[name]())

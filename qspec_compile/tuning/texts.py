@@ -1,0 +1,83 @@
+"""What a draft is tuned on: text that the target samples itself, on from the user's texts or from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from quantspec.config import TuneConfig
+from quantspec.engine.session import Session
+from quantspec.hugging_face.decode import decode_checked
+from quantspec.hugging_face.rows import Prepared
+from quantspec.pair import Pair
+
+# Sequences that are sampled together: the weights are read once for all of them, so drafts would not pay.
+_BATCH = 64
+
+
+def token_ids(texts: Sequence[Any] | None, tokenizer: Any, pair: Pair) -> list[Tensor]:
+    """Each text as ``(n,)`` int64 ids on the CPU; texts are strings, or ids in any form.
+
+    Raises:
+        TypeError, ValueError: no list of texts, strings without a tokenizer, or ids that the model does not know.
+    """
+    if texts is None:
+        return []
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts must be a list of strings or of token ids, not {type(texts).__name__}")
+    if tokenizer is None and any(isinstance(text, str) for text in texts):
+        raise ValueError("texts are strings: pass tokenizer= too, or token ids")
+    ids = [torch.as_tensor(tokenizer(t).input_ids if isinstance(t, str) else t, device="cpu").flatten() for t in texts]
+    ids = [text for text in ids if len(text)]
+    if not ids:
+        raise ValueError("texts are empty: give some to begin from, or leave texts out")
+    for text in ids:
+        if text.is_floating_point() or not 0 <= int(text.min()) <= int(text.max()) < pair.vocab_size:
+            raise ValueError(f"texts hold token ids that are not in 0..{pair.vocab_size - 1}")
+    return [text.long() for text in ids]
+
+
+def beginnings(count: int, texts: Sequence[Tensor], pair: Pair, config: TuneConfig) -> Tensor:
+    """Prompts ``(count, P)``: random places of the texts, or one random token behind the model's first."""
+    generator = torch.Generator().manual_seed(config.seed)
+    if not texts:
+        first = pair.model.config.get_text_config().bos_token_id
+        prompts = torch.randint(pair.vocab_size, (count, 1), generator=generator)
+        return prompts if first is None else torch.cat((torch.full_like(prompts, first), prompts), 1)
+    length = min(config.prompt_tokens, text_length(pair, config) // 2, max(map(len, texts)))
+    places = torch.cat([text.unfold(0, length, 1) for text in texts if len(text) >= length])
+    return places[torch.randint(len(places), (count,), generator=generator)]
+
+
+def text_length(pair: Pair, config: TuneConfig) -> int:
+    """Tokens of each text."""
+    return min(config.window, pair.max_len)
+
+
+def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
+    """Continue each prompt ``(n, P)`` by the target's distribution to ``(n, length)`` tokens on the pair's device."""
+    session = Session(pair)
+    generator = torch.Generator(pair.device).manual_seed(seed)
+    options = GenerationConfig(do_sample=True, max_length=length)
+    # What transformers prepares of a config; nothing is padded and nothing ends a text early.
+    options._pad_token_tensor = None
+    prepared = Prepared(LogitsProcessorList(), StoppingCriteriaList(), options)
+    written = [
+        decode_checked(
+            session,
+            part.to(pair.device),
+            None,
+            prepared,
+            None,
+            generator,
+            num_speculative_tokens=0,
+            continue_cache=False,
+            seed=None,
+        )
+        for part in prompts.split(_BATCH)
+    ]
+    return torch.cat(written)

@@ -1,0 +1,128 @@
+"""A CPU's target reads a decoded copy of the planes: the same tokens, the same attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import GROUP, Cached, Options, cached_case, randn, random_cache
+
+from quantspec.kernels import cached_attention_reference, decoded_attention
+from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
+from quantspec.kernels.hierarchical import dense_key_value, write_decoded
+from quantspec.passes import DECODED_ACCESS, Role
+from quantspec.passes.graph import find_calls
+
+ops = torch.ops.quantspec
+
+
+def decoded_copy(cache: Cached, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """The copy of every cached token, and garbage behind them."""
+    batch, kv_heads, slots, _ = cache.parts["k_recent"].shape
+    size = GROUP * cache.parts["k_upper"].shape[2] + slots
+    dims = (cache.parts[name].shape[-1] for name in ("k_recent", "v_recent"))
+    copies = [torch.full((batch, kv_heads, size, dim), 1e4, dtype=dtype) for dim in dims]
+    for b, (quantized, length) in enumerate(zip(cache.quantized_len.tolist(), cache.length.tolist(), strict=True)):
+        parts = (part[b] for part in (*cache.parts.values(), *copies))
+        write_decoded(0, quantized, length, *parts)
+    return copies
+
+
+@given(case=cached_case())
+@settings(max_examples=80, deadline=None)
+def test_it_is_attention_over_the_planes(case):
+    """Whatever the lengths, windows, soft caps and sinks; new tokens go into the recent buffer and the copy."""
+    new, cache, opts = case
+    recent, copies, theirs = cache.view(False)[:2], decoded_copy(cache), cache.view(False)
+    out = decoded_attention(*new, *recent, *copies, *cache.state(), *opts.args())
+    expected = cached_attention_reference(*new, *theirs, *cache.state(), *opts.args())
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    assert all(map(torch.equal, recent, theirs[:2]))
+    for b, length in enumerate(cache.length.tolist()):
+        for copy, fresh in zip(copies, new[1:], strict=True):
+            assert torch.equal(copy[b, :, length : length + fresh.shape[2]], fresh[b])
+            assert (copy[b, :, length + fresh.shape[2] :] == 1e4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("lengths", [[(3 * GROUP, GROUP + 5)] * 2, [(3 * GROUP, GROUP + 5), (0, 7)]])
+def test_in_model_precision(dtype, tokens, lengths):
+    """The copy is rounded to the model's dtype, and so is the output."""
+    cache = random_cache(lengths, 2, (64, 64), 1, seed=5)
+    new = [randn(2, h, tokens, 64, seed=s, dtype=dtype) for s, h in enumerate((6, 2, 2))]
+    recent = [part.to(dtype) for part in cache.view(False)[:2]]
+    options = Options(0.05, 0, 0.0, None).args()
+    out = decoded_attention(*new, *recent, *decoded_copy(cache, dtype), *cache.state(), *options)
+    exact = cached_attention_reference(*(x.double() for x in new), *cache.view(False), *cache.state(), *options)
+    assert out.dtype == dtype
+    error = (out.double() - exact).norm() / exact.norm()
+    assert error < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_queries_of_more_precision_than_the_cache(tokens):
+    """As the op that reads the planes takes them, and the output is in the query's dtype."""
+    cache = random_cache([(GROUP, GROUP + 5)], 2, (64, 64), 1, seed=5)
+    new = [randn(1, h, tokens, 64, seed=s, dtype=torch.float32) for s, h in enumerate((6, 2, 2))]
+    recent = [part.to(torch.bfloat16) for part in cache.view(False)[:2]]
+    options = Options(0.05, 0, 0.0, None).args()
+    out = decoded_attention(*new, *recent, *decoded_copy(cache, torch.bfloat16), *cache.state(), *options)
+    exact = cached_attention_reference(*(x.double() for x in new), *cache.view(False), *cache.state(), *options)
+    assert out.dtype == torch.float32
+    assert (out - exact).norm() < 0.02 * exact.norm()
+
+
+@given(first=st.integers(0, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=10, deadline=None)
+def test_what_is_written_is_what_the_planes_hold(first, dtype):
+    cache = random_cache([(3 * GROUP, GROUP + 5)], 2, (24, 160), 1, seed=7)
+    copies = [torch.full_like(copy, -1) for copy in decoded_copy(cache, dtype)]
+    parts = [part[0] for part in cache.parts.values()]
+    length = 4 * GROUP + 5
+    write_decoded(first * GROUP, 3 * GROUP, length, *parts, *(copy[0] for copy in copies))
+    for copy, dense in zip(copies, dense_key_value(3 * GROUP, length, dtype, *parts[2:], *parts[:2]), strict=True):
+        assert torch.equal(copy[0, :, first * GROUP : length], dense[:, first * GROUP :])
+        assert (copy[0, :, : first * GROUP] == -1).all()
+        assert (copy[0, :, length:] == -1).all()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_op_is_registered_as_it_should_be(sinks):
+    cache = random_cache([(GROUP, 2 * GROUP), (0, 5)], 2, (24, 16), 2, seed=7)
+    new = [randn(2, h, 3, d, seed=d, dtype=torch.float32) for h, d in ((4, 24), (2, 24), (2, 16))]
+    recent = [part.float() for part in cache.view(False)[:2]]
+    options = (0.3, 5, 0.0, randn(4, seed=9, dtype=torch.float32) if sinks else None)
+    arguments = (*new, *recent, *decoded_copy(cache, torch.float32), *cache.state(), *options)
+    torch.library.opcheck(decoded_attention, arguments)
+
+
+def test_only_a_cpu_has_the_copy():
+    extra = {part.name for part in parts_on("cpu")} - {part.name for part in CACHE_PARTS}
+    assert extra == set(DECODED_ACCESS.parts) - {"k_recent", "v_recent"}
+    assert parts_on("cuda") == CACHE_PARTS
+
+
+def test_a_cpus_target_reads_the_copy_in_every_layer(qs):
+    graph = qs.pair.graphs[Role.TARGET].graph
+    assert len(list(find_calls(graph, ops.decoded_attention.default))) == len(qs.layers)
+    assert not list(find_calls(graph, ops.cached_attention.default))
+
+
+def test_the_copy_follows_the_cache_through_a_call(qs):
+    """After cycles, flushes and a rewound text the copy holds what the planes and the recent buffer do."""
+    qs.reset()
+    torch.manual_seed(0)
+    prompt = torch.randint(3, 96, (2, 3 * GROUP + 3))
+    options = {"do_sample": False, "eos_token_id": None, "num_speculative_tokens": 3}
+    text = qs.generate(prompt, max_new_tokens=3 * GROUP, **options)
+    qs.generate(text[:, : 2 * GROUP + 1], max_new_tokens=GROUP, continue_cache=True, **options)
+    cache = qs.session.cache
+    for layer in cache.layers:
+        for b, (quantized, length) in enumerate(zip(cache.quantized_len.tolist(), cache.length.tolist(), strict=True)):
+            assert quantized
+            parts = [getattr(layer, part.name)[b] for part in CACHE_PARTS]
+            dense = dense_key_value(quantized, length, torch.float32, *parts[2:], *parts[:2])
+            for copy, expected in zip((layer.k_decoded, layer.v_decoded), dense, strict=True):
+                assert torch.equal(copy[b, :, :length], expected)

@@ -1,0 +1,74 @@
+"""The kernels compile for GPUs that are not here; ``.ci/compile_kernels.py`` compiles more shapes and generations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / ".ci" / "compile_kernels.py"
+# Few cases that launch every kernel.
+CASES = ["draft 32/8 of 128", "linear 8 rows, 4096 to 1024, group 32", "encoding of 128", "experts", "cut-offs"]
+
+
+def launched_kernels() -> set[str]:
+    """Names of all kernels that the library launches."""
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    return {name for source in sources for name in re.findall(r"(\w+_kernel)\[", source)}
+
+
+def loaded(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_kernel_compiles_for_the_oldest_and_the_newest_generation(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, SCRIPT, "--generations", "80", "120", "--cases", *CASES, "--out", out]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())
+    for capability in (80, 120):
+        ours = [row for row in rows if row["capability"] == capability]
+        assert {row["kernel"] for row in ours} == launched_kernels()
+        assert all(row["instructions"] > 10 and row["registers"] > 0 for row in ours)
+        # Attention and INT4 linears overlap with what precedes them where the GPU can.
+        assert any(row["overlaps"] for row in ours) == (capability >= 90)
+
+
+@pytest.mark.parametrize(
+    ("row", "ptx", "capability", "expected"),
+    [
+        ({"shared_bytes": 99 * 1024, "overlaps": False}, "", 89, []),
+        ({"shared_bytes": 99 * 1024 + 1, "overlaps": False}, "", 120, ["takes 101377 bytes of shared memory of 99 KB"]),
+        ({"shared_bytes": 0, "overlaps": True}, "griddepcontrol.wait;", 90, []),
+        ({"shared_bytes": 0, "overlaps": True}, "", 86, ["overlaps launches, which needs compute capability 9.0"]),
+        ({"shared_bytes": 0, "overlaps": False}, "griddepcontrol.wait;", 80, ["overlaps launches, which needs"]),
+    ],
+)
+def test_what_a_generation_lacks_is_a_fault(row: dict, ptx: str, capability: int, expected: list[str]) -> None:
+    found = list(loaded(SCRIPT).faults(row, ptx, capability))
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+
+
+def test_the_page_tells_what_was_compiled() -> None:
+    page = loaded(ROOT / "docs" / "supported_hardware.py")
+    rows = json.loads(page.RESULTS.read_text())
+    assert page.PAGE.read_text() == page.render(rows)
+    limits = {capability: limit for capability, (_, limit) in page.GENERATIONS.items()}
+    assert limits == loaded(SCRIPT).SHARED_KB
