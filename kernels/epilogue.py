@@ -14,11 +14,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 """By the names that ops take; :func:`quantspec.kernels.inline_asm.activated` has the same."""
-# Neighbouring rows of a weight that are gates, and as many behind them that are their factors: half a tile of outputs.
-GATE_ROWS = 8
 
 
-def gated(y: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * factor``, ``(..., N/2)``, of ``(..., N)`` where :data:`GATE_ROWS` of each alternate."""
-    gate, factor = y.unflatten(-1, (-1, 2, GATE_ROWS)).unbind(-2)
-    return (ACTIVATIONS[activation](gate) * factor).flatten(-2)
+def gated(y: Tensor, activation: str, gate_first: bool) -> Tensor:
+    """``activation(gate) * factor``, ``(..., N/2)``, of the halves of ``(..., N)``."""
+    gate, factor = y.chunk(2, -1) if gate_first else y.chunk(2, -1)[::-1]
+    return ACTIVATIONS[activation](gate) * factor

@@ -38,7 +38,9 @@ from .inline_asm import (
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
-MAX_KERNEL_ROWS = 16
+MAX_KERNEL_ROWS = 64
+# Most tiles of eight rows that one program multiplies; more take more registers than it has.
+_ROW_TILES = 2
 # Most tiles of outputs of which K is split.
 MAX_SPLIT_TILES = 512
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
@@ -95,21 +97,22 @@ def int4_fused_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    gate_first: bool,
 ) -> Tensor:
     """:func:`int4_linear` with what follows it in a decoder's layer.
 
-    ``y = x W^T + bias``, then ``activation(gate) * factor`` where rows of ``W`` alternate, eight gates and their eight
-    factors, then ``+ residual``.
+    ``y = x W^T + bias``, then ``activation(gate) * factor`` of its halves, then ``+ residual``.
 
     Args:
         x, qdata, scale_and_zero, bias: as of :func:`int4_linear`, with N outputs.
         residual: of the shape and dtype of the result, or None.
-        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none; N is then a multiple of 16.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none.
+        gate_first: whether gates are the first half.
 
     Returns:
         ``(..., N)``, or ``(..., N/2)`` with an activation, in the dtype of ``x``.
     """
-    return _plain(x, qdata, scale_and_zero, bias, residual, activation)
+    return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first)
 
 
 def _plain(
@@ -119,14 +122,15 @@ def _plain(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    gate_first: bool,
 ) -> Tensor:
     y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
-    y = gated(y, activation) if activation else y
+    y = gated(y, activation, gate_first) if activation else y
     return y if residual is None else y + residual
 
 
 @int4_fused_linear.register_fake
-def _(x, qdata, scale_and_zero, bias, residual, activation):
+def _(x, qdata, scale_and_zero, bias, residual, activation, gate_first):
     return x.new_empty(*x.shape[:-1], qdata.shape[0] // 2 if activation else qdata.shape[0])
 
 
@@ -172,6 +176,19 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _row_of(place, first, N, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr):
+    """Row of the weight at a place of a program's tiles, whose outputs begin at ``first``.
+
+    With an activation eight gates and the eight factors of the same outputs alternate, so that one thread has both.
+    """
+    if ACTIVATION == "":
+        return first + place
+    else:
+        in_second = (place // 8 % 2 == 1) == GATE_FIRST
+        return first + place // 16 * 8 + place % 8 + tl.where(in_second, N // 2, 0)
+
+
+@triton.jit
 def _weights(
     w_at,
     scale_and_zero,
@@ -185,6 +202,7 @@ def _weights(
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr,
     ALL_CHUNKS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -200,7 +218,7 @@ def _weights(
     sz_mask = (first + sz_chunk < ALL_CHUNKS) & wanted
     sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN)
     if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
-        sz = tl.join(sz, _load(sz_at + 16, (sz_n + 16 < N) & sz_mask, EVEN))
+        sz = tl.join(sz, _load(sz_at + TILE_OUTPUTS, (sz_n + TILE_OUTPUTS < N) & sz_mask, EVEN))
         sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (sz_chunk.shape[0], 16 * TILES, 1))
     return w, sz
 
@@ -278,6 +296,8 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -292,8 +312,7 @@ def _linear_kernel(
 
     ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves
     its sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and alone goes on.
-    ``arrivals`` holds a zero per tile, before and after. With ``ACTIVATION`` rows of the weight alternate,
-    eight gates and eight factors.
+    ``arrivals`` holds a zero per tile, before and after.
     """
     WORDS: tl.constexpr = CHUNK // 32
     N_TILES: tl.constexpr = 2 * TILES
@@ -301,11 +320,15 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr = 8 * ROW_TILES
     ALL_CHUNKS: tl.constexpr = K // CHUNK
     EVEN_K: tl.constexpr = SPLITS * STEPS * CHUNKS == ALL_CHUNKS
-    first_n = tl.program_id(0) * BLOCK_N
+    GATED: tl.constexpr = ACTIVATION != ""
+    TILE_OUTPUTS: tl.constexpr = 8 if GATED else 16
+    # Neighbouring programs take blocks of rows of the same outputs: all but the first find the codes in the cache.
+    first_n = tl.program_id(0) // ROW_BLOCKS * (TILES * TILE_OUTPUTS)
+    first_m = tl.program_id(0) % ROW_BLOCKS * BLOCK_M
     c = tl.arange(0, 4)[:, None, None]
     # Rows of the loads are (n / 8, chunk, n % 8) and (m / 8, i, chunk, m % 8): warps share out the chunks.
     r = tl.arange(0, N_TILES * CHUNKS * 8)[None, :, None]
-    n = first_n + r // (8 * CHUNKS) * 8 + r % 8
+    n = _row_of(r // (8 * CHUNKS) * 8 + r % 8, first_n, N, ACTIVATION, GATE_FIRST)
     w_chunk = r // 8 % CHUNKS
     w_at = (
         qdata
@@ -315,13 +338,13 @@ def _linear_kernel(
         + tl.arange(0, 2 * WORDS)[None, None, :]
     )
     r = tl.arange(0, ROW_TILES * WORDS * CHUNKS * 8)[None, :, None]
-    m = r // (8 * CHUNKS * WORDS) * 8 + r % 8
+    m = first_m + r // (8 * CHUNKS * WORDS) * 8 + r % 8
     x_chunk = r // 8 % CHUNKS
     x_at = (
         x + m * K + x_chunk * CHUNK + c * (8 * WORDS) + r // (8 * CHUNKS) % WORDS * 8 + tl.arange(0, 8)[None, None, :]
     )
     sz_chunk = tl.arange(0, CHUNKS)[:, None, None]
-    sz_n = first_n + tl.arange(0, 16)[None, :, None]
+    sz_n = _row_of(tl.arange(0, 16)[None, :, None], first_n, N, ACTIVATION, GATE_FIRST)
     start = tl.program_id(1) * STEPS * CHUNKS
     acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
     if PDL:
@@ -342,6 +365,7 @@ def _linear_kernel(
             CHUNK,
             GROUP,
             TILES,
+            TILE_OUTPUTS,
             ALL_CHUNKS,
             EVEN_N,
             EVEN_K,
@@ -387,6 +411,7 @@ def _linear_kernel(
                 CHUNK,
                 GROUP,
                 TILES,
+                TILE_OUTPUTS,
                 ALL_CHUNKS,
                 EVEN_N,
                 EVEN_K,
@@ -427,6 +452,7 @@ def _linear_kernel(
                 CHUNK,
                 GROUP,
                 TILES,
+                TILE_OUTPUTS,
                 ALL_CHUNKS,
                 EVEN_N,
                 EVEN_K,
@@ -451,8 +477,8 @@ def _linear_kernel(
                 USE_ASM,
             )
     y = tl.sum(acc, 0)
-    row = tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, BLOCK_N)[:, None]
+    row = first_m + tl.arange(0, BLOCK_M)[None, :]
+    n = _row_of(tl.arange(0, BLOCK_N)[:, None], first_n, N, ACTIVATION, GATE_FIRST)
     inside = (row < num_rows) & (n < N)
     if SPLITS > 1:
         at = partial + row * N + n
@@ -467,12 +493,12 @@ def _linear_kernel(
             y += tl.load(at + split * num_rows * N, inside, other=0, cache_modifier=".cg")
     if HAS_BIAS:
         y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-    if ACTIVATION != "":
+    if GATED:
         y = tl.permute(tl.reshape(y, (TILES, 2, 8, BLOCK_M)), (0, 2, 3, 1))
         gate, factor = tl.split(tl.reshape(y, (8 * TILES, BLOCK_M, 2)))
         y = activated(gate, ACTIVATION) * factor
         N = N // 2
-        n = first_n // 2 + tl.arange(0, 8 * TILES)[:, None]
+        n = first_n + tl.arange(0, 8 * TILES)[:, None]
         inside = (row < num_rows) & (n < N)
     if HAS_RESIDUAL:
         y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
@@ -539,23 +565,28 @@ def int4_fused_linear_triton(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    gate_first: bool,
 ) -> Tensor:
-    """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
+    """Launch the kernel for 1 to 64 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
     has_kernel = group >= 32 and group & (group - 1) == 0
     if not has_kernel or not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
-        return _plain(x, qdata, scale_and_zero, bias, residual, activation)
+        return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first)
     config = linear_config(rows, out_features, in_features, group)
     steps = triton.cdiv(in_features // config.chunk, config.warps * config.splits)
     pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
     if config.registers is not None:
         options["maxnreg"] = config.registers  # type: ignore[assignment]
-    out = x.new_empty(*x.shape[:-1], out_features // 2 if activation else out_features)
+    width = out_features // 2 if activation else out_features
+    tile = (8 if activation else 16) * config.tiles
+    row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
+    row_blocks = triton.cdiv(rows, 8 * row_tiles)
+    out = x.new_empty(*x.shape[:-1], width)
     several = config.splits > 1
-    _linear_kernel[(triton.cdiv(out_features, 16 * config.tiles), config.splits)](
+    _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
         x.contiguous(),
         qdata.contiguous().view(torch.uint16),
         scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
@@ -572,14 +603,16 @@ def int4_fused_linear_triton(
         STEPS=steps,
         CHUNKS=config.warps,
         TILES=config.tiles,
-        ROW_TILES=triton.cdiv(rows, 8),
+        ROW_TILES=row_tiles,
+        ROW_BLOCKS=row_blocks,
         SPLITS=config.splits,
         UNROLL=config.unroll,
         EARLY=min(config.early, steps),
-        EVEN_N=out_features % (16 * config.tiles) == 0,
+        EVEN_N=width % tile == 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
+        GATE_FIRST=gate_first,
         K_WIDTH=_K_WIDTH,
         dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         USE_ASM=use_inline_asm(x.device),
@@ -597,4 +630,4 @@ int4_fused_linear.register_kernel("cuda")(int4_fused_linear_triton)
 @int4_linear.register_kernel("cuda")
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
     """As :func:`int4_fused_linear_triton`, without an epilogue."""
-    return int4_fused_linear_triton(x, qdata, scale_and_zero, bias, None, "")
+    return int4_fused_linear_triton(x, qdata, scale_and_zero, bias, None, "", True)

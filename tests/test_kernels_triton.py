@@ -243,19 +243,21 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(
-    ("rows", "tiles", "splits", "early"), [(1, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (13, 2, 3, 0)]
+    ("activation", "gate_first"), [("", True), ("silu", True), ("silu", False), ("gelu", True), ("gelu_tanh", False)]
 )
-def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "tiles", "splits", "early"), [(1, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (29, 2, 3, 0)]
+)
+def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
     monkeypatch.setattr(module, "linear_config", lambda *_: LinearConfig(tiles, 2, splits, 1, early, 64))
     arguments, expected = int4_arguments(rows, 80, 768, 64, True, torch.bfloat16)
     if activation:
-        expected = gated(expected, activation)
+        expected = gated(expected, activation, gate_first)
     residual = random(*expected.shape, dtype=torch.bfloat16)
     for _ in range(2):  # the counts of arrived splits are as before
-        actual = int4_fused_linear_triton(*arguments, residual, activation)
+        actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first)
         assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
 
 

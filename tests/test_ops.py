@@ -618,9 +618,8 @@ def op_cases() -> dict[str, tuple]:
     cases["int4_linear"] = kernels.int4_linear, (x[None], qdata, params, None)
     cases["int4_linear bias"] = kernels.int4_linear, (x, qdata, params, bias[0])
     fused = x[None], qdata, params, bias[0], kernels.int4_linear(x[None], qdata, params, None)
-    cases["int4_fused_linear"] = kernels.int4_fused_linear, (*fused, "")
-    gates = torch.cat((qdata,) * 3)[:16], torch.cat((params,) * 3, 1)[:, :16], None, None, "silu"
-    cases["int4_fused_linear gated"] = kernels.int4_fused_linear, (x, *gates)
+    cases["int4_fused_linear"] = kernels.int4_fused_linear, (*fused, "", True)
+    cases["int4_fused_linear gated"] = kernels.int4_fused_linear, (x, qdata, params, None, None, "silu", False)
     matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
     cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]], "")
     cases["linears gated"] = kernels.linears, (x[None], [matrix, matrix], [], "gelu")
