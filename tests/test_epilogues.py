@@ -96,9 +96,9 @@ def test_int4_linears_take_gates_and_residuals(architecture: str) -> None:
 
 
 class _Gate(nn.Module):
-    """A gate whose factor may come first, and with biases or not."""
+    """A gate whose factor may come first, of an odd width, and with biases or not."""
 
-    def __init__(self, gate_first: bool, bias: bool, width: int = 48) -> None:
+    def __init__(self, gate_first: bool, bias: bool, width: int = 45) -> None:
         super().__init__()
         self.gate_first = gate_first
         self.both = nn.Linear(64, 2 * width, bias)
@@ -123,7 +123,7 @@ def test_gates_stand_in_either_half(gate_first: bool, bias: bool) -> None:
 
 
 class _Alone(nn.Module):
-    """What looks like a gate or a residual, but is read elsewhere, broadcast, scaled or of odd width."""
+    """What looks like a gate or a residual, but is read elsewhere, broadcast or scaled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Alone(nn.Module):
         """Nothing here can be fused."""
         gate, factor = self.a(x).chunk(2, -1)
         b, d = self.b(x * 2), self.d(x * 3)
-        return F.silu(gate) * factor, b + x, b, self.c(x * 4) + row, torch.add(d, x, alpha=2), d + d
+        return F.silu(gate) * factor, gate, b + x, b, self.c(x * 4) + row, torch.add(d, x, alpha=2), d + d
 
 
 def test_what_is_read_elsewhere_broadcast_or_scaled_is_left_alone() -> None:
