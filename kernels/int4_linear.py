@@ -41,6 +41,8 @@ from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 MAX_KERNEL_ROWS = 64
 # Most tiles of eight rows that one program multiplies; more take more registers than it has.
 _ROW_TILES = 2
+# Outputs whose squares are summed up together: those of a tile.
+SQUARES = 16
 # Most tiles of outputs of which K is split.
 MAX_SPLIT_TILES = 512
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
@@ -98,21 +100,26 @@ def int4_fused_linear(
     residual: Tensor | None,
     activation: str,
     gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """:func:`int4_linear` with what follows it in a decoder's layer.
+    """:func:`int4_linear` with what stands around it in a decoder's layer.
 
-    ``y = x W^T + bias``, then ``activation(gate) * factor`` of its halves, then ``+ residual``.
+    ``y = r x W^T + bias``, then ``activation(gate) * factor`` of its halves, then ``+ residual``. The factor r that
+    normalizes a row, ``(sum(squares) / K + eps)^(-1/2)``, is 1 without ``squares``.
 
     Args:
         x, qdata, scale_and_zero, bias: as of :func:`int4_linear`, with N outputs.
         residual: of the shape and dtype of the result, or None.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none.
         gate_first: whether gates are the first half.
+        squares: ``(S, ...)`` float32 sums of squares, the leading axes of ``x`` behind S, or None.
+        eps: of the normalization.
 
     Returns:
         ``(..., N)``, or ``(..., N/2)`` with an activation, in the dtype of ``x``.
     """
-    return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first)
+    return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps)
 
 
 def _plain(
@@ -123,15 +130,50 @@ def _plain(
     residual: Tensor | None,
     activation: str,
     gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
 ) -> Tensor:
+    if squares is not None:
+        x = (x * torch.rsqrt(squares.sum(0) / x.shape[-1] + eps)[..., None]).to(x.dtype)
     y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
     y = gated(y, activation, gate_first) if activation else y
     return y if residual is None else y + residual
 
 
 @int4_fused_linear.register_fake
-def _(x, qdata, scale_and_zero, bias, residual, activation, gate_first):
+def _(x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps):
     return x.new_empty(*x.shape[:-1], qdata.shape[0] // 2 if activation else qdata.shape[0])
+
+
+@torch.library.custom_op("quantspec::int4_linear_to_norm", mutates_args=())
+def int4_linear_to_norm(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int4_fused_linear` in front of a root mean square norm, which what reads the result completes.
+
+    Args:
+        x, qdata, scale_and_zero, bias, residual: as there.
+        norm_weight: ``(N,)`` float.
+
+    Returns:
+        ``y (..., N)``, ``y * norm_weight`` in the same dtype, and the sums of squares of :data:`SQUARES` neighbouring
+        outputs each, ``(ceil(N / SQUARES), ...)`` float32.
+    """
+    return _plain_to_norm(x, qdata, scale_and_zero, bias, residual, norm_weight)
+
+
+def _plain_to_norm(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias) + residual
+    squares = F.pad(y.float().square(), (0, -y.shape[-1] % SQUARES)).unflatten(-1, (-1, SQUARES)).sum(-1)
+    return y, (y.float() * norm_weight.float()).to(y.dtype), squares.movedim(-1, 0).contiguous()
+
+
+@int4_linear_to_norm.register_fake
+def _(x, qdata, scale_and_zero, bias, residual, norm_weight):
+    squares = x.new_empty(-(-qdata.shape[0] // SQUARES), *x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(residual), torch.empty_like(residual), squares
 
 
 def scale_and_zero_gradient(grad: Tensor, x: Tensor, qdata: Tensor, scale_and_zero: Tensor) -> Tensor:
@@ -277,10 +319,15 @@ def _linear_kernel(
     scale_and_zero,
     bias,
     residual,
+    norm_weight,
+    squares,
     partial,
     arrivals,
     out,
+    scaled,
+    new_squares,
     num_rows,
+    eps,
     N,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -297,6 +344,9 @@ def _linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    TO_NORM: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     dtype: tl.constexpr,
@@ -374,6 +424,11 @@ def _linear_kernel(
     if PDL:
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
+    row = first_m + tl.arange(0, BLOCK_M)[None, :]
+    if PARTS > 0:
+        part = tl.arange(0, PADDED_PARTS)[:, None]
+        total = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
+        norm = tl.rsqrt(tl.sum(total, 0) / K + eps)[None, :]
     if EARLY == STEPS:
         for step in tl.static_range(STEPS):
             acc = _add_step(
@@ -477,7 +532,6 @@ def _linear_kernel(
                 USE_ASM,
             )
     y = tl.sum(acc, 0)
-    row = first_m + tl.arange(0, BLOCK_M)[None, :]
     n = _row_of(tl.arange(0, BLOCK_N)[:, None], first_n, N, ACTIVATION, GATE_FIRST)
     inside = (row < num_rows) & (n < N)
     if SPLITS > 1:
@@ -491,6 +545,8 @@ def _linear_kernel(
         y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for split in tl.static_range(SPLITS):
             y += tl.load(at + split * num_rows * N, inside, other=0, cache_modifier=".cg")
+    if PARTS > 0:
+        y *= norm
     if HAS_BIAS:
         y += tl.load(bias + n, n < N, other=0).to(tl.float32)
     if GATED:
@@ -503,6 +559,12 @@ def _linear_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
     tl.store(out + row * N + n, y, inside)
+    if TO_NORM:
+        y = tl.where(inside, y.to(dtype).to(tl.float32), 0)
+        tl.store(scaled + row * N + n, y * tl.load(norm_weight + n, n < N, other=0).to(tl.float32), inside)
+        total = tl.sum(tl.reshape(y * y, (TILES, 16, BLOCK_M)), 1)
+        part = first_n // 16 + tl.arange(0, TILES)[:, None]
+        tl.store(new_squares + part * num_rows + row, total, (part * 16 < N) & (row < num_rows))
 
 
 class LinearConfig(NamedTuple):
@@ -557,23 +619,29 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
 
-@on_tensors_device
-def int4_fused_linear_triton(
+def _has_kernel(x: Tensor, scale_and_zero: Tensor) -> bool:
+    """Whether the kernel multiplies these rows and groups: 1 to 64 rows of 16-bit floats."""
+    group = x.shape[-1] // scale_and_zero.shape[0]
+    rows = x.numel() // x.shape[-1]
+    return group >= 32 and group & (group - 1) == 0 and 1 <= rows <= MAX_KERNEL_ROWS and x.element_size() == 2
+
+
+def _launch(
     x: Tensor,
     qdata: Tensor,
     scale_and_zero: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    activation: str,
-    gate_first: bool,
-) -> Tensor:
-    """Launch the kernel for 1 to 64 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
+    activation: str = "",
+    gate_first: bool = True,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    norm_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of ``int4_linear_to_norm``, the last two only with a ``norm_weight``."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
-    has_kernel = group >= 32 and group & (group - 1) == 0
-    if not has_kernel or not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
-        return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first)
     config = linear_config(rows, out_features, in_features, group)
     steps = triton.cdiv(in_features // config.chunk, config.warps * config.splits)
     pdl = launches_overlap(x.device)
@@ -584,7 +652,11 @@ def int4_fused_linear_triton(
     tile = (8 if activation else 16) * config.tiles
     row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
     row_blocks = triton.cdiv(rows, 8 * row_tiles)
-    out = x.new_empty(*x.shape[:-1], width)
+    parts = 0 if squares is None else squares.shape[0]
+    out = scaled = new_squares = x.new_empty(*x.shape[:-1], width)
+    if norm_weight is not None:
+        scaled = torch.empty_like(out)
+        new_squares = x.new_empty(triton.cdiv(width, SQUARES), *x.shape[:-1], dtype=torch.float32)
     several = config.splits > 1
     _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
         x.contiguous(),
@@ -592,10 +664,15 @@ def int4_fused_linear_triton(
         scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
         out if bias is None else bias.contiguous(),
         out if residual is None else residual.contiguous(),
+        out if norm_weight is None else norm_weight.contiguous(),
+        out if squares is None else squares.contiguous(),
         x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out,
         _arrivals(x.device) if several else out,
         out,
+        scaled,
+        new_squares,
         rows,
+        eps,
         out_features,
         K=in_features,
         GROUP=group,
@@ -613,6 +690,9 @@ def int4_fused_linear_triton(
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATE_FIRST=gate_first,
+        PARTS=parts,
+        PADDED_PARTS=triton.next_power_of_2(max(parts, 1)),
+        TO_NORM=norm_weight is not None,
         K_WIDTH=_K_WIDTH,
         dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         USE_ASM=use_inline_asm(x.device),
@@ -621,13 +701,42 @@ def int4_fused_linear_triton(
         num_stages=1,
         **options,
     )
-    return out
-
-
-int4_fused_linear.register_kernel("cuda")(int4_fused_linear_triton)
+    return out, scaled, new_squares
 
 
 @int4_linear.register_kernel("cuda")
+@on_tensors_device
 def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
-    """As :func:`int4_fused_linear_triton`, without an epilogue."""
-    return int4_fused_linear_triton(x, qdata, scale_and_zero, bias, None, "", True)
+    """Launch the kernel where there is one, else dequantize and multiply; arguments as the op's."""
+    if not _has_kernel(x, scale_and_zero):
+        return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
+    return _launch(x, qdata, scale_and_zero, bias, None)[0]
+
+
+@int4_fused_linear.register_kernel("cuda")
+@on_tensors_device
+def int4_fused_linear_triton(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As :func:`int4_linear_triton`."""
+    arguments = x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps
+    return _launch(*arguments)[0] if _has_kernel(x, scale_and_zero) else _plain(*arguments)
+
+
+@int4_linear_to_norm.register_kernel("cuda")
+@on_tensors_device
+def int4_linear_to_norm_triton(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`int4_linear_triton`."""
+    if not _has_kernel(x, scale_and_zero):
+        return _plain_to_norm(x, qdata, scale_and_zero, bias, residual, norm_weight)
+    return _launch(x, qdata, scale_and_zero, bias, residual, norm_weight=norm_weight)

@@ -7,6 +7,7 @@ from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
 from .int4_epilogues import FuseInt4Epilogues
+from .int4_norms import FuseInt4Norms
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
 from .plain_weights import plain_weights
@@ -26,6 +27,7 @@ __all__ = [
     "CacheAccess",
     "CheckTokenMixing",
     "FuseInt4Epilogues",
+    "FuseInt4Norms",
     "FuseRotation",
     "FuseSharedInputLinears",
     "GroupLinears",

@@ -33,13 +33,13 @@ class FuseInt4Epilogues(WeightLayout):
         gates = _gates(graph)
         for match, linear in gates:
             gate_first = piece(match.gate).start == 0
-            _replace(graph, match.product, linear, (*linear.args, None, match.activation, gate_first))
+            _replace(graph, match.product, linear, (*linear.args, None, match.activation, gate_first, None, 0.0))
         graph.eliminate_dead_code()
         sums = added(graph, _may_add)
         for node, linear in sums:
             # Read now: the residual may be a sum that has just been rewritten.
             residual = next(term for term in node.args[:2] if term is not linear)
-            _replace(graph, node, linear, (*linear.args[:4], residual, *(linear.args[5:] or ("", True))))
+            _replace(graph, node, linear, (*linear.args[:4], residual, *(linear.args[5:] or ("", True, None, 0.0))))
         if gates or sums:
             finish(graph_module)
         return PassResult(graph_module, bool(gates or sums))

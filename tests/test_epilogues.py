@@ -15,6 +15,7 @@ from quantspec.capture import Capture, capture
 from quantspec.config import WeightQuantizer
 from quantspec.passes import (
     FuseInt4Epilogues,
+    FuseInt4Norms,
     FuseSharedInputLinears,
     GroupLinears,
     QuantizeWeights,
@@ -140,6 +141,36 @@ def test_what_is_read_elsewhere_broadcast_or_scaled_is_left_alone() -> None:
     inputs = randn(3, 64), randn(1, 64)
     gm = quantized(exported(_Alone(), *inputs))
     apply(gm, FuseInt4Epilogues(), modifies=False)
+
+
+# Norms between the linears of two layers, and before the head.
+NORMS = {
+    "llama": 4,
+    "gemma": 4,
+    "qwen2": 4,
+    "phi3": 4,
+    "glm": 4,
+    # Norms stand between linear and addition.
+    "gemma2": 0,
+    # Layer norms.
+    "cohere": 0,
+    "phi": 0,
+}
+
+
+@pytest.mark.parametrize("architecture", NORMS)
+def test_norms_between_int4_linears_need_no_launch(architecture: str) -> None:
+    gm = quantized(decoder(architecture))
+    expected, weights = gm(*ids_and_positions()), plain_weights(gm)
+    gm = FuseInt4Epilogues()(gm).graph_module
+    roots = count(gm, aten.rsqrt.default)
+    norms = NORMS[architecture]
+    gm = apply(gm, FuseInt4Norms(), modifies=norms > 0)
+    assert count(gm, ops.int4_linear_to_norm.default) == roots - count(gm, aten.rsqrt.default) == norms
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+    for name, parts in plain_weights(gm).items():
+        for part, tensor in parts.items():
+            assert tensor.data_ptr() == weights[name][part].data_ptr(), (name, part)
 
 
 # Gated pairs, groups of the other linears of one input (the head among them), of two layers.

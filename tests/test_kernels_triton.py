@@ -29,7 +29,9 @@ from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred
 from quantspec.kernels.int4_linear import (
     LinearConfig,
     dequantize_int4,
+    int4_fused_linear,
     int4_fused_linear_triton,
+    int4_linear_to_norm_triton,
     int4_linear_triton,
     linear_config,
 )
@@ -257,8 +259,27 @@ def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activatio
         expected = gated(expected, activation, gate_first)
     residual = random(*expected.shape, dtype=torch.bfloat16)
     for _ in range(2):  # the counts of arrived splits are as before
-        actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first)
+        actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first, None, 0.0)
         assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("rows", [1, 6, 19])
+@pytest.mark.parametrize(("tiles", "splits"), [(1, 1), (2, 3)])
+def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.int4_linear")
+    monkeypatch.setattr(module, "linear_config", lambda *_: LinearConfig(tiles, 2, splits, 1, 0, 64))
+    arguments, expected = int4_arguments(rows, 192, 384, 64, True, torch.bfloat16)
+    residual, norm_weight = random(*expected.shape, dtype=torch.bfloat16), random(192, dtype=torch.bfloat16)
+    (_, *weights), _ = int4_arguments(rows, 40, 192, 64, True, torch.bfloat16)
+    for _ in range(2):  # the counts of arrived splits are as before
+        y, scaled, squares = int4_linear_to_norm_triton(*arguments, residual, norm_weight)
+        assert relative_error(y, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+        assert relative_error(scaled, y.double() * norm_weight.double()) < torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(squares.sum(0), y.float().square().sum(-1))
+        actual = int4_fused_linear_triton(scaled, *weights, None, "silu", True, squares, 1e-5)
+        wide = (scaled.double(), *(t if t.dtype == torch.uint8 else t.double() for t in weights))
+        normed = int4_fused_linear(*wide, None, "silu", True, squares.double(), 1e-5)
+        assert relative_error(actual, normed) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("bias", [False, True])
