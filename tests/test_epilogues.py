@@ -11,8 +11,10 @@ from test_passes import _CheckValues, apply, count, exported, ids_and_positions,
 from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
+import quantspec
 from quantspec.capture import Capture, capture
 from quantspec.config import WeightQuantizer
+from quantspec.pair.compile_by_layer import _signature, region_graph, split_regions
 from quantspec.passes import (
     FuseInt4Epilogues,
     FuseInt4Norms,
@@ -22,6 +24,7 @@ from quantspec.passes import (
     RemoveNoOps,
     group_linears,
     plain_weights,
+    prepack_int4,
 )
 from quantspec.passes.graph import clone, find_calls
 from quantspec.passes.int4_weights import INT4
@@ -171,6 +174,18 @@ def test_norms_between_int4_linears_need_no_launch(architecture: str) -> None:
     for name, parts in plain_weights(gm).items():
         for part, tensor in parts.items():
             assert tensor.data_ptr() == weights[name][part].data_ptr(), (name, part)
+
+
+def test_layers_are_cut_behind_what_is_normalized(monkeypatch) -> None:
+    """The results of a layer's last linear belong to one region, and equal layers stay equal."""
+    monkeypatch.setattr(prepack_int4, "_on_cpu", lambda gm: [])
+    draft = quantspec.convert(tiny_model("llama", num_hidden_layers=5), weight_group_size=32, self_check=False).draft
+    assert count(draft, ops.int4_linear_to_norm.default) == 9
+    regions = split_regions(draft.graph)
+    assert regions is not None
+    assert len(regions) == 6
+    # The last norm is read by rows.
+    assert len({_signature(draft, region, region_graph(region)) for region in regions[1:-2]}) == 1
 
 
 # Gated pairs, groups of the other linears of one input (the head among them), of two layers.
