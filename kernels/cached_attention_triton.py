@@ -571,8 +571,9 @@ def _merge_kernel(
 ):
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer."""
     if OVERLAP:
-        gdc_wait()
+        # What follows may load its weights while the planes are still read.
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     pair = tl.program_id(1)
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS

@@ -5,9 +5,10 @@
 torchao chooses scale and zero and rounds (its tinygemm convention, where zero is the value of code 8). Plain layout:
 byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1]`` in its high one.
 
-``quantspec::int4_fused_linear`` also does what follows: the gate of an MLP, the addition to the residual stream.
+``quantspec::int4_fused_linear`` also does what follows: the gate of an MLP, the addition to the residual stream. Behind
+it ``quantspec::int4_linear_to_norm`` leaves what the next linear needs to normalize what it reads.
 
-On CUDA, 1 to 16 rows are multiplied in one launch that reads the codes once. Per group of k it forms
+On CUDA, 1 to 64 rows are multiplied by a kernel that reads the codes once for 16 of them. Per group of k it forms
 
     y[m, n] += scale[n] * sum_k (code[n, k] - 8) x[m, k] + zero[n] * sum_k x[m, k]
 
@@ -43,10 +44,8 @@ MAX_KERNEL_ROWS = 64
 _ROW_TILES = 2
 # Outputs whose squares are summed up together: those of a tile.
 SQUARES = 16
-# Most tiles of outputs of which K is split.
-MAX_SPLIT_TILES = 512
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
-_K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -313,6 +312,49 @@ def _add_step(
 
 
 @triton.jit
+def _norm(squares, row, num_rows, K: tl.constexpr, eps, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr):
+    """What normalizes each row, or 1, of the shape of ``row``."""
+    if PARTS == 0:
+        return tl.full(row.shape, 1, tl.float32)
+    else:
+        part = tl.arange(0, PADDED_PARTS)[:, None]
+        parts = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
+        return tl.rsqrt(tl.sum(parts, 0) / K + eps)[None, :]
+
+
+@triton.jit
+def _store(
+    y,
+    n,
+    row,
+    first_part,
+    num_rows,
+    N,
+    residual,
+    norm_weight,
+    out,
+    scaled,
+    new_squares,
+    HAS_RESIDUAL: tl.constexpr,
+    TO_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Outputs ``n`` of rows ``row``, with what follows them."""
+    inside = (row < num_rows) & (n < N)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
+    tl.store(out + row * N + n, y, inside)
+    if TO_NORM:
+        # Of the sum as others read it.
+        y = tl.where(inside, y.to(dtype).to(tl.float32), 0)
+        tl.store(scaled + row * N + n, y * tl.load(norm_weight + n, n < N, other=0).to(tl.float32), inside)
+        PARTS: tl.constexpr = y.shape[0] // 16
+        part = first_part + tl.arange(0, PARTS)[:, None]
+        at = new_squares + part * num_rows + row
+        tl.store(at, tl.sum(tl.reshape(y * y, (PARTS, 16, y.shape[1])), 1), (part * 16 < N) & (row < num_rows))
+
+
+@triton.jit
 def _linear_kernel(
     x,
     qdata,
@@ -321,8 +363,6 @@ def _linear_kernel(
     residual,
     norm_weight,
     squares,
-    partial,
-    arrivals,
     out,
     scaled,
     new_squares,
@@ -360,9 +400,8 @@ def _linear_kernel(
     memory: thread c of four loads k = (c, i, h, p), which is nibble p of halfword h of its word i, and the product sums
     over k in the order in which a thread holds ``K_WIDTH`` neighbours.
 
-    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits, each leaves
-    its sums in float32 ``partial`` (SPLITS, num_rows, N); the last to arrive adds them up, in order, and alone goes on.
-    ``arrivals`` holds a zero per tile, before and after.
+    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits ``out`` is
+    float32 ``(SPLITS, num_rows, N)``, and what follows the sum is another kernel's.
     """
     WORDS: tl.constexpr = CHUNK // 32
     N_TILES: tl.constexpr = 2 * TILES
@@ -425,10 +464,7 @@ def _linear_kernel(
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
     row = first_m + tl.arange(0, BLOCK_M)[None, :]
-    if PARTS > 0:
-        part = tl.arange(0, PADDED_PARTS)[:, None]
-        total = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
-        norm = tl.rsqrt(tl.sum(total, 0) / K + eps)[None, :]
+    norm = _norm(squares, row, num_rows, K, eps, PARTS if SPLITS == 1 else 0, PADDED_PARTS)
     if EARLY == STEPS:
         for step in tl.static_range(STEPS):
             acc = _add_step(
@@ -533,90 +569,120 @@ def _linear_kernel(
             )
     y = tl.sum(acc, 0)
     n = _row_of(tl.arange(0, BLOCK_N)[:, None], first_n, N, ACTIVATION, GATE_FIRST)
-    inside = (row < num_rows) & (n < N)
     if SPLITS > 1:
-        at = partial + row * N + n
-        tl.store(at + tl.program_id(1) * num_rows * N, y, inside)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        if arrived < SPLITS - 1:
-            return
-        tl.store(arrivals + tl.program_id(0), 0)
-        y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for split in tl.static_range(SPLITS):
-            y += tl.load(at + split * num_rows * N, inside, other=0, cache_modifier=".cg")
-    if PARTS > 0:
+        tl.store(out + (tl.program_id(1) * num_rows + row) * N + n, y, (row < num_rows) & (n < N))
+    else:
         y *= norm
+        if HAS_BIAS:
+            y += tl.load(bias + n, n < N, other=0).to(tl.float32)
+        if GATED:
+            y = tl.permute(tl.reshape(y, (TILES, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+            gate, factor = tl.split(tl.reshape(y, (8 * TILES, BLOCK_M, 2)))
+            y = activated(gate, ACTIVATION) * factor
+            N = N // 2
+            n = first_n + tl.arange(0, 8 * TILES)[:, None]
+        _store(
+            y,
+            n,
+            row,
+            first_n // 16,
+            num_rows,
+            N,
+            residual,
+            norm_weight,
+            out,
+            scaled,
+            new_squares,
+            HAS_RESIDUAL,
+            TO_NORM,
+            dtype,
+        )
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial,
+    bias,
+    residual,
+    norm_weight,
+    squares,
+    out,
+    scaled,
+    new_squares,
+    num_rows,
+    eps,
+    N,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    TO_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``BLOCK`` outputs of one row from the sums of its splits, ``partial (SPLITS, num_rows, N)``."""
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    row = tl.full((1, 1), 0, tl.int32) + tl.program_id(1)
+    y = tl.zeros((BLOCK, 1), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for split in tl.static_range(SPLITS):
+        y += tl.load(partial + (split * num_rows + row) * N + n, n < N, other=0)
+    y *= _norm(squares, row, num_rows, K, eps, PARTS, PADDED_PARTS)
     if HAS_BIAS:
         y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-    if GATED:
-        y = tl.permute(tl.reshape(y, (TILES, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-        gate, factor = tl.split(tl.reshape(y, (8 * TILES, BLOCK_M, 2)))
-        y = activated(gate, ACTIVATION) * factor
-        N = N // 2
-        n = first_n + tl.arange(0, 8 * TILES)[:, None]
-        inside = (row < num_rows) & (n < N)
-    if HAS_RESIDUAL:
-        y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
-    tl.store(out + row * N + n, y, inside)
-    if TO_NORM:
-        y = tl.where(inside, y.to(dtype).to(tl.float32), 0)
-        tl.store(scaled + row * N + n, y * tl.load(norm_weight + n, n < N, other=0).to(tl.float32), inside)
-        total = tl.sum(tl.reshape(y * y, (TILES, 16, BLOCK_M)), 1)
-        part = first_n // 16 + tl.arange(0, TILES)[:, None]
-        tl.store(new_squares + part * num_rows + row, total, (part * 16 < N) & (row < num_rows))
+    first = tl.program_id(0) * (BLOCK // 16)
+    _store(y, n, row, first, num_rows, N, residual, norm_weight, out, scaled, new_squares, HAS_RESIDUAL, TO_NORM, dtype)
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), splits of K, unrolled steps, steps loaded
-    before the kernels in front end, codes of a chunk, and registers of a thread where the compiler takes too many."""
+    """Launch of one shape: tiles of 16 rows of the weight, warps (one chunk each), splits of K, unrolled steps, and
+    steps loaded before the kernels in front end: none, one, or all."""
 
     tiles: int
     warps: int
     splits: int
     unroll: int
     early: int
-    chunk: int
-    registers: int | None = None
+
+
+_ALL_STEPS = 1 << 30
 
 
 @lru_cache
-def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
+def linear_config(rows: int, out_features: int, in_features: int, group: int, gated: bool) -> LinearConfig:
+    """Configuration by shape, chosen within whole draft steps on an H100.
 
-    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Few outputs of few
-    inputs fit into registers, all loaded early. Smaller chunks are loaded further ahead. Where outputs are many, two
-    tiles per program read x half as often; so do rows beyond 8, when x is what the caches are busy with.
+    ``share`` is what the outputs alone leave of the chunks that a GPU can have in flight: K is split so often, or
+    walked by more warps. Few outputs of few inputs fit into registers, all loaded early. Smaller chunks are loaded
+    further ahead. Rows beyond 8 take two tiles per program, which read x half as often. Gates and factors are not
+    split: what follows them takes whole sums.
     """
-    outputs, chunk = triton.cdiv(out_features, 16), min(group, 128)
-    chunks = in_features // chunk
+    outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
     share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
-    splits = min(share, max(1, in_features // 1024))
-    if chunk == 128 and chunks >= 8:
-        if share == 4 and in_features <= 4096:
-            return LinearConfig(1, 4, 1, 1, triton.cdiv(chunks, 4), chunk)
-        if share == 4:
-            return LinearConfig(1, 4, 2, 1, 1, chunk) if rows > 8 else LinearConfig(2, 4, splits, 1, 1, chunk)
-        if share == 2:
-            return LinearConfig(2, 4, splits, 1, 1, chunk) if rows > 8 else LinearConfig(1, 8, 1, 1, 1, chunk)
+    splits = 1 if gated else min(share, max(1, in_features // 1024))
+    if group >= 128 and chunks >= 8:
         if rows > 8:
-            return LinearConfig(2, 4 if outputs <= 4096 else 2, 1, 1, 1, chunk)
-        return LinearConfig(1, 4, 1, 1, 0, chunk) if outputs <= 4096 else LinearConfig(2, 2, 1, 2, 0, chunk)
+            if share == 4 and splits == 4 and in_features > 4096:
+                return LinearConfig(2, 4, 4, 1, 1) if rows > 16 else LinearConfig(1, 4, 2, 1, 1)
+            return LinearConfig(2, 4 if outputs <= 4096 else 2, min(2, splits), 1, 1)
+        if share == 4:
+            return LinearConfig(1, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(2, 4, splits, 1, 1)
+        return LinearConfig(1, 8 if share == 2 else 4, 1, 1, 0)
     if rows > 8:
-        return LinearConfig(2, 2, splits, 2, 0, chunk)
+        return LinearConfig(2, 2, splits, 2, 0)
     if share == 1:
-        if group == 32:
-            return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0, chunk)
-        return LinearConfig(2 if group == 64 and outputs > 1024 else 1, 4, 1, 2 if group == 64 else 1, 0, chunk)
+        return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0) if group == 32 else LinearConfig(1, 4, 1, 2, 0)
     if group == 32:
-        return LinearConfig(1, 4, min(4, 2 * splits), 2, 0, chunk)
-    return LinearConfig(1, 4, splits, 1 if share == 4 else 2, 0, chunk)
-
-
-@lru_cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Zeros that the kernel's programs count in, and leave as zeros."""
-    return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+        return LinearConfig(1, 4, min(4, 2 * splits), 2, 0)
+    if in_features > 8192 and chunks % (4 * splits):
+        # Splits would end in half-empty steps.
+        return LinearConfig(1, 8, 1, 2, 0)
+    return LinearConfig(1, 4, splits, 1 if share == 4 else 2, 0)
 
 
 def _has_kernel(x: Tensor, scale_and_zero: Tensor) -> bool:
@@ -642,12 +708,11 @@ def _launch(
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
-    config = linear_config(rows, out_features, in_features, group)
-    steps = triton.cdiv(in_features // config.chunk, config.warps * config.splits)
+    config = linear_config(rows, out_features, in_features, group, bool(activation))
+    chunk = min(group, 128)
+    steps = triton.cdiv(in_features // chunk, config.warps * config.splits)
     pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
-    if config.registers is not None:
-        options["maxnreg"] = config.registers  # type: ignore[assignment]
     width = out_features // 2 if activation else out_features
     tile = (8 if activation else 16) * config.tiles
     row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
@@ -657,50 +722,55 @@ def _launch(
     if norm_weight is not None:
         scaled = torch.empty_like(out)
         new_squares = x.new_empty(triton.cdiv(width, SQUARES), *x.shape[:-1], dtype=torch.float32)
-    several = config.splits > 1
-    _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
-        x.contiguous(),
-        qdata.contiguous().view(torch.uint16),
-        scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
+    # In the order of both kernels.
+    around = (
         out if bias is None else bias.contiguous(),
         out if residual is None else residual.contiguous(),
         out if norm_weight is None else norm_weight.contiguous(),
         out if squares is None else squares.contiguous(),
-        x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out,
-        _arrivals(x.device) if several else out,
-        out,
-        scaled,
-        new_squares,
-        rows,
-        eps,
-        out_features,
-        K=in_features,
+    )
+    results = out, scaled, new_squares, rows, eps, out_features
+    several = config.splits > 1
+    partial = x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out
+    common: dict[str, Any] = {
+        "K": in_features,
+        "SPLITS": config.splits,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "PARTS": parts,
+        "PADDED_PARTS": triton.next_power_of_2(max(parts, 1)),
+        "TO_NORM": norm_weight is not None,
+        "dtype": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        "PDL": pdl,
+        **options,
+    }
+    _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
+        x.contiguous(),
+        qdata.contiguous().view(torch.uint16),
+        scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
+        *around,
+        partial,
+        *results[1:],
         GROUP=group,
-        CHUNK=config.chunk,
+        CHUNK=chunk,
         STEPS=steps,
         CHUNKS=config.warps,
         TILES=config.tiles,
         ROW_TILES=row_tiles,
         ROW_BLOCKS=row_blocks,
-        SPLITS=config.splits,
         UNROLL=config.unroll,
         EARLY=min(config.early, steps),
         EVEN_N=width % tile == 0,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATE_FIRST=gate_first,
-        PARTS=parts,
-        PADDED_PARTS=triton.next_power_of_2(max(parts, 1)),
-        TO_NORM=norm_weight is not None,
-        K_WIDTH=_K_WIDTH,
-        dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        K_WIDTH=K_WIDTH,
         USE_ASM=use_inline_asm(x.device),
-        PDL=pdl,
         num_warps=config.warps,
         num_stages=1,
-        **options,
+        **common,
     )
+    if several:
+        _sum_splits_kernel[(triton.cdiv(out_features, 256), rows)](partial, *around, *results, BLOCK=256, **common)
     return out, scaled, new_squares
 
 

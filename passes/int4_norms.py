@@ -40,8 +40,8 @@ class FuseInt4Norms(WeightLayout):
     ``linear(norm(fused_linear(..., residual)))`` becomes ``fused_linear(scaled, ..., squares)``, where ``sum, scaled,
     squares = linear_to_norm(..., residual, norm_weight)``: a row's factor may follow the product.
 
-    Requires plain-layout weights that name their linears. Ensures the same outputs up to rounding, and that no such norm
-    is left, but of float16, where a sum that is not normalized yet might overflow.
+    Requires plain-layout weights that name their linears. Ensures the same outputs up to rounding, and that no such
+    norm is left, but of float16, where a sum that is not normalized yet might overflow.
     """
 
     op = torch.ops.quantspec.int4_linear_to_norm.default
@@ -108,7 +108,9 @@ def _may_fuse(norm: Norm) -> bool:
     if producer.target is not FuseInt4Epilogues.op or not _reads_plain(producer) or producer.args[4] is None:
         return False
     alike = producer.meta["val"].dtype is dtype is not torch.float16
-    reads = all(user.target in _LINEARS and user.args[0] is norm.node and _reads_plain(user) for user in norm.node.users)
+    reads = all(
+        user.target in _LINEARS and user.args[0] is norm.node and _reads_plain(user) for user in norm.node.users
+    )
     # What follows a product must be the sum alone.
     return alike and reads and not producer.args[5]
 
@@ -171,7 +173,14 @@ def _eps(rsqrt: fx.Node, x: fx.Node) -> float | None:
     if not isinstance(eps, float) or not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
         return None
     square = mean.args[0]
-    last = mean.args[1] in ([-1], [x.meta["val"].dim() - 1]) and (mean.args[2:3] == (True,) or mean.kwargs.get("keepdim"))
-    if not last or not isinstance(square, fx.Node) or square.target is not aten.pow.Tensor_Scalar or square.args[1] != 2:
+    last = mean.args[1] in ([-1], [x.meta["val"].dim() - 1]) and (
+        mean.args[2:3] == (True,) or mean.kwargs.get("keepdim")
+    )
+    if (
+        not last
+        or not isinstance(square, fx.Node)
+        or square.target is not aten.pow.Tensor_Scalar
+        or square.args[1] != 2
+    ):
         return None
     return eps if _uncast(square.args[0]) is x else None  # type: ignore[arg-type]

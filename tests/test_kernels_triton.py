@@ -35,7 +35,7 @@ from quantspec.kernels.int4_linear import (
     int4_linear_triton,
     linear_config,
 )
-from quantspec.kernels.linears import LinearsConfig, linears, linears_triton
+from quantspec.kernels.linears import linears, linears_triton
 from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -253,49 +253,47 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
 )
 def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
-    monkeypatch.setattr(module, "linear_config", lambda *_: LinearConfig(tiles, 2, splits, 1, early, 64))
+    monkeypatch.setattr(
+        module, "linear_config", lambda *_: LinearConfig(tiles, 2, 1 if activation else splits, 1, early)
+    )
     arguments, expected = int4_arguments(rows, 80, 768, 64, True, torch.bfloat16)
     if activation:
         expected = gated(expected, activation, gate_first)
     residual = random(*expected.shape, dtype=torch.bfloat16)
-    for _ in range(2):  # the counts of arrived splits are as before
-        actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first, None, 0.0)
-        assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+    actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first, None, 0.0)
+    assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("rows", [1, 6, 19])
 @pytest.mark.parametrize(("tiles", "splits"), [(1, 1), (2, 3)])
 def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
-    monkeypatch.setattr(module, "linear_config", lambda *_: LinearConfig(tiles, 2, splits, 1, 0, 64))
+    monkeypatch.setattr(
+        module, "linear_config", lambda *shape: LinearConfig(tiles, 2, 1 if shape[-1] else splits, 1, 0)
+    )
     arguments, expected = int4_arguments(rows, 192, 384, 64, True, torch.bfloat16)
     residual, norm_weight = random(*expected.shape, dtype=torch.bfloat16), random(192, dtype=torch.bfloat16)
     (_, *weights), _ = int4_arguments(rows, 40, 192, 64, True, torch.bfloat16)
-    for _ in range(2):  # the counts of arrived splits are as before
-        y, scaled, squares = int4_linear_to_norm_triton(*arguments, residual, norm_weight)
-        assert relative_error(y, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
-        assert relative_error(scaled, y.double() * norm_weight.double()) < torch.finfo(torch.bfloat16).eps
-        torch.testing.assert_close(squares.sum(0), y.float().square().sum(-1))
-        actual = int4_fused_linear_triton(scaled, *weights, None, "silu", True, squares, 1e-5)
-        wide = (scaled.double(), *(t if t.dtype == torch.uint8 else t.double() for t in weights))
-        normed = int4_fused_linear(*wide, None, "silu", True, squares.double(), 1e-5)
+    y, scaled, squares = int4_linear_to_norm_triton(*arguments, residual, norm_weight)
+    assert relative_error(y, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(scaled, y.double() * norm_weight.double()) < torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(squares.sum(0), y.float().square().sum(-1))
+    wide = (scaled.double(), *(t if t.dtype == torch.uint8 else t.double() for t in weights))
+    for activation in ("", "silu"):
+        actual = int4_fused_linear_triton(scaled, *weights, None, activation, True, squares, 1e-5)
+        normed = int4_fused_linear(*wide, None, activation, True, squares.double(), 1e-5)
         assert relative_error(actual, normed) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("early", [0, 1])
-@pytest.mark.parametrize(
-    ("rows", "sizes", "activation"), [(1, (40, 24, 33), ""), (6, (72,), ""), (13, (44, 44), "silu")]
-)
-def test_linears_of_one_input_match_float64(rows, sizes, activation, early, bias, monkeypatch) -> None:
-    module = import_module("quantspec.kernels.linears")
-    monkeypatch.setattr(module, "linears_config", lambda *_: LinearsConfig(2, 2, 1, 0, early, 64))
-    x = random(rows, 640, dtype=torch.bfloat16)
-    weights = [random(size, 640, dtype=torch.bfloat16) for size in sizes]
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (40, 24, 33)), (6, (72,)), (8, (44, 20)), (13, (44, 20))])
+def test_linears_of_one_input_match_float64(rows, sizes, bias) -> None:
+    x = random(2, rows, 1152, dtype=torch.bfloat16)[1:]
+    weights = [random(size, 1152, dtype=torch.bfloat16) for size in sizes]
     biases = [random(size, dtype=torch.bfloat16) for size in sizes] if bias else []
     wide = ([tensor.double() for tensor in tensors] for tensors in (weights, biases))
-    expected = linears(x.double(), *wide, activation)
-    actual = linears_triton(x, weights, biases, activation)
+    expected = linears(x.double(), *wide)
+    actual = linears_triton(x, weights, biases)
     assert relative_error(actual, expected) < torch.finfo(torch.bfloat16).eps
 
 
@@ -329,7 +327,7 @@ def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, 
 @pytest.mark.parametrize("out_features", [1024, 8192, 14336])
 @pytest.mark.parametrize("in_features", [256, 4096, 14336])
 def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_features, in_features) -> None:
-    config = linear_config(rows, out_features, in_features, group)
+    config = linear_config(rows, out_features, in_features, group, False)
     assert config.splits * config.warps <= max(4, in_features // min(group, 128))
 
 

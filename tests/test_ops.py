@@ -619,11 +619,14 @@ def op_cases() -> dict[str, tuple]:
     cases["int4_linear bias"] = kernels.int4_linear, (x, qdata, params, bias[0])
     fused = x[None], qdata, params, bias[0], kernels.int4_linear(x[None], qdata, params, None)
     cases["int4_fused_linear"] = kernels.int4_fused_linear, (*fused, "", True, torch.ones(2, *x[None].shape[:-1]), 1e-6)
-    cases["int4_fused_linear gated"] = kernels.int4_fused_linear, (x, qdata, params, None, None, "silu", False, None, 0.0)
+    cases["int4_fused_linear gated"] = (
+        kernels.int4_fused_linear,
+        (x, qdata, params, None, None, "silu", False, None, 0.0),
+    )
     cases["int4_linear_to_norm"] = kernels.int4_linear_to_norm, (*fused, bias[1])
     matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
-    cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]], "")
-    cases["linears gated"] = kernels.linears, (x[None], [matrix, matrix], [], "gelu")
+    cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]])
+    cases["linears of one weight"] = kernels.linears, (x[None], [matrix], [])
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
