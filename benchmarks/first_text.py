@@ -54,7 +54,8 @@ def measure(model: str, device: str, dtype: str, compile: bool, saves: bool) -> 
         for name, loads in processes:
             LOG.info("%s: %s process", model, name)
             given = json.dumps({**settings, "loads": loads, "saves": saves and name == "first"})
-            command = [sys.executable, first_text_process.__file__, given]
+            # Its folder has a module that is named like a package that transformers looks for.
+            command = [sys.executable, "-P", first_text_process.__file__, given]
             done = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True, check=True)
             row = {
                 "model": model,

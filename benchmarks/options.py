@@ -1,9 +1,11 @@
 """Tokens per second with each generation option beside the plain call: SmolLM2-135M, a long prompt, several batches.
 
     python -m benchmarks.options --out benchmarks/results/options.json
+    python -m benchmarks.options --model llama-3.1-8b --out benchmarks/results/options-8b.json
 
 The second call with the option counts; compilation and capture happen in the first. An option changes the text, and so
-how much of it is accepted: ``cycle_ms`` does not depend on that.
+how much of it is accepted: ``cycle_ms`` does not depend on that. A large shape has random weights: random prompts, and
+nothing to be learned from its tokens per second but their ratio.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import quantspec
+from quantspec import QuantSpecModel
 from quantspec.evals import load_smollm2, python_reference
 
 from .common import LOG, RESULTS, print_progress, write_results
+from .decode import SHAPES, random_model
 from .generate import PROMPT_START, timed
 
 BATCHES = (1, 4, 8)
@@ -60,17 +65,29 @@ SAMPLED: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(device: str, batches: Sequence[int], prompt_tokens: int, new_tokens: int) -> Iterator[dict[str, Any]]:
-    """One row per batch size and option, the plain call first, and one of Hugging Face's own ``generate``."""
-    LOG.info("loading and converting the model")
+def load(name: str, device: str) -> tuple[QuantSpecModel, Tensor]:
+    """A converted model, and token ids ``(n,)`` to take prompts from."""
+    if name != "smollm2":
+        model = random_model(name, None)
+        ids = torch.randint(model.config.vocab_size, (PROMPT_START + 50_000,), device=device)
+        return quantspec.convert(model, quantize_lm_head=True, self_check=False), ids
     model, tokenizer = load_smollm2(torch.bfloat16, device)
     ids = tokenizer(python_reference(), return_tensors="pt").input_ids[0].to(device)
-    qs = quantspec.convert(model, weight_group_size=64, self_check=False)
+    return quantspec.convert(model, weight_group_size=64, self_check=False), ids
+
+
+def measure(
+    model: str, device: str, batches: Sequence[int], prompt_tokens: int, new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """One row per batch size and option, the plain call first, and one of Hugging Face's own ``generate``."""
+    LOG.info("loading and converting the model")
+    qs, ids = load(model, device)
     prompt = ids[None, PROMPT_START : PROMPT_START + prompt_tokens]
     LOG.info("Hugging Face")
     for _ in range(2):
-        _, theirs = timed(model.generate, prompt, new_tokens)
+        _, theirs = timed(qs.model.generate, prompt, new_tokens)
     yield {
+        "model": model,
         "batch": 1,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -80,7 +97,7 @@ def measure(device: str, batches: Sequence[int], prompt_tokens: int, new_tokens:
     for batch in batches:
         starts = [PROMPT_START + _STRIDE * row for row in range(batch)]
         prompt = torch.stack([ids[start : start + prompt_tokens] for start in starts])
-        common = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        common = {"model": model, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         for plain, table in ((GREEDY["greedy"], GREEDY), (SAMPLED["sampling"], SAMPLED)):
             plain_rate, plain_ms = float("nan"), float("nan")
             sampling = {"do_sample": True, "top_k": 50, "seed": 0} if table is SAMPLED else {"do_sample": False}
@@ -111,6 +128,7 @@ def measure(device: str, batches: Sequence[int], prompt_tokens: int, new_tokens:
 def main() -> None:
     """Run and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", *SHAPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
@@ -120,7 +138,11 @@ def main() -> None:
     out = arguments.pop("out")
     transformers.logging.set_verbosity_error()
     print_progress()
-    write_results(out, arguments["device"], list(measure(**arguments)))
+    rows = []
+    for row in measure(**arguments):
+        rows.append(row)
+        # What is measured stays, whatever comes later.
+        write_results(out, arguments["device"], rows)
 
 
 if __name__ == "__main__":

@@ -88,16 +88,19 @@ def test_the_likeliest_tokens_stay(kind, least, seed, value):
 @pytest.mark.parametrize("spread", [0.3, 3.0, 9.0])
 @pytest.mark.parametrize("vocab", [49_152, 128_256])
 def test_programs_keep_what_transformers_keeps_of_whole_vocabularies(name, spread, vocab):
-    """Of bfloat16 logits, which tie. Where the mass before equal tokens is the limit but for rounding, another order of
-    summation may put them on the other side of it."""
+    """Of bfloat16 logits, which tie. Rounding may move a token over the limit, or past one that it nearly equals."""
     generator = torch.Generator("cuda").manual_seed(vocab)
     scores = (spread * torch.randn(16, vocab, generator=generator, device="cuda")).bfloat16().float()
-    probs = scores.double().softmax(-1)
+    information = -scores.double().log_softmax(-1)
+    probs = information.neg().exp()
+    entropy = (probs * information).sum(-1, keepdim=True)
+    # What comes first, in each kind's order.
+    order = (information - entropy).abs() if name == "typical" else information
     for mass in (0.2, 0.9, 0.99):
         processor = PROCESSORS[name](mass)
-        kept = [out > -INF for out in (processed(processor, scores), processor(IDS.cuda(), scores))]
-        masses = torch.stack([probs.where(one, 0.0).sum(-1) for one in kept])
-        for row in (kept[0] != kept[1]).any(-1).nonzero().flatten().tolist():
-            # Of typical sampling, a likelier token and a less likely one may deviate alike.
-            assert len(scores[row, kept[0][row] != kept[1][row]].unique()) <= 2
-            assert abs(float(masses[:, row].min()) - mass) < 1e-4
+        for out in (processed(processor, scores), processor(IDS.cuda(), scores)):
+            kept = out > -INF
+            last = order.where(kept, 0.0).amax(-1, keepdim=True)
+            assert (last <= order.where(~kept, INF).amin(-1, keepdim=True) + 3e-4).all()
+            assert (probs.where(kept, 0.0).sum(-1) > mass - 1e-4).all()
+            assert (probs.where(order < last - 3e-4, 0.0).sum(-1) < mass + 1e-4).all()

@@ -19,10 +19,11 @@ from quantspec.capture import converting
 from quantspec.pair import Recipe, recipes, register
 from quantspec.passes import ACCESSES, INT4, Role, plain_weights
 from quantspec.tuning.graphs import tuning_graphs
+from quantspec.tuning.optimize import CapturedGradients, _Tuning
 from quantspec.tuning.texts import beginnings, sampled, token_ids
 
 SHORT = TuneConfig(
-    steps=8, window=3 * GROUP, train_windows=16, held_out_windows=4, learning_rate=1e-2, prompt_tokens=GROUP
+    steps=8, window=3 * GROUP, train_windows=16, held_out_windows=4, learning_rate=3e-3, prompt_tokens=GROUP
 )
 """Long enough that old keys and values are read at 4 bits."""
 
@@ -232,6 +233,22 @@ def draft_step(qs: QuantSpecModel, ids: Tensor) -> Tensor:
     cache.reserve(ids.shape[1])
     qs.pair.fill(ids[:, :-1], torch.full((len(ids),), ids.shape[1] - 1), cache)
     return qs.pair.read(Role.DRAFT, ids[:, -1:], cache)[:, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
+def test_a_captured_step_leaves_the_gradients_of_one_that_is_not():
+    model = tiny_model("llama").cuda()
+    qs = quantspec.convert(model, kv_group_size=GROUP, weight_group_size=32, self_check=False, compile=False)
+    ids = torch.tensor([random_prompt(3 * GROUP, seed) for seed in range(4)], device="cuda")
+    with converting():
+        teacher, student = tuning_graphs(qs.pair)
+    assert teacher.captures
+    assert student.captures
+    run = _Tuning(teacher, student, SHORT, ids)
+    captured = CapturedGradients(run._with_gradients, ids.flip(1))
+    replayed = captured(ids).clone(), *(parameter.grad.clone() for parameter in student.parameters)
+    eager = run._with_gradients(ids), *(parameter.grad for parameter in student.parameters)
+    torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-6)
 
 
 def test_experts_learn():

@@ -20,10 +20,12 @@ from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import Region, layer_regions, region_graph
 from quantspec.pair.recipes import run_passes
 from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, plain_weights
-from quantspec.passes.graph import clone, get_tensor
+from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
 
 _TEACHER = CacheAccess(torch.ops.quantspec.teaching_attention.default, part_names("recent"))
+# Their rows go from expert to expert by the host's hand.
+_HOST_SORTS = (torch.ops.quantspec.expert_linear.default, torch.ops.quantspec.int4_expert_linear.default)
 _STUDENT = CacheAccess(torch.ops.quantspec.tuning_attention.default, part_names("recent", "upper", "scales"))
 
 
@@ -48,13 +50,25 @@ class Learned:
         return exact + (exact.to(self._dtype) - exact).detach()
 
 
+def _captures(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph runs without the host, so that CUDA graphs can hold it."""
+    graph = graph_module.graph
+    tensors = (get_tensor(graph_module, node) for node in graph.nodes if node.op == "get_attr")
+    return len({tensor.device for tensor in tensors}) == 1 and not any(find_calls(graph, *_HOST_SORTS))
+
+
 class Teacher:
-    """The target over whole texts."""
+    """The target over whole texts.
+
+    Attributes:
+        captures: whether CUDA graphs can hold it.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, layers: Sequence[CapturedLayer], group_size: int) -> None:
         self._graph_module = graph_module
         self._layers = layers
         self._group_size = group_size
+        self.captures = _captures(graph_module)
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -83,10 +97,12 @@ class Student:
 
     Attributes:
         learned: by name of the linear.
+        captures: whether CUDA graphs can hold it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.learned: dict[str, Learned] = {}
+        self.captures = _captures(graph_module)
         learned_nodes: dict[fx.Node, Learned] = {}
         for node in graph_module.graph.nodes:
             if PACKED_LINEARS in node.meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from .texts import beginnings, sampled, text_length, token_ids
 
 # The share of all steps in which the rate of learning rises; behind it falls as a cosine.
 _WARM_UP = 0.075
+_LOGGER = logging.getLogger(__name__)
+
 _BETAS = (0.9, 0.95)
 # Held-out text is looked at so often while tuning, to keep the best.
 _LOOKS = 4
@@ -107,6 +110,8 @@ class _Tuning:
         self._student = student
         self._config = config
         self._held_out = held_out.split(config.windows_per_step)
+        self._captures = held_out.device.type == "cuda" and teacher.captures and student.captures
+        self._gradients: Callable[[Tensor], Tensor] | None = None
         self._optimizer = torch.optim.Adam(student.parameters, lr=config.learning_rate, betas=_BETAS)
         self.done = 0
         self.before = self.best = self._quality()
@@ -139,10 +144,22 @@ class _Tuning:
         for group in self._optimizer.param_groups:
             warm = min(1.0, (self.done + 1) / (_WARM_UP * config.steps))
             group["lr"] = config.learning_rate * warm * (1 + math.cos(math.pi * self.done / config.steps)) / 2
-        kl, acceptance, _ = self._with_gradients(ids).unbind()
+        if self._gradients is None:
+            self._gradients = self._prepared(ids)
+        kl, acceptance, _ = self._gradients(ids).unbind()
         self._optimizer.step()
         self.done += 1
         return TuneProgress(self.done, config.steps, kl.item(), acceptance.item())
+
+    def _prepared(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`_with_gradients` for texts of the shape of ``ids``, captured where that can be."""
+        if self._captures:
+            try:
+                return CapturedGradients(self._with_gradients, ids)
+            except RuntimeError as error:
+                # A graph may wait for the host where nothing tells it; kernel by kernel it is slower.
+                _LOGGER.warning("tuning runs kernel by kernel, since it cannot be captured: %s", error)
+        return self._with_gradients
 
     def _with_gradients(self, ids: Tensor) -> Tensor:
         """:meth:`_compare`, with new gradients of the KL in what is learned."""
@@ -171,6 +188,33 @@ class _Tuning:
             self.best = quality
             for kept, parameter in zip(self._kept, self._student.parameters, strict=True):
                 kept.copy_(parameter.detach())
+
+
+class CapturedGradients:
+    """A function of texts ``(B, T)`` that leaves gradients, as one CUDA graph.
+
+    A step is thousands of small kernels, which take longer to launch one by one than to run. Gradients stay where the
+    first call left them.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], ids: Tensor) -> None:
+        """Run ``function`` once, which allocates workspaces, and capture it."""
+        self._ids = ids.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(ids.device)
+        stream.wait_stream(torch.cuda.current_stream(ids.device))
+        with torch.cuda.stream(stream):
+            function(self._ids)
+            torch.cuda.synchronize(ids.device)
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._result = function(self._ids)
+        torch.cuda.current_stream(ids.device).wait_stream(stream)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The function's result, overwritten by the next call."""
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._result
 
 
 def _batches(texts: Tensor, config: TuneConfig) -> Iterator[Tensor]:
