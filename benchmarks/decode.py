@@ -143,8 +143,8 @@ def random_model(name: str, layers: int | None) -> PreTrainedModel:
     return model
 
 
-def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """``call`` as a CUDA graph, replayed once."""
+def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
+    """Median GPU time of ``call``, replayed as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
@@ -155,12 +155,6 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     with torch.no_grad(), torch.cuda.graph(graph):
         call()
     graph.replay()
-    return graph
-
-
-def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
-    """Median GPU time of ``call``, replayed as a CUDA graph."""
-    graph = captured(call)
     times = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -172,24 +166,6 @@ def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / _ROW)
     return sorted(times)[len(times) // 2]
-
-
-def kernel_times(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each kernel in one replay of ``call``, by name, the longest first.
-
-    Kernels that are set up while others end overlap, so the times add up to more than the replay takes.
-    """
-    graph = captured(call)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
-        torch.cuda.synchronize()
-    kernels: dict[str, dict[str, float]] = {}
-    for event in profile.events():
-        if event.device_type is torch.autograd.DeviceType.CUDA:
-            row = kernels.setdefault(event.name, {"launches": 0, "us": 0.0})
-            row["launches"] += 1
-            row["us"] += event.device_time_total
-    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
 
 
 def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCache:
