@@ -20,7 +20,7 @@ from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Weights of one launch.
 MAX_WEIGHTS = 3
-# Above this many rows cuBLAS reads the weights as fast.
+# Measured on an H100 with 1, 6 and 13 rows; at 13 cuBLAS reads a head faster.
 _MAX_ROWS = 8
 # Of a launch, measured on an H100: tiles of eight outputs, warps (one chunk each), and numbers of a chunk.
 _TILES, _WARPS, _CHUNK = 2, 8, 128

@@ -16,7 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / ".ci" / "compile_kernels.py"
 # Few cases that launch every kernel.
-CASES = ["draft 32/8 of 128", "linear 8 rows, 4096 to 1024, group 32", "encoding of 128", "experts", "cut-offs"]
+CASES = [
+    "draft 32/8 of 128",
+    "linear 8 rows, 4096 to 1024, group 32",
+    "encoding of 128",
+    "experts",
+    "cut-offs",
+    "queries, keys and values of 6 rows",
+]
 
 
 def launched_kernels() -> set[str]:
