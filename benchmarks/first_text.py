@@ -81,8 +81,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print_progress()
     options = (arguments.device, arguments.dtype, not arguments.eager, not arguments.without_saving)
-    rows = [row for model in arguments.models for row in measure(model, *options)]
-    write_results(arguments.out, arguments.device, rows)
+    rows = []
+    for model in arguments.models:
+        for row in measure(model, *options):
+            rows.append(row)
+            write_results(arguments.out, arguments.device, rows)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,18 @@ def speed(name: str) -> str:
     return markdown_table(header, rows) + _source(data, name)
 
 
+def options(name: str) -> str:
+    """Tokens per second with an option and, as a share of the plain call's, cycles per second, by batch."""
+    data = _load(name)
+    batches = sorted({row["batch"] for row in data["rows"]})
+    cells: dict[str, dict[int, str]] = {}
+    for row in data["rows"]:
+        share = f" ({row['cycle_of_plain']:.2f})" if "cycle_of_plain" in row else ""
+        cells.setdefault(row["option"], {})[row["batch"]] = f"{row['tokens_per_second']:,.0f}{share}"
+    rows = [[f"`{name}`" if "=" in name else name, *(of.get(b, "") for b in batches)] for name, of in cells.items()]
+    return markdown_table(["option", *(f"batch {batch}" for batch in batches)], rows) + _source(data, name)
+
+
 def attention_kernels(name: str) -> str:
     """Attention over a long cache at batch 1, against FlashAttention over a dense one."""
     data = _load(name)
@@ -350,6 +362,7 @@ TABLES = {
     ),
     "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
+    "options": lambda: options("options.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),

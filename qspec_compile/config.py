@@ -137,10 +137,10 @@ class TuneConfig:
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
-    steps: int = 200
+    steps: int = 600
     window: int = 1024
     windows_per_step: int = 4
-    train_windows: int = 192
+    train_windows: int = 640
     held_out_windows: int = 8
     learning_rate: float = 2e-3
     prompt_tokens: int = 48
