@@ -166,7 +166,11 @@ def _plain_to_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias) + residual
     squares = F.pad(y.float().square(), (0, -y.shape[-1] % SQUARES)).unflatten(-1, (-1, SQUARES)).sum(-1)
-    return y, (y.float() * norm_weight.float()).to(y.dtype), squares.movedim(-1, 0).contiguous()
+    return (
+        y,
+        (y.float() * norm_weight.float()).to(y.dtype),
+        squares.movedim(-1, 0).clone(memory_format=torch.contiguous_format),
+    )
 
 
 @int4_linear_to_norm.register_fake
