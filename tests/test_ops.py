@@ -667,8 +667,10 @@ def test_fake_equals_real_in_shape_dtype_and_strides(name):
     if real is None:
         assert fake is None
         return
-    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
-    assert fake.stride() == real.stride()
+    several = isinstance(real, tuple)
+    for ours, expected in zip(fake, real, strict=True) if several else [(fake, real)]:
+        assert (ours.shape, ours.dtype, ours.device) == (expected.shape, expected.dtype, expected.device)
+        assert ours.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
