@@ -33,6 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
+from quantspec.kernels.choose_pages import choose_pages_triton
 from quantspec.kernels.cut_off import cut_off_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
@@ -40,6 +41,7 @@ from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
 from quantspec.kernels.linears import linears_triton
+from quantspec.kernels.pages import PAGE_TOKENS
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -102,6 +104,11 @@ def attention(
     if rotary:
         table = empty(1, tokens, rotary, dtype=dtype)
         arguments |= {"cos": table, "sin": table, "rotary_dim": rotary}
+    if options.pop("scored", False):
+        options["page_scores"] = empty(1, kv_heads, 32768 // PAGE_TOKENS, dtype=torch.float32)
+    if options.pop("sparse", False):
+        options["chosen_pages"] = empty(1, kv_heads, 52, dtype=torch.int32)
+        options["num_chosen"] = empty(1, kv_heads, 2, dtype=torch.int32)
     return lambda: cached_attention_triton(**(arguments | options))
 
 
@@ -163,6 +170,13 @@ def experts(dtype: torch.dtype) -> Callable:
     return call
 
 
+def choice() -> Callable:
+    """Of pages for 32 layers of 8 heads."""
+    scores, chosen = empty(256, 2048, dtype=torch.float32), empty(256, 205, dtype=torch.int32)
+    rows, lengths = empty(256, dtype=torch.int64), empty(1, dtype=torch.int64)
+    return lambda: choose_pages_triton(scores, chosen, empty(256, 2, dtype=torch.int32), rows, lengths, 6554, 8)
+
+
 def cut_offs(rows: int, vocab: int) -> Callable:
     scores, limit = empty(rows, vocab, dtype=torch.float32), empty(rows, 1, dtype=torch.float32)
 
@@ -180,6 +194,13 @@ CASES: dict[str, Callable[[], Callable]] = {
     "verification 9/3 of 64, window, soft cap": lambda: attention(
         9, 3, 64, 6, True, HALF, rotary=32, interleaved=True, window=500, softcap=30.0, sinks=empty(9)
     ),
+    "sparse draft 32/8 of 128": lambda: attention(32, 8, 128, 1, False, BFLOAT, rotary=128, sparse=True),
+    "sparse draft 48/1 of 64, window": lambda: attention(48, 1, 64, 1, False, HALF, sparse=True, window=500),
+    "scored verification 32/8 of 128": lambda: attention(32, 8, 128, 6, True, BFLOAT, rotary=128, scored=True),
+    "scored verification 9/3 of 64, window, sinks": lambda: attention(
+        9, 3, 64, 16, True, HALF, window=500, sinks=empty(9), scored=True
+    ),
+    "choice of pages": choice,
     "verification 8/4 of 256": lambda: attention(8, 4, 256, 6, True, BFLOAT, rotary=256),
     "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),

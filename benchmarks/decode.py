@@ -33,7 +33,8 @@ from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
-from quantspec.engine.draft_count import cycle_tokens
+from quantspec.engine.odds import cycle_tokens
+from quantspec.engine.plan import Plan
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.cached_attention import rotate
@@ -267,7 +268,7 @@ def synthetic_rows(
     drawn = torch.zeros((), device="cuda")
     rewind(cache, context)
     rule = synthetic_acceptance(drawn)
-    replay = CycleReplay(qs.pair, cache, gamma, LogitsProcessorList(), do_sample=False, rule=rule)
+    replay = CycleReplay(qs.pair, cache, Plan(gamma), LogitsProcessorList(), do_sample=False, rule=rule)
     replay.cycle.running.fill_(True)
     for rate in rates:
         drawn.fill_(rate)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import LlamaConfig
 
-from quantspec.engine.draft_count import cycle_tokens
+from quantspec.engine.odds import cycle_tokens
 from quantspec.evals.parity_rendering import markdown_table
 from quantspec.memory import expected_memory, full_precision_bytes
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from quantspec.capture import CapturedLayer
-from quantspec.engine.draft_count import cycle_tokens
+from quantspec.engine.odds import cycle_tokens
 from quantspec.memory import expected_memory, full_precision_bytes
 
 HERE = Path(__file__).resolve().parent

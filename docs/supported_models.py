@@ -19,7 +19,7 @@ from quantspec.self_check import incremental_logits
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from tiny_models import ARCHITECTURES, tiny_model  # noqa: E402
+from tiny_models import ARCHITECTURES, HYBRIDS, tiny_model  # noqa: E402
 from unsupported_models import UNSUPPORTED, Refused  # noqa: E402
 
 # Shorter than 2G together, so that nothing is quantized, and longer than the sliding windows of the tiny models.
@@ -33,7 +33,8 @@ INTRODUCTION = f"""# Supported models
 
 Made on a CPU by `python docs/supported_models.py` with torch {torch.__version__.split("+")[0]} and transformers \
 {transformers.__version__}. There is no code per model: any decoder whose attention goes through transformers'
-attention interface is captured, and what cannot be decoded from a key/value cache is refused by name. Each row is a
+attention interface is captured, with what states transformers' cache holds besides keys and values, and what cannot
+be decoded from them is refused by name. Each row is a
 tiny random model (two layers, float32) of that type. *Prefill* and *decoding* are the largest differences of the
 target's logits from the model's own (whose largest logit is about 4) after a prompt of {PROMPT} tokens and in \
 {sum(STEPS)} tokens
@@ -83,7 +84,7 @@ def converted_row(architecture: str) -> str:
         f"{decoding:.0e}",
         str(len(layers)),
         each([f"{layer.key_dim}/{layer.value_dim}" for layer in layers]),
-        each([layer.window for layer in layers]),
+        each([layer.window or (f"chunks of {layer.chunk}" if layer.chunk else 0) for layer in layers]),
         each([layer.softcap for layer in layers]),
         "yes" if any(layer.has_sinks for layer in layers) else "-",
         f"{experts.pop()}, INT4" if experts else "-",
@@ -107,7 +108,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
-    for architecture in ARCHITECTURES:
+    for architecture in (*ARCHITECTURES, *HYBRIDS):
         rows.append(converted_row(architecture))
         print(rows[-1], flush=True)
     refused = [refused_row(name, model) for name, model in UNSUPPORTED.items()]

@@ -89,6 +89,7 @@ def compare_generation(
 def _next_logits(qs: QuantSpecModel, ids: Tensor, role: EvalRole) -> Tensor:
     """Logits ``(V,)`` of the token that follows 1-D ``ids``."""
     if role is EvalRole.REFERENCE:
-        return qs.model(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        with qs.pair.rope_held:
+            return qs.model(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
     (block,) = forced_text(qs, ids, len(ids) - 1, role.graph)
     return block.logits[0, -1].float()

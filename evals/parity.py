@@ -367,6 +367,7 @@ def _lm_eval_warnings_hidden() -> Iterator[None]:
 
 _REPORTED_OPTIONS = (
     "num_speculative_tokens",
+    "draft",
     "kv_group_size",
     "weight_group_size",
     "weight_quantizer",

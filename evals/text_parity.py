@@ -99,7 +99,8 @@ def compare_text(qs: QuantSpecModel, ids: Tensor, context_len: int, roles: Seque
         CacheFullError: the text is longer than ``max_cache_len``.
     """
     scored = len(ids) - context_len
-    expected = qs.model(ids[None], use_cache=False, logits_to_keep=scored).logits[0]
+    with qs.pair.rope_held:
+        expected = qs.model(ids[None], use_cache=False, logits_to_keep=scored).logits[0]
     return [_compare(qs, ids, context_len, expected, role) for role in roles]
 
 

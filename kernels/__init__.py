@@ -1,8 +1,8 @@
 """Custom ops, registered by importing: a file per op, or two of a kind, with formula, implementation, fake and kernels.
 
 The kernels of a large op stand beside it, as ``cached_attention_triton``. What several ops share: ``cache_layout`` has
-the table of the cache's parts, ``hierarchical`` its code, ``encode`` the kernels that write it, ``inline_asm`` device
-functions, ``current_device`` the guard around launches.
+the table of the cache's parts, ``hierarchical`` its code, ``encode`` the kernels that write it, ``pages`` what
+sparse attention chooses among, ``inline_asm`` device functions, ``current_device`` the guard around launches.
 """
 
 # transformers looks for Hugging Face's library `kernels` and, where Python runs in the checkout, imports this folder
@@ -12,6 +12,7 @@ if __name__ != "kernels":
     from . import cached_attention_triton as cached_attention_triton
     from .attention import attention
     from .cached_attention import cached_attention, cached_attention_reference
+    from .choose_pages import choose_pages
     from .cut_off import cut_off
     from .decoded_attention import decoded_attention
     from .expert_linear import expert_linear, int4_expert_linear
@@ -20,12 +21,15 @@ if __name__ != "kernels":
     from .linears import linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
+    from .scored_attention import scored_attention, scored_decoded_attention
+    from .sparse_attention import sparse_attention
     from .tuning_attention import teaching_attention, tuning_attention
 
 __all__ = [
     "attention",
     "cached_attention",
     "cached_attention_reference",
+    "choose_pages",
     "cut_off",
     "decoded_attention",
     "expert_linear",
@@ -37,6 +41,9 @@ __all__ = [
     "linears",
     "materialize",
     "prefill_attention",
+    "scored_attention",
+    "scored_decoded_attention",
+    "sparse_attention",
     "teaching_attention",
     "tuning_attention",
 ]

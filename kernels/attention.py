@@ -24,6 +24,17 @@ QUERY_BLOCK = 256
 _MOST_WINDOW_ROWS = 2048
 
 
+def first_visible(position: Any, window: int) -> Any:
+    """The oldest key that a query at ``position``, an int or an integer tensor, sees.
+
+    Its own and the ``window - 1`` before it are visible, or where ``window`` is -C those of its chunk of C; all for 0.
+    """
+    if window <= 0:
+        return position // -window * -window if window else position * 0
+    oldest = position - window + 1
+    return oldest.clamp(min=0) if isinstance(oldest, Tensor) else max(0, oldest)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision inputs are attended in float32, float64 stays."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,7 +70,7 @@ def masked_attention(
     """
     num_keys = offset + query.shape[2]
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
-    window = 0 if window >= num_keys else window
+    window = 0 if abs(window) >= num_keys else window
     if softcap == 0:
         return _fused_attention(query, key, value, offset, scale, window, sinks)
     return _soft_capped_attention(query, key, value, offset, scale, window, softcap, sinks)
@@ -103,8 +114,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, offset: int, scale: float, window
     num_tokens, repeat = q.shape[2], q.shape[1] // k.shape[1]
     sink = slice(0, int(has_sink))
     out = torch.empty_like(q)
-    for rows in _blocks(num_tokens, min(max(QUERY_BLOCK, window), _MOST_WINDOW_ROWS)):
-        first, last = max(0, offset + rows.start - window + 1), offset + rows.stop
+    for rows in _blocks(num_tokens, min(max(QUERY_BLOCK, abs(window)), _MOST_WINDOW_ROWS)):
+        first, last = first_visible(offset + rows.start, window), offset + rows.stop
         visible = ~_hidden(slice(offset + rows.start, last), slice(first, last), window, q.device)
         visible = F.pad(visible, (sink.stop, 0), value=True)
         seen = slice(sink.stop + first, sink.stop + last)
@@ -131,7 +142,7 @@ def _soft_capped_attention(
     value_r = value.to(dtype).repeat_interleave(repeat, 1)
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     for rows in _blocks(query.shape[2], QUERY_BLOCK):
-        first, last = max(0, offset + rows.start - window + 1) if window else 0, offset + rows.stop
+        first, last = first_visible(offset + rows.start, window), offset + rows.stop
         scores = (query[:, :, rows].to(dtype) * scale) @ key_t[..., first:last]
         scores = softcap * torch.tanh(scores / softcap)
         hidden = _hidden(slice(offset + rows.start, last), slice(first, last), window, query.device)
@@ -146,11 +157,11 @@ def _blocks(num_tokens: int, size: int) -> Iterator[slice]:
 
 
 def _hidden(rows: slice, columns: slice, window: int, device: torch.device) -> Tensor:
-    """Keys at positions ``columns`` that queries at positions ``rows`` do not see: newer, or before the window."""
+    """Keys at positions ``columns`` that queries at positions ``rows`` do not see: newer, or before the first."""
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
     column = torch.arange(columns.start, columns.stop, device=device)
     hidden = column > row
-    return hidden | (column <= row - window) if window else hidden
+    return hidden | (column < first_visible(row, window)) if window else hidden
 
 
 @torch.library.custom_op("quantspec::attention", mutates_args=())
@@ -175,7 +186,8 @@ def attention(
         value: ``(B, K, T, Dv)`` of the query's dtype.
         layer: index of this attention call in forward order; names its part of the cache.
         scale: factor on the scores.
-        window: sliding window in tokens including the current one; 0 for none.
+        window: sliding window in tokens including the current one; -C for chunks of C tokens, each of which sees no
+            other, the first from position 0 on; 0 for neither.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 for none.
         sinks: ``(H,)`` sink logits of a float dtype, or None.
 

@@ -13,9 +13,10 @@ import torch
 
 from .hierarchical import num_value_groups
 
-Kind = Literal["upper", "lower", "scales", "recent", "decoded"]
+Kind = Literal["upper", "lower", "scales", "recent", "decoded", "pages"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What parts count as where memory is told: the two planes, scales with zeros, the recent buffer, the decoded copy."""
+"""What parts count as where memory is told: the two planes, scales with zeros, the recent buffer, the decoded copy, and
+what is known of pages."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class CachePart:
         kind: what it counts as.
         axes: its axes in order. B batch, K key/value heads, R recent slots, N groups of G tokens, D channels of a head,
             V groups of channels, each with a value scale (:func:`quantspec.kernels.hierarchical.num_value_groups`),
-            S = N * G + R cached tokens.
+            S = N * G + R cached tokens, P pages that have scores, W pages that may be chosen.
         dtype: None for the model's.
         tokens_adjacent_on_cuda: whether CUDA stores its last two axes the other way round, since tokens are what the
             product with a value plane sums over.
@@ -44,14 +45,21 @@ class CachePart:
     @property
     def group_axis(self) -> int | None:
         """The axis that grows with the number of groups; None for a part that has none."""
-        return next((index for index, axis in enumerate(self.axes) if axis in ("N", "S")), None)
+        return next((index for index, axis in enumerate(self.axes) if axis in ("N", "S", "P", "W")), None)
 
     def shape(
-        self, batch: int, kv_heads: int, head_dim: int, groups: int, group_size: int, recent: int
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        groups: int,
+        group_size: int,
+        recent: int,
+        pages: tuple[int, int] = (0, 0),
     ) -> tuple[int, ...]:
         """Its shape for ``kv_heads`` heads of ``head_dim`` channels, ``groups`` groups and ``recent`` slots.
 
-        ``batch``, ``groups`` and ``recent`` may be symbols.
+        ``pages`` are those that have scores and those that may be chosen. All but the heads and dims may be symbols.
         """
         sizes = {
             "B": batch,
@@ -63,6 +71,9 @@ class CachePart:
             "G/2": group_size // 2,
             "D": head_dim,
             "V": num_value_groups(head_dim),
+            "P": pages[0],
+            "W": pages[1],
+            "2": 2,
         }
         return tuple(sizes[axis] for axis in self.axes)
 
@@ -95,6 +106,15 @@ DECODED_PARTS = (
 
 A CPU would spend most of a step on decoding the planes again, and has the memory.
 """
+
+PAGE_PARTS = (
+    CachePart("page_scores", "keys", "pages", ("B", "K", "P"), torch.float32),
+    CachePart("chosen_pages", "keys", "pages", ("B", "K", "W"), torch.int32),
+    CachePart("num_chosen", "keys", "pages", ("B", "K", "2"), torch.int32),
+)
+"""What sparse draft attention knows of pages, see ``quantspec::choose_pages``; a cache for another draft has none.
+
+They are rows of tensors that serve all layers."""
 
 
 def parts_on(device: torch.device | str) -> tuple[CachePart, ...]:

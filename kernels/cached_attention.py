@@ -25,11 +25,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import compute_dtype, masked_attention, softmax_with_sinks
+from .attention import compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .cache_layout import part_names
 from .hierarchical import dense_key_value
+from .pages import read_tokens
 
 # Of keys and values, on CUDA: a program holds two value groups at most.
 MAX_HEAD_DIM = 256
@@ -148,10 +150,12 @@ def _attend_sequence(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    read: Tensor | None = None,
 ) -> Tensor:
     """One sequence, scaled queries ``(K, R, T, D)`` (R query heads per KV head); returns ``(K, R, T, Dv)``.
 
-    ``planes`` hold the groups from position ``first_key`` on, whole; the recent buffer follows them directly.
+    ``planes`` hold the groups from position ``first_key`` on, whole; the recent buffer follows them directly. Tokens of
+    the planes are hidden from a KV head where ``read (K, tokens)`` is False.
     """
     k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero = planes
     kv_heads, repeat, tokens, head_dim = query.shape
@@ -170,13 +174,16 @@ def _attend_sequence(
     scores = scores.view(kv_heads * repeat, tokens, -1)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    if tokens > 1 or window > 0:
+    if tokens > 1 or window:
         positions = first_key + torch.arange(scores.shape[-1], device=q.device)
         row_positions = start + torch.arange(tokens, device=q.device)[:, None]
         hidden = positions > row_positions
-        if window > 0:
-            hidden |= positions <= row_positions - window
+        if window:
+            hidden |= positions < first_visible(row_positions, window)
         scores = scores.masked_fill(hidden, float("-inf"))
+    if read is not None:
+        unread = F.pad(~read, (0, k_recent.shape[1])).repeat_interleave(repeat, 0)
+        scores = scores.masked_fill(unread[:, None], float("-inf"))
     probs = softmax_with_sinks(scores, sinks).view(kv_heads, rows, -1)
 
     out = probs[..., quantized:] @ v_recent.to(q.dtype)
@@ -189,6 +196,51 @@ def _attend_sequence(
             channels = slice(part * codes.shape[-1], (part + 1) * codes.shape[-1])
             out[..., channels] += weighted @ codes[:, :, part] + offset
     return out.view(kv_heads, repeat, tokens, -1)
+
+
+def attend_plainly(
+    query: Tensor,
+    recent: tuple[Tensor, Tensor],
+    planes: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    quantized_len: Tensor,
+    length: Tensor,
+    options: tuple[float, int, float, Tensor | None],
+    choice: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """``quantspec::cached_attention`` of rotated queries whose keys and values are in the recent buffers already.
+
+    ``choice`` are the chosen pages of ``quantspec::sparse_attention``, which alone are read then.
+    """
+    scale, window, softcap, sinks = options
+    k_recent, v_recent = recent
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, group_size = k_recent.shape[1], 2 * planes[0].shape[3]
+    scaled = (query.to(compute_dtype(query.dtype)) * scale).view(batch, kv_heads, -1, tokens, head_dim)
+    out = query.new_empty(batch, tokens, heads, v_recent.shape[3])
+    for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+        # Groups that lie wholly before every query's window are not read.
+        oldest = first_visible(start, window)
+        groups = slice(min(oldest, quantized) // group_size, quantized // group_size)
+        row = tuple(None if part is None else part[b, :, groups] for part in planes)
+        stored = slice(start + tokens - quantized)
+        read = None
+        if choice is not None:
+            chosen, num_chosen = choice
+            read = read_tokens(chosen[b], num_chosen[b], quantized, group_size)[:, groups.start * group_size :]
+        attended = _attend_sequence(
+            scaled[b],
+            row,  # type: ignore[arg-type]
+            k_recent[b, :, stored],
+            v_recent[b, :, stored],
+            start,
+            groups.start * group_size,
+            window,
+            softcap,
+            sinks,
+            read,
+        )
+        out[b] = attended.flatten(0, 1).transpose(0, 1)
+    return out
 
 
 @torch.library.custom_op("quantspec::cached_attention", mutates_args=part_names("recent"))
@@ -245,33 +297,12 @@ def cached_attention(
     Raises:
         ValueError: on CUDA, heads of more than 256 dims.
     """
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
-    batch, heads, tokens, head_dim = query.shape
-    kv_heads, group_size = key.shape[1], 2 * k_upper.shape[3]
-    scaled = (query.to(compute_dtype(query.dtype)) * scale).view(batch, kv_heads, -1, tokens, head_dim)
-    out = query.new_empty(batch, tokens, heads, value.shape[3])
-    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
-    for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-        # Groups that lie wholly before every query's window are not read.
-        oldest = max(0, start - window + 1) if window > 0 else 0
-        groups = slice(min(oldest, quantized) // group_size, quantized // group_size)
-        row = tuple(None if part is None else part[b, :, groups] for part in planes)
-        recent = slice(start + tokens - quantized)
-        attended = _attend_sequence(
-            scaled[b],
-            row,  # type: ignore[arg-type]
-            k_recent[b, :, recent],
-            v_recent[b, :, recent],
-            start,
-            groups.start * group_size,
-            window,
-            softcap,
-            sinks,
-        )
-        out[b] = attended.flatten(0, 1).transpose(0, 1)
-    return out
+    options = (scale, window, softcap, sinks)
+    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options)
 
 
 @cached_attention.register_fake

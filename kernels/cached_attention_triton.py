@@ -35,6 +35,7 @@ from .inline_asm import (
     use_inline_asm,
 )
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+from .pages import PAGE_BYTES
 
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
 _HIDDEN = tl.constexpr(-1.0e30)
@@ -50,6 +51,15 @@ def _centred_codes(upper, lower, at, mask, dtype: tl.constexpr, HAS_LOWER: tl.co
         return centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
     else:
         return centred_nibbles(packed, dtype, USE_ASM)
+
+
+@triton.jit
+def _place(tile, chosen, first_unjudged, SPARSE: tl.constexpr):
+    """The tile that number ``tile`` stands for: before ``first_unjudged`` that of the list ``chosen``, else itself."""
+    if SPARSE:
+        return tl.load(chosen + tile, tile < first_unjudged, other=0) + tl.where(tile < first_unjudged, 0, tile)
+    else:
+        return tile
 
 
 @triton.jit
@@ -108,6 +118,11 @@ def _attend_planes(
     oldest,
     scale_log2,
     softcap_log2,
+    chosen,
+    first_unjudged,
+    tile_tops,
+    tops_stride,
+    real,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PART: tl.constexpr,
@@ -119,12 +134,18 @@ def _attend_planes(
     HAS_LOWER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SPARSE: tl.constexpr,
+    SCORES: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """Attend from the columns of ``q_t (BLOCK_D, BLOCK_ROWS)`` to tiles of ``BLOCK`` bytes (twice as many tokens).
 
     A byte index runs over the rows of all groups in order. Keys of position <= ``oldest`` of a column are hidden from
     it. Returns the normalized outputs of both value parts ``(BLOCK_PART, BLOCK_ROWS)`` and the log2-sum-exp2.
+
+    With ``SPARSE`` tiles have the numbers of :func:`_place`. With ``SCORES`` the highest score of every tile is stored,
+    the logarithm of the token's value scale included, at ``tile_tops``, ``tops_stride`` apart from tile to tile, for
+    each column that is ``real``.
     """
     dtype: tl.constexpr = q_t.dtype
     step: tl.constexpr = 0.0625 if HAS_LOWER else 1.0
@@ -137,11 +158,14 @@ def _attend_planes(
     offset = norm
     acc_1 = acc
     offset_1 = norm
-    next_scales = _load_value_scales(v_scale, v_zero, first_tile, num_bytes, PARTS, HALF, BLOCK)
-    for tile in range(first_tile, last_tile):
+    first_place = _place(first_tile, chosen, first_unjudged, SPARSE)
+    next_scales = _load_value_scales(v_scale, v_zero, first_place, num_bytes, PARTS, HALF, BLOCK)
+    for number in range(first_tile, last_tile):
+        tile = _place(number, chosen, first_unjudged, SPARSE)
         vs_low, vs_high, vz_low, vz_high = next_scales
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
-        next_scales = _load_value_scales(v_scale, v_zero, tile + 1, num_bytes, PARTS, HALF, BLOCK)
+        next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
+        next_scales = _load_value_scales(v_scale, v_zero, next_place, num_bytes, PARTS, HALF, BLOCK)
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
             row = (tile % (HALF // BLOCK)) * BLOCK + i
@@ -205,7 +229,12 @@ def _attend_planes(
             y_low_1 = s_low + log_low_1
             y_high_1 = s_high + log_high_1
             best = tl.maximum(best, tl.maximum(y_low_1, y_high_1))
-        new_top = tl.maximum(top, tl.max(best, 0))
+        tile_top = tl.max(best, 0)
+        if SCORES:
+            # A sum of the weights would take a second reduction, and a sixth of the kernel's time.
+            at = tile.to(tl.int64) * tops_stride + tl.arange(0, BLOCK_ROWS)
+            tl.store(tile_tops + at, tile_top, real)
+        new_top = tl.maximum(top, tile_top)
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
         w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
@@ -365,9 +394,14 @@ def _attend_kernel(
     sin,
     partial,
     partial_lse,
+    chosen,
+    choices,
+    tile_tops,
     scale_log2,
     softcap_log2,
     window,
+    chosen_width,
+    num_tiles,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -413,6 +447,8 @@ def _attend_kernel(
     HAS_LOWER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SPARSE: tl.constexpr,
+    SCORES: tl.constexpr,
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -433,13 +469,16 @@ def _attend_kernel(
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
-    rows = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(2) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
     # Without a window everything is newer than -1.
     oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    # A negative window is the size of chunks.
+    chunk = tl.maximum(-window, 1)
     if HAS_WINDOW:
-        oldest = newest - window
+        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
     d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
@@ -501,8 +540,16 @@ def _attend_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.maximum(start - window + 1, 0) // (2 * HALF) * HALF // BLOCK
+            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+            begin = begin // (2 * HALF) * HALF // BLOCK
             begin = tl.minimum(begin, end)
+        first_unjudged = begin
+        if SPARSE:
+            # The chosen pages take the numbers before the first page that is read in any case.
+            choice = choices + tl.program_id(1) * 2
+            first_unjudged = tl.minimum(tl.maximum(begin, tl.load(choice + 1)), end)
+            begin = first_unjudged - tl.load(choice)
+            chosen += tl.program_id(1).to(tl.int64) * chosen_width - begin
         share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
         first = begin + (split - RECENT_SPLITS) * share
         last = tl.minimum(first + share, end)
@@ -532,6 +579,11 @@ def _attend_kernel(
                 oldest,
                 scale_log2,
                 softcap_log2,
+                chosen,
+                first_unjudged,
+                tile_tops + tl.program_id(1).to(tl.int64) * num_tiles * (REPEAT * TOKENS) + first_row,
+                REPEAT * TOKENS,
+                real,
                 D,
                 BLOCK_D,
                 PART,
@@ -543,6 +595,8 @@ def _attend_kernel(
                 HAS_LOWER,
                 HAS_WINDOW,
                 HAS_SOFTCAP,
+                SPARSE,
+                SCORES,
                 USE_ASM,
             )
             tl.store(lse_at, lse, real)
@@ -554,11 +608,85 @@ def _attend_kernel(
 
 
 @triton.jit
+def _score_pages(
+    partial_lse,
+    sinks,
+    tile_tops,
+    page_scores,
+    quantized_len,
+    length,
+    window,
+    num_tiles,
+    num_pages,
+    num_splits,
+    pair,
+    block,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
+
+    Pages that share a tile share its score.
+    """
+    ROWS: tl.constexpr = REPEAT * TOKENS
+    COLUMNS: tl.constexpr = 16
+    quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
+    first_page = 0
+    if HAS_WINDOW:
+        # Pages before it were not read.
+        start = tl.load(length + pair // KV_HEADS).to(tl.int32)
+        chunk = tl.maximum(-window, 1)
+        first_page = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+        first_page = first_page // (2 * HALF) * HALF // PAGE
+    if block * 32 * PAGE < quantized // 2:
+        page = block * 32 + tl.arange(0, 32)
+        seen = (page >= first_page) & (page * PAGE < quantized // 2)
+        s = tl.arange(0, 64)
+        score = tl.full((32,), float("-inf"), tl.float32)
+        for first in range(0, ROWS, COLUMNS):
+            row = first + tl.arange(0, COLUMNS)
+            top = tl.full((COLUMNS,), _HIDDEN, tl.float32)
+            total = tl.zeros((COLUMNS,), tl.float32)
+            if HAS_SINKS:
+                head = (pair % KV_HEADS) * REPEAT + row // TOKENS
+                top = tl.load(sinks + head, row < ROWS, other=0).to(tl.float32) * 1.4426950408889634
+                total += 1.0
+            for split in range(0, num_splits, 64):
+                at = (pair.to(tl.int64) * num_splits + split + s)[:, None] * ROWS + row[None, :]
+                inside = (split + s < num_splits)[:, None] & (row < ROWS)[None, :]
+                lse = tl.load(partial_lse + at, inside, other=float("-inf"))
+                new_top = tl.maximum(top, tl.max(lse, 0))
+                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
+                top = new_top
+            total = tl.where(row < ROWS, total, 1.0)
+            at = (pair.to(tl.int64) * num_tiles + page * PAGE // TILE)[:, None] * ROWS + row[None, :]
+            highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=_HIDDEN)
+            weight = tl.where(highest > 0.5 * _HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
+            score = tl.maximum(score, tl.max(weight, 1))
+        # Value scales came in sixteenths, as codes of both planes count.
+        score = (score + 4) * 0.6931471805599453
+        tl.store(page_scores + pair.to(tl.int64) * num_pages + page, score, page < num_pages)
+
+
+@triton.jit
 def _merge_kernel(
     partial,
     partial_lse,
     sinks,
     out,
+    tile_tops,
+    page_scores,
+    quantized_len,
+    length,
+    window,
+    num_tiles,
+    num_pages,
     num_splits,
     KV_HEADS: tl.constexpr,
     REPEAT: tl.constexpr,
@@ -566,16 +694,49 @@ def _merge_kernel(
     DV: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SCORES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer."""
+    """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
+
+    With ``SCORES`` the programs after those of the rows make the scores of pages.
+    """
     if OVERLAP:
         # What follows may load its weights while the planes are still read.
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     pair = tl.program_id(1)
+    if SCORES and row >= REPEAT * TOKENS:
+        if tl.program_id(2) == 0:
+            _score_pages(
+                partial_lse,
+                sinks,
+                tile_tops,
+                page_scores,
+                quantized_len,
+                length,
+                window,
+                num_tiles,
+                num_pages,
+                num_splits,
+                pair,
+                row - REPEAT * TOKENS,
+                KV_HEADS,
+                REPEAT,
+                TOKENS,
+                HALF,
+                PAGE,
+                TILE,
+                HAS_SINKS,
+                HAS_WINDOW,
+            )
+        return
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
     s = tl.arange(0, BLOCK_SPLITS)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -707,8 +868,15 @@ def cached_attention_triton(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    page_scores: Tensor | None = None,
+    chosen_pages: Tensor | None = None,
+    num_chosen: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv)."""
+    """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv).
+
+    With ``page_scores`` it does what ``quantspec::scored_attention`` does besides, with the other two it reads as
+    ``quantspec::sparse_attention``; those without elements stand for None.
+    """
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
@@ -730,12 +898,19 @@ def cached_attention_triton(
         k_lower is not None,
         query.element_size(),
     )
+    num_pages = 0 if page_scores is None else page_scores.shape[2]
+    most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
+    scores, sparse = num_pages > 0, most_chosen > 0
+    if sparse:
+        config = config._replace(block=PAGE_BYTES)
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    num_tiles = triton.cdiv(groups * half, config.block)
+    tile_tops = query.new_empty(pairs, num_tiles, rows, dtype=torch.float32) if scores else partial_lse
     out = query.new_empty(batch, tokens, heads, value_dim)
     angle_strides = (0, 0)
     if cos is not None and sin is not None:
@@ -766,9 +941,14 @@ def cached_attention_triton(
         query if sin is None else sin,
         partial,
         partial_lse,
+        chosen_pages if sparse else quantized_len,
+        num_chosen if sparse else quantized_len,
+        tile_tops,
         scale * log2e,
         softcap * log2e,
         window,
+        most_chosen,
+        num_tiles,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -796,8 +976,10 @@ def cached_attention_triton(
         ANGLES=1 if cos is None else cos.shape[2],
         INTERLEAVED=interleaved,
         HAS_LOWER=k_lower is not None,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=window != 0,
         HAS_SOFTCAP=softcap > 0,
+        SPARSE=sparse,
+        SCORES=scores,
         USE_ASM=use_inline_asm(query.device),
         OVERLAP=overlap,
         num_warps=config.warps,
@@ -805,11 +987,18 @@ def cached_attention_triton(
         maxnreg=config.max_registers,
         **options,
     )
-    _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
+    _merge_kernel[(rows + triton.cdiv(num_pages, 32), pairs, triton.cdiv(value_dim, 32))](
         partial,
         partial_lse,
         out if sinks is None else sinks,
         out,
+        tile_tops,
+        page_scores if scores else out,
+        quantized_len,
+        length,
+        window,
+        num_tiles,
+        num_pages,
         splits,
         KV_HEADS=kv_heads,
         REPEAT=heads // kv_heads,
@@ -817,7 +1006,12 @@ def cached_attention_triton(
         DV=value_dim,
         BLOCK_C=32,
         BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
+        HALF=half,
+        PAGE=PAGE_BYTES,
+        TILE=config.block,
         HAS_SINKS=sinks is not None,
+        HAS_WINDOW=window != 0,
+        SCORES=scores,
         OVERLAP=overlap,
         num_warps=4,
         **options,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import masked_attention
+from .attention import first_visible, masked_attention
 
 
 def _attend(
@@ -28,7 +28,8 @@ def _attend(
     """Queries ``(B, H, T, D)`` from position ``start`` on over ``(B, K, S, D)`` keys; returns ``(B, T, H, Dv)``."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, last = keys.shape[1], start + tokens
-    first = max(0, start - window + 1) if window > 0 else 0
+    # Where this cuts, it cuts between chunks, so that they begin at multiples of their size still.
+    first = first_visible(start, window)
     keys, values = keys[:, :, first:last], values[:, :, first:last]
     if softcap > 0 or sinks is not None:
         return masked_attention(query, keys, values, start - first, scale, window, softcap, sinks)
@@ -36,8 +37,8 @@ def _attend(
     if tokens > 1:
         positions, own = torch.arange(first, last), torch.arange(start, last)[:, None]
         mask = positions <= own
-        if window > 0:
-            mask &= positions > own - window
+        if window:
+            mask &= positions >= first_visible(own, window)
         mask = mask.repeat(heads // kv_heads, 1)
     # The query heads of a key head are rows of one product, so its keys are read once.
     rows = query.reshape(batch, kv_heads, -1, head_dim)
@@ -77,6 +78,23 @@ def decoded_attention(
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
     """
+    options = (scale, window, softcap, sinks)
+    return attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, quantized_len, length, options)
+
+
+def attend_decoded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_decoded: Tensor,
+    v_decoded: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    options: tuple[float, int, float, Tensor | None],
+) -> Tensor:
+    """What :func:`decoded_attention` does; ``options`` are its last four."""
     state = list(zip(quantized_len.tolist(), length.tolist(), strict=True))
     # Sequences of equal lengths are one call.
     rows = [slice(None)] if len(set(state)) == 1 else [slice(b, b + 1) for b in range(len(state))]
@@ -85,7 +103,7 @@ def decoded_attention(
         first, last = start - quantized, start - quantized + query.shape[2]
         k_recent[row, :, first:last] = k_decoded[row, :, start : start + query.shape[2]] = key[row]
         v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
-        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, scale, window, softcap, sinks))
+        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, *options))
     return torch.cat(outputs)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention_dtype, compute_dtype, masked_attention, softmax_with_sinks
+from .attention import attention_dtype, compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .cache_layout import part_names
 from .cached_attention import append_recent
 from .hierarchical import decode_keys, decode_values, num_flushed_groups
@@ -98,11 +98,11 @@ def _blocks(
         stop = min(start + _ROWS, num_tokens)
         row = torch.arange(start, stop, device=key.device)[:, None]
         quantized = num_flushed_groups(row, group_size) * group_size
-        first = max(0, start - window + 1) if window > 0 else 0
+        first = first_visible(start, window)
         at_4_bits = slice(first, num_flushed_groups(stop - 1, group_size) * group_size)
         exact = slice(max(first, num_flushed_groups(start, group_size) * group_size), stop - 1)
         column = torch.arange(num_tokens, device=key.device)
-        seen = (column > row - window) if window > 0 else (column >= 0)
+        seen = column >= first_visible(row, window)
         earlier = (column < quantized) & seen, (column >= quantized) & (column < row) & seen
         visible = (earlier[0][:, at_4_bits], earlier[1][:, exact], (column == row)[:, start:stop])
         keys, values = (

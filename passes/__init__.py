@@ -2,7 +2,17 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
-from .attention_lowering import ACCESSES, DECODED_ACCESS, CacheAccess, LowerAttention, Role, cache_parts
+from .attention_lowering import (
+    ACCESSES,
+    DECODED_ACCESS,
+    SCORED_ACCESS,
+    SCORED_DECODED_ACCESS,
+    SPARSE_ACCESS,
+    CacheAccess,
+    LowerAttention,
+    Role,
+    cache_parts,
+)
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
@@ -24,6 +34,9 @@ __all__ = [
     "DECODED_ACCESS",
     "GROUP_SIZES",
     "INT4",
+    "SCORED_ACCESS",
+    "SCORED_DECODED_ACCESS",
+    "SPARSE_ACCESS",
     "CacheAccess",
     "CheckTokenMixing",
     "FuseInt4Epilogues",

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, CachePart, part_names
+from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, PAGE_PARTS, CachePart, part_names
 
 from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
@@ -57,6 +57,20 @@ ACCESSES: dict[str, CacheAccess] = {
 _DECODED = (*part_names("recent"), *(part.name for part in DECODED_PARTS))
 DECODED_ACCESS = CacheAccess(torch.ops.quantspec.decoded_attention.default, _DECODED, arguments=_DECODED)
 """How a CPU's graphs read the cache: dense, old tokens as the planes decode at 8 bits."""
+
+_SCORED = (*part_names(), "page_scores")
+SCORED_ACCESS = CacheAccess(torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED)
+"""How the target reads the cache for a sparse draft: it leaves the scores of pages."""
+
+_SCORED_DECODED = (*_DECODED, "v_scale", "page_scores")
+SCORED_DECODED_ACCESS = CacheAccess(
+    torch.ops.quantspec.scored_decoded_attention.default, _SCORED_DECODED, arguments=_SCORED_DECODED
+)
+"""The same on a CPU."""
+
+_SPARSE = (*part_names("recent", "upper", "scales"), "chosen_pages", "num_chosen")
+SPARSE_ACCESS = CacheAccess(torch.ops.quantspec.sparse_attention.default, _SPARSE, arguments=_SPARSE)
+"""How a sparse draft reads the cache: of the upper planes the chosen pages."""
 
 
 def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
@@ -106,7 +120,7 @@ class LowerAttention(PassBase):
     def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
         query, key, value, layer, *options = marker.args
         dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
-        parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS)}
+        parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS, *PAGE_PARTS)}
         inputs: dict[str, fx.Node] = {}
         for name in self.access.parts:
             part = parts[name]
@@ -132,12 +146,12 @@ class _CacheValues:
         # The allocated sizes are the cache's affair: no graph depends on them.
         self.groups: Any
         self.recent: Any
-        self.groups, self.recent = (self.mode.shape_env.create_unbacked_symint() for _ in range(2))
+        self.groups, self.recent, *self.pages = (self.mode.shape_env.create_unbacked_symint() for _ in range(4))
 
     def of(self, part: CachePart, dense: torch.Tensor) -> torch.Tensor:
         """The value of ``part`` for a layer whose keys or values are ``dense (B, K, T, D)``."""
         batch, heads, _, dim = dense.shape
-        shape = part.shape(batch, heads, dim, self.groups, self.group_size, self.recent)
+        shape = part.shape(batch, heads, dim, self.groups, self.group_size, self.recent, tuple(self.pages))
         dtype = part.dtype or dense.dtype
         key = (*map(str, shape), dtype)
         if key not in self.made:

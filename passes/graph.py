@@ -130,5 +130,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     if isinstance(output, tuple | list) and len(output) == 1:
         output = output[0]
     graph.output(output)
+    # Which says what its modules do besides computing.
+    graph.owning_module = gm
     graph.eliminate_dead_code()
     return _LazyGraphModule(gm, graph)

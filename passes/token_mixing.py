@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph import describe
+from .state_steps import StateSteps
 from .token_counts import frozen_condition, value_from_sizes
 
 # A prime that is no likely size of anything else, so that the token axis can be told by its length.
@@ -24,7 +25,8 @@ class TokenMixingError(ValueError):
 class _WithoutAttention(fx.Interpreter):
     """Runs a captured graph with every marker passing its own token's value through, keeping values if asked.
 
-    ``results`` are what attention and the head get: every marker's query, key and value, and the logits.
+    States are zeros before every token. ``results`` are what attention and the head get: every marker's query, key and
+    value, and the logits.
     """
 
     def __init__(self, gm: fx.GraphModule, keep: bool) -> None:
@@ -49,6 +51,14 @@ class _WithoutAttention(fx.Interpreter):
             return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
         return super().call_function(target, args, kwargs)
 
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        called = self.fetch_attr(target)
+        if not isinstance(called, StateSteps):
+            return super().call_module(target, args, kwargs)
+        state, *inputs = args
+        tokens = next(x for x, of_token in zip(inputs, called.is_token, strict=True) if of_token).shape[0]
+        return tuple(called.step(state.expand(tokens, *state.shape[1:]).contiguous(), *inputs)[1:])
+
     def output(self, target: Any, args: tuple, kwargs: dict) -> Any:
         self.results += args if isinstance(args[0], Tensor) else args[0]
         return super().output(target, args, kwargs)
@@ -64,6 +74,8 @@ class CheckTokenMixing(PassBase):
 
     What no short run shows is read from the graph: conditions on the number of tokens that the export took for
     granted, and values made from sizes alone, such as ``arange(T)``, that are computed with.
+
+    Where layers keep state, every token steps from the same one; the steps alone pass it on.
 
     Requires a captured graph with real weights. Ensures nothing else; never modifies the graph.
     """
@@ -106,15 +118,17 @@ class CheckTokenMixing(PassBase):
         together = (ids, positions)
         alone = (ids.T.contiguous(), positions.T.contiguous())
         inputs = (together, alone, tuple(x[:_FEWER] for x in alone))
+        kept = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")[2:]]
+        states = [torch.zeros(1, *state.shape[2:], dtype=state.dtype, device=device) for state in kept]
         with torch.no_grad():
             runs = [_WithoutAttention(graph_module, keep=False) for _ in inputs]
             for run, pair in zip(runs, inputs, strict=True):
-                run.run(*pair)
+                run.run(*pair, *states)
             if not any(_differ(*values) for values in zip(*(run.results for run in runs), strict=True)):
                 return
             runs = [_WithoutAttention(graph_module, keep=True) for _ in inputs]
             for run, pair in zip(runs, inputs, strict=True):
-                run.run(*pair)
+                run.run(*pair, *states)
         for node in graph_module.graph.nodes:
             if node.op == "call_function" and _differ(*(run.values.get(node) for run in runs)):
                 raise TokenMixingError(

@@ -25,6 +25,37 @@ class WeightQuantizer(StrEnum):
     """By HQQ's half-quadratic fit."""
 
 
+class DraftAttention(StrEnum):
+    """What draft steps read of the cache's planes."""
+
+    FULL = "full"
+    """Everything."""
+    SPARSE = "sparse"
+    """The pages that the last verification paid most attention to, where there are more than a few."""
+    AUTO = "auto"
+    """The same where a context is long enough for it to pay, else everything."""
+
+
+class Draft(StrEnum):
+    """Where drafted tokens come from."""
+
+    SELF = "self"
+    """The INT4 draft's own steps."""
+    LOOKUP = "lookup"
+    """What followed the newest tokens earlier in the row's own text, prompt included; else nothing is drafted."""
+    BOTH = "both"
+    """What is expected to yield most: a lookup where it finds something that is accepted, the INT4 draft elsewhere."""
+
+
+def check_draft(value: Any) -> Draft:
+    """The source of drafts that ``value`` names."""
+    try:
+        return Draft(value)
+    except ValueError:
+        choices = ", ".join(repr(choice.value) for choice in Draft)
+        raise ValueError(f"draft must be one of {choices}, not {value!r}") from None
+
+
 def check_num_speculative_tokens(value: Any, name: str = "num_speculative_tokens") -> None:
     """Validate a number of draft tokens per cycle, or "auto"; 0 means decoding with the target alone."""
     if value == AUTO:
@@ -42,6 +73,8 @@ class QuantSpecConfig:
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
             fastest, plain decoding included. Can be overridden per ``generate`` call.
+        draft: ``"self"``: the INT4 draft proposes; ``"lookup"``: the text itself does, with what followed its newest
+            tokens before; ``"both"``: whichever yields more. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
         weight_group_size: input channels that share an INT4 scale: 32, 64, 128 or 256. Where it does not divide a
             linear's input width, the largest smaller size that does is used; see ``adapted_group_sizes``.
@@ -49,8 +82,14 @@ class QuantSpecConfig:
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (docs/benchmarks.md).
         draft_recipe: name of the registered recipe that makes the draft (docs/adding-a-draft.md).
+        draft_attention: ``"full"``, ``"sparse"`` or ``"auto"``: whether draft steps read all of the cache's planes or
+            the pages that the last verification paid most attention to (docs/choosing-options.md). The text is the
+            same.
+        draft_attention_share: share of the planes that a sparse draft step reads, above 0, at most 1.
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``. At most the rows of a learned table of positions.
+        rope_context: for RoPE that depends on the length of a text (``dynamic``, ``longrope``): the length whose
+            frequencies all texts are computed with; None for the most tokens that a sequence may hold.
         self_check: compare the pair with the original model on a short random text before ``convert`` returns.
         compile: run the pair through torch.compile; None compiles on GPUs only.
         adapted_group_sizes: filled by ``convert``: linears whose INT4 group size differs from ``weight_group_size``,
@@ -61,12 +100,16 @@ class QuantSpecConfig:
     """
 
     num_speculative_tokens: int | str = 4
+    draft: Draft = Draft.SELF
     kv_group_size: int = 128
     weight_group_size: int = 128
     weight_quantizer: WeightQuantizer = WeightQuantizer.TINYGEMM
     quantize_lm_head: bool = False
     draft_recipe: str = "int4"
+    draft_attention: DraftAttention = DraftAttention.FULL
+    draft_attention_share: float = 0.07
     max_cache_len: int | None = None
+    rope_context: int | None = None
     self_check: bool = True
     compile: bool | None = None
     adapted_group_sizes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
@@ -74,6 +117,7 @@ class QuantSpecConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_group_sizes", dict(self.adapted_group_sizes))
         check_num_speculative_tokens(self.num_speculative_tokens)
+        object.__setattr__(self, "draft", check_draft(self.draft))
         for name in ("kv_group_size", "weight_group_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
@@ -87,6 +131,16 @@ class QuantSpecConfig:
         except ValueError:
             choices = ", ".join(repr(choice.value) for choice in WeightQuantizer)
             raise ValueError(f"weight_quantizer must be one of {choices}, not {self.weight_quantizer!r}") from None
+        try:
+            object.__setattr__(self, "draft_attention", DraftAttention(self.draft_attention))
+        except ValueError:
+            choices = ", ".join(repr(choice.value) for choice in DraftAttention)
+            raise ValueError(f"draft_attention must be one of {choices}, not {self.draft_attention!r}") from None
+        share = self.draft_attention_share
+        if not isinstance(share, int | float) or isinstance(share, bool):
+            raise TypeError(f"draft_attention_share must be a number, not {share!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"draft_attention_share must be above 0 and at most 1, not {share}")
         if not isinstance(self.draft_recipe, str):
             raise TypeError(f"draft_recipe must be a str, not {self.draft_recipe!r}")
         for name in ("quantize_lm_head", "self_check"):
@@ -94,11 +148,12 @@ class QuantSpecConfig:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.compile not in (None, True, False):
             raise TypeError(f"compile must be True, False or None, not {self.compile!r}")
-        if self.max_cache_len is not None:
-            if not isinstance(self.max_cache_len, int) or isinstance(self.max_cache_len, bool):
-                raise TypeError(f"max_cache_len must be an int or None, not {self.max_cache_len!r}")
-            if self.max_cache_len < 1:
-                raise ValueError(f"max_cache_len must be at least 1, not {self.max_cache_len}")
+        for name in ("max_cache_len", "rope_context"):
+            tokens = getattr(self, name)
+            if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool)):
+                raise TypeError(f"{name} must be an int or None, not {tokens!r}")
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} must be at least 1, not {tokens}")
 
     @classmethod
     def from_options(cls, config: QuantSpecConfig | None, options: Mapping[str, Any]) -> QuantSpecConfig:

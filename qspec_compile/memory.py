@@ -13,7 +13,7 @@ import torch
 
 from quantspec.kernels.cache_layout import parts_on
 
-from .cache.geometry import AttentionShape, HeldState, part_shape, planned_groups, recent_slots
+from .cache.geometry import AttentionShape, HeldState, StateShape, part_shape, planned_groups, recent_slots, state_slots
 from .config import QuantSpecConfig
 
 
@@ -61,6 +61,7 @@ def expected_memory(
     dtype: torch.dtype = torch.bfloat16,
     max_cache_len: int | None = None,
     device: torch.device | str = "cuda",
+    states: Sequence[StateShape] = (),
 ) -> dict[str, int]:
     """Bytes of a new cache with room for ``context`` tokens per sequence, prompt and output.
 
@@ -73,18 +74,27 @@ def expected_memory(
         dtype: of the recent buffer and the decoded copy, the model's.
         max_cache_len: most tokens that a sequence may hold; ``context`` if None.
         device: where the cache is. On a CPU it has a decoded copy, which takes what transformers' own cache does.
+        states: what layers keep besides keys and values.
 
     Returns:
         Bytes by part, those of :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``: ``upper``,
-        ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``.
+        ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded`` and, where layers keep any, ``state``.
+        What a sparse draft keeps of pages, less than a thousandth of that, is left out.
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
     slots = recent_slots(kv_group_size, num_speculative_tokens)
-    return _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype, device)
+    totals = _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype, device)
+    if states:
+        totals["state"] = batch_size * state_slots(num_speculative_tokens) * _state_bytes(states)
+    return totals
 
 
 def full_precision_bytes(
-    layers: Sequence[AttentionShape], context: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
+    layers: Sequence[AttentionShape],
+    context: int,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    states: Sequence[StateShape] = (),
 ) -> int:
     """Bytes of transformers' own cache.
 
@@ -96,10 +106,15 @@ def full_precision_bytes(
         context: tokens per sequence.
         batch_size: sequences.
         dtype: of keys and values.
+        states: what layers keep besides, once for each sequence.
     """
     held = [_held(layer) for layer in layers]
     elements = sum(min(context, state.most or context) * state.per_token for state in held)
-    return batch_size * elements * dtype.itemsize
+    return batch_size * (elements * dtype.itemsize + _state_bytes(states))
+
+
+def _state_bytes(states: Sequence[StateShape]) -> int:
+    return sum(math.prod(state.shape) * state.dtype.itemsize for state in states)
 
 
 def _held(layer: AttentionShape) -> HeldState:

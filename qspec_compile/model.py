@@ -88,6 +88,7 @@ class QuantSpecModel:
         streamer: BaseStreamer | None = None,
         *,
         num_speculative_tokens: int | str | None = None,
+        draft: str | None = None,
         continue_cache: bool = False,
         generator: torch.Generator | None = None,
         seed: int | Sequence[int] | None = None,
@@ -109,6 +110,7 @@ class QuantSpecModel:
             streamer: receives the prompt, then tokens as they are accepted.
             num_speculative_tokens: overrides the config for this call; 0 decodes with the target alone, "auto" tunes
                 by measured times.
+            draft: overrides the config for this call: "self", "lookup" or "both".
             continue_cache: for conversations: of ``input_ids``, which begin with an earlier call's text, only what is
                 new is prefilled. What differs is forgotten; without a kept cache everything is prefilled.
             generator: draws the rows' seeds where none are given, on the model's device; the global one if None.
@@ -148,6 +150,7 @@ class QuantSpecModel:
             generation_config,
             streamer,
             num_speculative_tokens=num_speculative_tokens,
+            draft=draft,
             continue_cache=continue_cache,
             generator=generator,
             seed=seed,

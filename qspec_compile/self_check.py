@@ -78,7 +78,7 @@ def self_check(pair: Pair) -> None:
             if total > limit:
                 continue
             ids = torch.randint(0, pair.vocab_size, (1, total), generator=generator, device="cpu").to(pair.device)
-            with torch.no_grad():
+            with torch.no_grad(), pair.rope_held:
                 ours = read_incrementally(pair, ids, prompt_len, _STEPS).float()
                 mask = torch.ones_like(ids)
                 expected = (

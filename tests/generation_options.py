@@ -120,7 +120,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "num_assistant_tokens_schedule": _irrelevant('`num_speculative_tokens="auto"` is the schedule here'),
     "assistant_confidence_threshold": _irrelevant("every cycle drafts its number of tokens"),
-    "prompt_lookup_num_tokens": _refused(3, "the draft is the model itself"),
+    "prompt_lookup_num_tokens": _refused(3, 'pass `draft="lookup"`'),
     "max_matching_ngram_size": _irrelevant("read with `prompt_lookup_num_tokens` only"),
     "assistant_early_exit": _refused(1, "the draft is the model itself"),
     "assistant_lookbehind": _LOOKBEHIND,
@@ -170,6 +170,7 @@ ARGUMENTS: dict[str, Option] = {
 # Keywords of quantspec's own.
 OWN: dict[str, Option] = {
     "num_speculative_tokens": Option(HONOURED, 'tokens drafted per cycle, or `"auto"`'),
+    "draft": Option(HONOURED, 'where drafts come from: `"self"`, `"lookup"` or `"both"`'),
     "continue_cache": Option(HONOURED, "prefills only what is new"),
     "generator": Option(HONOURED, "of randomness"),
     "seed": Option(HONOURED, "of randomness; a list has one for each row"),

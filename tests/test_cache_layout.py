@@ -8,7 +8,7 @@ import torch
 from quantspec.cache import LayerCache
 from quantspec.cache.geometry import part_shape
 from quantspec.capture import CapturedLayer
-from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS, part_names, parts_on
+from quantspec.kernels.cache_layout import CACHE_PARTS, KINDS, PAGE_PARTS, part_names, parts_on
 from quantspec.kernels.hierarchical import encode_keys, encode_values
 from quantspec.memory import cache_bytes_per_token
 
@@ -16,6 +16,7 @@ ops = torch.ops.quantspec
 # 192 value channels share two scales.
 LAYER = CapturedLayer("attention", 4, 2, 24, 192, 0, 0.0, False)
 WRITTEN = {ops.cached_attention: part_names("recent"), ops.prefill_attention: part_names(), ops.flush: part_names()}
+WRITTEN |= {ops.scored_attention: (*part_names("recent"), "page_scores")}
 
 
 @pytest.mark.parametrize("op", WRITTEN, ids=str)
@@ -40,10 +41,11 @@ def test_quantized_parts_are_those_that_encoding_makes(holds: str, encode, dim: 
 
 
 def test_kinds_are_all_counted_and_recent_buffers_alone_do_not_grow() -> None:
-    assert {part.kind for part in parts_on("cpu")} == set(KINDS)
-    assert {part.kind for part in parts_on("cuda")} == set(KINDS) - {"decoded"}
+    assert {part.kind for part in parts_on("cpu")} == set(KINDS) - {"pages"}
+    assert {part.kind for part in parts_on("cuda")} == set(KINDS) - {"pages", "decoded"}
+    assert {part.kind for part in PAGE_PARTS} == {"pages"}
     assert {part.kind for part in CACHE_PARTS if part.group_axis is None} == {"recent"}
-    assert set(cache_bytes_per_token([LAYER])) == set(KINDS) - {"recent", "decoded"}
+    assert set(cache_bytes_per_token([LAYER])) == set(KINDS) - {"recent", "decoded", "pages"}
 
 
 def test_a_grown_layer_is_as_one_allocated_at_once() -> None:

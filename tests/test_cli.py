@@ -163,6 +163,19 @@ def test_json(run, folder, tokenizer):
     assert answer["statistics"]["num_speculative_tokens"] == 2
 
 
+def test_drafts_from_the_text(run, pair, folder):
+    call = ("--json", "--gamma", 3, "--max-new-tokens", 30, "--greedy")
+    for model in (pair, folder):
+        texts = {}
+        for draft in ("self", "lookup"):
+            status, out, _ = run("generate", model, "Hello hello hello", *call, "--draft", draft)
+            answer = json.loads(out)
+            texts[draft] = answer["text"]
+            assert status == 0
+            assert [name for name, count in answer["statistics"]["drafted_by_source"].items() if count] == [draft]
+        assert texts["self"] == texts["lookup"]
+
+
 def test_sampling_seed_stop_and_stats(run, pair):
     sampled = ("generate", pair, "Hello", "--temperature", "0.9", "--top-k", 30, "--max-new-tokens", 12)
     first, again, other = (run(*sampled, "--seed", seed)[1] for seed in (1, 1, 2))
@@ -477,7 +490,7 @@ def test_convert_overwrites_nothing(run, pair, folder, tmp_path):
 def test_options_a_saved_pair_cannot_change(run, pair):
     assert_error(run("generate", pair, "Hi", "--weight-group-size", 32), "weight_group_size cannot change")
     result = run("generate", pair, "Hi", "--weight-quantizer", "hqq")
-    assert_error(result, "weights were made with 'tinygemm'; convert", "`quantspec convert`")
+    assert_error(result, "pair was made with 'tinygemm'; convert", "`quantspec convert`")
 
 
 @pytest.fixture

@@ -22,8 +22,17 @@ from quantspec.evals.parity import ParityOptions
 
 TEXT = characters(random_prompt(400))
 OPTIONS = [
-    *("--dtype", "--gamma", "--num-speculative-tokens", "--kv-group-size", "--weight-group-size", "--weight-quantizer"),
-    *("--quantize-lm-head", "--max-cache-len", "--device", "--self-check", "--compile", "--gguf-file", "--tasks"),
+    *("--dtype", "--gamma", "--num-speculative-tokens", "--draft", "--kv-group-size", "--weight-group-size"),
+    *(
+        "--weight-quantizer",
+        "--quantize-lm-head",
+        "--max-cache-len",
+        "--device",
+        "--self-check",
+        "--compile",
+        "--gguf-file",
+        "--tasks",
+    ),
     *("--include-path", "--text", "--output", "--limit", "--batch-size", "--apply-chat-template", "--context-tokens"),
     *("--scored-tokens", "--prompts", "--prompt-tokens", "--new-tokens", "--max-standard-errors"),
     *("--max-paired-standard-errors", "--max-perplexity-change", "--min-argmax-agreement", "--min-speculative-match"),

@@ -182,7 +182,6 @@ REFUSED = {
     "masked": (BertConfig(), {"architectures": ["BertForMaskedLM"]}, "saved as BertForMaskedLM, which has no head"),
     "classifier": (LlamaConfig(), {"architectures": ["LlamaForSequenceClassification"]}, "which has no head"),
     "embedder": (LlamaConfig(), {"architectures": ["LlamaModel"]}, "saved as LlamaModel, which has no head"),
-    "rope": (None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type"),
     "unknown": (None, {"model_type": "brandnew"}, "a newer transformers"),
     "own code": (None, {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "--trust-remote-code runs"),
 }

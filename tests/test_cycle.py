@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 
 import quantspec
+from quantspec.engine.plan import Plan
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 LONG = 2 * GROUP + 8
@@ -136,7 +137,7 @@ def test_graphs_take_turns(gpu_qs, monkeypatch):
     ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
     options = {"max_new_tokens": 3 * GROUP, "eos_token_id": None, "do_sample": True, "temperature": 2.0, "seed": 3}
     counts = itertools.cycle([4, 1, 4, 0, 2])
-    monkeypatch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda self: next(counts))
+    monkeypatch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda *_: Plan(next(counts)))
     # Eager cycles draft less at the end, which draws other random numbers.
     graphed = gpu_qs.generate(ids, **options)[:, :-5]
     counts = itertools.cycle([4, 1, 4, 0, 2])

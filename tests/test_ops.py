@@ -221,9 +221,9 @@ class Options:
 
 @st.composite
 def options(draw, heads: int) -> Options:
-    """Any mix of window, soft cap and sinks."""
+    """Any mix of window or chunks, soft cap and sinks."""
     sinks = randn(heads, seed=draw(seeds)) if draw(st.booleans()) else None
-    window = draw(st.sampled_from([0, 0, 1, 5, GROUP, GROUP + 3, 3 * GROUP]))
+    window = draw(st.sampled_from([0, 0, 1, 5, GROUP, GROUP + 3, 3 * GROUP, -1, -5, -GROUP - 3, -3 * GROUP]))
     return Options(draw(st.sampled_from([0.1, 0.3])), window, draw(st.sampled_from([0.0, 0.0, 2.0])), sinks)
 
 
@@ -235,7 +235,9 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, offset: int, op
         kv = h // (heads // keys.shape[0])
         for t in range(tokens):
             last = offset + t + 1
-            first = max(0, last - options.window) if options.window else 0
+            first = max(0, last - options.window) if options.window > 0 else 0
+            if options.window < 0:
+                first = (last - 1) // -options.window * -options.window
             scores = options.scale * keys[kv, first:last].double() @ query[h, t].double()
             if options.softcap:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
@@ -275,7 +277,9 @@ def test_attention_marker_is_causal_attention(case):
 @pytest.mark.parametrize("dims", [(16, 16), (24, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize(("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5)])
+@pytest.mark.parametrize(
+    ("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5), (-20, 7), (-1000, 5)]
+)
 def test_attention_over_more_rows_than_one_block(dtype, bound, dims, softcap, with_sinks, window, offset):
     """Several blocks of rows, more query heads than key heads; relative to the whole output."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -463,7 +467,7 @@ def test_prefill_attends_in_full_precision_and_stores_every_token(case):
 
 
 @pytest.mark.parametrize("chunks", [(5, 9), (GROUP, GROUP), (2 * GROUP, 1), (3 * GROUP + 2, 7, 2 * GROUP)])
-@pytest.mark.parametrize("window", [0, GROUP + 3])
+@pytest.mark.parametrize("window", [0, GROUP + 3, -GROUP - 3])
 def test_prefill_in_chunks_reads_the_planes_at_eight_bits(chunks, window):
     opts = Options(0.3, window, 0.0, None)
     tokens = sum(chunks)
@@ -608,6 +612,14 @@ def op_cases() -> dict[str, tuple]:
             angles = 6 * torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(8))
             rotation = (angles.cos(), angles.sin(), 16, label == "windowed")
             cases[f"cached_attention rotating {name}"] = cached_attention, (*new, *draft, *state, *options, *rotation)
+            scores, chosen = torch.zeros(2, 2, 3), torch.zeros(2, 2, 2, dtype=torch.int32)
+            scored = (*new, *target, scores, *state, *options)
+            cases[f"scored_attention {name}"] = kernels.scored_attention, scored
+            cases[f"scored_attention rotating {name}"] = kernels.scored_attention, (*scored, *rotation)
+            upper = [part for part in draft if part is not None]
+            sparse = (*new, *upper, chosen, chosen.clone(), *state, *options)
+            cases[f"sparse_attention {name}"] = kernels.sparse_attention, sparse
+            cases[f"sparse_attention rotating {name}"] = kernels.sparse_attention, (*sparse, *rotation)
             cases[f"teaching_attention {name}"] = kernels.teaching_attention, (*new, *text, none, none, *options)
             cases[f"tuning_attention {name}"] = kernels.tuning_attention, (*new, *text, none, none, *options)
             cases[f"prefill_attention {name}"] = kernels.prefill_attention, (*new, *target, *state, num_new, *options)
@@ -632,6 +644,9 @@ def op_cases() -> dict[str, tuple]:
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
     for name, typical in (("top-p", False), ("typical", True)):
         cases[f"cut_off {name}"] = kernels.cut_off, (x[None], bias[:1, :1].sigmoid().expand(1, 5, 1), typical, 1, -1e4)
+    numbers, lengths = torch.zeros(3, 2, dtype=torch.int32), torch.tensor([640, 64])
+    choice = (torch.rand(3, 10), torch.zeros(3, 4, dtype=torch.int32), numbers, torch.tensor([0, 1, 0]), lengths)
+    cases["choose_pages"] = kernels.choose_pages, (*choice, 1 << 14, 2)
     cases["materialize"] = kernels.materialize, (x.t(),)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
@@ -646,8 +661,9 @@ def copied(args: tuple) -> tuple:
 
 def test_every_op_has_a_case():
     checked = {name.split()[0] for name in OP_CASES}
-    # Of a CPU alone, with tests of its own in test_decoded_attention.py.
-    assert checked == set(kernels.__all__) - {"cached_attention_reference", "decoded_attention"}
+    # Two of a CPU alone, with tests of their own in test_decoded_attention.py and test_sparse_drafts.py.
+    of_cpus = {"decoded_attention", "scored_decoded_attention"}
+    assert checked == set(kernels.__all__) - {"cached_attention_reference"} - of_cpus
 
 
 @pytest.mark.parametrize("name", OP_CASES)

@@ -14,6 +14,7 @@ import quantspec
 from quantspec import GenerationStats, pictures
 from quantspec.capture import CapturedLayer
 from quantspec.cycle_times import CycleTimes, cycle_times
+from quantspec.engine.plan import Plan
 from quantspec.memory import expected_memory, full_precision_bytes
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
@@ -31,7 +32,7 @@ def stats_of(*cycles: tuple[int, list[int]], num_speculative_tokens: int = 4) ->
     """Statistics of these cycles: drafted tokens and accepted ones per sequence."""
     stats = GenerationStats(num_speculative_tokens)
     for drafted, accepted in cycles:
-        stats.record_cycle(drafted, accepted, 0.1)
+        stats.record_cycle(Plan(drafted), accepted, 0.1)
     return stats
 
 

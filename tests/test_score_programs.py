@@ -23,6 +23,7 @@ from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
 from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from quantspec.engine.logits_processors import ScoreProgram, apply_processors, compilable, program_key, reads_text
+from quantspec.engine.plan import Plan
 from quantspec.engine.sampling import Randomness
 from quantspec.engine.text import Text
 
@@ -264,7 +265,7 @@ def test_a_cycle_waits_for_nothing(do_sample):
             for name in ("_cached", "seeds", "sampled"):
                 setattr(randomness, name, mode.from_tensor(getattr(randomness, name)))
         packed, scores, logits = Cycle(Reader(), cache, acceptance, text=program.text)(4)
-    assert packed.shape == (BATCH, 8)
+    assert packed.shape == (BATCH, 9)
     assert scores.shape == logits.shape == (BATCH, 5, VOCAB)
 
 
@@ -427,7 +428,7 @@ def test_kept_programs_follow_the_call(qs, without_graphs, name, batch):
         inputs["input_ids"] = (inputs["input_ids"] + shift).clamp(max=95) * inputs["attention_mask"]
         theirs = qs.model.generate(**options, **inputs)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda self: next(counts))
+            patch.setattr("quantspec.engine.session.FixedDraftCount.choose", lambda *_: Plan(next(counts)))
             ours = qs.generate(num_speculative_tokens=4, seed=0, **options, **inputs)
         assert torch.equal(ours.sequences, theirs.sequences)
         assert len(ours.scores) == len(ours.logits) == len(theirs.scores)

@@ -1,115 +1,167 @@
-"""The number of drafts that "auto" settles on, in simulated time."""
+"""The count of drafts: what "auto" makes of simulated machines and texts, and what it is told of real cycles."""
 
-import random
 import time
 
 import pytest
 import torch
 from conftest import GROUP
+from simulated_decoding import Decoding, Machine, Row, Run, row
 from step_by_step import assert_same_text, random_prompt
 
 from quantspec.cache import HierarchicalCache
+from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.draft_count import AUTO_CHOICES, PLAIN_START, AutoDraftCount, FixedDraftCount
+from quantspec.engine.draft_count import ON_CPU, ON_GPU, AutoDraftCount, FixedDraftCount
+from quantspec.engine.odds import Odds
+from quantspec.engine.plan import PLAIN, Plan, Source
+
+# Milliseconds of an 8B shape on an H100 (docs/benchmarks.md), of a small model there, and of one on a CPU.
+SHORT, LONG, BATCH = Machine(7.29, 0.03, 2.4), Machine(10.7, 0.05, 2.05), Machine(9.0, 0.35, 2.5)
+SMALL, CPU = Machine(1.1, 0.02, 0.55), Machine(25.0, 4.0, 27.0)
+# Machine, kind of text, acceptance, rows.
+WORKLOADS = {
+    "code, long": (LONG, "new", 0.97, 1),
+    "prose, short": (SHORT, "new", 0.93, 1),
+    "prose, less accepted": (SHORT, "new", 0.8, 1),
+    "hot": (SHORT, "new", 0.6, 1),
+    "a broken draft": (SHORT, "new", 0.05, 1),
+    "a small model": (SMALL, "new", 0.9, 1),
+    "copying": (SHORT, "copy", 0.95, 1),
+    "copying on a CPU": (CPU, "copy", 0.9, 1),
+    "prose on a CPU": (CPU, "new", 0.9, 1),
+    "sixteen rows": (BATCH, "new", 0.85, 16),
+    "four rows that copy": (SHORT, "copy", 0.9, 4),
+    "both in turns": (SHORT, "turns", 0.9, 1),
+}
+GAMMAS = (0, 1, 2, 3, 4, 6, 8, 10, 13)
 
 
-def run(
-    auto: AutoDraftCount, acceptance: float, draft: float, verify: float, cycles: int = 600, tried: set | None = None
-) -> AutoDraftCount:
-    """Feed a chooser cycles of a machine with these times; ``tried`` gets the numbers it chose."""
-    chance = random.Random(0)
-    for _ in range(cycles):
-        chosen = auto.choose()
-        if tried is not None:
-            tried.add(chosen)
-        accepted = next((n for n in range(chosen) if chance.random() > acceptance), chosen)
-        auto.record(chosen, [accepted], verify + chosen * draft)
-    return auto
+def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
+    return AutoDraftCount(ON_CPU if machine is CPU else ON_GPU, draft)
 
 
-def rate(n: int, acceptance: float, draft: float, verify: float) -> float:
-    """Tokens per second of that machine with n drafts."""
-    return sum(acceptance**i for i in range(n + 1)) / (verify + n * draft)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_auto_is_as_fast_as_the_best_fixed_number(name):
+    """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best."""
+    machine, kind, acceptance, rows = WORKLOADS[name]
+    tokens = 4000 if rows == 1 else 1000
+    decoding = Decoding(machine, [row(kind, tokens, acceptance, seed) for seed in range(rows)])
+    fixed = {
+        (draft, gamma): decoding.run(FixedDraftCount(gamma, draft)).speed()
+        for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 7, 15)), (Draft.BOTH, (4, 8)))
+        for gamma in gammas
+    }
+    speeds = {draft: decoding.run(auto(machine, draft)).speed() for draft in Draft}
+    assert speeds[Draft.SELF] > 0.97 * max(fixed[Draft.SELF, gamma] for gamma in GAMMAS)
+    assert speeds[Draft.BOTH] > 0.97 * max(fixed.values())
+    assert min(speeds.values()) > 0.97 * fixed[Draft.SELF, 0]
 
 
-# Seconds.
-STALL = 30.0
-MACHINES = [(0.95, 0.3, 1.0), (0.8, 0.3, 1.0), (0.5, 0.2, 1.0), (0.9, 0.9, 1.0), (0.97, 0.02, 1.0)]
+def changing(machine: Machine, first: float, then: float) -> tuple[Decoding, int]:
+    """A text in whose middle acceptance changes, and where."""
+    parts = [row("new", 1500, acceptance, seed) for seed, acceptance in enumerate((first, then))]
+    written = parts[0].text[1500:] + parts[1].text[1500:]
+    agrees = parts[0].agrees[:3000] + parts[1].agrees[1500:]
+    return Decoding(machine, [Row(parts[0].text[:1500] + written, 1500, agrees)]), 1500
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_auto_finds_the_fastest_number(machine):
-    fastest = run(AutoDraftCount(), *machine).fastest()
-    assert rate(fastest, *machine) > 0.95 * max(rate(n, *machine) for n in AUTO_CHOICES)
+@pytest.mark.parametrize(("first", "then"), [(0.95, 0.05), (0.05, 0.95), (0.95, 0.5), (0.5, 0.95)])
+def test_auto_follows_a_change_of_acceptance_within_a_hundred_tokens(first, then):
+    decoding, change = changing(SHORT, first, then)
+    best = max(decoding.run(FixedDraftCount(gamma)).speed(change + 100) for gamma in GAMMAS)
+    run = decoding.run(AutoDraftCount(ON_GPU))
+    assert run.speed(change + 100) > 0.95 * best
+    assert run.speed(change + 100, change + 400) > 0.9 * best
 
 
-@pytest.mark.parametrize("machine", MACHINES[::2])
-@pytest.mark.parametrize("stalled", AUTO_CHOICES)
-def test_auto_recovers_from_slow_cycles(machine, stalled):
-    """Whichever cycle of a number takes long, from the first on, and be it two in a row."""
-    # Acceptance is an average of the last tokens, so the number that is chosen varies a little.
-    enough = 0.9 * max(rate(n, *machine) for n in AUTO_CHOICES)
-    for earlier in (0, 1, 3):
-        for stalls in (1, 2):
-            auto = AutoDraftCount()
-            for _ in range(earlier):
-                auto.record(stalled, [stalled], machine[2] + stalled * machine[1])
-            for _ in range(stalls):
-                auto.record(stalled, [stalled], STALL)
-            assert rate(run(auto, *machine, cycles=1500).fastest(), *machine) > enough
-    auto = run(AutoDraftCount(), *machine)
-    auto.record(stalled, [stalled], STALL)
-    assert rate(auto.fastest(), *machine) > enough
+def test_auto_follows_a_text_that_begins_to_copy_and_ends_to():
+    """From the hundredth token of each part on; what a lookup finds in new text right after a copy deceives longer."""
+    decoding = Decoding(SHORT, [row("turns", 4000, 0.9, 1)])
+    fixed = [decoding.run(count) for count in (FixedDraftCount(4), FixedDraftCount(15, Draft.LOOKUP))]
+    run = decoding.run(AutoDraftCount(ON_GPU, Draft.BOTH))
+    for part, enough in enumerate((0.97, 0.85, 0.97, 0.85)):
+        bounds = part * 1000 + 100, (part + 1) * 1000
+        assert run.speed(*bounds) > enough * max(other.speed(*bounds) for other in fixed)
+
+
+def sources(run: Run) -> set[Source]:
+    return {plan.source for _, plan, *_ in run.cycles if plan.num_drafts}
+
+
+def test_a_broken_draft_is_tried_for_a_hundredth_of_the_time():
+    decoding = Decoding(SHORT, [row("new", 4000, 0.0, 1)])
+    run = decoding.run(AutoDraftCount(ON_GPU))
+    drafting = [plan.num_drafts for _, plan, *_ in run.cycles[100:] if plan != PLAIN]
+    assert 0 < len(drafting) < 0.02 * len(run.cycles)
+    assert set(drafting) == {2}
+    assert run.speed() > 0.98 / SHORT.plain
+
+
+def test_each_source_is_used_only_where_it_is_asked_for():
+    decoding = Decoding(SHORT, [row("turns", 2000, 0.9, 1)])
+    expected = {Draft.SELF: {Source.SELF}, Draft.LOOKUP: {Source.LOOKUP}, Draft.BOTH: set(Source)}
+    for draft, used in expected.items():
+        assert sources(decoding.run(AutoDraftCount(ON_GPU, draft))) == used
+        assert sources(decoding.run(FixedDraftCount(6, draft))) == used
+    for draft in Draft:
+        assert {plan.num_drafts for _, plan, *_ in decoding.run(FixedDraftCount(6, draft)).cycles} <= {0, 6}
+        assert not sources(decoding.run(FixedDraftCount(0, draft)))
+
+
+def test_few_plans_are_run():
+    """On a GPU each is captured; the first hundred tokens of a text capture six at the most, most texts' four."""
+    captured = []
+    for machine, kind, acceptance, rows in WORKLOADS.values():
+        if machine is not CPU and rows == 1:
+            run = Decoding(machine, [row(kind, 400, acceptance, 3)]).run(AutoDraftCount(ON_GPU, Draft.BOTH))
+            captured.append(len({plan for place, plan, *_ in run.cycles if place < 100}))
+    assert sorted(captured)[-2:] <= [6, 6]
+    assert sum(captured) <= 4 * len(captured)
+
+
+@pytest.mark.parametrize("stalls", [1, 2])
+@pytest.mark.parametrize("stalled", [PLAIN, Plan(2), Plan(6), Plan(15, Source.LOOKUP)])
+def test_auto_forgets_slow_cycles(stalled, stalls):
+    """Whichever plan's cycles take long, and be it two in a row."""
+    decoding = Decoding(SHORT, [row("turns", 2000, 0.9, 1)])
+    expected = decoding.run(AutoDraftCount(ON_GPU, Draft.BOTH)).speed()
+    count = AutoDraftCount(ON_GPU, Draft.BOTH)
+    for _ in range(stalls):
+        count.record(stalled, [4], [stalled.num_drafts], 30_000.0)
+    assert decoding.run(count).speed() > 0.95 * expected
 
 
 def test_a_first_cycle_and_one_without_a_time_are_not_timed():
-    auto = AutoDraftCount()
-    for number in (4, 0):
-        for seconds in (100.0, None, 1.0 + 0.1 * number, None, 1.0 + 0.1 * number, 1.0 + 0.1 * number):
-            assert auto.choose() == number
-            auto.record(number, [number], seconds)
-    assert auto.tokens_per_second(0) == 1.0
-    assert auto.fastest() == 8
+    count = AutoDraftCount()
+    for seconds in (100.0, None, 2.0, None, 2.2, 2.1):
+        count.record(Plan(4), [0], [4], seconds)
+    assert count.seconds(Plan(4)) == 2.0
+    # Others are expected in proportion until two are known, and then on the line through them.
+    assert count.seconds(Plan(2)) == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
+    for seconds in (100.0, 1.2, 1.0):
+        count.record(PLAIN, [0], [0], seconds)
+    assert count.seconds(Plan(8)) == pytest.approx(3.0)
+    # A single one may have been delayed.
+    for seconds in (100.0, 50.0):
+        count.record(Plan(8), [0], [0], seconds)
+    assert count.seconds(Plan(8)) == pytest.approx(3.0)
+    count.record(Plan(8), [0], [0], 40.0)
+    assert count.seconds(Plan(8)) == 40.0
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_auto_from_plain_decoding_finds_the_fastest_number(machine):
-    # Acceptance is an average of the last tokens, so the number that is chosen varies a little.
-    fastest = run(AutoDraftCount(PLAIN_START), *machine, cycles=4000).fastest()
-    assert rate(fastest, *machine) > 0.9 * max(rate(n, *machine) for n in AUTO_CHOICES)
-
-
-def test_auto_from_plain_decoding_drafts_one_cycle_in_a_hundred_where_that_is_slow():
-    auto = AutoDraftCount(PLAIN_START)
-    drafted = []
-    for _ in range(1000):
-        number = auto.choose()
-        drafted.append(number)
-        auto.record(number, [number], 1.0 + 2.0 * number)
-    assert not any(drafted[:100])
-    assert set(drafted) == {0, 1}
-    assert drafted.count(1) <= 10
-
-
-def test_auto_tries_the_neighbours_of_the_fastest_number_and_plain_decoding():
-    machine = (0.7, 0.25, 1.0)
-    auto = run(AutoDraftCount(), *machine, cycles=1000)
-    tried: set[int] = set()
-    run(auto, *machine, cycles=600, tried=tried)
-    place = AUTO_CHOICES.index(auto.fastest())
-    assert tried >= {0, *AUTO_CHOICES[place - 1 : place + 2]}
-    assert rate(auto.fastest(), *machine) > 0.95 * max(rate(n, *machine) for n in AUTO_CHOICES)
-
-
-def test_auto_falls_back_to_plain_decoding_and_returns():
-    """Where drafts are worthless nothing is drafted; when they get better it is noticed."""
-    auto = run(AutoDraftCount(), 0.05, 0.5, 1.0)
-    assert auto.fastest() == 0
-    for _ in range(8000):
-        chosen = auto.choose()
-        auto.record(chosen, [chosen], 1.0 + 0.1 * chosen)
-    assert auto.fastest() > 0
+def test_odds_are_those_of_the_newest_trials():
+    """By source, and for lookups by the length of the match and whether the first token stood."""
+    odds = Odds()
+    for _ in range(200):
+        odds.record(Plan(4), [0], [4])
+        odds.record(Plan(3, Source.LOOKUP), [1, 9, 0], [0, 3, 0])
+    assert odds.of([0]).tokens(Plan(4)) == pytest.approx(5, abs=0.1)
+    assert odds.of([1, 9, 0]).tokens(Plan(3, Source.LOOKUP)) == pytest.approx(1 + 4 + 1, abs=0.1)
+    assert odds.of([1, 9]).tokens(PLAIN) == 2
+    for _ in range(200):
+        odds.record(Plan(4), [0], [0])
+    assert odds.of([0]).tokens(Plan(4)) == pytest.approx(1, abs=0.2)
 
 
 def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
@@ -125,9 +177,9 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
     class Replayed:
         """A graph that is none."""
 
-        def __init__(self, num_drafts: int, cache: HierarchicalCache) -> None:
+        def __init__(self, plan: Plan, cache: HierarchicalCache) -> None:
             passes(16.0)
-            self.num_drafts, self.of_cache = num_drafts, cache
+            self.plan, self.of_cache = plan, cache
             self.cycle = Cycle(qs.pair, cache, Acceptance(lambda logits, _: logits.float(), compiles=False))
 
         def begin(self, *_) -> None:
@@ -137,8 +189,8 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
             self.of_cache.flush()
 
         def __call__(self) -> torch.Tensor:
-            passes(1.0 + self.num_drafts / 4)
-            return self.cycle(self.num_drafts)[0]
+            passes(1.0 + self.plan.num_drafts / 4)
+            return self.cycle(*self.plan)[0]
 
     class Alternating(FixedDraftCount):
         """2 drafts and 1 in turn; keeps what it is told."""
@@ -147,18 +199,18 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
             super().__init__(2)
             self.seconds: list[tuple[int, float | None]] = []
 
-        def choose(self) -> int:
-            return 1 + len(self.seconds) % 2
+        def choose(self, matched) -> Plan:
+            return Plan(1 + len(self.seconds) % 2)
 
-        def record(self, num_drafts, accepted, seconds) -> None:
-            self.seconds.append((num_drafts, seconds))
+        def record(self, plan, matched, accepted, seconds) -> None:
+            self.seconds.append((plan.num_drafts, seconds))
 
-    graphs: dict[int, Replayed] = {}
+    graphs: dict[Plan, Replayed] = {}
 
-    def replay(_, cache, num_drafts, *__) -> tuple[Replayed, bool]:
-        is_new = num_drafts not in graphs
-        graphs[num_drafts] = graphs.get(num_drafts) or Replayed(num_drafts, cache)
-        return graphs[num_drafts], is_new
+    def replay(_, cache, plan, *__) -> tuple[Replayed, bool]:
+        is_new = plan not in graphs
+        graphs[plan] = graphs.get(plan) or Replayed(plan, cache)
+        return graphs[plan], is_new
 
     counts = Alternating()
     monkeypatch.setattr(type(qs.session.replays), "suit", lambda *_: True)
@@ -173,11 +225,12 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
     assert qs.last_stats.decode_seconds == 2 * 16.0 + 4.0 * len(cycles) + sum(cycles)
 
 
-def test_auto_generates_the_same_text(qs):
-    prompt = random_prompt(2 * GROUP + 8, 7)
-    # On a CPU the first drafts come after some cycles without any.
+@pytest.mark.parametrize("draft", list(Draft))
+def test_auto_generates_the_same_text(qs, draft):
+    prompt = 3 * random_prompt(GROUP, 7)
     options = {"max_new_tokens": 8 * GROUP, "eos_token_id": None, "do_sample": False}
     expected = qs.generate(torch.tensor([prompt]), num_speculative_tokens=0, **options)[0, len(prompt) :].tolist()
-    ours = qs.generate(torch.tensor([prompt]), num_speculative_tokens="auto", **options)[0, len(prompt) :].tolist()
-    assert_same_text(qs, prompt, ours, expected)
-    assert qs.last_stats.drafted > 0
+    ours = qs.generate(torch.tensor([prompt]), num_speculative_tokens="auto", draft=draft, **options)
+    assert_same_text(qs, prompt, ours[0, len(prompt) :].tolist(), expected)
+    # On a CPU a draft of its own is tried once in hundreds of tokens.
+    assert (qs.last_stats.drafted > 0) == (draft is not Draft.SELF)

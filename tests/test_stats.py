@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from quantspec import GenerationStats
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.draft_count import AutoDraftCount
+from quantspec.engine.plan import Plan, Source
 from quantspec.pair.pair import by_address
 from quantspec.passes import Role
 
@@ -46,7 +47,8 @@ def assert_consistent(stats: GenerationStats) -> None:
     gamma = stats.num_speculative_tokens
     assert len(stats.drafted_per_position) == len(stats.accepted_per_position) == gamma
     assert len(stats.acceptance_histogram) == gamma + 1
-    assert sum(stats.drafted_per_position) == stats.drafted
+    assert sum(stats.drafted_per_position) == sum(stats.drafted_by_source.values()) == stats.drafted
+    assert sum(stats.accepted_by_source.values()) == stats.accepted
     assert sum(stats.accepted_per_position) == stats.accepted
     assert sum(stats.acceptance_histogram) == stats.cycles
     assert sum(count * cycles for count, cycles in enumerate(stats.acceptance_histogram)) == stats.accepted
@@ -200,7 +202,7 @@ def test_dictionary_has_the_rates(qs):
 
 def test_auto_counts_up_to_its_largest_number(qs):
     stats = run(qs, [random_prompt(LONG)], 9, num_speculative_tokens="auto")
-    assert stats.num_speculative_tokens == AutoDraftCount.most == 8
+    assert stats.num_speculative_tokens == AutoDraftCount().most == 12
     assert_consistent(stats)
 
 
@@ -238,9 +240,11 @@ def test_stats_of_a_model_that_has_not_generated(qs):
 
 def test_record_cycle():
     stats = GenerationStats(3, num_sequences=2)
-    stats.record_cycle(3, [3, 1], 0.5)
-    stats.record_cycle(2, [0], 0.25)
+    stats.record_cycle(Plan(3), [3, 1], 0.5)
+    stats.record_cycle(Plan(2, Source.LOOKUP), [0], 0.25)
     assert (stats.cycles, stats.drafted, stats.accepted) == (3, 8, 4)
+    assert stats.drafted_by_source == {"self": 6, "lookup": 2}
+    assert stats.accepted_by_source == {"self": 4, "lookup": 0}
     assert stats.drafted_per_position == [3, 3, 2]
     assert stats.accepted_per_position == [2, 1, 1]
     assert stats.acceptance_histogram == [1, 1, 0, 1]

@@ -130,7 +130,7 @@ def test_positions_that_the_model_scales_by_position_ids_convert():
 
 def test_llama_4s_temperature_is_refused():
     model = tiny_model(
-        "llama4_text", layer_types=["full_attention"] * 2, no_rope_layers=[1, 0], intermediate_size_mlp=96
+        "llama4_text", layer_types=["full_attention"] * 2, no_rope_layers=[1, 0], attn_temperature_tuning=True
     )
     with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers\.1\.self_attn' is made from the number"):
         converted(model)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, PreTrainedModel, T5Config
 
 _STATE = "is not in the key/value cache"
+_NO_ATTENTION = "no attention layer, so no key/value cache"
 _MASK = "reads its attention mask itself"
-_ROPE = "changes the keys already cached"
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,26 @@ class OwnAttention(nn.Module):
         return scores.masked_fill(future, float("-inf")).softmax(-1) @ hidden
 
 
-def _rope(rope_type: str, **parameters) -> PreTrainedModel:
-    return tiny_model("llama", rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, **parameters})
+_LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+
+
+class OwnRope(nn.Module):
+    """A RoPE of a model's own, which tells nobody that it follows the length."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines."""
+        return self.inner(x, position_ids)
+
+
+def _own_rope() -> PreTrainedModel:
+    model = tiny_model("llama")
+    model.model.rotary_emb = OwnRope(model.model.rotary_emb)
+    model.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **_LONGROPE}
+    return model
 
 
 def _on_meta() -> PreTrainedModel:
@@ -124,9 +142,6 @@ def _bidirectional() -> PreTrainedModel:
     return model
 
 
-_LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
-_HYBRID = {"num_hidden_layers": 2, "mamba_d_state": 8, "mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 16}
-
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention outside transformers' interface.
@@ -139,26 +154,30 @@ UNSUPPORTED: dict[str, Refused] = {
     "xglm": _architecture("xglm", _MASK, "model.layers.0.self_attn", d_model=64, ffn_dim=96, num_layers=2),
     "doge": _architecture("doge", _MASK, "model.layers.0.self_attn"),
     # Convolutions and recurrences.
-    "lfm2": _architecture("lfm2", _STATE, "model.layers.0.conv", layer_types=["conv", "full_attention"]),
-    "mamba": _architecture("mamba", _STATE, "backbone.layers.0.mixer", state_size=8),
-    "mamba2": _architecture("mamba2", _STATE, "backbone.layers.0.mixer", num_heads=8, head_dim=16, n_groups=1),
-    "falcon_h1": _architecture("falcon_h1", _STATE, "model.layers.0.mamba", mamba_d_ssm=64, **_HYBRID),
-    "jamba": _architecture("jamba", _STATE, "model.layers.0.mamba", **_HYBRID),
-    "recurrent_gemma": _architecture("recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d"),
+    "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
+    "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),
+    "recurrent_gemma": _architecture(
+        "recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d", num_hidden_layers=3, lru_width=64
+    ),
     "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
     "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
     # The rest.
     "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
-    "llama4_text": _architecture(
-        "llama4_text",
-        "mask depends on more than the tokens' positions",
-        "self_attn",
-        attention_chunk_size=8,
-        intermediate_size_mlp=96,
+    "phimoe": _architecture(
+        "phimoe",
+        "RoPE reads the length of a text by itself",
+        "model.rotary_emb",
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "short_mscale": 1.1,
+            "long_mscale": 1.2,
+            **_LONGROPE,
+        },
         **_MOE,
     ),
-    "dynamic RoPE": Refused(lambda: _rope("dynamic", factor=2.0), _ROPE, "rope_type 'dynamic'"),
-    "longrope": Refused(lambda: _rope("longrope", factor=2.0, **_LONGROPE), _ROPE, "rope_type 'longrope'"),
+    "own RoPE": Refused(_own_rope, "changes the keys already cached", "rope_type 'longrope'"),
     "meta weight": Refused(_on_meta, "is on the meta device", "model.layers.1.mlp.up_proj.weight"),
     "float64": Refused(lambda: tiny_model("llama", torch.float64), "is torch.float64", "model.embed_tokens.weight"),
     "packed weight": Refused(_packed, "is torch.int32", "model.layers.0.self_attn.q_proj.weight"),

@@ -3,5 +3,6 @@
 from quantspec.errors import CacheFullError
 
 from .hierarchical_cache import HierarchicalCache, LayerCache, check_cache_len
+from .page_choice import PageBudget
 
-__all__ = ["CacheFullError", "HierarchicalCache", "LayerCache", "check_cache_len"]
+__all__ = ["CacheFullError", "HierarchicalCache", "LayerCache", "PageBudget", "check_cache_len"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from quantspec.kernels.cache_layout import CachePart
 
 
@@ -19,6 +21,25 @@ class HeldState:
 
     per_token: int
     most: int
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """A state that is not keys and values, as a layer of transformers' own cache holds it.
+
+    Attributes:
+        layer: of that cache.
+        kind: its attribute there.
+        index: which of the layer's states of that kind.
+        shape: of one sequence.
+        dtype: of the model's own, full precision.
+    """
+
+    layer: int
+    kind: str
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class AttentionShape(Protocol):
@@ -39,6 +60,11 @@ def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
     return 2 * kv_group_size + num_speculative_tokens + 1
 
 
+def state_slots(num_speculative_tokens: int) -> int:
+    """Places of a state: after the verified tokens, and after each of the block that is being verified."""
+    return num_speculative_tokens + 2
+
+
 def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> int:
     """Groups that a cache has planes for, once there is room for ``num_tokens`` per sequence."""
     # The newest G tokens are never quantized.
@@ -52,8 +78,17 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
 
 
 def part_shape(
-    part: CachePart, layer: AttentionShape, batch: int, groups: int, group_size: int, recent: int
+    part: CachePart,
+    layer: AttentionShape,
+    batch: int,
+    groups: int,
+    group_size: int,
+    recent: int,
+    pages: tuple[int, int] = (0, 0),
 ) -> tuple[int, ...]:
-    """Shape of a part of ``layer``'s cache for ``groups`` groups of ``group_size`` tokens and ``recent`` slots."""
+    """Shape of a part of ``layer``'s cache for ``groups`` groups of ``group_size`` tokens and ``recent`` slots.
+
+    ``pages`` are those that have scores and those that may be chosen.
+    """
     head_dim = layer.key_dim if part.holds == "keys" else layer.value_dim
-    return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent)
+    return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent, pages)

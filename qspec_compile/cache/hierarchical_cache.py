@@ -17,7 +17,8 @@ from quantspec.kernels import flush
 from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
 from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
-from .geometry import AttentionShape, part_shape, planned_groups, recent_slots
+from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots, state_slots
+from .page_choice import PageBudget, PageChoice
 
 
 def check_cache_len(num_tokens: int, max_len: int) -> None:
@@ -84,6 +85,7 @@ class HierarchicalCache:
         layers: one :class:`LayerCache` per attention call, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
+        states: ``(B, S, ...)`` of each state: after the verified tokens, and after each that was read behind them.
     """
 
     # Tensors made in inference mode could not be written outside it, by a later call.
@@ -97,6 +99,8 @@ class HierarchicalCache:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        page_budget: PageBudget | None = None,
+        states: Sequence[StateShape] = (),
     ) -> None:
         """An empty cache without planes; :meth:`reserve` gives it room.
 
@@ -109,6 +113,8 @@ class HierarchicalCache:
             max_len: most tokens that a sequence may hold.
             dtype: of the recent buffers, the model's.
             device: of all tensors.
+            page_budget: how much of the planes draft steps read; None for everything.
+            states: what layers keep besides keys and values.
         """
         self.group_size = group_size
         self.num_speculative_tokens = num_speculative_tokens
@@ -118,8 +124,16 @@ class HierarchicalCache:
         self.layers: list[LayerCache] = [
             LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
         ]
+        self._pages = None if page_budget is None else PageChoice(layers, batch_size, page_budget, device)
+        self._reserve_pages()
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states: list[Tensor] = [
+            torch.zeros(batch_size, state_slots(num_speculative_tokens), *state.shape, dtype=state.dtype, device=device)
+            for state in states
+        ]
+        # Tokens that were kept last; the states after each of them are where they were written still.
+        self._kept: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:
@@ -139,6 +153,12 @@ class HierarchicalCache:
         for index, layer in enumerate(self.layers):
             if groups > layer.groups:
                 self.layers[index] = layer.grown(groups)
+        self._reserve_pages()
+
+    def _reserve_pages(self) -> None:
+        if self._pages is not None:
+            self._pages.reserve(self.layers[0].groups, self.group_size)
+            self._pages.attach(self.layers)
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
         """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
@@ -147,6 +167,7 @@ class HierarchicalCache:
     def advance_prefill(self, num_new: Tensor) -> None:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
         before = self.quantized_len.clone()
+        self._kept.zero_()
         self.length += num_new
         self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
         self.decode(before)
@@ -165,6 +186,8 @@ class HierarchicalCache:
     def keep(self, num_tokens: Tensor) -> Tensor:
         """:meth:`accept` without the flush; returns a bool tensor ``()`` on the device: whether one is due now."""
         self.length += num_tokens
+        self._take_states(num_tokens)
+        self._kept.copy_(num_tokens)
         return self._due().any()
 
     def flush(self) -> None:
@@ -177,6 +200,16 @@ class HierarchicalCache:
         self.quantized_len += due * self.group_size
         self.decode(before)
 
+    def choose_pages(self) -> None:
+        """Choose what the next draft steps read, by the verification that ran last, if their attention is sparse."""
+        if self._pages is not None:
+            self._pages.choose(self.quantized_len)
+
+    def forget_pages(self) -> None:
+        """Have draft steps read everything until pages are chosen again."""
+        if self._pages is not None:
+            self._pages.forget()
+
     def decode(self, first: Tensor) -> None:
         """Bring a CPU's decoded copy up to date from positions ``first`` (B,) on, which are group boundaries."""
         if self.length.device.type != "cpu":
@@ -186,26 +219,54 @@ class HierarchicalCache:
             for row, (start, quantized, length) in state:
                 write_decoded(start, quantized, length, *(getattr(layer, part.name)[row] for part in parts_on("cpu")))
 
+    def _take_states(self, place: Tensor) -> None:
+        """Make the states at ``place (B,)`` those of the verified tokens."""
+        sequences = torch.arange(self.batch_size, device=place.device)
+        for state in self.states:
+            state[:, 0] = state[sequences, place]
+
     def _due(self) -> Tensor:
         return self.length - self.quantized_len >= 2 * self.group_size
 
     def rewind(self, num_tokens: Tensor) -> None:
-        """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes."""
+        """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes.
+
+        States go back by less than the tokens that were kept last: with any, a sequence that would have to go farther
+        begins anew.
+        """
+        if self.states:
+            back = self.length - num_tokens
+            known = (back == 0) | (back < self._kept)
+            num_tokens = torch.where(known, num_tokens, 0)
+            self._take_states(torch.where(known & (back > 0), self._kept - back, 0))
+            for state in self.states:
+                state[~known, 0] = 0
+            self._kept.zero_()
         inside = num_tokens < self.quantized_len
         boundary = num_tokens // self.group_size * self.group_size
         self.length.copy_(torch.where(inside, boundary, num_tokens))
         self.quantized_len.copy_(torch.where(inside, boundary, self.quantized_len))
+        self.forget_pages()
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""
         self.length.zero_()
         self.quantized_len.zero_()
+        self.forget_pages()
+        self._kept.zero_()
+        for state in self.states:
+            state[:, 0] = 0
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent`` and, on a CPU, ``decoded``."""
+        """Bytes of storage: ``upper``, ``lower``, ``scales`` (with zeros), ``recent``, on a CPU ``decoded``,
+        for a sparse draft ``pages``, and, where layers keep any, ``state``."""
         parts = parts_on(self.length.device)
         totals = {str(part.kind): 0 for part in parts}
         for layer in self.layers:
             for part in parts:
                 totals[part.kind] += getattr(layer, part.name).nbytes
+        if self._pages is not None:
+            totals["pages"] = self._pages.nbytes
+        if self.states:
+            totals["state"] = sum(state.nbytes for state in self.states)
         return totals

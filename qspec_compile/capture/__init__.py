@@ -1,8 +1,10 @@
 """Capture of a decoder: transformers' interfaces (``interfaces``), the export, and what is refused (``checks``)."""
 
-from .checks import DTYPES, check_head_dims, check_model, check_rope
+from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
-from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec
+from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
+from .rope import follows_length, rope_at, rope_context_of
+from .state import WithState
 
 __all__ = [
     "DTYPES",
@@ -10,9 +12,14 @@ __all__ = [
     "Capture",
     "CapturedLayer",
     "MaskSpec",
+    "Recorder",
+    "WithState",
+    "attending",
     "capture",
     "check_head_dims",
     "check_model",
-    "check_rope",
     "converting",
+    "follows_length",
+    "rope_at",
+    "rope_context_of",
 ]

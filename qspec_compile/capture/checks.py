@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
 from quantspec.kernels.cached_attention import MAX_HEAD_DIM
 
 from .interfaces import CapturedLayer, MaskSpec, Recorder
+from .rope import follows_length
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _MaskProblem(Exception):
+    """What keeps a mask from being cached."""
 
 
 def check_model(model: object, structure_only: bool = False) -> None:
@@ -59,16 +67,18 @@ def check_model(model: object, structure_only: bool = False) -> None:
                 f"weight '{tensor_name}' of {name} is {tensor.dtype}; load the model in float32, float16 or bfloat16, "
                 "not quantized: the draft's INT4 weights are made from them"
             )
-    check_rope(name, config)
+    if not any(map(follows_length, model.modules())):
+        _check_rope(name, config)
 
 
-def check_rope(name: str, config: object) -> None:
-    """Raise ``UnsupportedModelError`` for a RoPE in the config of ``name`` that moves what is cached."""
+def _check_rope(name: str, config: object) -> None:
+    """Refuse a RoPE in the config of ``name`` that moves what is cached, and that no module tells of."""
     for key, parameters in _rope_parameters(config):
         rope_type = parameters.get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
             raise UnsupportedModelError(
-                f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text grows"
+                f"{key} of {name} has rope_type '{rope_type}', which changes the keys already cached as the text "
+                "grows, and no module of the model holds it in the way of transformers"
             )
 
 
@@ -114,30 +124,53 @@ def _rope_parameters(config: object) -> Iterator[tuple[str, dict]]:
             yield f"rope_parameters[{key}]", nested
 
 
-def _mask_problem(spec: MaskSpec) -> str | None:
-    """What keeps a mask rule from being causal (windowed) attention, judged on a grid of positions; None if nothing."""
-    if spec.mask_function is None:
-        return None
-    span = 2 * spec.window + 3 if spec.window else 8
-    # The rule is elementwise in its indices, so a window's edges and a few far points describe it.
-    points = sorted({0, 1, 2, span // 2, span - 1} | {max(0, span - 1 - spec.window + d) for d in (-1, 0, 1)})
-    q = torch.tensor(points, device="cpu")[:, None]
-    kv = q.T
-    expected = kv <= q
-    if spec.window:
-        expected = expected & (kv > q - spec.window)
-    zero = torch.zeros((), dtype=torch.long, device="cpu")
-    try:
-        matches = torch.equal(spec.mask_function(zero, zero, q, kv).expand_as(expected), expected)
-    except Exception:
-        # Such a rule holds tensors of the export.
-        return "its attention mask depends on more than the tokens' positions (chunked attention, packed sequences)"
-    if not matches:
-        return (
-            "its attention mask is not causal with an optional sliding window (chunked, prefix or bidirectional "
-            "attention); such a mask cannot be cached token by token"
+class _MetaIsZero(TorchDispatchMode):
+    """Takes tensors without data for zeros, which to a mask's rule say that nothing is padded."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A rule is asked for the first text alone, and sizes of an export are symbols.
+        args, kwargs = tree_map_only(
+            Tensor,
+            lambda x: torch.zeros([1] * x.dim(), dtype=x.dtype, device="cpu") if x.device.type == "meta" else x,
+            (args, kwargs or {}),
         )
-    return None
+        return func(*args, **kwargs)
+
+
+def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
+    """Whether a mask rule lets the tokens of a chunk see no other's, judged on a grid of positions.
+
+    Raises:
+        _MaskProblem: it is neither that nor causal (windowed) attention.
+    """
+    if spec.mask_function is None:
+        return False
+    size = spec.window or 4
+    # The rule is elementwise in its indices, so the edges of windows and chunks and a few far points describe it.
+    edges = {count * size + offset for count in (1, 2) for offset in (-1, 0, 1)}
+    points = sorted({0, 1, 2, size // 2, size + size // 2, 2 * size + 2} | edges)
+    place = "cpu" if device.type == "meta" else device
+    q = torch.tensor(points, device=place)[:, None]
+    kv = q.T
+    zero = torch.zeros((), dtype=torch.long, device=place)
+    try:
+        with _MetaIsZero() if device.type == "meta" else contextlib.nullcontext():
+            allowed = spec.mask_function(zero, zero, q, kv).expand(len(points), len(points))
+    except Exception as error:
+        if device.type == "meta":
+            return False
+        raise _MaskProblem(
+            "its attention mask depends on more than the tokens' positions (packed sequences, a mask of its own)"
+        ) from error
+    causal = kv <= q
+    if torch.equal(allowed, causal & (kv > q - spec.window) if spec.window else causal):
+        return False
+    if spec.window and torch.equal(allowed, causal & (kv // size == q // size)):
+        return True
+    raise _MaskProblem(
+        "its attention mask is not causal with an optional sliding window or chunks (prefix or bidirectional "
+        "attention); such a mask cannot be cached token by token"
+    )
 
 
 def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> None:
@@ -171,12 +204,22 @@ def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: T
             )
 
 
-def check_masks(recorder: Recorder) -> None:
-    """Raise ``UnsupportedModelError`` for a mask that is not causal with an optional sliding window."""
-    for spec, module in recorder.masks.items():
-        problem = _mask_problem(spec)
-        if problem is not None:
-            raise recorder.unsupported(module, problem)
+def chunked_layers(recorder: Recorder, masks: Sequence[tuple[MaskSpec, nn.Module]], device: torch.device) -> set[int]:
+    """Which of the attention calls with these masks attend in chunks; their ``window`` is a chunk's size.
+
+    On the meta device tensors that rules hold are taken for zeros, and rules that cannot be asked so for windows.
+
+    Raises:
+        UnsupportedModelError: a mask that is not causal with an optional sliding window or chunks.
+    """
+    found = set()
+    for layer, (spec, module) in enumerate(masks):
+        try:
+            if _is_chunked(spec, device):
+                found.add(layer)
+        except _MaskProblem as problem:
+            raise recorder.unsupported(module, str(problem)) from problem
+    return found
 
 
 def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
+from quantspec.passes.graph import find_calls
+from quantspec.passes.state_steps import StateStepsError, StepStates
 
-from .checks import check_head_dims, check_masks, check_model, check_own_positions, check_precision
+from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
+from .rope import follows_length, rope_at
+from .state import WithState, state_shapes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,10 +36,13 @@ class Capture:
         graph_module: ``graph_module(input_ids, position_ids) -> logits`` with ``(B, T)`` int64 inputs and ``(B, T, V)``
             logits in the model's dtype, both B and T dynamic; its parameters are the model's own tensors.
         layers: its attention calls, in forward order.
+        states: what layers keep besides keys and values. The graph then takes further inputs, ``(B, S, ...)`` for each:
+            the state before the tokens, and room for that after each of them, which it writes.
     """
 
     graph_module: fx.GraphModule
     layers: tuple[CapturedLayer, ...]
+    states: tuple[StateShape, ...] = ()
 
 
 class _Logits(nn.Module):
@@ -57,13 +65,14 @@ def converting() -> Iterator[None]:
         yield
 
 
-def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
+def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: int | None = None) -> Capture:
     """Export ``model`` once, with dynamic batch and token axes.
 
     Args:
         model: a loaded decoder with a language-model head, on one device, in float32, float16 or bfloat16. It is
             left as it was.
         structure_only: the weights may be on the meta device, for a graph that is looked at and not run.
+        rope_context: the length of text whose frequencies a RoPE that follows the length has; needed for such a model.
 
     Returns:
         The graph, with one ``quantspec::attention`` marker per attention call.
@@ -77,9 +86,19 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with capture_interfaces(model) as recorder, RefuseConvolutions(), torch.no_grad():
+    follow_length = set(filter(follows_length, model.modules()))
+    held_rope = rope_at(model, rope_context)
+    with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
         try:
-            program = torch.export.export(_Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False)
+            states = state_shapes(model)
+            if states:
+                recorder.forget()
+                program = _export_token(model, states)
+            else:
+                with RefuseConvolutions():
+                    program = torch.export.export(
+                        _Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False
+                    )
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -87,12 +106,16 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not isinstance(error, MaskReadError | StateError):
                 reason = f"torch.export cannot capture it: {reason}"
+            if module in follow_length:
+                reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
             if "Constraints violated" in reason:
                 reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
             raise recorder.unsupported(model if module is None else module, reason) from error
-        layers = tuple(recorder.layers)
+        layers, masks = tuple(recorder.layers), recorder.masks.copy()
         if not structure_only:
             check_own_positions(model, recorder, positions)
+            # Rules that hold tensors can be asked only where those are real.
+            masks = recorder.masks[len(layers) : 2 * len(layers)]
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
@@ -102,5 +125,33 @@ def capture(model: PreTrainedModel, structure_only: bool = False) -> Capture:
         )
     check_precision(model, program, recorder)
     check_head_dims(layers, model.device)
-    check_masks(recorder)
-    return Capture(program.module(check_guards=False), layers)
+    chunked = chunked_layers(recorder, masks, model.device)
+    graph_module = program.module(check_guards=False)
+    if states:
+        try:
+            StepStates(len(states))(graph_module)
+        except StateStepsError as error:
+            raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
+    for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+        if marker.args[3] in chunked:
+            marker.update_arg(5, -marker.args[5])
+    graph_module.recompile()
+    return Capture(
+        graph_module,
+        tuple(
+            replace(layer, window=0, chunk=layer.window) if number in chunked else layer
+            for number, layer in enumerate(layers)
+        ),
+        states,
+    )
+
+
+def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> torch.export.ExportedProgram:
+    """``model`` as a function of one token of each sequence and of the states before it, without side effects."""
+    ids = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+    before = tuple(torch.zeros(2, *state.shape, dtype=state.dtype, device=model.device) for state in states)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    inputs = (ids, torch.full_like(ids, 7), *before)
+    shapes = (batch, batch, tuple(batch for _ in before))
+    program = torch.export.export(WithState(model, states), inputs, dynamic_shapes=shapes, strict=False)
+    return program.run_decompositions({})

@@ -8,6 +8,7 @@ a mask becomes a :class:`MaskSpec` that says what it would have been, and expert
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import traceback
 from collections.abc import Callable, Iterator
@@ -59,15 +60,15 @@ class MaskReadError(Exception):
 
 
 class StateError(Exception):
-    """A model keeps state that is not keys and values."""
-
-    def __init__(self, function: str) -> None:
-        super().__init__(f"{function} mixes tokens, and its state is not in the key/value cache")
+    """A model keeps state that cannot be decoded from."""
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a mask tensor would have said: causal, within ``window`` tokens (0: all). Using it as a tensor fails."""
+    """What a mask tensor would have said: ``mask_function``, causal if None. Using it as a tensor fails.
+
+    ``window`` is the size of its window or of its chunks, 0 without.
+    """
 
     window: int = 0
     mask_function: Callable | None = None
@@ -97,6 +98,7 @@ class CapturedLayer:
         softcap: bound of the soft-capped scores; 0 for none.
         has_sinks: whether a learned logit per query head joins the softmax.
         held: what transformers' own cache holds for it; None where that is not known.
+        chunk: tokens of a chunk, where those of one see no other's; 0 for none.
     """
 
     module: str
@@ -108,17 +110,28 @@ class CapturedLayer:
     softcap: float
     has_sinks: bool
     held: HeldState | None = None
+    chunk: int = 0
 
 
 class Recorder:
-    """Collects the attention calls of one capture; the registered functions find it through ``active``."""
-
-    active: Recorder | None = None
+    """Collects the attention calls of one capture; the registered functions find it through :func:`attending`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.module_names = {module: name for name, module in model.named_modules()}
         self.layers: list[CapturedLayer] = []
-        self.masks: dict[MaskSpec, nn.Module] = {}
+        # Of each of them, and the module that attends.
+        self.masks: list[tuple[MaskSpec, nn.Module]] = []
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.layers.clear()
+        self.masks.clear()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
+    ) -> Tensor:
+        """The newest layer's attention, as of ``quantspec::attention``: its marker."""
+        return attention(query, key, value, len(self.layers) - 1, scale, window, softcap, sinks)
 
     def unsupported(self, module: nn.Module, reason: str) -> UnsupportedModelError:
         """The error that names ``module``."""
@@ -136,9 +149,23 @@ class Recorder:
         return found
 
 
+_ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def attending(recorder: Recorder) -> Iterator[Recorder]:
+    """Let ``recorder`` answer this thread's calls of the attention interface."""
+    token = _ACTIVE.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _ACTIVE.reset(token)
+
+
 def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
-    assert Recorder.active is not None
-    return Recorder.active.unsupported(module, reason)
+    recorder = _ACTIVE.get()
+    assert recorder is not None
+    return recorder.unsupported(module, reason)
 
 
 def _marker_attention(
@@ -154,7 +181,7 @@ def _marker_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of a capture: emits one marker and records its layer."""
-    recorder = Recorder.active
+    recorder = _ACTIVE.get()
     if recorder is None:
         raise RuntimeError(f"'{IMPLEMENTATION}' is an attention implementation for quantspec's capture only")
     if isinstance(attention_mask, Tensor):
@@ -168,9 +195,7 @@ def _marker_attention(
             raise _unsupported(module, f"the attention argument '{name}' is not supported")
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
-    if attention_mask is not None:
-        recorder.masks.setdefault(attention_mask, module)
-    layer = len(recorder.layers)
+    recorder.masks.append((attention_mask or MaskSpec(window), module))
     recorder.layers.append(
         CapturedLayer(
             module=recorder.module_names.get(module, ""),
@@ -184,7 +209,7 @@ def _marker_attention(
         )
     )
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return attention(query, key, value, layer, scale, window, float(softcap or 0.0), s_aux), None
+    return recorder.attend(query, key, value, scale, window, float(softcap or 0.0), s_aux), None
 
 
 def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> MaskSpec:
@@ -218,12 +243,16 @@ class RefuseConvolutions(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if function in _RECURRENT:
-            raise StateError(function.__name__)
+            raise _state_of(function)
         if function in _CONVOLUTIONS:
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
             if any(size > 1 for size in weight.shape[2:]):
-                raise StateError(function.__name__)
+                raise _state_of(function)
         return function(*args, **kwargs)
+
+
+def _state_of(function: Callable) -> StateError:
+    return StateError(f"{function.__name__} mixes tokens, and its state is not in the key/value cache")
 
 
 @contextlib.contextmanager
@@ -246,11 +275,10 @@ def capture_interfaces(model: PreTrainedModel) -> Iterator[Recorder]:
         duplicate._experts_implementation_internal = IMPLEMENTATION
     training = [module for module in model.modules() if module.training]
     model.eval()
-    Recorder.active = recorder = Recorder(model)
     try:
-        yield recorder
+        with attending(Recorder(model)) as recorder:
+            yield recorder
     finally:
-        Recorder.active = None
         for module, config in originals:
             module.config = config  # type: ignore[assignment]
         for module in training:

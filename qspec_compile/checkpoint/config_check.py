@@ -5,7 +5,6 @@ from __future__ import annotations
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedConfig
 
-from quantspec.capture import check_rope
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 
@@ -41,7 +40,6 @@ def check_config(config: PreTrainedConfig) -> None:
             f"the checkpoint of {name} is quantized already (quantization_config: {method}); give the model that it "
             "was made from, in float32, float16 or bfloat16: the draft's INT4 weights are made from those"
         )
-    check_rope(name, config)
 
 
 def known_limit(model_config: PreTrainedConfig, config: QuantSpecConfig) -> int | None:

@@ -88,9 +88,10 @@ class Description:
         options = {f.name: getattr(self.options, f.name) for f in fields(QuantSpecConfig)}
         # Follows from the linears.
         del options["adapted_group_sizes"]
-        # Folders with the usual draft stay readable for versions that know no other.
-        if self.options.draft_recipe == QuantSpecConfig.draft_recipe:
-            del options["draft_recipe"]
+        # Folders with the usual draft stay readable for versions that know no other, nor these options.
+        for name in ("draft_recipe", "draft_attention", "draft_attention_share", "draft", "rope_context"):
+            if options[name] == getattr(QuantSpecConfig, name):
+                del options[name]
         values["options"] = options
         values["linears"] = [asdict(report) for report in self.linears]
         values["files"] = {name: asdict(fingerprint) for name, fingerprint in self.files.items()}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from quantspec.capture import Capture
 from quantspec.capture.stored import from_json, key_of, to_json
+from quantspec.config import QuantSpecConfig
 from quantspec.pair import Pair
 from quantspec.pair.frozen import options_of
 
@@ -26,7 +27,7 @@ def write_capture(pair: Pair, folder: Path) -> dict[str, Tensor]:
     Returns:
         The graph's own tensors, as named in the saved files.
     """
-    key = _key(pair.model)
+    key = _key(pair.model, pair.config)
     if key is None:
         return {}
     try:
@@ -40,13 +41,14 @@ def write_capture(pair: Pair, folder: Path) -> dict[str, Tensor]:
 
 
 def read_capture(
-    folder: Path, model: PreTrainedModel, get: Callable[[str], Tensor], names: list[str]
+    folder: Path, model: PreTrainedModel, config: QuantSpecConfig, get: Callable[[str], Tensor], names: list[str]
 ) -> Capture | None:
     """What capture made of ``model`` when it was saved; None where there is nothing that still holds.
 
     Args:
         folder: with files that were checked.
         model: as loaded, on its device and in its dtype.
+        config: the options.
         get: looks a tensor of the saved files up.
         names: of the graph's own tensors there.
     """
@@ -55,7 +57,7 @@ def read_capture(
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["key"] != _key(model):
+        if saved["key"] != _key(model, config):
             _LOGGER.debug("'%s' is of other versions, another device or dtype: capturing anew", path)
             return None
         constants = {name.removeprefix(GRAPH_PREFIX): get(name) for name in names}
@@ -66,5 +68,5 @@ def read_capture(
         return None
 
 
-def _key(model: PreTrainedModel) -> dict[str, str] | None:
-    return key_of(model, dict(options_of(model.config)))
+def _key(model: PreTrainedModel, config: QuantSpecConfig) -> dict[str, str] | None:
+    return key_of(model, {**dict(options_of(model.config)), "rope_context": config.rope_context})

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantspec.capture import converting
+from quantspec.capture import converting, rope_at
 from quantspec.errors import SavedModelError
 from quantspec.pair import Pair
 from quantspec.passes import Role
@@ -80,7 +80,8 @@ def check_can_be_loaded(pair: Pair, logits: Tensor) -> None:
         with converting(), torch.no_grad():
             ids = fixed_tokens(pair)
             anew = _made_anew(model)
-            theirs = anew(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            with rope_at(anew, pair.config.rope_context):
+                theirs = anew(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except SavedModelError:
         raise
     except Exception as error:

@@ -37,8 +37,8 @@ from .folder import (
 from .graph_file import read_capture
 from .identity import distance, target_logits
 
-# The saved INT4 weights were made with these.
-_FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")
+# The saved weights and logits were made with these.
+_FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head", "rope_context")
 _CONVERT_AGAIN = (
     "convert the model again: quantspec.convert(AutoModelForCausalLM.from_pretrained(directory), ...), or in a shell "
     "`quantspec convert` of the original"
@@ -76,7 +76,7 @@ def load_pair(
         captured = None
         # A file that was not listed was not checked.
         if GRAPH_FILE in description.files:
-            captured = read_capture(folder, model, tensors.get, tensors.names(GRAPH_PREFIX))
+            captured = read_capture(folder, model, config, tensors.get, tensors.names(GRAPH_PREFIX))
         pair = Pair(model, config, source=tensors.packed, captured=captured)
         # A note's wording may change between versions.
         made, expected = (
@@ -95,13 +95,13 @@ def load_pair(
 
 
 def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpecConfig:
-    """The saved options with ``options`` on top; those that the INT4 weights were made with cannot change."""
+    """The saved options with ``options`` on top; those that the saved weights were made with cannot change."""
     config = QuantSpecConfig.from_options(saved, options)
     for name in _FIXED_OPTIONS:
         value = getattr(saved, name)
         if getattr(config, name) != value:
             raise ValueError(
-                f"{name} cannot change on loading, the saved INT4 weights were made with "
+                f"{name} cannot change on loading, the saved pair was made with "
                 f"{getattr(value, 'value', value)!r}; {_CONVERT_AGAIN}"
             )
     return config
@@ -178,7 +178,7 @@ def _check_logits(pair: Pair, tensors: _SavedTensors, description: Description, 
     expected = tensors.get(LOGITS_KEY)[:, : ids.shape[1]]
     error = distance(target_logits(pair, ids), expected)
     if of_model:
-        with torch.no_grad():
+        with torch.no_grad(), pair.rope_held:
             logits = pair.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         error = max(error, distance(logits.cpu(), expected))
     allowed = max(EXACT_TOLERANCE[dtype] for dtype in (pair.model.dtype, expected.dtype))

@@ -42,6 +42,8 @@ def command(
     qs = found.load()
     if model.num_speculative_tokens is not None:
         arguments["num_speculative_tokens"] = model.num_speculative_tokens
+    if model.draft is not None:
+        arguments["draft"] = model.draft
     arguments["tokenizer"] = tokenizer
     warm_up(qs, {**inputs.to(qs.device), **arguments})
     from ._conversation import Conversation

@@ -78,6 +78,7 @@ def command(
         **arguments,
         **structure,
         "num_speculative_tokens": model.num_speculative_tokens,
+        "draft": model.draft,
         "tokenizer": tokenizer,
     }
     warm_up(qs, arguments)

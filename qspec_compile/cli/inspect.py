@@ -17,6 +17,7 @@ from .loading import Kind, dtype_to_load, find_model, load_config
 from .options import ModelOptions, tokens, whole
 
 if TYPE_CHECKING:
+    from quantspec.capture import CapturedLayer
     from quantspec.config import QuantSpecConfig
     from quantspec.pair.preview import LinearSize, Structure
 
@@ -84,10 +85,11 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
         dtype=structure.dtype,
         max_cache_len=options.max_cache_len or structure.max_len,
         device="cpu",
+        states=structure.states,
     )
     decoded = cache.pop("decoded")
     weights = structure.weight_bytes
-    dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype)
+    dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype, structure.states)
     return {
         "model": structure.model_type,
         "dtype": str(structure.dtype).removeprefix("torch."),
@@ -95,8 +97,9 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
         "attention": [
             {
                 "module": layer.module,
-                "kind": "sliding window" if layer.window else "full",
+                "kind": "sliding window" if layer.window else "chunks" if layer.chunk else "full",
                 "window": layer.window or None,
+                "chunk": layer.chunk or None,
                 "query_heads": layer.query_heads,
                 "kv_heads": layer.kv_heads,
                 "key_dim": layer.key_dim,
@@ -152,7 +155,7 @@ def _attention_table(structure: Structure) -> Table:
         (
             number,
             (
-                f"window of {layer.window}" if layer.window else "full",
+                _reach(layer),
                 str(layer.query_heads),
                 str(layer.kv_heads),
                 f"{layer.key_dim}/{layer.value_dim}",
@@ -166,6 +169,12 @@ def _attention_table(structure: Structure) -> Table:
         numbers = [number for number, _ in run]
         table.add_row(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), *cells)
     return table
+
+
+def _reach(layer: CapturedLayer) -> str:
+    if layer.window:
+        return f"window of {layer.window}"
+    return f"chunks of {layer.chunk}" if layer.chunk else "full"
 
 
 def _linears_table(structure: Structure) -> Table:

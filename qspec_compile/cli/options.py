@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, QuantSpecConfig, WeightQuantizer
+from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, Draft, DraftAttention, QuantSpecConfig, WeightQuantizer
 
 from .errors import CommandError
 
@@ -130,6 +130,12 @@ class ModelOptions:
             help=_help(f"Tokens drafted per cycle, 0 to {MAX_SPECULATIVE_TOKENS}.", "num_speculative_tokens"),
         ),
     ] = None
+    draft: Annotated[
+        Draft | None,
+        typer.Option(
+            metavar="NAME", help=_help("Where drafts come from: self, lookup (in the text itself) or both.", "draft")
+        ),
+    ] = None
     kv_group_size: Annotated[
         int | None,
         typer.Option(metavar="N", help=_help("Tokens quantized together in the KV cache.", "kv_group_size")),
@@ -146,9 +152,34 @@ class ModelOptions:
         bool | None,
         typer.Option("--quantize-lm-head", help="INT4 for the draft's language-model head too.", show_default=False),
     ] = None
+    draft_attention: Annotated[
+        DraftAttention | None,
+        typer.Option(
+            metavar="NAME",
+            help=_help(
+                "What drafts read of a long text: full, sparse (the pages that matter) or auto.", "draft_attention"
+            ),
+        ),
+    ] = None
+    draft_attention_share: Annotated[
+        float | None,
+        typer.Option(
+            parser=real(0, 1),
+            metavar="X",
+            help=_help("Share of the cache that sparse drafts read.", "draft_attention_share"),
+        ),
+    ] = None
     max_cache_len: Annotated[
         int | None,
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a text. [default: the model's context]"),
+    ] = None
+    rope_context: Annotated[
+        int | None,
+        typer.Option(
+            parser=tokens(),
+            metavar="N",
+            help="Length of text whose frequencies a RoPE that depends on it has. [default: --max-cache-len]",
+        ),
     ] = None
 
     revision: Annotated[
@@ -170,8 +201,9 @@ class ModelOptions:
 
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
-        names: tuple[str, ...] = ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer")
-        names += ("quantize_lm_head", "max_cache_len")
+        names: tuple[str, ...] = ("num_speculative_tokens", "draft", "kv_group_size", "weight_group_size")
+        names += ("weight_quantizer", "quantize_lm_head", "draft_attention", "draft_attention_share")
+        names += ("max_cache_len", "rope_context")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

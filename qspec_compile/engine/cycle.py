@@ -1,4 +1,4 @@
-"""One speculative cycle as device work: draft, verify, accept, count.
+"""One speculative cycle as device work: draft, verify, choose what the next drafts read, accept, count.
 
 Nothing here waits for the host, so on a GPU a cycle is captured once and replayed (``cycle_graph``); the host reads one
 small tensor per cycle, which also says whether a flush is due.
@@ -16,6 +16,8 @@ from quantspec.pair import Pair
 from quantspec.passes import Role
 
 from .acceptance import Acceptance
+from .lookup import Lookup
+from .plan import Source
 from .text import Text
 
 
@@ -24,7 +26,8 @@ class CycleResult(NamedTuple):
 
     ``drafts (B, T)`` proposed tokens, of which the first ``accepted (B,)`` stand, followed by ``next_tokens (B,)``;
     ``flush_due`` tells whether any sequence has a group to move into the planes before the next cycle, ``fails (B,)``
-    whether one of these tokens could not be chosen, for NaN or, in sampling, for want of a distribution.
+    whether one of these tokens could not be chosen, for NaN or, in sampling, for want of a distribution, ``matched
+    (B,)`` how many tokens of its end a lookup finds earlier in the text, now that it has moved on.
     """
 
     drafts: list[list[int]]
@@ -32,17 +35,19 @@ class CycleResult(NamedTuple):
     next_tokens: list[int]
     flush_due: bool
     fails: list[bool]
+    matched: list[int]
 
     @classmethod
     def read(cls, packed: Tensor) -> CycleResult:
         """Unpack :meth:`Cycle.__call__`'s tensor; the one copy to the host in a cycle."""
         rows = packed.tolist()
         return cls(
-            [row[:-4] for row in rows],
+            [row[:-5] for row in rows],
+            [row[-5] for row in rows],
             [row[-4] for row in rows],
-            [row[-3] for row in rows],
-            any(row[-2] for row in rows),
-            [bool(row[-1]) for row in rows],
+            any(row[-3] for row in rows),
+            [bool(row[-2]) for row in rows],
+            [row[-1] for row in rows],
         )
 
 
@@ -53,6 +58,7 @@ class Cycle:
         pending: ``(B,)`` newest token of each sequence, whose key and value are not cached yet; moved on by a cycle.
         running: ``(B,)`` bool; sequences that are done go through the motions and keep their state.
         text: what logits processors on the device read, moved on by a cycle; None if they read nothing.
+        lookup: the source of drafts out of the text, moved on by a cycle; None where no cycle of the call needs it.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Cycle:
         acceptance: Acceptance,
         verifier: Role = Role.TARGET,
         text: Text | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         """``verifier`` is the role whose distribution is emitted."""
         self.pair = pair
@@ -69,29 +76,33 @@ class Cycle:
         self.acceptance = acceptance
         self.verifier = verifier
         self.text = text
+        self.lookup = lookup
         self.pending = cache.length.new_zeros(cache.batch_size)
         self.running = torch.ones_like(self.pending, dtype=torch.bool)
 
     @torch.no_grad()
-    def __call__(self, num_drafts: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, num_drafts: int, source: Source = Source.SELF) -> tuple[Tensor, Tensor, Tensor]:
         """Run one cycle of ``num_drafts`` drafted tokens.
 
         Returns:
-            ``(B, num_drafts + 4)`` int64 for :meth:`CycleResult.read`, and ``(B, num_drafts + 1, V)`` scores and logits
+            ``(B, num_drafts + 5)`` int64 for :meth:`CycleResult.read`, and ``(B, num_drafts + 1, V)`` scores and logits
             of the verifier.
         """
-        drafts, logits = self.propose(num_drafts)
+        drafts, logits = self.propose(num_drafts, source)
         verdict = self.acceptance.judge(drafts, logits)
         due = self.keep(verdict.accepted, verdict.next_tokens)
         fails = verdict.fails & self.running
-        columns = (verdict.accepted, verdict.next_tokens, due.expand_as(verdict.accepted), fails)
+        matched = torch.zeros_like(self.pending) if self.lookup is None else self.lookup.matched
+        columns = (verdict.accepted, verdict.next_tokens, due.expand_as(verdict.accepted), fails, matched)
         packed = torch.cat((drafts, torch.stack([column.long() for column in columns], 1)), 1)
         return packed, verdict.scores, logits
 
     @torch.no_grad()
-    def propose(self, num_drafts: int) -> tuple[Tensor, Tensor]:
+    def propose(self, num_drafts: int, source: Source = Source.SELF) -> tuple[Tensor, Tensor]:
         """Draft and verify; returns what :meth:`draft` and :meth:`verify` do."""
-        drafts = self.draft(num_drafts)
+        drafts = self.draft(num_drafts) if source is Source.SELF else self.look_up(num_drafts)
+        if self.lookup is not None:
+            self.lookup.text.write(0, drafts)
         return drafts, self.verify(drafts)
 
     def keep(self, accepted: Tensor, next_tokens: Tensor) -> Tensor:
@@ -103,6 +114,8 @@ class Cycle:
         due = self.cache.keep(torch.where(self.running, accepted + 1, 0))
         if self.text is not None:
             self.text.keep(accepted, next_tokens, self.running)
+        if self.lookup is not None:
+            self.lookup.keep(accepted, next_tokens, self.running)
         self.pending.copy_(torch.where(self.running, next_tokens, self.pending))
         return due
 
@@ -114,10 +127,23 @@ class Cycle:
             logits = self.pair.read(Role.DRAFT, current[:, None], self.cache, num_ahead=step)
             current = self.acceptance.draft(logits, step)
             if self.text is not None:
-                self.text.write(step, current)
+                self.text.write(step, current[:, None])
             tokens.append(current)
         return torch.stack(tokens, 1) if tokens else self.pending.new_empty(self.cache.batch_size, 0)
 
+    def look_up(self, num_drafts: int) -> Tensor:
+        """``num_drafts`` tokens ``(B, T)`` that the texts themselves propose."""
+        assert self.lookup is not None
+        # The search behind the verification overwrites them.
+        drafts = self.lookup.drafts[:, :num_drafts].clone()
+        if self.text is not None:
+            self.text.write(0, drafts)
+        return drafts
+
     def verify(self, drafts: Tensor) -> Tensor:
         """The verifier's logits ``(B, T + 1, V)`` of every drafted token and of the one after them."""
-        return self.pair.read(self.verifier, torch.cat((self.pending[:, None], drafts), 1), self.cache)
+        logits = self.pair.read(self.verifier, torch.cat((self.pending[:, None], drafts), 1), self.cache)
+        # No other verifier scores pages.
+        if self.verifier is Role.TARGET:
+            self.cache.choose_pages()
+        return logits

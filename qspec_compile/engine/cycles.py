@@ -22,6 +22,8 @@ from .acceptance import Acceptance, Rule
 from .cycle import Cycle, CycleResult
 from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, reads_text
+from .lookup import Lookup
+from .plan import Plan
 from .progress import Progress
 from .sampling import Randomness, perturb
 from .text import Text
@@ -59,12 +61,12 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one cycle did: ``num_drafts`` drafted, of which each running sequence ``accepted`` so many.
+    """What one cycle did: by its ``plan`` it drafted, and each running sequence ``accepted`` so many.
 
-    ``typical_start`` is when that began which every cycle of so many drafts does; None if this one is unlike others.
+    ``typical_start`` is when that began which every cycle of this plan does; None if this one is unlike others.
     """
 
-    num_drafts: int
+    plan: Plan
     accepted: list[int]
     flushed: bool
     typical_start: float | None
@@ -73,8 +75,11 @@ class Outcome(NamedTuple):
 class Cycles(Protocol):
     """A way to run cycles: drafts, verifies, emits what is accepted, flushes."""
 
-    def run(self, num_drafts: int) -> Outcome:
-        """Run one cycle of up to ``num_drafts`` drafts."""
+    def matched(self) -> list[int]:
+        """Tokens of each running sequence's end that a lookup finds earlier in its text; zeros without one."""
+
+    def run(self, plan: Plan) -> Outcome:
+        """Run one cycle of up to the plan's drafts."""
 
 
 class Clock:
@@ -114,14 +119,20 @@ def _any_running(call: Call, flags: Sequence[bool]) -> bool:
 
 
 class Runner(Protocol):
-    """The device's part of cycles."""
+    """The device's part of cycles.
+
+    Attributes:
+        lookup: of the rows' texts, None if no cycle of the call needs it.
+    """
+
+    lookup: Lookup | None
 
     @property
     def cycle(self) -> Cycle:
         """The one that :meth:`prepare` prepared."""
 
-    def prepare(self, num_drafts: int) -> bool:
-        """Make ready for a cycle of up to so many drafts; returns whether that took what later ones do without."""
+    def prepare(self, plan: Plan) -> bool:
+        """Make ready for a cycle of up to the plan's drafts; returns whether that took what later ones do without."""
 
     def judged(self) -> Tensor:
         """Run a whole cycle; returns the packed result."""
@@ -145,10 +156,21 @@ class EagerRunner:
     """Launches cycles kernel by kernel."""
 
     def __init__(
-        self, pair: Pair, cache: HierarchicalCache, call: Call, processors: LogitsProcessorList, pending: Tensor
+        self,
+        pair: Pair,
+        cache: HierarchicalCache,
+        call: Call,
+        processors: LogitsProcessorList,
+        pending: Tensor,
+        looks_up: bool,
     ) -> None:
         """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet."""
         self._cache, self._progress = cache, call.progress
+        self.lookup = None
+        if looks_up:
+            most = cache.num_speculative_tokens
+            self.lookup = Lookup(cache.batch_size, _text_width(call, cache), most, pair.device, pair.compiles_on_gpu)
+            self.lookup.begin(call.progress.requests)
         text = None
         if reads_text(processors):
             text = Text(cache.batch_size, _text_width(call, cache), pair.device)
@@ -156,29 +178,29 @@ class EagerRunner:
         program = ScoreProgram(processors, text)
         randomness = Randomness.of(cache.length, call.progress.requests)
         acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, call.rule)
-        self.cycle = Cycle(pair, cache, acceptance, call.verifier, program.text)
+        self.cycle = Cycle(pair, cache, acceptance, call.verifier, program.text, self.lookup)
         self.cycle.pending.copy_(pending)
 
-    def prepare(self, num_drafts: int) -> bool:
-        self._num_drafts = min(num_drafts, self._progress.remaining - 1)
+    def prepare(self, plan: Plan) -> bool:
+        self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._progress.remaining - 1))
         return False
 
     def judged(self) -> Tensor:
-        packed, self._scores, self._logits = self.cycle(self._num_drafts)
+        packed, self._scores, self._logits = self.cycle(*self._plan)
         return packed
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         return self._scores, self._logits.float()
 
     def proposed(self) -> tuple[Tensor, Tensor]:
-        return self.cycle.propose(self._num_drafts)
+        return self.cycle.propose(*self._plan)
 
     def flush(self) -> None:
         self._cache.flush()
 
 
 class ReplayRunner:
-    """Replays cycles as CUDA graphs, one graph per number of drafts."""
+    """Replays cycles as CUDA graphs, one graph per plan."""
 
     def __init__(
         self,
@@ -188,19 +210,23 @@ class ReplayRunner:
         processors: LogitsProcessorList,
         pending: Tensor,
         kind: type[CycleReplay],
+        looks_up: bool,
     ) -> None:
         """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet; ``kind``: of the replays."""
         self._replays, self._cache, self._call, self._processors = replays, cache, call, processors
         self._pending, self._kind = pending, kind
         self._current: CycleReplay | None = None
-        self._text = replays.text(cache, _text_width(call, cache))
+        self._text, lookup = replays.texts(cache, _text_width(call, cache))
         if reads_text(processors):
             self._text.begin(call.progress.sequences, call.progress.context_lens)
+        self.lookup = lookup if looks_up else None
+        if self.lookup is not None:
+            self.lookup.begin(call.progress.requests)
 
-    def prepare(self, num_drafts: int) -> bool:
+    def prepare(self, plan: Plan) -> bool:
         call = self._call
         replay, is_new = self._replays.of(
-            self._cache, num_drafts, self._processors, call.samples, self._text, self._kind
+            self._cache, plan, self._processors, call.samples, self._text, self.lookup, self._kind
         )
         if replay is not self._current:
             self._take(replay)
@@ -243,10 +269,16 @@ class _OnRunner:
     def __init__(self, runner: Runner, call: Call, clock: Clock) -> None:
         self._runner, self._call, self._clock = runner, call, clock
         self._told: tuple[Cycle, list[bool]] | None = None
+        rows = len(call.progress.requests)
+        self._matched: list[int] = [0] * rows if runner.lookup is None else runner.lookup.matched.tolist()
 
-    def _prepare(self, num_drafts: int) -> bool:
+    def matched(self) -> list[int]:
+        """Tokens of each running sequence's end that a lookup finds earlier in its text; zeros without one."""
+        return [count for count, runs in zip(self._matched, self._call.progress.running, strict=True) if runs]
+
+    def _prepare(self, plan: Plan) -> bool:
         """Make ready, and tell the device which sequences are running, if it does not know; as ``Runner.prepare``."""
-        is_new = self._runner.prepare(num_drafts)
+        is_new = self._runner.prepare(plan)
         told = (self._runner.cycle, self._call.progress.running)
         if self._told != told:
             told[0].running.copy_(torch.tensor(told[1], device="cpu"))
@@ -257,17 +289,19 @@ class _OnRunner:
 class JudgedCycles(_OnRunner):
     """Cycles whose processors run on the device, which judges the drafts too."""
 
-    def run(self, num_drafts: int) -> Outcome:
-        """Run one cycle of up to ``num_drafts`` drafts."""
+    def run(self, plan: Plan) -> Outcome:
+        """Run one cycle of up to the plan's drafts."""
         runner = self._runner
-        is_new = self._prepare(num_drafts)
-        # Capture and change of graphs take their time, but not in the next cycle of as many drafts.
+        is_new = self._prepare(plan)
+        # Capture and change of graphs take their time, but not in the next cycle of the same plan.
         start = self._clock.now()
         result = CycleResult.read(runner.judged())
         if result.flush_due:
             runner.flush()
         accepted = self._emit(result)
-        return Outcome(len(result.drafts[0]), accepted, result.flush_due, None if is_new else start)
+        self._matched = result.matched
+        plan = plan._replace(num_drafts=len(result.drafts[0]))
+        return Outcome(plan, accepted, result.flush_due, None if is_new else start)
 
     def _emit(self, result: CycleResult) -> list[int]:
         """Emit each running sequence's accepted tokens and the one that follows; returns how many each accepted.
@@ -298,19 +332,22 @@ class LockstepCycles(_OnRunner):
     which costs acceptance and leaves the text as it is.
     """
 
-    def run(self, num_drafts: int) -> Outcome:
-        """Run one cycle of up to ``num_drafts`` drafts."""
+    def run(self, plan: Plan) -> Outcome:
+        """Run one cycle of up to the plan's drafts."""
         runner, running = self._runner, self._call.progress.running
-        is_new = self._prepare(num_drafts)
+        is_new = self._prepare(plan)
         start = self._clock.now()
         drafts, logits = runner.proposed()
         # On a GPU the replay is under way, and nothing has waited for it yet.
         self._follow()
         accepted, tokens = self._walk(drafts, logits)
-        flush_due = bool(runner.cycle.keep(torch.full_like(tokens, accepted), tokens))
+        due = runner.cycle.keep(torch.full_like(tokens, accepted), tokens)
+        matched = torch.zeros_like(tokens) if runner.lookup is None else runner.lookup.matched
+        flush_due, *self._matched = torch.cat((due[None].long(), matched)).tolist()
         if flush_due:
             runner.flush()
-        return Outcome(drafts.shape[1], [accepted] * sum(running), flush_due, None if is_new else start)
+        plan = plan._replace(num_drafts=drafts.shape[1])
+        return Outcome(plan, [accepted] * sum(running), bool(flush_due), None if is_new else start)
 
     def _walk(self, drafts: Tensor, logits: Tensor) -> tuple[int, Tensor]:
         """Emit the tokens of a block one by one until one sequence rejects its draft, or all are done.
@@ -356,15 +393,24 @@ def _nan_bits(logits: Tensor) -> Tensor:
 
 
 def cycles_of(
-    pair: Pair, replays: CycleReplays, cache: HierarchicalCache, call: Call, clock: Clock, pending: Tensor
+    pair: Pair,
+    replays: CycleReplays,
+    cache: HierarchicalCache,
+    call: Call,
+    clock: Clock,
+    pending: Tensor,
+    looks_up: bool,
 ) -> Cycles:
-    """The fastest way that shows the call's processors what they must see; ``pending (B,)`` are the newest tokens."""
+    """The fastest way that shows the call's processors what they must see.
+
+    ``pending (B,)`` are the newest tokens; ``looks_up`` tells whether some plan may draft from the rows' texts.
+    """
     processors = compilable(call.processors)
     lockstep = len(processors) < len(call.processors)
     runner: Runner
     if call.verifier is Role.TARGET and replays.suit():
         kind = ProposalReplay if lockstep else CycleReplay
-        runner = ReplayRunner(replays, cache, call, processors, pending, kind)
+        runner = ReplayRunner(replays, cache, call, processors, pending, kind, looks_up)
     else:
-        runner = EagerRunner(pair, cache, call, processors, pending)
+        runner = EagerRunner(pair, cache, call, processors, pending, looks_up)
     return LockstepCycles(runner, call, clock) if lockstep else JudgedCycles(runner, call, clock)

@@ -52,20 +52,22 @@ class SpeculativeLoop:
         if not any(self.progress.running):
             return
         session = self.session
-        cycles = cycles_of(session.pair, session.replays, self.cache, self.call, self._clock, pending)
+        looks_up = self.draft_count.looks_up
+        cycles = cycles_of(session.pair, session.replays, self.cache, self.call, self._clock, pending, looks_up)
         while any(self.progress.running):
             self.step(cycles)
 
     def step(self, cycles: Cycles) -> None:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
         start = self._clock.now()
-        done = cycles.run(self.draft_count.choose())
+        matched = cycles.matched()
+        done = cycles.run(self.draft_count.choose(matched))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
         typical = None if done.typical_start is None else self._clock.finished() - done.typical_start
-        self.draft_count.record(done.num_drafts, done.accepted, typical)
+        self.draft_count.record(done.plan, matched, done.accepted, typical)
         self._judge()
         self.stats.flushes += done.flushed
-        self.stats.record_cycle(done.num_drafts, done.accepted, self._clock.now() - start)
+        self.stats.record_cycle(done.plan, done.accepted, self._clock.now() - start)
 
     def start(self) -> Tensor:
         """Prefill, and emit the first token of each request; returns the newest tokens ``(B,)``, not cached yet."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from quantspec.cache import HierarchicalCache
+from quantspec.config import Draft
 from quantspec.locks import LockOfProcess
 from quantspec.pair import Pair
 
 from .acceptance import Rule
 from .cycle_graph import CycleReplays
-from .draft_count import PLAIN_START, STARTS, AutoDraftCount, DraftCount, FixedDraftCount
+from .draft_count import ON_CPU, ON_GPU, AutoDraftCount, DraftCount, FixedDraftCount
 from .sampling import accept
 from .stats import GenerationStats
 
@@ -67,7 +68,7 @@ class Session:
         self.replays = CycleReplays(pair, rule)
         self.last_stats: GenerationStats | None = None
         self._texts: list[Tensor] | None = None
-        self._auto_counts: dict[tuple[int, int], AutoDraftCount] = {}
+        self._auto_counts: dict[tuple[Draft, int, int], AutoDraftCount] = {}
         self._turns = _Turns()
 
     @contextlib.contextmanager
@@ -113,15 +114,15 @@ class Session:
         self.cache = self._texts = None
         self.replays.clear()
 
-    def draft_count(self, num_speculative_tokens: int | str, batch_size: int, prompt_len: int) -> DraftCount:
-        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length.
-
-        On a CPU it begins without drafts: reading planes at 4 bits takes longer there than reading the decoded copy.
-        """
+    def draft_count(
+        self, num_speculative_tokens: int | str, draft: Draft, batch_size: int, prompt_len: int
+    ) -> DraftCount:
+        """Who decides how much is drafted; "auto" learns per batch size and power of two of the prompt length."""
+        costs = ON_CPU if self.pair.device.type == "cpu" else ON_GPU
         if not isinstance(num_speculative_tokens, str):
-            return FixedDraftCount(num_speculative_tokens)
-        starts = PLAIN_START if self.pair.device.type == "cpu" else STARTS
-        return self._auto_counts.setdefault((batch_size, prompt_len.bit_length()), AutoDraftCount(starts))
+            return FixedDraftCount(num_speculative_tokens, draft, costs)
+        key = (draft, batch_size, prompt_len.bit_length())
+        return self._auto_counts.setdefault(key, AutoDraftCount(costs, draft))
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .plan import Plan, Source
+
 
 @dataclass
 class GenerationStats:
@@ -19,6 +21,7 @@ class GenerationStats:
         continued_tokens: prompt tokens that were in the cache already and not prefilled again.
         cycles: cycles summed over sequences that were still running.
         drafted, accepted: draft tokens proposed and accepted, over running sequences.
+        drafted_by_source, accepted_by_source: the same by where they came from, ``self`` or ``lookup``.
         drafted_per_position, accepted_per_position: the same by place in the block.
         acceptance_histogram: ``[n]`` is how often exactly n draft tokens of a block were accepted.
         flushes: cycles that moved a group into the planes.
@@ -39,6 +42,8 @@ class GenerationStats:
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafted_by_source: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Source), 0))
+    accepted_by_source: dict[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Source), 0))
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     acceptance_histogram: list[int] = field(default_factory=list)
@@ -56,9 +61,12 @@ class GenerationStats:
         self.accepted_per_position = [0] * self.num_speculative_tokens
         self.acceptance_histogram = [0] * (self.num_speculative_tokens + 1)
 
-    def record_cycle(self, drafted: int, accepted: list[int], seconds: float = 0.0) -> None:
-        """Count one cycle of ``drafted`` tokens; ``accepted`` holds one number per running sequence."""
+    def record_cycle(self, plan: Plan, accepted: list[int], seconds: float = 0.0) -> None:
+        """Count one cycle; ``accepted`` holds one number per running sequence."""
+        drafted = plan.num_drafts
         self.decode_seconds += seconds
+        self.drafted_by_source[plan.source] += drafted * len(accepted)
+        self.accepted_by_source[plan.source] += sum(accepted)
         self.drafted_per_cycle.append(drafted * len(accepted))
         self.accepted_per_cycle.append(sum(accepted))
         self.seconds_per_cycle.append(seconds)
@@ -102,6 +110,9 @@ class GenerationStats:
         values["acceptance_rate_per_position"] = [_none_if_nan(rate) for rate in self.acceptance_rate_per_position]
         return {name: _none_if_nan(value) for name, value in values.items() if not name.endswith("_per_cycle")}
 
+    def _from(self, source: Source) -> str:
+        return f"{self.accepted_by_source[source]} of {self.drafted_by_source[source]} drafted tokens"
+
     def __str__(self) -> str:
         def mebibytes(parts: dict[str, int]) -> str:
             total = sum(parts.values()) / 2**20
@@ -118,6 +129,7 @@ class GenerationStats:
             positions = ", ".join(f"{rate:.2f}" for rate in self.acceptance_rate_per_position)
             rows += [
                 ("accepted", f"{self.accepted} of {self.drafted} drafted tokens in {self.cycles} cycles"),
+                *((f"from {source}", self._from(source)) for source in Source),
                 ("draft_acceptance_rate", f"{self.draft_acceptance_rate:.3f} (by position {positions})"),
                 ("mean_acceptance_length", f"{self.mean_acceptance_length:.2f} tokens a cycle"),
                 ("acceptance_histogram", " ".join(map(str, self.acceptance_histogram))),

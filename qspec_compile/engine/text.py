@@ -51,10 +51,11 @@ class Text:
         return Positions(self.ids, self.length[:, None] + ahead)
 
     def write(self, offset: Tensor | int, tokens: Tensor) -> None:
-        """Put ``tokens (B,)`` behind the accepted ones and ``offset`` (``()`` or ``(B,)``) more."""
-        self.ids.scatter_(1, (self.length + offset)[:, None], tokens[:, None])
+        """Put ``tokens (B, T)`` behind the accepted ones and ``offset`` (``()`` or ``(B,)``) more."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        self.ids.scatter_(1, (self.length + offset)[:, None] + places, tokens)
 
     def keep(self, accepted: Tensor, next_tokens: Tensor, running: Tensor) -> None:
         """Accept so many drafts ``(B,)`` and ``next_tokens (B,)`` in the sequences that are ``running (B,)``."""
-        self.write(accepted, next_tokens)
+        self.write(accepted, next_tokens[:, None])
         self.length += torch.where(running, accepted + 1, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
-from quantspec.config import ALIASES, check_num_speculative_tokens
+from quantspec.config import ALIASES, check_draft, check_num_speculative_tokens
 from quantspec.pair import Pair
 
 from .structured import grammar_processor
@@ -61,6 +61,7 @@ def prepare_arguments(
     tokenizer: Any,
     structure: Mapping[str, Any],
     num_speculative_tokens: int | str | None,
+    draft: str | None,
     continue_cache: bool,
     kwargs: dict[str, Any],
 ) -> Arguments:
@@ -83,6 +84,8 @@ def prepare_arguments(
             num_speculative_tokens = options.pop(alias)
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
+    if draft is not None:
+        check_draft(draft)
     if input_ids is not None:
         check_input_ids(pair, input_ids)
     if attention_mask is not None:
@@ -91,7 +94,12 @@ def prepare_arguments(
     _take_stop_strings(options, configs, tokenizer)
     _take_structure(options, configs, tokenizer, structure, pair.vocab_size)
     check_continue_cache(continue_cache)
-    return Arguments({"num_speculative_tokens": num_speculative_tokens, "continue_cache": continue_cache}, options)
+    decoding = {
+        "num_speculative_tokens": num_speculative_tokens,
+        "draft": draft,
+        "continue_cache": continue_cache,
+    }
+    return Arguments(decoding, options)
 
 
 _UNSUPPORTED_ARGUMENTS = {

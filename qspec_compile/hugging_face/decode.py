@@ -20,7 +20,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from quantspec.cache import check_cache_len
-from quantspec.config import check_num_speculative_tokens
+from quantspec.config import check_draft, check_num_speculative_tokens
 from quantspec.engine.cycles import Call
 from quantspec.engine.logits_processors import merge_processors
 from quantspec.engine.loop import SpeculativeLoop
@@ -66,6 +66,7 @@ def decode(
     streamer: BaseStreamer | None = None,
     generator: torch.Generator | None = None,
     num_speculative_tokens: int | str | None = None,
+    draft: str | None = None,
     continue_cache: bool = False,
     seed: int | Sequence[int] | None = None,
     verifier: Role = Role.TARGET,
@@ -82,6 +83,7 @@ def decode(
         streamer, generator, seed: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its
             own loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
         num_speculative_tokens: tokens drafted per cycle; the config's number if None.
+        draft: where they come from; the config's choice if None.
         continue_cache: prefill only what the previous call's text does not begin with.
         verifier: the role whose distribution is emitted.
         synced_gpus: Hugging Face's, for several GPUs; has no effect on one.
@@ -114,6 +116,7 @@ def decode(
             streamer,
             generator,
             num_speculative_tokens,
+            draft,
             continue_cache,
             seed,
             verifier=verifier,
@@ -128,6 +131,7 @@ def decode_checked(
     streamer: BaseStreamer | None,
     generator: torch.Generator | None,
     num_speculative_tokens: int | str | None,
+    draft: str | None,
     continue_cache: bool,
     seed: int | Sequence[int] | None,
     rows: Sequence[Prepared] | None = None,
@@ -148,6 +152,7 @@ def decode_checked(
         num_speculative_tokens = pair.config.num_speculative_tokens
     else:
         check_num_speculative_tokens(num_speculative_tokens)
+    source = pair.config.draft if draft is None else check_draft(draft)
     # As in Hugging Face, whose loop appends int64 tokens to whatever integers the prompt came in.
     input_ids = input_ids.long()
     if attention_mask is None:
@@ -167,7 +172,7 @@ def decode_checked(
     num_tokens = longest + max(request.max_new_tokens for request in requests)
     check_cache_len(num_tokens, pair.max_len)
 
-    draft_count = session.draft_count(num_speculative_tokens, len(prompts), longest)
+    draft_count = session.draft_count(num_speculative_tokens, source, len(prompts), longest)
     stats = GenerationStats(draft_count.most, num_sequences=len(prompts), prompt_tokens=sum(map(len, prompts)))
     pad = config._pad_token_tensor
     returns_dict = bool(config.return_dict_in_generate)

@@ -33,6 +33,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     *,
     num_speculative_tokens: int | str | None = None,
+    draft: str | None = None,
     continue_cache: bool = False,
     generator: torch.Generator | None = None,
     seed: int | Sequence[int] | None = None,
@@ -94,6 +95,7 @@ def generate(
             tokenizer,
             structure,
             num_speculative_tokens,
+            draft,
             continue_cache,
             kwargs,
         )

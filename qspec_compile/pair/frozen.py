@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from quantspec.capture import follows_length
+
 # What a module holds in dicts of its own.
 _HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 # They change what training does.
@@ -88,13 +90,15 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
         prefix = f"{path}." if path else ""
         where = f"module '{path}'" if path else type(model).__name__
         yield where, type(module)
-        for name, buffer in module._buffers.items():
+        # Its numbers and buffers change with the length of the text that the model computed last.
+        moves = follows_length(module)
+        for name, buffer in module._buffers.items() if not moves else ():
             yield f"buffer '{prefix}{name}'", buffer
         yield f"a forward hook of {where}", tuple(filter(_changes_values, module._forward_hooks.values()))
         yield f"a forward pre-hook of {where}", tuple(module._forward_pre_hooks.values())
         yield f"the forward of {where}", _forward(module)
         for name, value in vars(module).items():
-            number = isinstance(value, int | float)
+            number = isinstance(value, int | float) and not moves
             function = path and callable(value) and not isinstance(value, nn.Module) and name != "forward"
             if not name.startswith("_") and name not in _OF_TRAINING and (number or function):
                 yield f"attribute '{prefix}{name}'", value

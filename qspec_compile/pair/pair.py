@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from quantspec.cache import HierarchicalCache
-from quantspec.capture import Capture, capture, check_model
+from quantspec.cache import HierarchicalCache, PageBudget
+from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
 
 from .compile_by_layer import compile_graph
+from .eager_prefill import EagerPrefill
 from .frozen import FrozenModel
 from .recipes import build_graphs, common_graph, recipes_for
 from .tuned import TuneReport
@@ -29,7 +31,8 @@ class Pair:
 
     A role's graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
     ``length (B,)``, the state inputs of its recipe, all int64, and the cache's tensors; it returns logits ``(B, R, V)``
-    in the model's dtype. :meth:`read` and :meth:`fill` call them so.
+    in the model's dtype. :meth:`read` and :meth:`fill` call them so. Where layers keep state, that follows the
+    positions, and prefill is an :class:`quantspec.pair.eager_prefill.EagerPrefill`.
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
@@ -41,7 +44,7 @@ class Pair:
         linears: what became of each of the draft's weights.
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
-        compiles: whether the graphs of recipes that say so go through torch.compile.
+        compiles: whether the graphs of recipes that say so go through torch.compile; those with state never do.
         tuned: what tuning did to the draft; None before.
     """
 
@@ -63,22 +66,32 @@ class Pair:
         check_model(model)
         recipes = recipes_for(config, model.device)
         self.frozen = FrozenModel(model)
+        rope_context = rope_context_of(model, config)
         if captured is None:
-            captured = capture(model)
+            captured = capture(model, rope_context=rope_context)
         self.model: PreTrainedModel = model
         self.captured = captured
         self.layers = captured.layers
+        if captured.states and config.compile:
+            raise ValueError(
+                f"compile=True: layers of {type(model).__name__} keep state, whose steps are not compiled; leave it "
+                "None"
+            )
         self.max_len: int = _max_len(model, config, captured)
-        config = replace(config, max_cache_len=self.max_len)
-        self.graphs: Mapping[Role, fx.GraphModule]
+        config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
-        self.graphs, self.linears = build_graphs(self.common, config, recipes, source)
+        graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
+        self.graphs: Mapping[Role, torch.nn.Module] = graphs
+        if captured.states:
+            self.compiles = False
+            with rope_at(model, rope_context):
+                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, captured)}
         self._recipes = recipes
         self._forwards = {
-            role: compile_graph(graph) if self.compiles and recipes[role].compiles else graph
+            role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
             for role, graph in self.graphs.items()
         }
         self._converted_as = (model.device, model.dtype)
@@ -126,6 +139,8 @@ class Pair:
             self.max_len,
             self.model.dtype,
             self.device,
+            PageBudget.of(self.config),
+            self.captured.states,
         )
 
     def read(self, role: Role, ids: Tensor, cache: HierarchicalCache, num_ahead: int = 0) -> Tensor:
@@ -144,7 +159,8 @@ class Pair:
         rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         # Drafts may run past the last position, where nothing of them is kept.
         positions = (length[:, None] + rows).clamp(max=self.max_len - 1)
-        return self.forward(role, ids, positions, rows, cache.quantized_len, length, cache=cache)
+        states = [state[:, num_ahead:] for state in cache.states]
+        return self.forward(role, ids, positions, *states, rows, cache.quantized_len, length, cache=cache)
 
     def fill(self, ids: Tensor, num_new: Tensor, cache: HierarchicalCache) -> Tensor:
         """Cache the first ``num_new (B,)`` of right-padded ``ids (B, T)``, both int64, as verified tokens.
@@ -156,7 +172,7 @@ class Pair:
         positions = (cache.length[:, None] + columns).clamp(max=self.max_len - 1)
         last = (num_new - 1).clamp(min=0)[:, None]
         state = (cache.quantized_len, cache.length, num_new)
-        logits = self.forward(Role.PREFILL, ids, positions, last, *state, cache=cache)
+        logits = self.forward(Role.PREFILL, ids, positions, *cache.states, last, *state, cache=cache)
         cache.advance_prefill(num_new)
         return logits
 
@@ -173,6 +189,11 @@ class Pair:
         width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
         per_token = batch_size * 6 * width * self.model.dtype.itemsize
         return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
+
+    @property
+    def rope_held(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the model compute as the pair does, if its RoPE follows the length of a text."""
+        return rope_at(self.model, self.config.rope_context)
 
     def check_unmoved(self) -> None:
         """Refuse work if the model is no longer what was converted: the pair would go on with the old one.
@@ -203,6 +224,7 @@ class Pair:
         lines = [
             f"{type(self.model).__name__}, {dtype}, {self.device})",
             f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
+            *([f"  states in full precision: {len(self.captured.states)}"] if self.captured.states else []),
             f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
             f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
             f" (asked for {self.config.weight_group_size})",

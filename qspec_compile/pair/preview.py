@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quantspec.capture import CapturedLayer, capture, converting
+from quantspec.cache.geometry import StateShape
+from quantspec.capture import CapturedLayer, capture, converting, rope_context_of
 from quantspec.config import QuantSpecConfig, WeightQuantizer
 from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
 from quantspec.passes.graph import clone
@@ -34,6 +35,7 @@ class Structure:
         layers: attention calls in forward order.
         linears: the draft's weights in forward order.
         weight_bytes: ``target`` (the model) and ``draft_int4`` (what the draft adds).
+        states: what layers keep besides keys and values.
         max_len: the model's ``max_position_embeddings``, or None.
     """
 
@@ -42,6 +44,7 @@ class Structure:
     layers: tuple[CapturedLayer, ...]
     linears: tuple[LinearSize, ...]
     weight_bytes: dict[str, int]
+    states: tuple[StateShape, ...]
     max_len: int | None
 
 
@@ -67,7 +70,7 @@ def structure_of(
             trust_remote_code=trust_remote_code,
         )
     with converting():
-        captured = capture(model, structure_only=True)
+        captured = capture(model, structure_only=True, rope_context=rope_context_of(model, options))
     weight_format = recipes_for(options)[Role.DRAFT].weight_format
     linears: tuple[LinearSize, ...] = ()
     if weight_format is not None:
@@ -85,6 +88,7 @@ def structure_of(
             "target": sum(tensor.nbytes for tensor in tensors.values()),
             "draft_int4": sum(linear.draft_bytes for linear in linears),
         },
+        captured.states,
         getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 

@@ -7,7 +7,7 @@ A new kind of draft is a :class:`Recipe` of the role ``draft`` under a name of i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,12 +15,15 @@ from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from quantspec.capture import Capture
-from quantspec.config import QuantSpecConfig
+from quantspec.config import DraftAttention, QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import (
     ACCESSES,
     DECODED_ACCESS,
     INT4,
+    SCORED_ACCESS,
+    SCORED_DECODED_ACCESS,
+    SPARSE_ACCESS,
     CacheAccess,
     CheckTokenMixing,
     FuseRotation,
@@ -102,14 +105,25 @@ def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") ->
     """The recipe of each role under these options on ``device``.
 
     Raises:
-        ValueError: no draft of that name is registered; lists those that are.
+        ValueError: no draft of that name is registered, listing those that are; or it cannot be sparse.
     """
     target = "target on a CPU" if torch.device(device).type == "cpu" else "target"
     names = {Role.TARGET: target, Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
     if (Role.DRAFT, config.draft_recipe) not in _RECIPES:
         known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
         raise ValueError(f"draft_recipe must be one of {known}, not {config.draft_recipe!r}; register() adds others")
-    return {role: _RECIPES[role, name] for role, name in names.items()}
+    recipes = {role: _RECIPES[role, name] for role, name in names.items()}
+    draft = recipes[Role.DRAFT]
+    if config.draft_attention is DraftAttention.FULL:
+        return recipes
+    if draft.access != ACCESSES[Role.DRAFT]:
+        raise ValueError(
+            f"draft_attention={config.draft_attention.value!r} is for drafts that read the cache as 'int4' does; "
+            f"draft_recipe {config.draft_recipe!r} reads it in a way of its own, so leave draft_attention 'full'"
+        )
+    scored = SCORED_DECODED_ACCESS if recipes[Role.TARGET].access == DECODED_ACCESS else SCORED_ACCESS
+    recipes[Role.TARGET] = replace(recipes[Role.TARGET], access=scored)
+    return {**recipes, Role.DRAFT: replace(draft, access=SPARSE_ACCESS)}
 
 
 def weight_passes(

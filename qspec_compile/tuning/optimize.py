@@ -56,6 +56,11 @@ def _check_tunable(pair: Pair) -> None:
     weight_format = pair.draft_weights
     if weight_format is None or weight_format.learned is None or all(r.group_size is None for r in pair.linears):
         raise ValueError("this draft has no scales to tune: none of its linears is INT4; see print(qs)")
+    if pair.captured.states:
+        raise ValueError(
+            f"layers of {type(pair.model).__name__} keep state besides keys and values, through which tuning has no "
+            "gradients; use the draft as it is"
+        )
 
 
 def tune(

@@ -87,6 +87,7 @@ def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
             None,
             None,
             num_speculative_tokens=0,
+            draft=None,
             continue_cache=False,
             seed=part_seeds.tolist(),
         )

@@ -1,0 +1,171 @@
+"""``quantspec::scored_attention`` and ``quantspec::scored_decoded_attention``: verification that leaves page scores.
+
+They attend as ``quantspec::cached_attention`` and ``quantspec::decoded_attention`` do, bit for bit. Besides, every page
+of the planes gets a score: the logarithm of the most attention that any verified token pays, through any query head of
+a KV head, to a token of it, times the scale of that token's values. ``quantspec::choose_pages`` reads that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_layout import part_names
+from .cached_attention import append_recent, attend_plainly, rotate
+from .cached_attention_triton import cached_attention_triton
+from .decoded_attention import attend_decoded
+from .hierarchical import dense_key_value
+from .pages import score_pages
+
+
+@torch.library.custom_op("quantspec::scored_attention", mutates_args=(*part_names("recent"), "page_scores"))
+def scored_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    page_scores: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
+) -> Tensor:
+    """The target's 8-bit read of everything cached, and the score of every page.
+
+    Args:
+        query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::cached_attention``.
+        k_recent, v_recent: as there, mutated.
+        k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there; none of them None.
+        page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes, see
+            ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. On CUDA two pages
+            that are a tile, as with more than 32 rows of a KV head, both get the higher score. Without elements,
+            nothing is scored.
+        cos, sin, rotary_dim, interleaved: as there.
+
+    Returns:
+        ``(B, T, H, Dv)`` in the query's dtype.
+
+    Raises:
+        ValueError: on CUDA, heads of more than 256 dims.
+    """
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    options = (scale, window, softcap, sinks)
+    if cos is not None and sin is not None:
+        query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
+    append_recent(key, value, k_recent, v_recent, quantized_len, length)
+    out = attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options)
+    if page_scores.shape[2]:
+        cache = (*planes, k_recent, v_recent)
+        for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+            total = start + query.shape[2]
+            keys, _ = dense_key_value(quantized, total, torch.float32, *(part[b] for part in cache))
+            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
+    return out
+
+
+def _store_scores(
+    page_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v_scale: Tensor,
+    quantized: int,
+    start: int,
+    options: tuple[float, int, float, Tensor | None],
+) -> None:
+    scores = score_pages(query, keys, v_scale, quantized, start, *options)
+    page_scores[:, : scores.shape[1]] = scores
+
+
+@scored_attention.register_fake
+def _(query, key, value, *cache_and_options):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])
+
+
+@scored_attention.register_kernel("cuda")
+def scored_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_upper: Tensor,
+    v_lower: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    page_scores: Tensor,
+    *state: Any,
+    **options: Any,
+) -> Tensor:
+    """Launch the kernels; as ``quantspec::scored_attention``."""
+    cache = (k_recent, v_recent, k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+    return cached_attention_triton(query, key, value, *cache, *state, **options, page_scores=page_scores)
+
+
+@torch.library.custom_op(
+    "quantspec::scored_decoded_attention",
+    mutates_args=("k_recent", "v_recent", "k_decoded", "v_decoded", "page_scores"),
+    device_types="cpu",
+)
+def scored_decoded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_recent: Tensor,
+    v_recent: Tensor,
+    k_decoded: Tensor,
+    v_decoded: Tensor,
+    v_scale: Tensor,
+    page_scores: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """As ``quantspec::decoded_attention``; the scores of pages take a second product of queries and keys.
+
+    Args:
+        query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::decoded_attention``.
+        k_recent, v_recent, k_decoded, v_decoded: as there, mutated.
+        v_scale: as in ``quantspec::scored_attention``.
+        page_scores: as in ``quantspec::scored_attention``, mutated.
+
+    Returns:
+        ``(B, T, H, Dv)`` in the query's dtype.
+    """
+    options = (scale, window, softcap, sinks)
+    out = attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, quantized_len, length, options)
+    if page_scores.shape[2]:
+        for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
+            keys = k_decoded[b, :, : start + query.shape[2]]
+            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
+    return out
+
+
+@scored_decoded_attention.register_fake
+def _(query, key, value, *cache_and_options):
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])

@@ -1,0 +1,25 @@
+"""What a cycle proposes: how many tokens, and from where."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Source(StrEnum):
+    """Where drafts come from."""
+
+    SELF = "self"
+    """The draft's own steps."""
+    LOOKUP = "lookup"
+    """What followed the newest tokens earlier in the row's own text."""
+
+
+class Plan(NamedTuple):
+    """A cycle of ``num_drafts`` tokens from ``source``; of none it is plain decoding with the target."""
+
+    num_drafts: int
+    source: Source = Source.SELF
+
+
+PLAIN = Plan(0)
