@@ -682,7 +682,7 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int, ga
     if share == 1:
         return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0) if group == 32 else LinearConfig(1, 4, 1, 2, 0)
     if group == 32:
-        return LinearConfig(1, 4, min(4, 2 * splits), 2, 0)
+        return LinearConfig(1, 4, 1 if gated else min(4, 2 * splits), 2, 0)
     if in_features > 8192 and chunks % (4 * splits):
         # Splits would end in half-empty steps.
         return LinearConfig(1, 8, 1, 2, 0)

@@ -324,12 +324,14 @@ def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, 
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("group", [32, 128, 256])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("out_features", [1024, 8192, 14336])
 @pytest.mark.parametrize("in_features", [256, 4096, 14336])
 def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_features, in_features) -> None:
     config = linear_config(rows, out_features, in_features, group, False)
     assert config.splits * config.warps <= max(4, in_features // min(group, 128))
+    # What follows a gate takes whole sums.
+    assert linear_config(rows, out_features, in_features, group, True).splits == 1
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
