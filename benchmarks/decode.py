@@ -189,7 +189,7 @@ def by_kernel(events: Iterable[Any]) -> dict[str, dict[str, float]]:
     """Launches and microseconds by name of those of the profiler's events that ran on the GPU, longest first."""
     kernels: dict[str, dict[str, float]] = {}
     for event in events:
-        if event.device_type is DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             kernel = kernels.setdefault(event.name, {"launches": 0, "us": 0.0})
             kernel["launches"] += 1
             kernel["us"] += event.device_time_total

@@ -12,7 +12,8 @@ from quantspec.benchmarks.decode import by_kernel, kernel_table
 
 
 def event(name: str, us: float, device: DeviceType = DeviceType.CUDA) -> SimpleNamespace:
-    return SimpleNamespace(name=name, device_time_total=us, device_type=device)
+    # The profiler's devices equal DeviceType's, they are not the same objects.
+    return SimpleNamespace(name=name, device_time_total=us, device_type=DeviceType(device.value))
 
 
 EVENTS = [event("norm", 2.0), event("linear", 5.0), event("norm", 1.5), event("aten::mm", 9.0, DeviceType.CPU)]
