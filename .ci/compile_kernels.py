@@ -39,13 +39,14 @@ from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.inline_asm import launches_overlap
-from quantspec.kernels.int4_linear import int4_linear_triton
+from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
+from quantspec.kernels.linears import linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 GROUP = 128
-_LAUNCHERS = ("cached_attention_triton", "int4_linear", "encode", "expert_linear")
+_LAUNCHERS = ("cached_attention_triton", "int4_linear", "linears", "encode", "expert_linear")
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -118,6 +119,27 @@ def linear(rows: int, out_features: int, in_features: int, group: int, dtype: to
     )
 
 
+def layer(rows: int) -> Callable:
+    """The linears of a draft's layer whose norms have no launches."""
+
+    def weights(out_features: int, in_features: int) -> tuple[Tensor, Tensor, None]:
+        codes = empty(out_features, in_features // 2, dtype=torch.uint8)
+        return codes, empty(in_features // GROUP, out_features, 2), None
+
+    def call() -> None:
+        x, wide, squares = empty(rows, 4096), empty(rows, 14336), empty(256, rows, dtype=torch.float32)
+        int4_linear_to_norm_triton(x, *weights(4096, 4096), x, empty(4096))
+        int4_fused_linear_triton(x, *weights(28672, 4096), None, "silu", True, squares, 1e-5)
+        int4_linear_to_norm_triton(wide, *weights(4096, 14336), x, empty(4096))
+        int4_fused_linear_triton(x, *weights(6144, 4096), None, "", True, squares, 1e-5)
+
+    return call
+
+
+def shared_input(rows: int, *sizes: int) -> Callable:
+    return lambda: linears_triton(empty(rows, 4096), [empty(size, 4096) for size in sizes], [])
+
+
 def encode(dim: int) -> Callable:
     """A flush, and a prefill, of two heads."""
     heads, groups, parts = 2, 8, num_value_groups(dim)
@@ -184,6 +206,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
     "linear 16 rows, 4096 to 4096": lambda: linear(16, 4096, 4096, 128, BFLOAT),
     "linear 8 rows, 4096 to 1024, group 32": lambda: linear(8, 1024, 4096, 32, HALF),
+    "layer of 1 row": lambda: layer(1),
+    "layer of 32 rows": lambda: layer(32),
+    "queries, keys and values of 6 rows": lambda: shared_input(6, 4096, 1024, 1024),
     "encoding of 128": lambda: encode(128),
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, fx
+from torch.autograd import DeviceType
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
 
 import quantspec
@@ -169,6 +171,46 @@ def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def kernel_times(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    """Launches and microseconds of each kernel of one ``call``, longest first.
+
+    The call is not a CUDA graph: the profiler need not see into one.
+    """
+    with torch.no_grad():
+        call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+            call()
+            torch.cuda.synchronize()
+    return by_kernel(profiler.events())
+
+
+def by_kernel(events: Iterable[Any]) -> dict[str, dict[str, float]]:
+    """Launches and microseconds by name of those of the profiler's events that ran on the GPU, longest first."""
+    kernels: dict[str, dict[str, float]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            kernel = kernels.setdefault(event.name, {"launches": 0, "us": 0.0})
+            kernel["launches"] += 1
+            kernel["us"] += event.device_time_total
+    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
+
+
+def kernel_table(kernels: dict[str, dict[str, dict[str, float]]], shown: int = 12) -> str:
+    """Of each step the kernels that take longest, by lines of name, launches and microseconds."""
+    lines = []
+    for step, found in kernels.items():
+        rows = [(name, kernel["launches"], kernel["us"]) for name, kernel in found.items()]
+        rest = rows[shown:]
+        rows = [
+            (f"{step}: all of {len(rows)} kernels", sum(row[1] for row in rows), sum(row[2] for row in rows)),
+            *rows[:shown],
+            *([("others", sum(row[1] for row in rest), sum(row[2] for row in rest))] if rest else []),
+        ]
+        lines += [f"{name[:70]:70} {launches:6.0f} {us:10.1f}" for name, launches, us in rows]
+    return "\n".join(lines)
+
+
 def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCache:
     """A cache of one sequence with ``context`` tokens of random codes; times do not depend on what they are."""
     cache = qs.pair.new_cache(1, 15)
@@ -192,10 +234,10 @@ def rewind(cache: HierarchicalCache, context: int) -> None:
     cache.advance_prefill(torch.tensor([context], device=cache.length.device))
 
 
-def step_milliseconds(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) -> float:
-    """GPU time of one forward pass of ``tokens`` tokens."""
+def step(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) -> Callable[[], Any]:
+    """One forward pass of ``tokens`` tokens."""
     ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
-    return milliseconds(lambda: qs.pair.read(role, ids, cache))
+    return lambda: qs.pair.read(role, ids, cache)
 
 
 def _rotated(graph: fx.Graph, call: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, *options: Any) -> fx.Node:
@@ -231,8 +273,8 @@ class Baseline:
         gm.recompile()
         self.forward = compile_graph(gm)
 
-    def token_milliseconds(self, context: int) -> float:
-        """GPU time of one token at ``context``."""
+    def token(self, context: int) -> Callable[[], Any]:
+        """One token at ``context``."""
         caches = []
         for layer in self.qs.layers:
             for dim in (layer.key_dim, layer.value_dim):
@@ -246,7 +288,7 @@ class Baseline:
             inputs += [dense.get(name, unused) for name in part_names()]
         ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
         length = torch.tensor([context], device="cuda")
-        return milliseconds(lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs))
+        return lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs)
 
 
 def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -303,17 +345,29 @@ def measure_context(
     """Everything at one context length; ``prompt (1, context)``."""
     context = prompt.shape[1]
     row: dict[str, Any] = {"context": context}
+    kernels = {}
     if baseline is not None:
         LOG.info("%d tokens: baseline", context)
-        row["baseline_token_ms"] = baseline.token_milliseconds(context)
+        token = baseline.token(context)
+        row["baseline_token_ms"] = milliseconds(token)
+        kernels["baseline token"] = kernel_times(token)
+        del token
         LOG.debug(row)
     free()
     torch.cuda.reset_peak_memory_stats()
     LOG.info("%d tokens: draft step and verification", context)
     cache = filled_cache(qs, context, CYCLE_TOKENS)
-    row["draft_step_ms"] = step_milliseconds(qs, cache, Role.DRAFT, 1)
-    row["verify_ms"] = {gamma + 1: step_milliseconds(qs, cache, Role.TARGET, gamma + 1) for gamma in settings.gammas}
+    draft = step(qs, cache, Role.DRAFT, 1)
+    verifications = {gamma + 1: step(qs, cache, Role.TARGET, gamma + 1) for gamma in settings.gammas}
+    row["draft_step_ms"] = milliseconds(draft)
+    row["verify_ms"] = {tokens: milliseconds(verification) for tokens, verification in verifications.items()}
+    kernels["draft step"] = kernel_times(draft)
+    tokens, verification = max(verifications.items())
+    kernels[f"verification of {tokens}"] = kernel_times(verification)
+    del draft, verifications, verification
     LOG.debug(row)
+    LOG.debug(kernel_table(kernels))
+    row["kernels"] = kernels
     row["synthetic"] = []
     for gamma in settings.gammas if settings.rates else ():
         LOG.info("%d tokens: cycles of %d drafts, synthetic acceptance", context, gamma)

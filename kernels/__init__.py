@@ -17,7 +17,8 @@ if __name__ != "kernels":
     from .decoded_attention import decoded_attention
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
-    from .int4_linear import int4_linear
+    from .int4_linear import int4_fused_linear, int4_linear, int4_linear_to_norm
+    from .linears import linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
     from .scored_attention import scored_attention, scored_decoded_attention
@@ -34,7 +35,10 @@ __all__ = [
     "expert_linear",
     "flush",
     "int4_expert_linear",
+    "int4_fused_linear",
     "int4_linear",
+    "int4_linear_to_norm",
+    "linears",
     "materialize",
     "prefill_attention",
     "scored_attention",

@@ -707,8 +707,9 @@ def _merge_kernel(
     With ``SCORES`` the programs after those of the rows make the scores of pages.
     """
     if OVERLAP:
-        gdc_wait()
+        # What follows may load its weights while the planes are still read.
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     pair = tl.program_id(1)
     if SCORES and row >= REPEAT * TOKENS:

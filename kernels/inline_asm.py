@@ -86,6 +86,46 @@ _BYTES_ASM = tl.constexpr(
 )
 
 
+# The first $2 threads fetch $4 bytes each, $3 bytes apart, from $1 on; no more than 0 bytes are none.
+_FETCH_ASM = tl.constexpr(
+    """
+    {
+    .reg .pred p;
+    .reg .b32 t;
+    .reg .b64 at;
+    mov.u32 t, %tid.x;
+    mad.wide.u32 at, t, $3, $1;
+    setp.lt.u32 p, t, $2;
+    setp.gt.and.s32 p, $4, 0, p;
+    @p cp.async.bulk.prefetch.L2.global [at], $4;
+    mov.b32 $0, 0;
+    }
+    """
+)
+
+
+@triton.jit
+def fetch_rows(at, rows, stride, bytes):
+    """Ask for ``rows`` pieces of ``bytes`` bytes that begin ``stride`` bytes apart to be brought into the L2 cache.
+
+    At most a piece per thread; ``at`` is a pointer, and it, ``stride`` and ``bytes`` are multiples of 16. For sm_90 on.
+    """
+    tl.inline_asm_elementwise(
+        _FETCH_ASM, "=r,l,r,r,r", [at.to(tl.int64), rows, stride, bytes], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def activated(x, NAME: tl.constexpr):
+    """SiLU or a GELU of float32, by name."""
+    if NAME == "silu":
+        return x * tl.sigmoid(x)
+    elif NAME == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:  # 1 + tanh(u) = 2 sigmoid(2u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
 @triton.jit
 def centred_nibbles(packed, dtype: tl.constexpr, USE_ASM: tl.constexpr):
     """Low and high nibbles of uint8 ``packed``, each less 8, as two tensors of ``dtype``."""

@@ -5,7 +5,10 @@
 torchao chooses scale and zero and rounds (its tinygemm convention, where zero is the value of code 8). Plain layout:
 byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1]`` in its high one.
 
-On CUDA, 1 to 16 rows are multiplied by a kernel that reads the codes once. Per group of k it forms
+``quantspec::int4_fused_linear`` also does what follows: the gate of an MLP, the addition to the residual stream. Behind
+it ``quantspec::int4_linear_to_norm`` leaves what the next linear needs to normalize what it reads.
+
+On CUDA, 1 to 64 rows are multiplied by a kernel that reads the codes once for 16 of them. Per group of k it forms
 
     y[m, n] += scale[n] * sum_k (code[n, k] - 8) x[m, k] + zero[n] * sum_k x[m, k]
 
@@ -22,13 +25,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
-from .inline_asm import biased_quarters, exact_dot, launches_overlap, nibble_bias, ones_like, split_pair, use_inline_asm
+from .epilogue import gated
+from .inline_asm import (
+    activated,
+    biased_quarters,
+    exact_dot,
+    launches_overlap,
+    nibble_bias,
+    ones_like,
+    split_pair,
+    use_inline_asm,
+)
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
-MAX_KERNEL_ROWS = 16
+MAX_KERNEL_ROWS = 64
+# Most tiles of eight rows that one program multiplies; more take more registers than it has.
+_ROW_TILES = 2
+# Outputs whose squares are summed up together: those of a tile.
+SQUARES = 16
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
-_K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -73,6 +90,95 @@ def _(x, qdata, scale_and_zero, bias):
     return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
 
+@torch.library.custom_op("quantspec::int4_fused_linear", mutates_args=())
+def int4_fused_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """:func:`int4_linear` with what stands around it in a decoder's layer.
+
+    ``y = r x W^T + bias``, then ``activation(gate) * factor`` of its halves, then ``+ residual``. The factor r that
+    normalizes a row, ``(sum(squares) / K + eps)^(-1/2)``, is 1 without ``squares``.
+
+    Args:
+        x, qdata, scale_and_zero, bias: as of :func:`int4_linear`, with N outputs.
+        residual: of the shape and dtype of the result, or None.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none.
+        gate_first: whether gates are the first half.
+        squares: ``(S, ...)`` float32 sums of squares, the leading axes of ``x`` behind S, or None.
+        eps: of the normalization.
+
+    Returns:
+        ``(..., N)``, or ``(..., N/2)`` with an activation, in the dtype of ``x``.
+    """
+    return _plain(x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps)
+
+
+def _plain(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
+) -> Tensor:
+    if squares is not None:
+        x = (x * torch.rsqrt(squares.sum(0) / x.shape[-1] + eps)[..., None]).to(x.dtype)
+    y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
+    y = gated(y, activation, gate_first) if activation else y
+    return y if residual is None else y + residual
+
+
+@int4_fused_linear.register_fake
+def _(x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps):
+    return x.new_empty(*x.shape[:-1], qdata.shape[0] // 2 if activation else qdata.shape[0])
+
+
+@torch.library.custom_op("quantspec::int4_linear_to_norm", mutates_args=())
+def int4_linear_to_norm(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int4_fused_linear` in front of a root mean square norm, which what reads the result completes.
+
+    Args:
+        x, qdata, scale_and_zero, bias, residual: as there.
+        norm_weight: ``(N,)`` float.
+
+    Returns:
+        ``y (..., N)``, ``y * norm_weight`` in the same dtype, and the sums of squares of :data:`SQUARES` neighbouring
+        outputs each, ``(ceil(N / SQUARES), ...)`` float32.
+    """
+    return _plain_to_norm(x, qdata, scale_and_zero, bias, residual, norm_weight)
+
+
+def _plain_to_norm(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias) + residual
+    squares = F.pad(y.float().square(), (0, -y.shape[-1] % SQUARES)).unflatten(-1, (-1, SQUARES)).sum(-1)
+    return (
+        y,
+        (y.float() * norm_weight.float()).to(y.dtype),
+        squares.movedim(-1, 0).clone(memory_format=torch.contiguous_format),
+    )
+
+
+@int4_linear_to_norm.register_fake
+def _(x, qdata, scale_and_zero, bias, residual, norm_weight):
+    squares = x.new_empty(-(-qdata.shape[0] // SQUARES), *x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(residual), torch.empty_like(residual), squares
+
+
 def scale_and_zero_gradient(grad: Tensor, x: Tensor, qdata: Tensor, scale_and_zero: Tensor) -> Tensor:
     """Gradient ``(K/g, N, 2)`` of ``scale_and_zero`` by that of the output, ``(S, N)``, for inputs ``(S, K)``.
 
@@ -115,13 +221,157 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _row_of(place, first, N, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr):
+    """Row of the weight at a place of a program's tiles, whose outputs begin at ``first``.
+
+    With an activation eight gates and the eight factors of the same outputs alternate, so that one thread has both.
+    """
+    if ACTIVATION == "":
+        return first + place
+    else:
+        in_second = (place // 8 % 2 == 1) == GATE_FIRST
+        return first + place // 16 * 8 + place % 8 + tl.where(in_second, N // 2, 0)
+
+
+@triton.jit
+def _weights(
+    w_at,
+    scale_and_zero,
+    sz_chunk,
+    sz_n,
+    n,
+    w_chunk,
+    first,
+    N,
+    wanted,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Codes, and scales with zeros, of the step whose chunks begin at ``first``; nothing unless ``wanted``."""
+    WORDS: tl.constexpr = CHUNK // 32
+    EVEN: tl.constexpr = EVEN_N and EVEN_K and not MASKED
+    # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+    w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
+    w = _load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
+    sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
+    sz_mask = (first + sz_chunk < ALL_CHUNKS) & wanted
+    sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN)
+    if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
+        sz = tl.join(sz, _load(sz_at + TILE_OUTPUTS, (sz_n + TILE_OUTPUTS < N) & sz_mask, EVEN))
+        sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (sz_chunk.shape[0], 16 * TILES, 1))
+    return w, sz
+
+
+@triton.jit
+def _add_step(
+    acc,
+    w,
+    sz,
+    x_at,
+    m,
+    x_chunk,
+    first,
+    num_rows,
+    CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    dtype: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """``acc`` and the products of one step."""
+    CHUNKS: tl.constexpr = acc.shape[0]
+    WORDS: tl.constexpr = CHUNK // 32
+    x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+    if EVEN_K:
+        xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
+    else:
+        xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
+    q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
+    q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
+    q = tl.reshape(q, (4, 2 * TILES, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
+    xx = tl.reshape(xx, (4, ROW_TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, m / 8, i, chunk, m % 8, h, p1, p0
+    if K_WIDTH == 4:  # k is (p1, i, c, p0, h)
+        q = tl.permute(q, (2, 1, 3, 6, 4, 0, 7, 5))
+        xx = tl.permute(xx, (3, 6, 2, 0, 7, 5, 1, 4))
+    else:  # k is (p1, i, p0, c, h)
+        q = tl.permute(q, (2, 1, 3, 6, 4, 7, 0, 5))
+        xx = tl.permute(xx, (3, 6, 2, 7, 0, 5, 1, 4))
+    q = tl.reshape(q, (CHUNKS, 16 * TILES, CHUNK))
+    xx = tl.reshape(xx, (CHUNKS, CHUNK, 8 * ROW_TILES))
+    product = exact_dot(q, xx, USE_ASM)
+    total = exact_dot(ones_like(q, USE_ASM), xx, USE_ASM)
+    scale, zero = split_pair(sz, dtype)
+    # Taking the bias out here is cheaper than from every code.
+    scale = scale.to(tl.float32)
+    return acc + scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
+
+
+@triton.jit
+def _norm(squares, row, num_rows, K: tl.constexpr, eps, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr):
+    """What normalizes each row, or 1, of the shape of ``row``."""
+    if PARTS == 0:
+        return tl.full(row.shape, 1, tl.float32)
+    else:
+        part = tl.arange(0, PADDED_PARTS)[:, None]
+        parts = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
+        return tl.rsqrt(tl.sum(parts, 0) / K + eps)[None, :]
+
+
+@triton.jit
+def _store(
+    y,
+    n,
+    row,
+    first_part,
+    num_rows,
+    N,
+    residual,
+    norm_weight,
+    out,
+    scaled,
+    new_squares,
+    HAS_RESIDUAL: tl.constexpr,
+    TO_NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Outputs ``n`` of rows ``row``, with what follows them."""
+    inside = (row < num_rows) & (n < N)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
+    tl.store(out + row * N + n, y, inside)
+    if TO_NORM:
+        # Of the sum as others read it.
+        y = tl.where(inside, y.to(dtype).to(tl.float32), 0)
+        tl.store(scaled + row * N + n, y * tl.load(norm_weight + n, n < N, other=0).to(tl.float32), inside)
+        PARTS: tl.constexpr = y.shape[0] // 16
+        part = first_part + tl.arange(0, PARTS)[:, None]
+        at = new_squares + part * num_rows + row
+        tl.store(at, tl.sum(tl.reshape(y * y, (PARTS, 16, y.shape[1])), 1), (part * 16 < N) & (row < num_rows))
+
+
+@triton.jit
 def _linear_kernel(
     x,
     qdata,
     scale_and_zero,
     bias,
+    residual,
+    norm_weight,
+    squares,
     out,
+    scaled,
+    new_squares,
     num_rows,
+    eps,
     N,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -132,8 +382,16 @@ def _linear_kernel(
     ROW_TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    TO_NORM: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     K_WIDTH: tl.constexpr,
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -146,7 +404,8 @@ def _linear_kernel(
     memory: thread c of four loads k = (c, i, h, p), which is nibble p of halfword h of its word i, and the product sums
     over k in the order in which a thread holds ``K_WIDTH`` neighbours.
 
-    With one split ``out`` is the result, else float32 ``(SPLITS, num_rows, N)``.
+    ``EARLY`` steps of weights, all or one, are loaded before the kernels in front end. Of several splits ``out`` is
+    float32 ``(SPLITS, num_rows, N)``, and what follows the sum is another kernel's.
     """
     WORDS: tl.constexpr = CHUNK // 32
     N_TILES: tl.constexpr = 2 * TILES
@@ -154,11 +413,15 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr = 8 * ROW_TILES
     ALL_CHUNKS: tl.constexpr = K // CHUNK
     EVEN_K: tl.constexpr = SPLITS * STEPS * CHUNKS == ALL_CHUNKS
-    first_n = tl.program_id(0) * BLOCK_N
+    GATED: tl.constexpr = ACTIVATION != ""
+    TILE_OUTPUTS: tl.constexpr = 8 if GATED else 16
+    # Neighbouring programs take blocks of rows of the same outputs: all but the first find the codes in the cache.
+    first_n = tl.program_id(0) // ROW_BLOCKS * (TILES * TILE_OUTPUTS)
+    first_m = tl.program_id(0) % ROW_BLOCKS * BLOCK_M
     c = tl.arange(0, 4)[:, None, None]
     # Rows of the loads are (n / 8, chunk, n % 8) and (m / 8, i, chunk, m % 8): warps share out the chunks.
     r = tl.arange(0, N_TILES * CHUNKS * 8)[None, :, None]
-    n = first_n + r // (8 * CHUNKS) * 8 + r % 8
+    n = _row_of(r // (8 * CHUNKS) * 8 + r % 8, first_n, N, ACTIVATION, GATE_FIRST)
     w_chunk = r // 8 % CHUNKS
     w_at = (
         qdata
@@ -168,185 +431,386 @@ def _linear_kernel(
         + tl.arange(0, 2 * WORDS)[None, None, :]
     )
     r = tl.arange(0, ROW_TILES * WORDS * CHUNKS * 8)[None, :, None]
-    m = r // (8 * CHUNKS * WORDS) * 8 + r % 8
+    m = first_m + r // (8 * CHUNKS * WORDS) * 8 + r % 8
     x_chunk = r // 8 % CHUNKS
     x_at = (
         x + m * K + x_chunk * CHUNK + c * (8 * WORDS) + r // (8 * CHUNKS) % WORDS * 8 + tl.arange(0, 8)[None, None, :]
     )
     sz_chunk = tl.arange(0, CHUNKS)[:, None, None]
-    sz_n = first_n + tl.arange(0, 16)[None, :, None]
+    sz_n = _row_of(tl.arange(0, 16)[None, :, None], first_n, N, ACTIVATION, GATE_FIRST)
+    start = tl.program_id(1) * STEPS * CHUNKS
     acc = tl.zeros((CHUNKS, BLOCK_N, BLOCK_M), tl.float32)
     if PDL:
-        # Kernels before this one may still be writing x or reading what out reuses: touch nothing earlier.
-        gdc_wait()
+        # No kernel writes weights: the next one may load its own while this one ends.
         gdc_launch_dependents()
-    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
-        first = (tl.program_id(1) * STEPS + step) * CHUNKS
-        # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
-        w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
-        w = _load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
-        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
-        if EVEN_K:
-            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
-        else:
-            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
-        sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
-        sz_mask = first + sz_chunk < ALL_CHUNKS
-        sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN_N and EVEN_K)
-        if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
-            sz = tl.join(sz, _load(sz_at + 16, (sz_n + 16 < N) & sz_mask, EVEN_N and EVEN_K))
-            sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (CHUNKS, BLOCK_N, 1))
-        q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
-        q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
-        q = tl.reshape(q, (4, N_TILES, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
-        xx = tl.reshape(xx, (4, ROW_TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, m / 8, i, chunk, m % 8, h, p1, p0
-        if K_WIDTH == 4:  # k is (p1, i, c, p0, h)
-            q = tl.permute(q, (2, 1, 3, 6, 4, 0, 7, 5))
-            xx = tl.permute(xx, (3, 6, 2, 0, 7, 5, 1, 4))
-        else:  # k is (p1, i, p0, c, h)
-            q = tl.permute(q, (2, 1, 3, 6, 4, 7, 0, 5))
-            xx = tl.permute(xx, (3, 6, 2, 7, 0, 5, 1, 4))
-        q = tl.reshape(q, (CHUNKS, BLOCK_N, CHUNK))
-        xx = tl.reshape(xx, (CHUNKS, CHUNK, BLOCK_M))
-        product = exact_dot(q, xx, USE_ASM)
-        total = exact_dot(ones_like(q, USE_ASM), xx, USE_ASM)
-        scale, zero = split_pair(sz, dtype)
-        # Taking the bias out here is cheaper than from every code.
-        scale = scale.to(tl.float32)
-        acc += scale * product + (zero.to(tl.float32) - (nibble_bias(dtype) + 8) * scale) * total
+    loaded = ()
+    for step in tl.static_range(EARLY):
+        loaded = loaded + _weights(
+            w_at,
+            scale_and_zero,
+            sz_chunk,
+            sz_n,
+            n,
+            w_chunk,
+            start + step * CHUNKS,
+            N,
+            True,
+            CHUNK,
+            GROUP,
+            TILES,
+            TILE_OUTPUTS,
+            ALL_CHUNKS,
+            EVEN_N,
+            EVEN_K,
+            False,
+        )
+    if PDL:
+        # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
+        gdc_wait()
+    row = first_m + tl.arange(0, BLOCK_M)[None, :]
+    norm = _norm(squares, row, num_rows, K, eps, PARTS if SPLITS == 1 else 0, PADDED_PARTS)
+    if EARLY == STEPS:
+        for step in tl.static_range(STEPS):
+            acc = _add_step(
+                acc,
+                loaded[2 * step],
+                loaded[2 * step + 1],
+                x_at,
+                m,
+                x_chunk,
+                start + step * CHUNKS,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
+            )
+    elif EARLY == 1:
+        w, sz = loaded  # type: ignore[misc]
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            first = start + step * CHUNKS
+            next_w, next_sz = _weights(
+                w_at,
+                scale_and_zero,
+                sz_chunk,
+                sz_n,
+                n,
+                w_chunk,
+                first + CHUNKS,
+                N,
+                step + 1 < STEPS,
+                CHUNK,
+                GROUP,
+                TILES,
+                TILE_OUTPUTS,
+                ALL_CHUNKS,
+                EVEN_N,
+                EVEN_K,
+                True,
+            )
+            acc = _add_step(
+                acc,
+                w,
+                sz,
+                x_at,
+                m,
+                x_chunk,
+                first,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
+            )
+            w, sz = next_w, next_sz
+    else:
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            first = start + step * CHUNKS
+            w, sz = _weights(
+                w_at,
+                scale_and_zero,
+                sz_chunk,
+                sz_n,
+                n,
+                w_chunk,
+                first,
+                N,
+                True,
+                CHUNK,
+                GROUP,
+                TILES,
+                TILE_OUTPUTS,
+                ALL_CHUNKS,
+                EVEN_N,
+                EVEN_K,
+                False,
+            )
+            acc = _add_step(
+                acc,
+                w,
+                sz,
+                x_at,
+                m,
+                x_chunk,
+                first,
+                num_rows,
+                CHUNK,
+                TILES,
+                ROW_TILES,
+                ALL_CHUNKS,
+                EVEN_K,
+                K_WIDTH,
+                dtype,
+                USE_ASM,
+            )
     y = tl.sum(acc, 0)
-    row = tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, BLOCK_N)[:, None]
-    if SPLITS == 1 and HAS_BIAS:
-        y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-    tl.store(out + (tl.program_id(1) * num_rows + row) * N + n, y, (row < num_rows) & (n < N))
+    n = _row_of(tl.arange(0, BLOCK_N)[:, None], first_n, N, ACTIVATION, GATE_FIRST)
+    if SPLITS > 1:
+        tl.store(out + (tl.program_id(1) * num_rows + row) * N + n, y, (row < num_rows) & (n < N))
+    else:
+        y *= norm
+        if HAS_BIAS:
+            y += tl.load(bias + n, n < N, other=0).to(tl.float32)
+        if GATED:
+            y = tl.permute(tl.reshape(y, (TILES, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+            gate, factor = tl.split(tl.reshape(y, (8 * TILES, BLOCK_M, 2)))
+            y = activated(gate, ACTIVATION) * factor
+            N = N // 2
+            n = first_n + tl.arange(0, 8 * TILES)[:, None]
+        _store(
+            y,
+            n,
+            row,
+            first_n // 16,
+            num_rows,
+            N,
+            residual,
+            norm_weight,
+            out,
+            scaled,
+            new_squares,
+            HAS_RESIDUAL,
+            TO_NORM,
+            dtype,
+        )
 
 
 @triton.jit
 def _sum_splits_kernel(
     partial,
     bias,
+    residual,
+    norm_weight,
+    squares,
     out,
-    size,
+    scaled,
+    new_squares,
+    num_rows,
+    eps,
     N,
+    K: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    TO_NORM: tl.constexpr,
+    dtype: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``out = sum_s partial[s] + bias`` over ``size`` = rows * N elements."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
+    """``BLOCK`` outputs of one row from the sums of its splits, ``partial (SPLITS, num_rows, N)``."""
+    n = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    row = tl.full((1, 1), 0, tl.int32) + tl.program_id(1)
+    y = tl.zeros((BLOCK, 1), tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * size + at, mask, other=0)
+        y += tl.load(partial + (split * num_rows + row) * N + n, n < N, other=0)
+    y *= _norm(squares, row, num_rows, K, eps, PARTS, PADDED_PARTS)
     if HAS_BIAS:
-        total += tl.load(bias + at % N, mask, other=0).to(tl.float32)
-    tl.store(out + at, total, mask)
+        y += tl.load(bias + n, n < N, other=0).to(tl.float32)
+    first = tl.program_id(0) * (BLOCK // 16)
+    _store(y, n, row, first, num_rows, N, residual, norm_weight, out, scaled, new_squares, HAS_RESIDUAL, TO_NORM, dtype)
 
 
 class LinearConfig(NamedTuple):
-    """Launch of one shape: tiles of 16 outputs, warps (one chunk each), chunks ahead of a warp, splits of K."""
+    """Launch of one shape: tiles of 16 rows of the weight, warps (one chunk each), splits of K, unrolled steps, and
+    steps loaded before the kernels in front end: none, one, or all."""
 
     tiles: int
     warps: int
-    unroll: int
     splits: int
+    unroll: int
+    early: int
+
+
+_ALL_STEPS = 1 << 30
 
 
 @lru_cache
-def linear_config(rows: int, out_features: int, in_features: int, group: int) -> LinearConfig:
-    """Configuration by shape, tuned on an H100, which reads fastest with some 4096 chunks of 1 KB in flight.
+def linear_config(rows: int, out_features: int, in_features: int, group: int, gated: bool) -> LinearConfig:
+    """Configuration by shape, chosen within whole draft steps on an H100.
 
-    ``share`` is what the outputs alone leave of them: K is split so often, or walked by more warps. Smaller chunks are
-    loaded further ahead. Where outputs are many, two tiles per program read x half as often; so do rows beyond 8, when
-    x is what the caches are busy with.
+    ``share`` is what the outputs alone leave of the chunks that a GPU can have in flight: K is split so often, or
+    walked by more warps. Few outputs of few inputs fit into registers, all loaded early. Smaller chunks are loaded
+    further ahead. Rows beyond 8 take two tiles per program, which read x half as often. Gates and factors are not
+    split: what follows them takes whole sums.
     """
     outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
     share = 4 if outputs <= 256 else 2 if outputs <= 512 else 1
-    splits = min(share, max(1, in_features // 1024))
+    splits = 1 if gated else min(share, max(1, in_features // 1024))
+    if group >= 128 and chunks >= 8:
+        if rows > 8:
+            if share == 4 and splits == 4 and in_features > 4096:
+                return LinearConfig(2, 4, 4, 1, 1) if rows > 16 else LinearConfig(1, 4, 2, 1, 1)
+            return LinearConfig(2, 4 if outputs <= 4096 else 2, min(2, splits), 1, 1)
+        if share == 4:
+            return LinearConfig(1, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(2, 4, splits, 1, 1)
+        return LinearConfig(1, 8 if share == 2 else 4, 1, 1, 0)
     if rows > 8:
-        return LinearConfig(2, 2, 2, splits)
+        return LinearConfig(2, 2, splits, 2, 0)
     if share == 1:
-        if group == 32:
-            return LinearConfig(2, 4 if outputs > 1024 else 8, 2, 1)
-        return (
-            LinearConfig(2, 2, 2, 1)
-            if group == 128 and outputs > 1024
-            else LinearConfig(1, 4, 2 if group == 64 else 1, 1)
-        )
+        return LinearConfig(2, 4 if outputs > 1024 else 8, 1, 2, 0) if group == 32 else LinearConfig(1, 4, 1, 2, 0)
     if group == 32:
-        return LinearConfig(1, 4, 2, min(4, 2 * splits))
+        return LinearConfig(1, 4, 1 if gated else min(4, 2 * splits), 2, 0)
     if in_features > 8192 and chunks % (4 * splits):
         # Splits would end in half-empty steps.
-        return LinearConfig(1, 8, 2, 1)
-    if share == 2 and group == 128 and chunks >= 8:
-        return LinearConfig(1, 8, 1, 1)
-    return LinearConfig(1, 4, 1 if share == 4 else 2, splits)
+        return LinearConfig(1, 8, 1, 2, 0)
+    return LinearConfig(1, 4, splits, 1 if share == 4 else 2, 0)
 
 
-@on_tensors_device
-def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the kernel for 1 to 16 rows of 16-bit floats, else dequantize and multiply; arguments as the op's."""
+def _has_kernel(x: Tensor, scale_and_zero: Tensor) -> bool:
+    """Whether the kernel multiplies these rows and groups: 1 to 64 rows of 16-bit floats."""
+    group = x.shape[-1] // scale_and_zero.shape[0]
+    rows = x.numel() // x.shape[-1]
+    return group >= 32 and group & (group - 1) == 0 and 1 <= rows <= MAX_KERNEL_ROWS and x.element_size() == 2
+
+
+def _launch(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "",
+    gate_first: bool = True,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    norm_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of ``int4_linear_to_norm``, the last two only with a ``norm_weight``."""
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
-    has_kernel = group >= 32 and group & (group - 1) == 0
-    if not has_kernel or not 1 <= rows <= MAX_KERNEL_ROWS or x.element_size() != 2:
-        return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
-    tiles, warps, unroll, splits = linear_config(rows, out_features, in_features, group)
+    config = linear_config(rows, out_features, in_features, group, bool(activation))
     chunk = min(group, 128)
-    use_asm = use_inline_asm(x.device)
+    steps = triton.cdiv(in_features // chunk, config.warps * config.splits)
     pdl = launches_overlap(x.device)
     options = {"launch_pdl": True} if pdl else {}
-    has_bias = bias is not None
-    out = x.new_empty(*x.shape[:-1], out_features)
-    partial = out if splits == 1 else x.new_empty(splits, rows, out_features, dtype=torch.float32)
-    _linear_kernel[(triton.cdiv(out_features, 16 * tiles), splits)](
+    width = out_features // 2 if activation else out_features
+    tile = (8 if activation else 16) * config.tiles
+    row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
+    row_blocks = triton.cdiv(rows, 8 * row_tiles)
+    parts = 0 if squares is None else squares.shape[0]
+    out = scaled = new_squares = x.new_empty(*x.shape[:-1], width)
+    if norm_weight is not None:
+        scaled = torch.empty_like(out)
+        new_squares = x.new_empty(triton.cdiv(width, SQUARES), *x.shape[:-1], dtype=torch.float32)
+    # In the order of both kernels.
+    around = (
+        out if bias is None else bias.contiguous(),
+        out if residual is None else residual.contiguous(),
+        out if norm_weight is None else norm_weight.contiguous(),
+        out if squares is None else squares.contiguous(),
+    )
+    results = out, scaled, new_squares, rows, eps, out_features
+    several = config.splits > 1
+    partial = x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out
+    common: dict[str, Any] = {
+        "K": in_features,
+        "SPLITS": config.splits,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "PARTS": parts,
+        "PADDED_PARTS": triton.next_power_of_2(max(parts, 1)),
+        "TO_NORM": norm_weight is not None,
+        "dtype": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        "PDL": pdl,
+        **options,
+    }
+    _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
         x.contiguous(),
         qdata.contiguous().view(torch.uint16),
         scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
-        bias if has_bias else out,
+        *around,
         partial,
-        rows,
-        out_features,
-        K=in_features,
+        *results[1:],
         GROUP=group,
         CHUNK=chunk,
-        STEPS=triton.cdiv(in_features // chunk, warps * splits),
-        CHUNKS=warps,
-        TILES=tiles,
-        ROW_TILES=triton.cdiv(rows, 8),
-        SPLITS=splits,
-        UNROLL=unroll,
-        EVEN_N=out_features % (16 * tiles) == 0,
-        HAS_BIAS=has_bias,
-        K_WIDTH=_K_WIDTH,
-        dtype=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        USE_ASM=use_asm,
-        PDL=pdl,
-        num_warps=warps,
+        STEPS=steps,
+        CHUNKS=config.warps,
+        TILES=config.tiles,
+        ROW_TILES=row_tiles,
+        ROW_BLOCKS=row_blocks,
+        UNROLL=config.unroll,
+        EARLY=min(config.early, steps),
+        EVEN_N=width % tile == 0,
+        ACTIVATION=activation,
+        GATE_FIRST=gate_first,
+        K_WIDTH=K_WIDTH,
+        USE_ASM=use_inline_asm(x.device),
+        num_warps=config.warps,
         num_stages=1,
-        **options,
+        **common,
     )
-    if splits > 1:
-        size = rows * out_features
-        _sum_splits_kernel[(triton.cdiv(size, 256),)](
-            partial,
-            bias if has_bias else out,
-            out,
-            size,
-            out_features,
-            SPLITS=splits,
-            BLOCK=256,
-            HAS_BIAS=has_bias,
-            PDL=pdl,
-            **options,
-        )
-    return out
+    if several:
+        _sum_splits_kernel[(triton.cdiv(out_features, 256), rows)](partial, *around, *results, BLOCK=256, **common)
+    return out, scaled, new_squares
 
 
-int4_linear.register_kernel("cuda")(int4_linear_triton)
+@int4_linear.register_kernel("cuda")
+@on_tensors_device
+def int4_linear_triton(x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the kernel where there is one, else dequantize and multiply; arguments as the op's."""
+    if not _has_kernel(x, scale_and_zero):
+        return F.linear(x, dequantize_int4(qdata, scale_and_zero, x.dtype), bias)
+    return _launch(x, qdata, scale_and_zero, bias, None)[0]
+
+
+@int4_fused_linear.register_kernel("cuda")
+@on_tensors_device
+def int4_fused_linear_triton(
+    x: Tensor,
+    qdata: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gate_first: bool,
+    squares: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As :func:`int4_linear_triton`."""
+    arguments = x, qdata, scale_and_zero, bias, residual, activation, gate_first, squares, eps
+    return _launch(*arguments)[0] if _has_kernel(x, scale_and_zero) else _plain(*arguments)
+
+
+@int4_linear_to_norm.register_kernel("cuda")
+@on_tensors_device
+def int4_linear_to_norm_triton(
+    x: Tensor, qdata: Tensor, scale_and_zero: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`int4_linear_triton`."""
+    if not _has_kernel(x, scale_and_zero):
+        return _plain_to_norm(x, qdata, scale_and_zero, bias, residual, norm_weight)
+    return _launch(x, qdata, scale_and_zero, bias, residual, norm_weight=norm_weight)

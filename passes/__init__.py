@@ -15,6 +15,9 @@ from .attention_lowering import (
 )
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
+from .group_linears import GroupLinears
+from .int4_epilogues import FuseInt4Epilogues
+from .int4_norms import FuseInt4Norms
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
 from .plain_weights import plain_weights
@@ -36,8 +39,11 @@ __all__ = [
     "SPARSE_ACCESS",
     "CacheAccess",
     "CheckTokenMixing",
+    "FuseInt4Epilogues",
+    "FuseInt4Norms",
     "FuseRotation",
     "FuseSharedInputLinears",
+    "GroupLinears",
     "LinearReport",
     "LowerAttention",
     "MaterializePositionTables",

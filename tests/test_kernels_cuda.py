@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_ops import OP_CASES
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from quantspec import kernels
 
@@ -21,7 +22,7 @@ def on_device(args: tuple) -> tuple:
     def moved(x: Tensor) -> Tensor:
         return x.to("cuda", torch.float16 if x.dtype == torch.float32 else x.dtype, copy=True)
 
-    return tuple(moved(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    return tree_map_only(Tensor, moved, args)
 
 
 def assert_equal_results(ours, expected, our_args: tuple, expected_args: tuple) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantspec.kernels.cached_attention import cached_attention_reference
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.encode import encode_oldest_groups
+from quantspec.kernels.epilogue import gated
 from quantspec.kernels.expert_linear import (
     expert_linear,
     expert_linear_triton,
@@ -25,7 +26,16 @@ from quantspec.kernels.expert_linear import (
 from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
 from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred_nibbles, nibble_bias
-from quantspec.kernels.int4_linear import dequantize_int4, int4_linear_triton, linear_config
+from quantspec.kernels.int4_linear import (
+    LinearConfig,
+    dequantize_int4,
+    int4_fused_linear,
+    int4_fused_linear_triton,
+    int4_linear_to_norm_triton,
+    int4_linear_triton,
+    linear_config,
+)
+from quantspec.kernels.linears import linears, linears_triton
 from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,6 +247,57 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     assert relative_error(actual, expected) < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(
+    ("activation", "gate_first"), [("", True), ("silu", True), ("silu", False), ("gelu", True), ("gelu_tanh", False)]
+)
+@pytest.mark.parametrize(
+    ("rows", "tiles", "splits", "early"), [(1, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (29, 2, 3, 0)]
+)
+def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.int4_linear")
+    monkeypatch.setattr(
+        module, "linear_config", lambda *_: LinearConfig(tiles, 2, 1 if activation else splits, 1, early)
+    )
+    arguments, expected = int4_arguments(rows, 80, 768, 64, True, torch.bfloat16)
+    if activation:
+        expected = gated(expected, activation, gate_first)
+    residual = random(*expected.shape, dtype=torch.bfloat16)
+    actual = int4_fused_linear_triton(*arguments, residual, activation, gate_first, None, 0.0)
+    assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (6, 2, 3), (19, 2, 1)])
+def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.int4_linear")
+    monkeypatch.setattr(
+        module, "linear_config", lambda *shape: LinearConfig(tiles, 2, 1 if shape[-1] else splits, 1, 0)
+    )
+    arguments, expected = int4_arguments(rows, 192, 384, 64, True, torch.bfloat16)
+    residual, norm_weight = random(*expected.shape, dtype=torch.bfloat16), random(192, dtype=torch.bfloat16)
+    (_, *weights), _ = int4_arguments(rows, 40, 192, 64, True, torch.bfloat16)
+    y, scaled, squares = int4_linear_to_norm_triton(*arguments, residual, norm_weight)
+    assert relative_error(y, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(scaled, y.double() * norm_weight.double()) < torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(squares.sum(0), y.float().square().sum(-1))
+    wide = (scaled.double(), *(t if t.dtype == torch.uint8 else t.double() for t in weights))
+    for activation in ("", "silu"):
+        actual = int4_fused_linear_triton(scaled, *weights, None, activation, True, squares, 1e-5)
+        normed = int4_fused_linear(*wide, None, activation, True, squares.double(), 1e-5)
+        assert relative_error(actual, normed) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (40, 24, 33)), (6, (72,)), (8, (44, 20)), (13, (44, 20))])
+def test_linears_of_one_input_match_float64(rows, sizes, bias) -> None:
+    x = random(2, rows, 1152, dtype=torch.bfloat16)[1:]
+    weights = [random(size, 1152, dtype=torch.bfloat16) for size in sizes]
+    biases = [random(size, dtype=torch.bfloat16) for size in sizes] if bias else []
+    wide = ([tensor.double() for tensor in tensors] for tensors in (weights, biases))
+    expected = linears(x.double(), *wide)
+    actual = linears_triton(x, weights, biases)
+    assert relative_error(actual, expected) < torch.finfo(torch.bfloat16).eps
+
+
 def test_int4_linear_takes_weights_of_any_layout() -> None:
     (x, qdata, scale_and_zero, bias), expected = int4_arguments(3, 48, 256, 64, True, torch.float16)
     transposed = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (qdata, scale_and_zero)]
@@ -246,14 +307,14 @@ def test_int4_linear_takes_weights_of_any_layout() -> None:
 @pytest.mark.parametrize("k_width", [2, 4])
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_int4_linear_at_every_number_of_rows(rows: int, k_width: int, monkeypatch) -> None:
-    monkeypatch.setattr(import_module("quantspec.kernels.int4_linear"), "_K_WIDTH", k_width)
+    monkeypatch.setattr(import_module("quantspec.kernels.int4_linear"), "K_WIDTH", k_width)
     arguments, expected = int4_arguments(rows, 32, 256, 64, False, torch.bfloat16)
     assert relative_error(int4_linear_triton(*arguments), expected) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize(
     ("rows", "group", "dtype"),
-    [(1, 64, torch.float32), (17, 64, torch.float16), (0, 64, torch.float16), (2, 16, torch.float16)],
+    [(1, 64, torch.float32), (65, 64, torch.float16), (0, 64, torch.float16), (2, 16, torch.float16)],
 )
 def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, dtype: torch.dtype) -> None:
     arguments, _ = int4_arguments(rows, 24, 192, group, True, dtype)
@@ -263,12 +324,14 @@ def test_int4_linear_multiplies_what_the_kernel_does_not(rows: int, group: int, 
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("group", [32, 128, 256])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("out_features", [1024, 8192, 14336])
 @pytest.mark.parametrize("in_features", [256, 4096, 14336])
 def test_int4_linear_configurations_keep_every_warp_busy(rows, group, out_features, in_features) -> None:
-    config = linear_config(rows, out_features, in_features, group)
+    config = linear_config(rows, out_features, in_features, group, False)
     assert config.splits * config.warps <= max(4, in_features // min(group, 128))
+    # What follows a gate takes whole sums.
+    assert linear_config(rows, out_features, in_features, group, True).splits == 1
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

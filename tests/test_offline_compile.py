@@ -22,6 +22,7 @@ CASES = [
     "encoding of 128",
     "experts",
     "cut-offs",
+    "queries, keys and values of 6 rows",
     "choice of pages",
 ]
 

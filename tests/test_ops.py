@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
@@ -628,6 +629,16 @@ def op_cases() -> dict[str, tuple]:
     weight, bias = randn(2, 6, 64, seed=3, dtype=torch.float32), randn(2, 6, seed=4, dtype=torch.float32)
     cases["int4_linear"] = kernels.int4_linear, (x[None], qdata, params, None)
     cases["int4_linear bias"] = kernels.int4_linear, (x, qdata, params, bias[0])
+    fused = x[None], qdata, params, bias[0], kernels.int4_linear(x[None], qdata, params, None)
+    cases["int4_fused_linear"] = kernels.int4_fused_linear, (*fused, "", True, torch.ones(2, *x[None].shape[:-1]), 1e-6)
+    cases["int4_fused_linear gated"] = (
+        kernels.int4_fused_linear,
+        (x, qdata, params, None, None, "silu", False, None, 0.0),
+    )
+    cases["int4_linear_to_norm"] = kernels.int4_linear_to_norm, (*fused, bias[1])
+    matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
+    cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]])
+    cases["linears of one weight"] = kernels.linears, (x[None], [matrix], [])
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)
     stacked = torch.stack((qdata, qdata)), torch.stack((params, params))
@@ -668,12 +679,14 @@ def test_fake_equals_real_in_shape_dtype_and_strides(name):
     real = op(*copied(args))
     mode = FakeTensorMode()
     with mode:
-        fake = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        fake = op(*tree_map_only(Tensor, mode.from_tensor, args))
     if real is None:
         assert fake is None
         return
-    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
-    assert fake.stride() == real.stride()
+    several = isinstance(real, tuple)
+    for ours, expected in zip(fake, real, strict=True) if several else [(fake, real)]:
+        assert (ours.shape, ours.dtype, ours.device) == (expected.shape, expected.dtype, expected.device)
+        assert ours.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -76,11 +76,18 @@ def _cuts(nodes: list[fx.Node]) -> list[int]:
     last: dict[int, int] = {}
     for position, node in enumerate(nodes):
         layer = _layer_index(node)
-        ours = PACKED_LINEARS in node.meta or getattr(node.target, "namespace", None) == "quantspec"
-        if layer is not None and (ours or node.target in _HEAVY):
+        if layer is not None and _is_heavy(node):
             last[layer] = position + 1
     cuts = [last[layer] for layer in sorted(last)]
     return cuts if cuts == sorted(set(cuts)) else []
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    """Whether a node is a linear, a custom op, or one of several results of such."""
+    if node.target is operator.getitem:
+        return _is_heavy(node.args[0])  # type: ignore[arg-type]
+    ours = PACKED_LINEARS in node.meta or getattr(node.target, "namespace", None) == "quantspec"
+    return ours or node.target in _HEAVY
 
 
 def _with_sizes(node: fx.Node) -> Iterator[fx.Node]:

@@ -28,6 +28,7 @@ from quantspec.passes import (
     CheckTokenMixing,
     FuseRotation,
     FuseSharedInputLinears,
+    GroupLinears,
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
@@ -53,6 +54,7 @@ ORDER = (
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
+    GroupLinears,
     WidenLinears,
 )
 """The passes in the order in which a graph goes through those that its role has."""
@@ -92,7 +94,7 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET]))
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [GroupLinears()]))
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))

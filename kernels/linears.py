@@ -1,0 +1,233 @@
+"""``quantspec::linears``: linear layers of one input over the model's own weights, as few rows as decoding has.
+
+    y = concat_i (x W_i^T + b_i)
+
+On CUDA, 1 to 8 rows of 16-bit floats are multiplied by a kernel that reads every weight once, in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .current_device import on_tensors_device
+from .inline_asm import exact_dot, fetch_rows, launches_overlap, use_inline_asm
+from .int4_linear import K_WIDTH
+from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+
+# Weights of one launch.
+MAX_WEIGHTS = 3
+# Measured on an H100 with 1, 6 and 13 rows; at 13 cuBLAS reads a head faster.
+_MAX_ROWS = 8
+# Of a launch, measured on an H100: tiles of eight outputs, warps (one chunk each), and numbers of a chunk.
+_TILES, _WARPS, _CHUNK = 2, 8, 128
+
+
+@torch.library.custom_op("quantspec::linears", mutates_args=())
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Linear layers of one input.
+
+    Args:
+        x: ``(..., K)`` of a float dtype.
+        weights: ``(N_i, K)`` each, in the dtype of ``x``.
+        biases: ``(N_i,)`` each in the dtype of ``x``, or none at all.
+
+    Returns:
+        ``(..., sum of N_i)`` in the dtype of ``x``.
+    """
+    return _plain(x, weights, biases)
+
+
+def _plain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    if len(weights) == 1:
+        return F.linear(x, weights[0], *biases)
+    rows = x.flatten(0, -2)
+    out = x.new_empty(rows.shape[0], sum(weight.shape[0] for weight in weights))
+    # Each writes its columns, so that nothing is copied.
+    parts = out.split([weight.shape[0] for weight in weights], 1)
+    for index, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+        if biases:
+            torch.addmm(biases[index], rows, weight.t(), out=part)
+        else:
+            torch.mm(rows, weight.t(), out=part)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+@linears.register_fake
+def _(x, weights, biases):
+    return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
+
+
+def reads_faster(sizes: Sequence[int]) -> bool:
+    """Whether the kernel was faster than cuBLAS for weights of so many outputs: several small ones, or a head's."""
+    return sum(sizes) <= 8192 if len(sizes) > 1 else sum(sizes) >= 32768
+
+
+@triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    """Where everything is inside, no mask: a predicate per load costs time."""
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, inside, other=0)
+
+
+@triton.jit
+def _linears_kernel(
+    x,
+    w0,
+    w1,
+    w2,
+    b0,
+    b1,
+    b2,
+    out,
+    num_rows,
+    N0,
+    N1,
+    N2,
+    K: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``8 * TILES`` outputs of eight rows; each step takes one chunk of K per warp.
+
+    ``x`` is (num_rows, K), weight i (N_i, K). What a thread loads is its own share of the product's operands, so
+    nothing passes through shared memory; the product sums over k in the order in which a thread holds ``K_WIDTH``
+    neighbours.
+    """
+    WORDS: tl.constexpr = CHUNK // 32
+    BLOCK_N: tl.constexpr = 8 * TILES
+    ALL_CHUNKS: tl.constexpr = K // CHUNK
+    EVEN_K: tl.constexpr = STEPS * CHUNKS == ALL_CHUNKS
+    STEP: tl.constexpr = CHUNKS * CHUNK
+    pid = tl.program_id(0)
+    w = w0
+    b = b0
+    N = N0
+    first_n = pid * BLOCK_N
+    column = first_n
+    if WEIGHTS > 1:
+        tiles = tl.cdiv(N0, BLOCK_N)
+        if pid >= tiles:
+            pid -= tiles
+            w = w1
+            b = b1
+            N = N1
+            first_n = pid * BLOCK_N
+            column = N0 + first_n
+            if WEIGHTS > 2:
+                tiles = tl.cdiv(N1, BLOCK_N)
+                if pid >= tiles:
+                    w = w2
+                    b = b2
+                    N = N2
+                    first_n = (pid - tiles) * BLOCK_N
+                    column = N0 + N1 + first_n
+    w = tl.multiple_of(w, 16)
+    c = tl.arange(0, 4)[:, None, None]
+    word = tl.arange(0, 8)[None, None, :]
+    # Rows of the loads are (n / 8, i, chunk, n % 8) and (i, chunk, m): warps share out the chunks.
+    r = tl.arange(0, TILES * WORDS * CHUNKS * 8)[None, :, None]
+    n = r // (8 * CHUNKS * WORDS) * 8 + r % 8
+    w_chunk = r // 8 % CHUNKS
+    first_w = w + first_n.to(tl.int64) * K
+    w_at = first_w + n * K + w_chunk * CHUNK + r // (8 * CHUNKS) % WORDS * 32 + c * 8 + word
+    r = tl.arange(0, WORDS * CHUNKS * 8)[None, :, None]
+    m = r % 8
+    x_chunk = r // 8 % CHUNKS
+    x_at = x + m * K + x_chunk * CHUNK + r // (8 * CHUNKS) * 32 + c * 8 + word
+    acc = tl.zeros((CHUNKS, BLOCK_N, 8), tl.float32)
+    lines = tl.minimum(BLOCK_N, N - first_n)
+    if PDL:
+        # No kernel writes weights: the next one may ask for its own while this one ends, as this one does.
+        gdc_launch_dependents()
+        fetch_rows(first_w, lines, K * 2, min(STEP, K) * 2)
+        # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
+        gdc_wait()
+    for step in tl.range(0, STEPS):
+        if PDL:
+            k = (step + 1) * STEP
+            fetch_rows(first_w + k, lines, K * 2, tl.minimum(STEP, K - k) * 2)
+        first = step * CHUNKS
+        # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+        w_step = tl.max_contiguous(w_at + first * CHUNK, [2, 1, 8])
+        ww = _load(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
+        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+        if EVEN_K:
+            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
+        else:
+            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
+        ww = tl.reshape(ww, (4, TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, n / 8, i, chunk, n % 8, a, b, e
+        xx = tl.reshape(xx, (4, WORDS, CHUNKS, 8, 2, 2, 2))  # c, i, chunk, m, a, b, e
+        if K_WIDTH == 4:  # k is (a, i, c, b, e)
+            ww = tl.permute(ww, (3, 1, 4, 5, 2, 0, 6, 7))
+            xx = tl.permute(xx, (2, 4, 1, 0, 5, 6, 3))
+        else:  # k is (a, i, b, c, e)
+            ww = tl.permute(ww, (3, 1, 4, 5, 2, 6, 0, 7))
+            xx = tl.permute(xx, (2, 4, 1, 5, 0, 6, 3))
+        ww = tl.reshape(ww, (CHUNKS, BLOCK_N, CHUNK))
+        acc += exact_dot(ww, tl.reshape(xx, (CHUNKS, CHUNK, 8)), USE_ASM)
+    y = tl.sum(acc, 0)
+    n = tl.arange(0, BLOCK_N)[:, None]
+    if HAS_BIAS:
+        y += tl.load(b + first_n + n, n < lines, other=0).to(tl.float32)
+    width = N0
+    if WEIGHTS > 1:
+        width += N1
+    if WEIGHTS > 2:
+        width += N2
+    row = tl.arange(0, 8)[None, :]
+    tl.store(out + row * width + column + n, y, (row < num_rows) & (n < lines))
+
+
+@linears.register_kernel("cuda")
+@on_tensors_device
+def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Launch the kernel for 1 to 8 rows of 16-bit floats, else multiply by cuBLAS; arguments as the op's."""
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    if not 1 <= rows <= _MAX_ROWS or x.element_size() != 2 or in_features % _CHUNK or len(weights) > MAX_WEIGHTS:
+        return _plain(x, weights, biases)
+    pdl = launches_overlap(x.device)
+    sizes = [weight.shape[0] for weight in weights]
+    block = 8 * _TILES
+    out = x.new_empty(*x.shape[:-1], sum(sizes))
+    missing = MAX_WEIGHTS - len(weights)
+    _linears_kernel[(sum(triton.cdiv(size, block) for size in sizes),)](
+        x.contiguous(),
+        *(weight.contiguous() for weight in weights),
+        *[weights[0]] * missing,
+        *(bias.contiguous() for bias in biases),
+        *[out] * (MAX_WEIGHTS - len(biases)),
+        out,
+        rows,
+        *sizes,
+        *[0] * missing,
+        K=in_features,
+        WEIGHTS=len(weights),
+        CHUNK=_CHUNK,
+        STEPS=triton.cdiv(in_features // _CHUNK, _WARPS),
+        CHUNKS=_WARPS,
+        TILES=_TILES,
+        EVEN_N=all(size % block == 0 for size in sizes),
+        HAS_BIAS=bool(biases),
+        K_WIDTH=K_WIDTH,
+        USE_ASM=use_inline_asm(x.device),
+        PDL=pdl,
+        num_warps=_WARPS,
+        num_stages=1,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return out
