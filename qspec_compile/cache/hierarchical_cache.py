@@ -6,6 +6,7 @@ planes hold verified tokens only, and between cycles every sequence has fewer th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -159,6 +160,22 @@ class HierarchicalCache:
         if self._pages is not None:
             self._pages.reserve(self.layers[0].groups, self.group_size)
             self._pages.attach(self.layers)
+
+    @torch.inference_mode(False)
+    def view(self, first: int, count: int) -> HierarchicalCache:
+        """A cache of ``count`` sequences from ``first`` on, with their storage and lengths; valid until this one grows.
+
+        It chooses no pages: what its draft steps read stays as it is, or is forgotten.
+        """
+        rows = slice(first, first + count)
+        view = copy.copy(self)
+        view.batch_size = count
+        view.layers = [LayerCache(**{name: part[rows] for name, part in vars(layer).items()}) for layer in self.layers]
+        view.quantized_len, view.length, view._kept = (x[rows] for x in (self.quantized_len, self.length, self._kept))
+        view.states = [state[rows] for state in self.states]
+        if self._pages is not None:
+            view._pages = self._pages.view(view.layers)
+        return view
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
         """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""

@@ -1,0 +1,102 @@
+"""What a request asks for, checked before any work and made ready by Hugging Face's own ``generate``."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
+
+from quantspec.cache import check_cache_len
+from quantspec.engine import request as engine
+from quantspec.hugging_face.arguments import check_input_ids, prepare_arguments, refuse_options
+from quantspec.hugging_face.rows import ROW_OPTIONS, check_seed, prepare_row, row_seeds
+from quantspec.pair import Pair
+
+from .requests import Request
+
+_STRUCTURES = frozenset({"json_schema", "regex", "grammar"})
+# The lengths and ends of a request have fields of their own.
+_HUGGING_FACE = ROW_OPTIONS - {"max_length", "max_new_tokens", "eos_token_id"} | {"logits_processor"}
+_OPTIONS = _HUGGING_FACE | _STRUCTURES | {"seed", "logprobs"}
+MOST_LOGPROBS = 20
+
+
+def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> engine.Request:
+    """The request as the loop knows it.
+
+    Args:
+        pair: that runs it.
+        request: as a caller made it.
+        tokenizer: of the model; needed for structures alone.
+        max_length: most tokens of prompt and output.
+
+    Raises:
+        TypeError, ValueError: anything of it cannot be honoured.
+        CacheFullError: it may become longer than ``max_length``.
+        ImportError: a structure was asked for, and llguidance is missing.
+    """
+    if not isinstance(request, Request):
+        raise TypeError(f"a request must be a quantspec.serving.Request, not {type(request).__name__}")
+    if not isinstance(request.options, Mapping):
+        raise TypeError(f"options must be a dict, not {type(request.options).__name__}")
+    options = dict(request.options)
+    if others := sorted(map(str, options.keys() - _OPTIONS)):
+        raise ValueError(
+            f"a request has no option {', '.join(others)}; lengths and stop tokens are fields of their own, and the "
+            f"options are {', '.join(sorted(_OPTIONS))}"
+        )
+    try:
+        prompt = torch.tensor([list(request.prompt)], device=pair.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt must be a list of token ids: {error}") from error
+    check_input_ids(pair, prompt)
+    check_cache_len(prompt.shape[1] + _positive(request.max_new_tokens), max_length)
+    check_logprobs(options.pop("logprobs", None))
+    seed = options.pop("seed", None)
+    if seed is not None and not isinstance(seed := check_seed(seed), int):
+        raise TypeError(f"the seed of a request must be an int, not {seed!r}")
+    if request.stop_token_ids is not None:
+        options["eos_token_id"] = list(request.stop_token_ids) or None
+    structure = {name: source for name in sorted(_STRUCTURES) if (source := options.pop(name, None)) is not None}
+    options |= {"max_new_tokens": request.max_new_tokens, "attention_mask": torch.ones_like(prompt)}
+    model: PreTrainedModel = pair.model
+    defaults = model.generation_config
+    assert defaults is not None
+    arguments = prepare_arguments(
+        pair, defaults, prompt, None, None, tokenizer, structure, None, None, False, options
+    ).hugging_face
+    prepared = prepare_row(model, prompt, None, arguments)
+    refuse_options(prepared.config)
+    for criterion in prepared.criteria:
+        if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
+            raise ValueError(
+                f"a request cannot end by {type(criterion).__name__}, which the model's generation config asks for; "
+                "unset max_time and stop_strings there"
+            )
+    samples = bool(prepared.config.do_sample)
+    (number,) = row_seeds(seed, None, 1, "cpu") if samples else (0,)
+    return prepared.request(prompt[0], prompt.shape[1], number)
+
+
+def check_logprobs(count: Any) -> int | None:
+    """How many of the likeliest tokens to report at each position; None for no log-probabilities."""
+    if count is None:
+        return None
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"logprobs must be an int, the number of likeliest tokens to report, not {count!r}")
+    if not 0 <= count <= MOST_LOGPROBS:
+        raise ValueError(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {count}")
+    return count
+
+
+def _positive(count: Any) -> int:
+    try:
+        number = operator.index(count)
+    except TypeError:
+        raise TypeError(f"max_new_tokens must be an int, not {count!r}") from None
+    if number < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {number}")
+    return number
