@@ -381,6 +381,8 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests, end the thread and give the cache back; nothing can be added from here on."""
+        if self._closed:
+            return
         self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
