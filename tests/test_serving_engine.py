@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import random
 import re
@@ -137,21 +139,64 @@ def test_texts_do_not_depend_on_the_traffic(qs, engine, seed):
     assert 0 < statistics.accepted_tokens < statistics.draft_tokens
 
 
-@given(chunk=st.integers(1, 3 * GROUP), lengths=st.lists(st.integers(1, 6 * GROUP), min_size=2, max_size=5))
-def test_chunks_begin_where_the_own_text_says(qs, chunk, lengths):
-    """A request in a full engine and one alone prefill the same chunks, whatever the others' lengths."""
-    engine = Engine(qs, max_sequences=3, max_num_batched_tokens=chunk)
-    filled, fill = [], engine.pair.pair.fill
-    asked = [Request(random_prompt(length, length), 6, ()) for length in lengths]
+@given(
+    chunk=st.integers(GROUP, 4 * GROUP),
+    lengths=st.lists(st.integers(1, 9 * GROUP), min_size=2, max_size=5),
+    shared=st.integers(0, 9 * GROUP),
+)
+def test_texts_do_not_depend_on_what_is_cached(qs, chunk, lengths, shared):
+    """A request whose beginning others have prefilled and one alone in a new engine: the same chunks, the same text."""
+    options = {"max_sequences": 3, "max_num_batched_tokens": chunk}
+    beginning, chunk = random_prompt(9 * GROUP, 1)[:shared], chunk // GROUP * GROUP
+    asked = [Request([*beginning[:length], *random_prompt(length, length)][:length], 6, ()) for length in lengths]
+    filled, fill = [], qs.pair.fill
+    qs.pair.fill = lambda ids, *rest: filled.append(ids.shape[1]) or fill(ids, *rest)
     try:
-        together = [text(outputs) for outputs in engine.generate(asked)]
-        assert together == [text(engine.generate([request])[0]) for request in asked]
-        engine.pair.pair.fill = lambda ids, *rest: filled.append(ids.shape[1]) or fill(ids, *rest)
-        engine.generate(asked[:1])
+        with contextlib.closing(Engine(qs, **options)) as engine:
+            together = [*engine.generate(asked), *engine.generate(asked)]
+        assert sum(filled) == sum(outputs[-1].prompt_tokens - outputs[-1].cached_tokens for outputs in together)
+        for request, *found in zip(asked, together[: len(asked)], together[len(asked) :], strict=True):
+            filled.clear()
+            with contextlib.closing(Engine(qs, **options)) as engine:
+                (expected,) = engine.generate([request])
+            assert [text(outputs) for outputs in found] == [text(expected)] * 2
+            whole = max(0, len(request.prompt) - GROUP) // chunk
+            assert filled == [chunk] * whole + [len(request.prompt) - whole * chunk]
+            assert expected[-1].cached_tokens == 0
     finally:
-        del engine.pair.pair.fill
-        engine.close()
-    assert filled == [min(chunk, lengths[0] - first) for first in range(0, lengths[0], chunk)]
+        del qs.pair.fill
+
+
+def test_a_common_beginning_is_prefilled_once(qs):
+    """For requests that come together, whoever runs, and for those of the same salt alone."""
+    engine = Engine(qs, max_sequences=4, max_num_batched_tokens=GROUP)
+    common = random_prompt(8 * GROUP, 1)
+    asked = [Request([*common, *random_prompt(GROUP + 5, seed)], 20, ()) for seed in range(2, 8)]
+    outputs = engine.generate(asked)
+    assert [own[-1].cached_tokens for own in outputs] == [0] + [8 * GROUP] * 5
+    assert engine.statistics().cached_prompt_tokens == 5 * 8 * GROUP
+    (other,) = engine.generate([dataclasses.replace(asked[0], salt="another")])
+    assert other[-1].cached_tokens == 0
+    assert text(other) == text(outputs[0])
+    (again,) = engine.generate([dataclasses.replace(asked[0], salt="another")])
+    assert again[-1].cached_tokens == 8 * GROUP
+    engine.close()
+
+
+def test_conversations_in_turn_keep_what_they_have(qs):
+    """One place is used at a time, and the other chats' texts give way to places that are free."""
+    engine = Engine(qs, max_sequences=4, max_num_batched_tokens=GROUP)
+    chats = [random_prompt(3 * GROUP, seed) for seed in range(4)]
+    cached = []
+    for turn in range(4):
+        for chat in chats:
+            (outputs,) = engine.generate([Request(chat, 10, ())])
+            cached.append((len(chat), outputs[-1].cached_tokens))
+            chat += [*text(outputs), *random_prompt(2 * GROUP, turn)]
+    # Of the turn before all but the answer and the last one or two groups.
+    assert all(length - count <= 3 * GROUP + 10 + 2 * GROUP for length, count in cached[4:])
+    assert all(count > 0 for _, count in cached[4:])
+    engine.close()
 
 
 def test_one_chunk_of_one_prompt_between_cycles(qs):
@@ -311,7 +356,8 @@ def test_bad_requests_are_refused_and_the_others_go_on(qs, engine, request_, err
         ({"max_sequences": 0}, ValueError, "max_sequences must be at least 1"),
         ({"max_sequences": 2.0}, TypeError, "max_sequences must be an int"),
         ({"max_length": 513}, ValueError, "max_cache_len=512"),
-        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens"),
+        ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens must be at least 1"),
+        ({"max_num_batched_tokens": 15}, ValueError, "kv_group_size=16"),
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": "all"}, TypeError, "gpu_memory_utilization"),
         ({"num_speculative_tokens": "auto"}, ValueError, "num_speculative_tokens=4"),
