@@ -18,6 +18,7 @@ from doc_blocks import stand_in_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from step_by_step import random_prompt
+from test_score_programs import without_graphs
 from tiny_models import tiny_model
 from transformers import LogitsProcessor
 
@@ -25,6 +26,8 @@ import quantspec
 from quantspec import CacheFullError
 from quantspec.errors import QueueFullError
 from quantspec.serving import Engine, FinishReason, Output, Request
+
+__all__ = ["without_graphs"]
 
 # What each request may ask for by itself: greedy search, sampling, and processors that read the text or need the host.
 OPTIONS = (
@@ -235,6 +238,22 @@ def test_more_requests_than_places_wait_in_order(qs, engine):
         small.add(asked[2])
     run(small, ids)
     small.close()
+
+
+def test_captured_cycles(qs, without_graphs):
+    """Rows that come and go, with any processors, on replays that are made once for each size and kind."""
+    qs.reset()
+    asked = requests(7, 12)
+    expected = [alone(qs, request) for request in asked]
+    without_graphs.clear()
+    with contextlib.closing(Engine(qs, max_sequences=4)) as engine:
+        assert [text(outputs) for outputs in engine.generate(asked)] == expected
+        made = len(without_graphs)
+        assert {replay.cycle.cache.batch_size for replay in without_graphs} == {1, 2, 4}
+        plain = [Request(random_prompt(9 + seed, seed), 5 + seed, ()) for seed in range(12)]
+        assert [text(outputs) for outputs in engine.generate(plain)] == [alone(qs, request) for request in plain]
+        assert len(without_graphs) <= made + 4
+    qs.reset()
 
 
 # --- Failures --------------------------------------------------------------------------------------------------------
