@@ -485,7 +485,7 @@ def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
     """Tokens drafted per cycle."""
     if pair.config.draft is not Draft.SELF:
         raise ValueError(
-            f"an engine drafts with the pair itself, not by draft={pair.config.draft.value!r}: convert with draft='self'"
+            f"an engine drafts with the pair itself: convert with draft='self', not {pair.config.draft.value!r}"
         )
     count = pair.config.num_speculative_tokens if asked is None else asked
     check_num_speculative_tokens(count)
