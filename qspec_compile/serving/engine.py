@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from quantspec.memory import expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
 
-from .admission import check_logprobs, prepare
+from .admission import check, prepare
 from .batch import Batch, Bucket
 from .delivery import Delivery
 from .prefixes import Prefixes, chunk_keys
@@ -103,7 +103,7 @@ class Engine:
             )
         self._chunk = max_num_batched_tokens // group * group
         if max_length is None:
-            max_length = _fitting_length(inner, max_sequences, self._plan.num_drafts, gpu_memory_utilization)
+            max_length = _default_length(inner, max_sequences, self._plan.num_drafts, gpu_memory_utilization)
         else:
             _check_positive("max_length", max_length)
         if max_length > inner.max_len:
@@ -147,6 +147,13 @@ class Engine:
         return self._add(request, None)
 
     def _add(self, request: Request, listener: Callable[[Output], None] | None) -> int:
+        # Only what needs the device has to wait for a step.
+        inner = self._inner
+        inner.check_unmoved()
+        checked = check(inner, request, self._tokenizer, self.max_length)
+        # States are not kept for other prompts.
+        shares = not inner.captured.states
+        keys = chunk_keys(checked.tokens, self._chunk, self._group, request.salt) if shares else []
         with self._turn():
             if self._closed:
                 raise RuntimeError("the engine is closed; make another one")
@@ -154,12 +161,7 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests wait already (max_waiting={self._max_waiting}); try again later"
                 )
-            self._inner.check_unmoved()
-            prepared = prepare(self._inner, request, self._tokenizer, self.max_length)
-            # States are not kept for other prompts.
-            shares = not self._inner.captured.states
-            keys = chunk_keys(prepared.prompt.tolist(), self._chunk, self._group, request.salt) if shares else []
-            row = Row(next(self._ids), prepared, check_logprobs(request.options.get("logprobs")), keys)
+            row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
             self._delivery.expect(row.id, listener)
             self._waiting.append(row)
         self._wake.set()
@@ -260,9 +262,8 @@ class Engine:
         before = [(row.drafted, row.accepted) for row in rows.values()]
         try:
             if self._batch is None or self._batch.rows != rows:
-                bucket = self._buckets[min(size for size in self._buckets if size > max(rows))]
-                self._batch = Batch(bucket, rows, self.max_length)
-            self._batch.run(self._plan)
+                self._batch = self._batch_of(rows)
+            self._batch.run()
         # Nobody knows whose fault it is.
         except Exception as error:
             self._batch = None
@@ -273,6 +274,18 @@ class Engine:
         for row, (drafted, accepted) in zip(rows.values(), before, strict=True):
             self._drafted += row.drafted - drafted
             self._accepted += row.accepted - accepted
+
+    def _batch_of(self, rows: Mapping[int, Row]) -> Batch:
+        """Rows by their places in the smallest bucket that has these."""
+        bucket = self._buckets[min(size for size in self._buckets if size > max(rows))]
+        try:
+            return Batch(bucket, rows, self.max_length, self._plan)
+        except torch.OutOfMemoryError:
+            # Captured cycles, which the batch before holds too, are all that can be given back.
+            self._batch = None
+            for known in self._buckets.values():
+                known.replays.clear()
+            return Batch(bucket, rows, self.max_length, self._plan)
 
     def _running(self) -> list[Row]:
         """Rows that hold a place."""
@@ -494,33 +507,43 @@ def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
     return count
 
 
-def _fitting_length(pair: Pair, max_sequences: int, num_drafts: int, utilization: float) -> int:
-    """Most tokens that each of so many sequences can have."""
+def _default_length(pair: Pair, max_sequences: int, num_drafts: int, utilization: float) -> int:
+    """Most tokens of a sequence, if nobody says."""
     if pair.device.type != "cuda":
         return min(pair.max_len, _LENGTH_ON_CPU)
-    free, total = torch.cuda.mem_get_info(pair.device)
-    cached = torch.cuda.memory_reserved(pair.device) - torch.cuda.memory_allocated(pair.device)
-    room = free + cached - (1 - utilization) * total
+    length = fitting_length(pair, max_sequences, num_drafts, _room(pair.device, utilization))
+    if length == 0:
+        raise ValueError(
+            f"gpu_memory_utilization={utilization} leaves no room for {max_sequences} sequences beside the weights; "
+            "pass more of it, or fewer max_sequences"
+        )
+    return length
 
-    def fits(groups: int) -> bool:
+
+def _room(device: torch.device, utilization: float) -> float:
+    """Bytes of a GPU that a cache may take, beside what is there."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached - (1 - utilization) * total
+
+
+def fitting_length(pair: Pair, max_sequences: int, num_drafts: int, room: float) -> int:
+    """Most tokens that each of so many sequences can have in ``room`` bytes; 0 if not even a group fits."""
+    group = pair.config.kv_group_size
+
+    def is_too_long(groups: int) -> bool:
         needed = expected_memory(
             pair.layers,
-            min(groups * pair.config.kv_group_size, pair.max_len),
+            min(groups * group, pair.max_len),
             max_sequences,
-            kv_group_size=pair.config.kv_group_size,
+            kv_group_size=group,
             num_speculative_tokens=num_drafts,
             dtype=pair.model.dtype,
             max_cache_len=pair.max_len,
             device=pair.device,
             states=pair.captured.states,
         )
-        return sum(needed.values()) <= room
+        return sum(needed.values()) > room
 
-    groups = range(1, -(-pair.max_len // pair.config.kv_group_size) + 1)
-    fitting = bisect.bisect_left(groups, True, key=lambda count: not fits(count))
-    if fitting == 0:
-        raise ValueError(
-            f"gpu_memory_utilization={utilization} leaves no room for {max_sequences} sequences beside the weights; "
-            "pass more of it, or fewer max_sequences"
-        )
-    return min(fitting * pair.config.kv_group_size, pair.max_len)
+    groups = bisect.bisect_left(range(1, -(-pair.max_len // group) + 1), True, key=is_too_long)
+    return min(groups * group, pair.max_len)
