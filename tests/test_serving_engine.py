@@ -28,7 +28,7 @@ from quantspec import CacheFullError
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.errors import QueueFullError
 from quantspec.serving import Engine, FinishReason, Output, Request
-from quantspec.serving.engine import fitting_length
+from quantspec.serving.sizes import fitting_length
 
 __all__ = ["without_graphs"]
 
@@ -223,12 +223,12 @@ def test_idle_places_hold_nothing(qs, engine):
     sizes = set()
     while engine.statistics().running or engine.statistics().waiting:
         engine.step()
-        if engine._batch is not None:
-            sizes.add(len(engine._batch.requests))
-        held = [row is not None for row in engine._rows]
-        assert [length > 0 for length in engine._cache.length.tolist()] <= held
+        if engine._scheduler._batch is not None:
+            sizes.add(len(engine._scheduler._batch.requests))
+        held = [row is not None for row in engine._scheduler._rows]
+        assert [length > 0 for length in engine._scheduler._cache.length.tolist()] <= held
     assert sizes == {1, 2, 4}
-    assert engine._cache.length.tolist() == engine._cache.quantized_len.tolist() == [0] * len(ids)
+    assert engine._scheduler._cache.length.tolist() == engine._scheduler._cache.quantized_len.tolist() == [0] * len(ids)
 
 
 def test_more_requests_than_places_wait_in_order(qs, engine):
@@ -348,7 +348,7 @@ def test_a_failed_cycle_ends_those_in_it_and_the_engine_goes_on(qs, engine, monk
     ids = [engine.add(request) for request in asked]
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(type(engine._batch), "run", lambda *_: 1 / 0)
+        patch.setattr(type(engine._scheduler._batch), "run", lambda *_: 1 / 0)
         outputs = run(engine, ids)
     assert all(isinstance(own[-1].error, ZeroDivisionError) for own in outputs.values())
     assert text(engine.generate(asked[:1])[0]) == alone(qs, asked[0])
@@ -605,6 +605,20 @@ def test_many_requests_of_many_callers(qs):
     assert not engine._delivery._listeners
     assert not engine._delivery._kept
     engine.close()
+
+
+def test_the_heart_beats_while_there_is_nothing_to_do(engine):
+    """And from the time of the first request on it tells how long a step takes."""
+    time.sleep(0.05)
+    before = time.monotonic()
+    assert engine.heartbeat >= before
+    engine.add(Request(random_prompt(9, 1), 30, ()))
+    added = engine.heartbeat
+    assert before <= added <= time.monotonic()
+    time.sleep(0.01)
+    assert engine.heartbeat == added
+    engine.step()
+    assert engine.heartbeat > added
 
 
 def test_closing_ends_everything(qs):
