@@ -77,6 +77,12 @@ def text(outputs: Sequence[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
+def logprobs(outputs: Sequence[Output]) -> list[list[float]]:
+    """Of each token and the likeliest in its place."""
+    found = [position for output in outputs for position in output.logprobs or ()]
+    return [[position.logprob, *(value for _, value in position.top)] for position in found]
+
+
 def run(engine: Engine, ids: Sequence[int], limit: int = 2000) -> dict[int, list[Output]]:
     """Steps until the requests have ended; the outputs of each."""
     outputs: dict[int, list[Output]] = {id: [] for id in ids}
@@ -154,7 +160,8 @@ def test_texts_do_not_depend_on_what_is_cached(qs, chunk, lengths, shared):
     """A request whose beginning others have prefilled and one alone in a new engine: the same chunks, the same text."""
     options = {"max_sequences": 3, "max_num_batched_tokens": chunk}
     beginning, chunk = random_prompt(9 * GROUP, 1)[:shared], chunk // GROUP * GROUP
-    asked = [Request([*beginning[:length], *random_prompt(length, length)][:length], 6, ()) for length in lengths]
+    prompts = [[*beginning[:length], *random_prompt(length, length)][:length] for length in lengths]
+    asked = [Request(prompt, 6, (), {"logprobs": 3}) for prompt in prompts]
     filled, fill = [], qs.pair.fill
     qs.pair.fill = lambda ids, *rest: filled.append(ids.shape[1]) or fill(ids, *rest)
     try:
@@ -166,6 +173,11 @@ def test_texts_do_not_depend_on_what_is_cached(qs, chunk, lengths, shared):
             with contextlib.closing(Engine(qs, **options)) as engine:
                 (expected,) = engine.generate([request])
             assert [text(outputs) for outputs in found] == [text(expected)] * 2
+            # The first token comes from the same products of the same numbers, the others from larger batches.
+            first, *others = logprobs(expected)
+            for own, *rest in map(logprobs, found):
+                assert own == first
+                assert rest == [pytest.approx(other, abs=1e-4) for other in others]
             whole = max(0, len(request.prompt) - GROUP) // chunk
             assert filled == [chunk] * whole + [len(request.prompt) - whole * chunk]
             assert expected[-1].cached_tokens == 0
