@@ -15,3 +15,7 @@ class SavedModelError(ValueError):
 
 class CacheFullError(ValueError):
     """More tokens were asked for than ``max_cache_len`` allows."""
+
+
+class QueueFullError(RuntimeError):
+    """An engine has as many waiting requests as it takes; later there is room again."""

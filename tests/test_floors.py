@@ -21,7 +21,7 @@ FLOORS = (
     ("pair", "memory"),
     ("engine", "self_check", "backend"),
     ("hugging_face", "checkpoint", "cycle_times", "tuning"),
-    ("pictures", "model", "__init__"),
+    ("pictures", "model", "serving", "__init__"),
     ("evals",),
     ("benchmarks",),
     ("cli", "__main__"),

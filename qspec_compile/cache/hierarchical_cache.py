@@ -6,6 +6,7 @@ planes hold verified tokens only, and between cycles every sequence has fewer th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -160,6 +161,22 @@ class HierarchicalCache:
             self._pages.reserve(self.layers[0].groups, self.group_size)
             self._pages.attach(self.layers)
 
+    @torch.inference_mode(False)
+    def view(self, first: int, count: int) -> HierarchicalCache:
+        """A cache of ``count`` sequences from ``first`` on, with their storage and lengths; valid until this one grows.
+
+        It chooses no pages: what its draft steps read stays as it is, or is forgotten.
+        """
+        rows = slice(first, first + count)
+        view = copy.copy(self)
+        view.batch_size = count
+        view.layers = [LayerCache(**{name: part[rows] for name, part in vars(layer).items()}) for layer in self.layers]
+        view.quantized_len, view.length, view._kept = (x[rows] for x in (self.quantized_len, self.length, self._kept))
+        view.states = [state[rows] for state in self.states]
+        if self._pages is not None:
+            view._pages = self._pages.view(view.layers)
+        return view
+
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
         """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
         return [getattr(layer, part) for layer in self.layers for part in parts]
@@ -199,6 +216,40 @@ class HierarchicalCache:
         before = self.quantized_len.clone()
         self.quantized_len += due * self.group_size
         self.decode(before)
+
+    def settle(self) -> None:
+        """Move all into the planes in sequences whose recent buffer holds one group, as a prefill may leave it."""
+        full = self.length - self.quantized_len == self.group_size
+        # The op moves a group where the lengths say that another one follows it.
+        length = self.quantized_len + full * 2 * self.group_size
+        for layer in self.layers:
+            flush(*layer.parts(), self.quantized_len, length)
+        before = self.quantized_len.clone()
+        self.quantized_len += full * self.group_size
+        self.decode(before)
+
+    def copy_planes(self, source: HierarchicalCache, num_tokens: int, exchanges: bool = False) -> None:
+        """Copy the first ``num_tokens``, a multiple of G, from the planes of ``source``, which is as large as this.
+
+        If it ``exchanges``, the source gets what was here.
+        """
+        groups = num_tokens // self.group_size
+        for ours, theirs in zip(self.layers, source.layers, strict=True):
+            for part in CACHE_PARTS:
+                if "N" in part.axes:
+                    axis = part.axes.index("N")
+                    new, old = (getattr(layer, part.name).narrow(axis, 0, groups) for layer in (ours, theirs))
+                    before = new.clone() if exchanges else None
+                    new.copy_(old)
+                    if before is not None:
+                        old.copy_(before)
+
+    def resume(self, num_tokens: int) -> None:
+        """Hold the first ``num_tokens``, a multiple of G, that are in the planes, also since before a :meth:`reset`."""
+        self.reset()
+        self.length.fill_(num_tokens)
+        self.quantized_len.fill_(num_tokens)
+        self.decode(torch.zeros_like(self.length))
 
     def choose_pages(self) -> None:
         """Choose what the next draft steps read, by the verification that ran last, if their attention is sparse."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -65,6 +66,7 @@ class PageChoice:
         self._sequence = torch.cat([sequences.repeat_interleave(layer.kv_heads) for layer in layers])
         self._sizes: tuple[int, int] | None = None
         self._tensors: dict[str, Tensor] = {}
+        self._counts: list[Tensor] = []
 
     def reserve(self, groups: int, group_size: int) -> None:
         """Make room for the pages of so many groups; what was chosen is forgotten if that takes new storage."""
@@ -75,12 +77,20 @@ class PageChoice:
         for part in PAGE_PARTS:
             width = part_shape(part, self._shapes[0], 1, groups, group_size, 0, sizes)[-1]
             self._tensors[part.name] = self._sequence.new_zeros(len(self._sequence), width, dtype=part.dtype)
+        self._counts = [self._tensors["num_chosen"]]
 
     def attach(self, layers: Sequence[SimpleNamespace]) -> None:
         """Give each layer its own as attributes ``(B, K, ...)``."""
         for name, tensor in self._tensors.items():
             for layer, rows in zip(layers, tensor.split(self._rows), strict=True):
                 setattr(layer, name, rows.unflatten(0, (self._batch_size, -1)))
+
+    def view(self, layers: Sequence[SimpleNamespace]) -> PageChoice:
+        """Of some sequences, whose ``layers`` have parts of these tensors: it can forget, and chooses nothing."""
+        view = copy.copy(self)
+        view._sizes = (0, 0)
+        view._counts = [layer.num_chosen for layer in layers]
+        return view
 
     def choose(self, quantized_len: Tensor) -> None:
         """Choose by the scores of the verification that ran last; ``quantized_len (B,)`` as it was then."""
@@ -90,7 +100,8 @@ class PageChoice:
 
     def forget(self) -> None:
         """Have draft steps read everything until the next choice."""
-        self._tensors["num_chosen"].zero_()
+        for count in self._counts:
+            count.zero_()
 
     @property
     def nbytes(self) -> int:

@@ -26,6 +26,7 @@ from .logits_processors import FollowingProcessor, ScoreProgram, apply_processor
 from .lookup import Lookup
 from .plan import Plan
 from .progress import Progress, by_row
+from .request import Request
 from .sampling import Randomness
 from .text import Text
 
@@ -55,10 +56,35 @@ class Call(NamedTuple):
     rule: Rule
     verifier: Role = Role.TARGET
 
+
+class Rows(Protocol):
+    """The requests of a batch, as those see them who run its cycles on the device.
+
+    Attributes:
+        requests: one per sequence of the cache.
+    """
+
+    requests: Sequence[Request]
+
     @property
-    def samples(self) -> bool:
-        """Whether any row is sampled."""
-        return any(request.do_sample for request in self.progress.requests)
+    def running(self) -> list[bool]:
+        """Sequences that need tokens of the next cycle."""
+
+    @property
+    def remaining(self) -> int:
+        """Most tokens that any running sequence may still emit."""
+
+    @property
+    def width(self) -> int:
+        """Most tokens of a text, with its padding."""
+
+    @property
+    def sequences(self) -> Tensor:
+        """``(B, W)`` ids on the device; anything where nothing is emitted yet."""
+
+    @property
+    def context_lens(self) -> list[int]:
+        """Tokens of each text so far, its padding included."""
 
 
 class Outcome(NamedTuple):
@@ -161,9 +187,9 @@ class Runner(Protocol):
         """Flush where it is due."""
 
 
-def _text_width(call: Call, cache: HierarchicalCache) -> int:
+def _text_width(batch: Rows, cache: HierarchicalCache) -> int:
     """Tokens of a text with room for the drafts of sequences that are done, behind those that ended them."""
-    return call.progress.sequences.shape[1] + 2 * (cache.num_speculative_tokens + 1)
+    return batch.width + 2 * (cache.num_speculative_tokens + 1)
 
 
 class EagerRunner:
@@ -173,31 +199,33 @@ class EagerRunner:
         self,
         pair: Pair,
         cache: HierarchicalCache,
-        call: Call,
+        batch: Rows,
         processors: LogitsProcessorList,
         pending: Tensor,
         kind: type[Cycle],
         looks_up: bool,
+        rule: Rule,
+        verifier: Role = Role.TARGET,
     ) -> None:
         """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet; ``kind``: of the cycle."""
-        self._cache, self._progress = cache, call.progress
+        self._cache, self._batch = cache, batch
         self.lookup = None
         if looks_up:
             most = cache.num_speculative_tokens
-            self.lookup = Lookup(cache.batch_size, _text_width(call, cache), most, pair.device, pair.compiles_on_gpu)
-            self.lookup.begin(call.progress.requests)
+            self.lookup = Lookup(cache.batch_size, _text_width(batch, cache), most, pair.device, pair.compiles_on_gpu)
+            self.lookup.begin(batch.requests)
         text = None
         if reads_text(processors):
-            text = Text(cache.batch_size, _text_width(call, cache), pair.device)
-            text.begin(call.progress.sequences, call.progress.context_lens)
+            text = Text(cache.batch_size, _text_width(batch, cache), pair.device)
+            text.begin(batch.sequences, batch.context_lens)
         program = ScoreProgram(processors, text)
-        randomness = Randomness.of(cache.length, call.progress.requests)
-        acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, call.rule)
-        self.cycle = kind(pair, cache, acceptance, call.verifier, program.text, self.lookup)
+        randomness = Randomness.of(cache.length, batch.requests)
+        acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, rule)
+        self.cycle = kind(pair, cache, acceptance, verifier, program.text, self.lookup)
         self.cycle.begin(pending)
 
     def prepare(self, plan: Plan) -> bool:
-        self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._progress.remaining - 1))
+        self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._batch.remaining - 1))
         return False
 
     def judged(self) -> Tensor:
@@ -229,27 +257,27 @@ class ReplayRunner:
         self,
         replays: CycleReplays,
         cache: HierarchicalCache,
-        call: Call,
+        batch: Rows,
         processors: LogitsProcessorList,
         pending: Tensor,
         kind: type[CycleReplay],
         looks_up: bool,
     ) -> None:
         """``processors`` are compilable; ``pending (B,)``: newest tokens, not cached yet; ``kind``: of the replays."""
-        self._replays, self._cache, self._call, self._processors = replays, cache, call, processors
+        self._replays, self._cache, self._batch, self._processors = replays, cache, batch, processors
         self._pending, self._kind = pending, kind
         self._current: CycleReplay | None = None
-        self._text, lookup = replays.texts(cache, _text_width(call, cache))
+        self._text, lookup = replays.texts(cache, _text_width(batch, cache))
         if reads_text(processors):
-            self._text.begin(call.progress.sequences, call.progress.context_lens)
+            self._text.begin(batch.sequences, batch.context_lens)
         self.lookup = lookup if looks_up else None
         if self.lookup is not None:
-            self.lookup.begin(call.progress.requests)
+            self.lookup.begin(batch.requests)
 
     def prepare(self, plan: Plan) -> bool:
-        call = self._call
+        samples = any(request.do_sample for request in self._batch.requests)
         replay, is_new = self._replays.of(
-            self._cache, plan, self._processors, call.samples, self._text, self.lookup, self._kind
+            self._cache, plan, self._processors, samples, self._text, self.lookup, self._kind
         )
         if replay is not self._current:
             self._take(replay)
@@ -285,7 +313,7 @@ class ReplayRunner:
 
     def _take(self, replay: CycleReplay) -> None:
         """Go on with another replay, from where the current one stopped."""
-        replay.begin(self._processors, self._call.progress.requests)
+        replay.begin(self._processors, self._batch.requests)
         if self._current is None:
             replay.cycle.begin(self._pending)
         else:
@@ -447,7 +475,8 @@ def cycles_of(
     runner: Runner
     if call.verifier is Role.TARGET and replays.suit():
         kind = ProposalReplay if lockstep else CycleReplay
-        runner = ReplayRunner(replays, cache, call, processors, pending, kind, looks_up)
+        runner = ReplayRunner(replays, cache, call.progress, processors, pending, kind, looks_up)
     else:
-        runner = EagerRunner(pair, cache, call, processors, pending, LockstepCycle if lockstep else Cycle, looks_up)
+        kind = LockstepCycle if lockstep else Cycle
+        runner = EagerRunner(pair, cache, call.progress, processors, pending, kind, looks_up, call.rule, call.verifier)
     return LockstepCycles(runner, call, clock) if lockstep else JudgedCycles(runner, call, clock)

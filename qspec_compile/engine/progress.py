@@ -59,12 +59,17 @@ class Progress:
         theirs = [criterion for criterion in waiting if type(criterion).__module__.startswith("transformers.")]
         self._criteria = StoppingCriteriaList(theirs)
         self._user_criteria = StoppingCriteriaList(criterion for criterion in waiting if criterion not in theirs)
-        self.requests = list(requests)
+        self.requests: Sequence[Request] = list(requests)
         self._ids = input_ids.new_full((batch, length), pad_token_id)
         self._ids[:, : self.prompt_len] = input_ids
         # Columns of the device's copy that will not change, and whether the host has more than the copy.
         self._settled = self.prompt_len
         self._is_stale = False
+
+    @property
+    def width(self) -> int:
+        """Most tokens of a row: ``prompt_len + max_new_tokens``."""
+        return self._ids.shape[1]
 
     @property
     def sequences(self) -> Tensor:

@@ -95,18 +95,6 @@ def prepare_rows(
     if len(row_options) != len(input_ids):
         raise ValueError(f"row_options has {len(row_options)} entries and the batch {len(input_ids)} rows; {_PER_ROW}")
     prepared: list[Prepared] = []
-
-    def note(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **arguments: Any,
-    ) -> Tensor:
-        prepared.append(Prepared(logits_processor, stopping_criteria, generation_config))
-        return input_ids
-
     for row, own in enumerate(row_options):
         part = slice(row, row + 1)
         arguments = {**options, "num_return_sequences": 1}
@@ -117,16 +105,35 @@ def prepare_rows(
             arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_prompt, allowed, row // rows_per_prompt)
         arguments["attention_mask"] = None if attention_mask is None else attention_mask[part]
         try:
-            type(model).generate(  # type: ignore[attr-defined]
-                model,
-                input_ids[part],
-                generation_config=generation_config,
-                custom_generate=note,
-                **{**arguments, **own},
-            )
+            prepared.append(prepare_row(model, input_ids[part], generation_config, {**arguments, **own}))
         except Exception as error:
             error.add_note(f"raised for row_options[{row}]")
             raise
+    return prepared
+
+
+def prepare_row(
+    model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig | None, options: Mapping[str, Any]
+) -> Prepared:
+    """What Hugging Face makes of ``options`` for ``input_ids (1, S)``."""
+    prepared = None
+
+    def note(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **arguments: Any,
+    ) -> Tensor:
+        nonlocal prepared
+        prepared = Prepared(logits_processor, stopping_criteria, generation_config)
+        return input_ids
+
+    type(model).generate(  # type: ignore[attr-defined]
+        model, input_ids, generation_config=generation_config, custom_generate=note, **options
+    )
+    assert prepared is not None
     return prepared
 
 

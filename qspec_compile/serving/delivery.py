@@ -1,0 +1,72 @@
+"""Outputs on their way from the thread that takes the steps to whoever asked for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from .requests import Output
+
+Listener = Callable[[Output], None]
+
+
+class Delivery:
+    """Hands outputs on to listeners, and keeps those of requests that have none yet."""
+
+    def __init__(self, most_unread: int) -> None:
+        """``most_unread``: requests that have ended and that nobody listens to; the oldest are forgotten."""
+        self._most_unread = most_unread
+        self._lock = threading.Lock()
+        self._listeners: dict[int, Listener | None] = {}
+        self._kept: dict[int, list[Output]] = {}
+        self._unread: dict[int, None] = {}
+
+    def expect(self, id: int, listener: Listener | None) -> None:
+        """Take what comes of a new request, for ``listener`` or until there is one."""
+        with self._lock:
+            self._listeners[id] = listener
+            self._kept[id] = []
+
+    def attach(self, id: int, listener: Listener) -> None:
+        """Let ``listener`` have what came and what comes of a request.
+
+        Raises:
+            ValueError: nothing comes of it.
+        """
+        with self._lock:
+            if self._listeners.get(id, listener) is not None:
+                raise ValueError(
+                    f"no request {id} waits for a listener: it has one, or nobody has added it, or it ended"
+                )
+            self._listeners[id] = listener
+            for output in self._kept.pop(id):
+                listener(output)
+            if id in self._unread:
+                self._forget(id)
+
+    def deliver(self, output: Output) -> None:
+        """Hand an output on."""
+        id, ended = output.id, output.finish_reason is not None
+        with self._lock:
+            if id not in self._listeners:
+                return
+            listener = self._listeners[id]
+            if listener is not None:
+                listener(output)
+                if ended:
+                    self._forget(id)
+                return
+            self._kept[id].append(output)
+            if ended:
+                self._unread[id] = None
+                if len(self._unread) > self._most_unread:
+                    self._forget(next(iter(self._unread)))
+
+    def forget(self, id: int) -> None:
+        """A request has ended, and its caller knows."""
+        with self._lock:
+            self._forget(id)
+
+    def _forget(self, id: int) -> None:
+        for known in (self._listeners, self._kept, self._unread):
+            known.pop(id, None)

@@ -1,0 +1,302 @@
+"""The engine: requests join and leave a running batch at the edges of its cycles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from quantspec.errors import QueueFullError
+from quantspec.model import QuantSpecModel
+
+from .admission import check, prepare
+from .delivery import Delivery
+from .prefixes import chunk_keys
+from .requests import EngineStatistics, FinishReason, Output, Request
+from .row import Row
+from .scheduler import Scheduler
+from .sizes import Sizes, check_positive
+
+
+class Engine:
+    """Runs the requests of many callers on one pair.
+
+    A step takes what is new at the edge of a cycle: requests that were cancelled leave, waiting ones take their places,
+    one chunk of one prompt is prefilled, and the rows that have their prompts run one cycle. What a request gets does
+    not depend on what runs beside it, but for the rounding of larger matrix products: its chunks begin where its own
+    text says, its randomness is its seed's, and its failures are its own.
+
+    Attributes:
+        pair: whose weights and captured graphs it uses, by turns with ``generate``.
+        max_sequences, max_length: as given or found.
+    """
+
+    def __init__(
+        self,
+        pair: QuantSpecModel,
+        *,
+        tokenizer: Any = None,
+        max_sequences: int = 8,
+        max_length: int | None = None,
+        max_waiting: int = 1024,
+        max_num_batched_tokens: int = 1024,
+        gpu_memory_utilization: float = 0.9,
+        num_speculative_tokens: int | None = None,
+    ) -> None:
+        """An engine without requests; its cache is allocated here.
+
+        Args:
+            pair: a converted model, which drafts by itself (``draft="self"``).
+            tokenizer: of the model; needed for requests with a ``json_schema``, ``regex`` or ``grammar``.
+            max_sequences: requests that run at once.
+            max_length: most tokens of a request, prompt and output. If None, as many as ``gpu_memory_utilization``
+                leaves room for, on a CPU 8,192; at most the pair's ``max_cache_len``.
+            max_waiting: requests that may wait; more are refused.
+            max_num_batched_tokens: tokens of a prompt that are prefilled between two cycles, in whole KV groups; the
+                last chunk has up to a group more. A prompt shares with earlier ones as many whole chunks as they begin
+                alike.
+            gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
+            num_speculative_tokens: tokens drafted per cycle; the pair's own number if None.
+
+        Raises:
+            TypeError, ValueError: an option that cannot be honoured.
+            torch.OutOfMemoryError: there is no room for the cache.
+        """
+        if not isinstance(pair, QuantSpecModel):
+            raise TypeError(f"pair must be a model that quantspec.convert() returned, not {type(pair).__name__}")
+        check_positive("max_waiting", max_waiting)
+        sizes = Sizes.of(
+            pair,
+            max_sequences,
+            max_length,
+            max_num_batched_tokens,
+            gpu_memory_utilization,
+            num_speculative_tokens,
+        )
+        self.pair = pair
+        self.max_sequences, self.max_length, self._chunk, _ = sizes
+        self._tokenizer = tokenizer
+        self._max_waiting = max_waiting
+        self._ids = itertools.count()
+        self._cancelled: deque[int] = deque()
+        self._scheduler = Scheduler(pair.session, sizes)
+        self._turn = _Turn()
+        self._delivery = Delivery(max_waiting)
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._closed = False
+
+    def add(self, request: Request) -> int:
+        """Let a request wait for its turn; returns its id. From any thread.
+
+        Raises:
+            TypeError, ValueError, CacheFullError: it cannot be honoured; the error names the fix.
+            QueueFullError: ``max_waiting`` requests wait.
+            RuntimeError: the engine is closed.
+        """
+        return self._add(request, None)
+
+    def _add(self, request: Request, listener: Callable[[Output], None] | None) -> int:
+        self._check_room()
+        # Only what needs the device has to wait for a step.
+        inner = self.pair.pair
+        inner.check_unmoved()
+        checked = check(inner, request, self._tokenizer, self.max_length)
+        # States are not kept for other prompts.
+        shares = not inner.captured.states
+        keys = chunk_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
+        with self._turn():
+            if self._closed:
+                raise RuntimeError("the engine is closed; make another one")
+            self._check_room()
+            row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
+            self._delivery.expect(row.id, listener)
+            if not self._busy:
+                self._scheduler.last_step = time.monotonic()
+            self._scheduler.waiting.append(row)
+        self._wake.set()
+        return row.id
+
+    def _check_room(self) -> None:
+        if (count := len(self._scheduler.waiting)) >= self._max_waiting:
+            raise QueueFullError(f"{count} requests wait already (max_waiting={self._max_waiting}); try again later")
+
+    def step(self) -> list[Output]:
+        """Drop what was cancelled, admit, prefill one chunk of one prompt, run one cycle; returns what came of it.
+
+        One output for each request that got tokens or ended.
+        """
+        with self._turn():
+            outputs = self._step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._delivery.forget(output.id)
+        return outputs
+
+    def _step(self) -> list[Output]:
+        cancelled = set()
+        while self._cancelled:
+            cancelled.add(self._cancelled.popleft())
+        return self._scheduler.step(cancelled)
+
+    def cancel(self, id: int) -> None:
+        """Have a request end with the next step, as ``FinishReason.CANCELLED``; from any thread.
+
+        Nothing happens to one that has ended.
+        """
+        self._cancelled.append(id)
+        self._wake.set()
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
+        """Run requests to their ends, beside those of others; returns the outputs of each.
+
+        Raises:
+            As :meth:`add`; those that were added are cancelled.
+        """
+        outputs: list[list[Output]] = [[] for _ in requests]
+        new: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        left = deque(enumerate(requests))
+        running: dict[int, int] = {}
+        self._start()
+        try:
+            while left or running:
+                try:
+                    while left:
+                        running[self._add(left[0][1], new.put)] = left[0][0]
+                        left.popleft()
+                except QueueFullError:
+                    if not running:
+                        raise
+                output = new.get()
+                outputs[running[output.id]].append(output)
+                if output.finish_reason is not None:
+                    del running[output.id]
+        finally:
+            for id in running:
+                self.cancel(id)
+        return outputs
+
+    async def stream(self, request: Request | int) -> AsyncIterator[Output]:
+        """The outputs of a request, or of one that was added, as they come; the last has a ``finish_reason``.
+
+        A thread of the engine's takes the steps. Whoever leaves the iterator early (``aclose``, or a cancelled task)
+        cancels the request. Its own later failure comes as the last output's ``error``.
+
+        Raises:
+            ValueError: no request of this id is there.
+            As :meth:`add`: before the first output.
+        """
+        loop, new = asyncio.get_running_loop(), asyncio.Queue[Output]()
+
+        def listen(output: Output) -> None:
+            try:
+                loop.call_soon_threadsafe(new.put_nowait, output)
+            except RuntimeError:
+                # The loop is closed.
+                self.cancel(output.id)
+
+        self._start()
+        if isinstance(request, int):
+            id = request
+            self._delivery.attach(id, listen)
+        else:
+            adding = loop.run_in_executor(None, self._add, request, listen)
+            try:
+                id = await asyncio.shield(adding)
+            except asyncio.CancelledError:
+                adding.add_done_callback(lambda added: None if added.exception() else self.cancel(added.result()))
+                raise
+        try:
+            while True:
+                output = await new.get()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self.cancel(id)
+
+    def _start(self) -> None:
+        """Have a thread take the steps from now on."""
+        if self._thread is not None:
+            return
+        with self._turn():
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._serve, name="quantspec engine", daemon=True)
+                self._thread.start()
+
+    def _serve(self) -> None:
+        """What the thread does."""
+        while not self._closed:
+            if not self._busy:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            try:
+                with self._turn():
+                    outputs = self._step()
+            # Those that run cannot go on, and the next ones may.
+            except Exception as error:
+                outputs = self._end_all(FinishReason.ERROR, error)
+            for output in outputs:
+                self._delivery.deliver(output)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._scheduler.waiting or self._scheduler.running or self._cancelled)
+
+    @property
+    def heartbeat(self) -> float:
+        """When a step ended last, or now if there is nothing to do, in seconds of ``time.monotonic``."""
+        return self._scheduler.last_step if self._busy else time.monotonic()
+
+    def statistics(self) -> EngineStatistics:
+        """What it has done, and what it is doing. From any thread."""
+        return self._scheduler.statistics()
+
+    def close(self) -> None:
+        """Cancel all requests, end the thread and give the cache back; nothing can be added from here on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        for output in self._end_all(FinishReason.CANCELLED):
+            self._delivery.deliver(output)
+        self._scheduler.release()
+
+    def _end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
+        with self._turn():
+            return self._scheduler.end_all(reason, error)
+
+
+class _Turn:
+    """A lock whose holder cannot take it again before those who wait: a step follows the other at once."""
+
+    def __init__(self) -> None:
+        self._door, self._lock = threading.Lock(), threading.Lock()
+        self._holder: int | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold it.
+
+        Raises:
+            RuntimeError: this thread holds it already.
+        """
+        if self._holder == threading.get_ident():
+            raise RuntimeError("the engine is in a step: a logits processor cannot call it; do so after the step")
+        with self._door:
+            self._lock.acquire()
+        try:
+            self._holder = threading.get_ident()
+            yield
+        finally:
+            self._holder = None
+            self._lock.release()
