@@ -1,0 +1,62 @@
+"""The process: a socket, and a way out that lets requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+
+from .app import build_app
+from .gate import Gate
+from .service import Service
+
+
+class _Server(uvicorn.Server):
+    """Ends on a signal when the requests that it has are answered; meanwhile new ones get 503."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._gate = gate
+        self._drain_seconds = drain_seconds
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second Ctrl-C ends at once."""
+        if self._deadline is not None and sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+            return
+        self._gate.is_draining = True
+        self._deadline = time.monotonic() + self._drain_seconds
+
+    async def main_loop(self) -> None:
+        """Run until the last request is answered, or has to be given up."""
+        draining = asyncio.create_task(self._drain())
+        try:
+            await super().main_loop()
+        finally:
+            draining.cancel()
+
+    async def _drain(self) -> None:
+        while self._deadline is None or (self._gate.active and time.monotonic() < self._deadline):
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def serve(service: Service, host: str, port: int, api_keys: Sequence[str] = (), drain_seconds: float = 30) -> None:
+    """Answer requests until a signal comes.
+
+    Args:
+        service: ends with the server.
+        host, port: where to listen.
+        api_keys: any of them lets a request in; anybody is let in if there is none.
+        drain_seconds: how long requests may take to end after SIGTERM or Ctrl-C; what is left then is cut off.
+    """
+    gate = Gate(build_app(service), api_keys)
+    config = uvicorn.Config(
+        gate, host, port, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+    )
+    _Server(config, gate, drain_seconds).run()
