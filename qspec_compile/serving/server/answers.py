@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ class Answers:
         self._choices = choices
         self._has_logprobs = has_logprobs
         self.id = uuid.uuid4().hex
+        self._created = int(time.time())
 
     def usage(self) -> CompletionUsage:
         """Tokens so far; what choices share of a prompt is counted for the first alone, as OpenAI does."""
@@ -52,7 +54,7 @@ class Answers:
         )
 
     def _common(self) -> dict[str, Any]:
-        return {"created": self._service.created, "model": self._service.name}
+        return {"created": self._created, "model": self._service.name}
 
     def _text(self, token: int) -> str:
         return str(self._service.tokenizer.decode([token]))

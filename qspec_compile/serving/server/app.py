@@ -172,13 +172,13 @@ async def _events(
 
 async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T | None:
     """What ``work`` returns; None if the client goes away before, which ends it."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))]
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None  # type: ignore[return-value]
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
+        working.cancel()
+        leaving.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -14,6 +14,9 @@ from .app import build_app
 from .gate import Gate
 from .service import Service
 
+# Seconds; OpenAI's client takes up a connection that has been idle for less than 5.
+_KEEP_ALIVE = 60
+
 
 class _Server(uvicorn.Server):
     """Ends on a signal when the requests that it has are answered; meanwhile new ones get 503."""
@@ -57,6 +60,13 @@ def serve(service: Service, host: str, port: int, api_keys: Sequence[str] = (), 
     """
     gate = Gate(build_app(service), api_keys)
     config = uvicorn.Config(
-        gate, host, port, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+        gate,
+        host,
+        port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=1,
     )
     _Server(config, gate, drain_seconds).run()
