@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from .hugging_face.decode import GenerateOutput
     from .model import QuantSpecModel, convert, from_pretrained, tune
     from .pair.tuned import TuneReport
+    from .serving import Engine
 
 __version__ = version("quantspec")
 
 __all__ = [
     "CacheFullError",
+    "Engine",
     "GenerateOutput",
     "GenerationStats",
     "QuantSpecConfig",
@@ -38,6 +40,7 @@ __all__ = [
 # Loaded on first use: importing torch and transformers takes seconds, and `quantspec --help` needs neither.
 _MODULES = {
     "CacheFullError": "errors",
+    "Engine": "serving",
     "GenerateOutput": "hugging_face.decode",
     "GenerationStats": "engine.stats",
     "QuantSpecConfig": "config",

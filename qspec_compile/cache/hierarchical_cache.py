@@ -217,6 +217,40 @@ class HierarchicalCache:
         self.quantized_len += due * self.group_size
         self.decode(before)
 
+    def settle(self) -> None:
+        """Move all into the planes in sequences whose recent buffer holds one group, as a prefill may leave it."""
+        full = self.length - self.quantized_len == self.group_size
+        # The op moves a group where the lengths say that another one follows it.
+        length = self.quantized_len + full * 2 * self.group_size
+        for layer in self.layers:
+            flush(*layer.parts(), self.quantized_len, length)
+        before = self.quantized_len.clone()
+        self.quantized_len += full * self.group_size
+        self.decode(before)
+
+    def copy_planes(self, source: HierarchicalCache, num_tokens: int, exchanges: bool = False) -> None:
+        """Copy the first ``num_tokens``, a multiple of G, from the planes of ``source``, which is as large as this.
+
+        If it ``exchanges``, the source gets what was here.
+        """
+        groups = num_tokens // self.group_size
+        for ours, theirs in zip(self.layers, source.layers, strict=True):
+            for part in CACHE_PARTS:
+                if "N" in part.axes:
+                    axis = part.axes.index("N")
+                    new, old = (getattr(layer, part.name).narrow(axis, 0, groups) for layer in (ours, theirs))
+                    before = new.clone() if exchanges else None
+                    new.copy_(old)
+                    if before is not None:
+                        old.copy_(before)
+
+    def resume(self, num_tokens: int) -> None:
+        """Hold the first ``num_tokens``, a multiple of G, that are in the planes, also since before a :meth:`reset`."""
+        self.reset()
+        self.length.fill_(num_tokens)
+        self.quantized_len.fill_(num_tokens)
+        self.decode(torch.zeros_like(self.length))
+
     def choose_pages(self) -> None:
         """Choose what the next draft steps read, by the verification that ran last, if their attention is sparse."""
         if self._pages is not None:

@@ -11,7 +11,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 
 from quantspec.cache import check_cache_len
 from quantspec.engine import request as engine
-from quantspec.hugging_face.arguments import check_input_ids, prepare_arguments, refuse_options
+from quantspec.hugging_face.arguments import prepare_arguments, refuse_options
 from quantspec.hugging_face.rows import ROW_OPTIONS, check_seed, prepare_row, row_seeds
 from quantspec.pair import Pair
 
@@ -48,18 +48,15 @@ def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> en
             f"a request has no option {', '.join(others)}; lengths and stop tokens are fields of their own, and the "
             f"options are {', '.join(sorted(_OPTIONS))}"
         )
-    try:
-        prompt = torch.tensor([list(request.prompt)], device=pair.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"prompt must be a list of token ids: {error}") from error
-    check_input_ids(pair, prompt)
+    prompt = torch.tensor([_token_ids("prompt", request.prompt, pair.vocab_size)], device=pair.device)
     check_cache_len(prompt.shape[1] + _positive(request.max_new_tokens), max_length)
     check_logprobs(options.pop("logprobs", None))
     seed = options.pop("seed", None)
     if seed is not None and not isinstance(seed := check_seed(seed), int):
         raise TypeError(f"the seed of a request must be an int, not {seed!r}")
     if request.stop_token_ids is not None:
-        options["eos_token_id"] = list(request.stop_token_ids) or None
+        stops = _token_ids("stop_token_ids", request.stop_token_ids, pair.vocab_size, least=0)
+        options["eos_token_id"] = stops or None
     structure = {name: source for name in sorted(_STRUCTURES) if (source := options.pop(name, None)) is not None}
     options |= {"max_new_tokens": request.max_new_tokens, "attention_mask": torch.ones_like(prompt)}
     model: PreTrainedModel = pair.model
@@ -90,6 +87,18 @@ def check_logprobs(count: Any) -> int | None:
     if not 0 <= count <= MOST_LOGPROBS:
         raise ValueError(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {count}")
     return count
+
+
+def _token_ids(name: str, ids: Any, vocab_size: int, least: int = 1) -> list[int]:
+    try:
+        tokens = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise TypeError(f"{name} must be a list of token ids: {error}") from None
+    if len(tokens) < least:
+        raise ValueError(f"{name} is empty; pass at least one token")
+    if outside := [token for token in tokens if not 0 <= token < vocab_size]:
+        raise ValueError(f"{name} must be in 0..{vocab_size - 1}, found {outside[0]}")
+    return tokens
 
 
 def _positive(count: Any) -> int:

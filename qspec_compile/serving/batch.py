@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from quantspec.pair import Pair
 
 from .requests import FinishReason
 from .row import Row
+
+Result = TypeVar("Result")
 
 
 class Bucket:
@@ -118,16 +121,16 @@ class Batch:
         runner = self._runner
         drafts, logits = runner.proposed()
         # On a GPU the replay is under way, and nothing has waited for it yet.
-        for row in self.rows.values():
-            if row.on_host:
-                _alone(row, row.follow)
+        for own in self.rows.values():
+            if own.on_host:
+                _alone(own, own.follow)
         verdict = runner.cycle.acceptance.judge(drafts, logits)
         columns = torch.stack([column.long() for column in verdict[:3]], 1)
         kept = []
         for place, (*drafted, accepted, token, fails) in enumerate(torch.cat((drafts, columns), 1).tolist()):
             row = self.rows.get(place)
             if row is not None and row.on_host:
-                accepted = _alone(row, lambda row=row, drafted=drafted, at=logits[place]: row.walk(drafted, at))
+                accepted = _alone(row, functools.partial(row.walk, drafted, logits[place])) or 0
                 token = row.request.tokens[-1]
                 row.drafted, row.accepted = row.drafted + len(drafted), row.accepted + accepted
             elif row is not None:
@@ -148,12 +151,11 @@ def _emit(row: Row, drafts: Sequence[int], accepted: int, next_token: int, fails
         row.accepted += min(accepted, row.emit(tokens, logits))
 
 
-def _alone(row: Row, call: Callable[[], Any]) -> Any:
-    """``call``'s result; where it fails, that is the end of this row alone."""
-    if row.finish_reason is not None:
-        return 0
-    try:
-        return call()
-    except Exception as error:
-        row.end(FinishReason.ERROR, error)
-        return 0
+def _alone(row: Row, call: Callable[[], Result]) -> Result | None:
+    """``call``'s result; None where it fails, which is the end of this row alone, or the row has ended."""
+    if row.finish_reason is None:
+        try:
+            return call()
+        except Exception as error:
+            row.end(FinishReason.ERROR, error)
+    return None

@@ -25,6 +25,7 @@ from quantspec.pair import Pair
 from .admission import check_logprobs, prepare
 from .batch import Batch, Bucket
 from .delivery import Delivery
+from .prefixes import Prefixes, chunk_keys
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 
@@ -53,7 +54,7 @@ class Engine:
         max_sequences: int = 8,
         max_length: int | None = None,
         max_waiting: int = 1024,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int = 1024,
         gpu_memory_utilization: float = 0.9,
         num_speculative_tokens: int | None = None,
     ) -> None:
@@ -66,7 +67,9 @@ class Engine:
             max_length: most tokens of a request, prompt and output. If None, as many as ``gpu_memory_utilization``
                 leaves room for, on a CPU 8,192; at most the pair's ``max_cache_len``.
             max_waiting: requests that may wait; more are refused.
-            max_num_batched_tokens: tokens of a prompt that are prefilled between two cycles.
+            max_num_batched_tokens: tokens of a prompt that are prefilled between two cycles, in whole KV groups; the
+                last chunk has up to a group more. A prompt shares with earlier ones as many whole chunks as they begin
+                alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
             num_speculative_tokens: tokens drafted per cycle; the pair's own number if None.
 
@@ -92,7 +95,13 @@ class Engine:
         self._inner = inner = pair.pair
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
-        self._chunk = max_num_batched_tokens
+        self._group = group = pair.config.kv_group_size
+        if max_num_batched_tokens < group:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least kv_group_size={group} of the pair, not "
+                f"{max_num_batched_tokens}"
+            )
+        self._chunk = max_num_batched_tokens // group * group
         if max_length is None:
             max_length = _fitting_length(inner, max_sequences, self._plan.num_drafts, gpu_memory_utilization)
         else:
@@ -112,12 +121,13 @@ class Engine:
         }
         self._batch: Batch | None = None
 
+        self._prefixes = Prefixes(max_sequences)
         self._rows: list[Row | None] = [None] * max_sequences
         self._waiting: deque[Row] = deque()
         self._cancelled: deque[int] = deque()
         self._ids = itertools.count()
         self._finished: Counter[FinishReason] = Counter()
-        self._generated = self._prompt_tokens = self._drafts = self._drafted = self._accepted = 0
+        self._generated = self._prompt_tokens = self._shared_tokens = self._drafts = self._drafted = self._accepted = 0
 
         self._turn = _Turn()
         self._delivery = Delivery(max_waiting)
@@ -146,7 +156,10 @@ class Engine:
                 )
             self._inner.check_unmoved()
             prepared = prepare(self._inner, request, self._tokenizer, self.max_length)
-            row = Row(next(self._ids), prepared, check_logprobs(request.options.get("logprobs")))
+            # States are not kept for other prompts.
+            shares = not self._inner.captured.states
+            keys = chunk_keys(prepared.prompt.tolist(), self._chunk, self._group, request.salt) if shares else []
+            row = Row(next(self._ids), prepared, check_logprobs(request.options.get("logprobs")), keys)
             self._delivery.expect(row.id, listener)
             self._waiting.append(row)
         self._wake.set()
@@ -202,19 +215,41 @@ class Engine:
         row = min((row for row in self._running() if not row.request.tokens), key=lambda row: row.id, default=None)
         if row is None:
             return
-        assert row.place is not None
-        prompt = row.request.prompt
-        # A chunk's place in its own text does not depend on the traffic.
-        end = min(len(prompt), (row.filled // self._chunk + 1) * self._chunk)
-        part = prompt[None, row.filled : end]
-        try:
-            logits = self._inner.fill(part, prompt.new_tensor([part.shape[1]]), self._places[row.place])
-            row.filled = end
-            if end == len(prompt):
-                row.first(logits[0, 0])
         # A failed processor or a full memory is the end of this request alone.
+        try:
+            self._fill(row)
         except Exception as error:
             row.end(FinishReason.ERROR, error)
+
+    def _fill(self, row: Row) -> None:
+        """Cache the next chunk of a prompt, whose place in its text does not depend on the traffic, and share it."""
+        assert row.place is not None
+        place, prompt = self._places[row.place], row.request.prompt
+        first = self._share(row, row.place) if row.filled is None else row.filled
+        end = first + self._chunk
+        if len(prompt) - end < self._group:
+            end = len(prompt)
+        part = prompt[None, first:end]
+        logits = self._inner.fill(part, prompt.new_tensor([part.shape[1]]), place)
+        row.filled = end
+        if end == len(prompt):
+            row.first(logits[0, 0])
+            return
+        place.settle()
+        if row.keys:
+            self._prefixes.publish(row.place, row.keys[first // self._chunk])
+
+    def _share(self, row: Row, place: int) -> int:
+        """Let a row begin with what is cached of its prompt; returns how many tokens that is."""
+        free = [other for other, running in enumerate(self._rows) if running is None]
+        moves, count = self._prefixes.begin(place, row.keys, free)
+        for source, target, chunks, exchanges in moves:
+            self._places[target].copy_planes(self._places[source], chunks * self._chunk, exchanges)
+        row.shared = count * self._chunk
+        if count:
+            self._places[place].resume(row.shared)
+        self._shared_tokens += row.shared
+        return row.shared
 
     def _run_cycle(self) -> None:
         """Run a cycle of the rows whose prompts are cached."""
@@ -362,8 +397,8 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing. From any thread."""
-        running, group_size = self._running(), self._inner.config.kv_group_size
-        lengths = [row.filled + len(row.request.tokens) for row in running]
+        running, group_size = self._running(), self._group
+        lengths = [(row.filled or 0) + len(row.request.tokens) for row in running]
         return EngineStatistics(
             running=len(running),
             waiting=len(self._waiting),
@@ -371,7 +406,7 @@ class Engine:
             pages_total=self.max_sequences * -(-self.max_length // group_size),
             preemptions=0,
             prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=0,
+            cached_prompt_tokens=self._shared_tokens,
             generated_tokens=self._generated,
             drafts=self._drafts,
             draft_tokens=self._drafted,
@@ -381,6 +416,8 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests, end the thread and give the cache back; nothing can be added from here on."""
+        if self._closed:
+            return
         self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -448,7 +485,7 @@ def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
     """Tokens drafted per cycle."""
     if pair.config.draft is not Draft.SELF:
         raise ValueError(
-            f"an engine drafts with the pair itself, not by draft={pair.config.draft.value!r}: convert with 'self'"
+            f"an engine drafts with the pair itself, not by draft={pair.config.draft.value!r}: convert with draft='self'"
         )
     count = pair.config.num_speculative_tokens if asked is None else asked
     check_num_speculative_tokens(count)

@@ -23,18 +23,22 @@ class Row:
         request: as the loop knows it, with the tokens so far.
         logprobs: likeliest tokens to report at each position; None for no log-probabilities.
         place: of the batch; None while it waits.
-        filled: tokens of its prompt that are cached.
+        keys: of the chunks of its prompt that may be shared.
+        filled: tokens of its prompt that are cached; None before it was looked for those that are.
+        shared: of them, those that were there.
         on_host: whether its processors need the host, token by token.
         finish_reason: None while it runs or waits.
         drafted, accepted: tokens so far.
     """
 
-    def __init__(self, id: int, request: Request, logprobs: int | None) -> None:
+    def __init__(self, id: int, request: Request, logprobs: int | None, keys: Sequence[bytes]) -> None:
         self.id = id
+        self.keys = keys
         self.request = request
         self.logprobs = logprobs
         self.place: int | None = None
-        self.filled = 0
+        self.filled: int | None = None
+        self.shared = 0
         self.on_host = len(compilable(request.processors)) < len(request.processors)
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -129,7 +133,7 @@ class Row:
             self.finish_reason,
             self.error,
             len(self.request.prompt),
-            0,
+            self.shared,
             self.drafted,
             self.accepted,
         )
