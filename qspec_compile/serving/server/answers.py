@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from openai.types import Completion, CompletionUsage
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionTokenLogprob
-from openai.types.chat.chat_completion import ChoiceLogprobs
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
@@ -119,16 +117,16 @@ class ChatAnswers(Answers):
             choice["logprobs"] = self._logprobs([token for piece in pieces for token in piece.tokens])
         return choice
 
-    def _logprobs(self, tokens: Iterable[ScoredToken]) -> ChoiceLogprobs:
-        return ChoiceLogprobs(
-            content=[
-                ChatCompletionTokenLogprob(
+    def _logprobs(self, tokens: Iterable[ScoredToken]) -> dict[str, Any]:
+        return {
+            "content": [
+                {
                     **self._scored(scored.token, scored.logprobs.logprob),
-                    top_logprobs=[TopLogprob(**self._scored(*best)) for best in scored.logprobs.top],
-                )
+                    "top_logprobs": [self._scored(*best) for best in scored.logprobs.top],
+                }
                 for scored in tokens
             ]
-        )
+        }
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from .errors import ApiError, ErrorBody
 from .protocol import ChatBody, CompletionBody, SamplingBody
 from .service import Answering, Service
 
+_logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 # Nobody reads it: the client has gone.
 _GONE = 499
@@ -162,8 +164,8 @@ async def _events(
                 if chunk is not None:
                     yield event(chunk)
         # The status has been sent; clients of OpenAI's raise an event that has an error.
-        except ApiError as error:
-            yield event(error.body)
+        except Exception as error:
+            yield event(_as_api_error(error).body)
             return
     if has_usage:
         yield event(answers.last())
@@ -206,4 +208,12 @@ async def _answer_http(request: Request, error: Any) -> Response:
 
 
 async def _answer_failure(request: Request, error: Any) -> Response:
-    return ApiError(500, f"the server failed: {type(error).__name__}").response()
+    return _as_api_error(error).response()
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    """An error that nobody expected is the server's; its log has the details."""
+    if isinstance(error, ApiError):
+        return error
+    _logger.error("a request failed", exc_info=error)
+    return ApiError(500, f"the server failed: {type(error).__name__}")
