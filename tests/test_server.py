@@ -6,15 +6,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from serving_model import save_model
 from serving_process import Server, serving
-from tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from quantspec.evals.smollm2 import gguf_path
 
@@ -32,25 +29,9 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    """A tiny llama that writes printable ASCII, a token a letter: what it says at random is text."""
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(30 + token): token for token in range(3, 96)}}
-    inner = Tokenizer(models.BPE(vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    template = "{% for message in messages %}{{ message.role }}:{{ message.content }}|{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(model_folder) -> Iterator[Server]:
-    with serving(model_folder, "--name", MODEL, "--no-self-check", "--kv-group-size", "16", "--gamma", "2") as running:
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    with serving(folder, "--name", MODEL, "--no-self-check", "--kv-group-size", "16", "--gamma", "2") as running:
         yield running
 
 

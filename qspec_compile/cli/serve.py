@@ -65,7 +65,7 @@ def command(
         raise CommandError("--api-key is empty", "give the key, or leave it out")
     with working("importing"):
         try:
-            from quantspec.serving.server.run import serve
+            from quantspec.serving.server.run import Server
         except ImportError as error:
             message = f"serving needs packages that are not installed: {error}"
             raise CommandError(message, 'pip install "quantspec[serve]"') from error
@@ -95,4 +95,4 @@ def command(
         markup=False,
         soft_wrap=True,
     )
-    serve(service, server.host, server.port, server.api_key or (), server.drain_seconds)
+    Server(service, server.host, server.port, server.api_key or (), server.drain_seconds).run()

@@ -6,12 +6,14 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
 # Larger bodies are refused, unread.
 MOST_BYTES = 16 * 2**20
+_TOO_LARGE = f"the body has more than {MOST_BYTES} bytes"
 _PROTECTED = "/v1/"
 _SCHEME = b"Bearer "
 
@@ -66,11 +68,10 @@ class Gate:
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
     """``receive``, which refuses a body that is too large."""
-    error = ApiError(413, f"the body has more than {MOST_BYTES} bytes", "request_too_large")
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     # The HTTP server has checked that it is a number.
     if int(announced) > MOST_BYTES:
-        raise error
+        raise ApiError(413, _TOO_LARGE)
     read = 0
 
     async def limited() -> Message:
@@ -78,7 +79,8 @@ def _limited(scope: Scope, receive: Receive) -> Receive:
         message = await receive()
         read += len(message.get("body", b""))
         if read > MOST_BYTES:
-            raise error
+            # FastAPI lets no other error pass while it reads a body.
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
     return limited

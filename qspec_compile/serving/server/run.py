@@ -16,14 +16,38 @@ from .service import Service
 
 # Seconds; OpenAI's client takes up a connection that has been idle for less than 5.
 _KEEP_ALIVE = 60
+# Seconds that connections get to take what is left for them.
+_LAST_WORDS = 5
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends on a signal when the requests that it has are answered; meanwhile new ones get 503."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, drain_seconds: float) -> None:
-        super().__init__(config)
-        self._gate = gate
+    def __init__(
+        self, service: Service, host: str, port: int, api_keys: Sequence[str] = (), drain_seconds: float = 30
+    ) -> None:
+        """A server that :meth:`run` starts.
+
+        Args:
+            service: ends with the server.
+            host, port: where to listen.
+            api_keys: any of them lets a request in; anybody is let in if there is none.
+            drain_seconds: how long requests may take to end after SIGTERM or Ctrl-C; what is left then is cut off.
+        """
+        self._service = service
+        self._gate = Gate(build_app(service), api_keys)
+        super().__init__(
+            uvicorn.Config(
+                self._gate,
+                host,
+                port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=_LAST_WORDS,
+            )
+        )
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
 
@@ -46,27 +70,6 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         while self._deadline is None or (self._gate.active and time.monotonic() < self._deadline):
             await asyncio.sleep(0.05)
+        # Who still waits is told.
+        await asyncio.to_thread(self._service.close)
         self.should_exit = True
-
-
-def serve(service: Service, host: str, port: int, api_keys: Sequence[str] = (), drain_seconds: float = 30) -> None:
-    """Answer requests until a signal comes.
-
-    Args:
-        service: ends with the server.
-        host, port: where to listen.
-        api_keys: any of them lets a request in; anybody is let in if there is none.
-        drain_seconds: how long requests may take to end after SIGTERM or Ctrl-C; what is left then is cut off.
-    """
-    gate = Gate(build_app(service), api_keys)
-    config = uvicorn.Config(
-        gate,
-        host,
-        port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=1,
-    )
-    _Server(config, gate, drain_seconds).run()

@@ -61,6 +61,7 @@ class Service:
         self.metrics = Metrics(engine.statistics, name)
         # One thread: the tokenizer is not made for several, and requests keep their order.
         self._preparing = ThreadPoolExecutor(1, "quantspec requests")
+        self._closed = False
 
     @property
     def is_stuck(self) -> bool:
@@ -69,8 +70,10 @@ class Service:
 
     def close(self) -> None:
         """End the engine, and the requests that are left."""
-        self._preparing.shutdown(cancel_futures=True)
-        self._engine.close()
+        if not self._closed:
+            self._closed = True
+            self._preparing.shutdown(cancel_futures=True)
+            self._engine.close()
 
     async def chat(self, body: ChatBody, tenant: str) -> Answering:
         """Begin the choices of a chat.
