@@ -9,6 +9,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -24,8 +25,10 @@ from transformers import LogitsProcessor
 
 import quantspec
 from quantspec import CacheFullError
+from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.errors import QueueFullError
 from quantspec.serving import Engine, FinishReason, Output, Request
+from quantspec.serving.sizes import fitting_length
 
 __all__ = ["without_graphs"]
 
@@ -220,12 +223,12 @@ def test_idle_places_hold_nothing(qs, engine):
     sizes = set()
     while engine.statistics().running or engine.statistics().waiting:
         engine.step()
-        if engine._batch is not None:
-            sizes.add(len(engine._batch.requests))
-        held = [row is not None for row in engine._rows]
-        assert [length > 0 for length in engine._cache.length.tolist()] <= held
+        if engine._scheduler._batch is not None:
+            sizes.add(len(engine._scheduler._batch.requests))
+        held = [row is not None for row in engine._scheduler._rows]
+        assert [length > 0 for length in engine._scheduler._cache.length.tolist()] <= held
     assert sizes == {1, 2, 4}
-    assert engine._cache.length.tolist() == engine._cache.quantized_len.tolist() == [0] * len(ids)
+    assert engine._scheduler._cache.length.tolist() == engine._scheduler._cache.quantized_len.tolist() == [0] * len(ids)
 
 
 def test_more_requests_than_places_wait_in_order(qs, engine):
@@ -321,12 +324,31 @@ def test_a_full_memory_in_prefill_ends_one_request(qs, engine, monkeypatch):
     assert text(second) == alone(qs, asked[1])
 
 
+def test_a_full_memory_in_capture_gives_captured_cycles_back(qs, without_graphs, monkeypatch):
+    qs.reset()
+    asked = requests(8, 6)
+    expected = [alone(qs, request) for request in asked]
+    capture, calls = CycleReplay._capture, []
+
+    def full_at_times(self, plan):
+        calls.append(plan)
+        if len(calls) in (2, 4):
+            raise torch.OutOfMemoryError("no more")
+        capture(self, plan)
+
+    with contextlib.closing(Engine(qs, max_sequences=4)) as engine, monkeypatch.context() as patch:
+        patch.setattr(CycleReplay, "_capture", full_at_times)
+        assert [text(outputs) for outputs in engine.generate(asked)] == expected
+    assert len(calls) > 4
+    qs.reset()
+
+
 def test_a_failed_cycle_ends_those_in_it_and_the_engine_goes_on(qs, engine, monkeypatch):
     asked = [Request(random_prompt(9, seed), 8, ()) for seed in range(2)]
     ids = [engine.add(request) for request in asked]
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(type(engine._batch), "run", lambda *_: 1 / 0)
+        patch.setattr(type(engine._scheduler._batch), "run", lambda *_: 1 / 0)
         outputs = run(engine, ids)
     assert all(isinstance(own[-1].error, ZeroDivisionError) for own in outputs.values())
     assert text(engine.generate(asked[:1])[0]) == alone(qs, asked[0])
@@ -355,6 +377,7 @@ def test_a_failed_cycle_ends_those_in_it_and_the_engine_goes_on(qs, engine, monk
         (Request([1], 5, (), {"logprobs": True}), TypeError, "logprobs must be an int"),
         (Request([1], 5, (), {"json_schema": {}}), ValueError, "tokenizer"),
         (Request([1], 5, (), "greedy"), TypeError, "options must be a dict"),
+        (Request([1], 5, salt=None), TypeError, "salt must be a str"),
         ("text", TypeError, "quantspec.serving.Request"),
     ],
 )
@@ -387,6 +410,19 @@ def test_bad_options_of_an_engine(qs, options, error, message):
         Engine(qs, **options)
     with pytest.raises(TypeError, match=r"convert\(\) returned"):
         Engine(qs.model)
+
+
+@pytest.mark.parametrize("length", [GROUP, 7 * GROUP, 20 * GROUP, 512])
+def test_places_are_as_long_as_memory_allows(qs, length):
+    cache = qs.pair.new_cache(3, 4)
+    cache.reserve(length)
+    room = sum(cache.bytes_by_part().values())
+    found = fitting_length(qs.pair, 3, 4, room)
+    assert found >= length
+    cache.reserve(found)
+    assert sum(cache.bytes_by_part().values()) == room
+    assert fitting_length(qs.pair, 3, 4, room - 1) < length or length == GROUP
+    assert fitting_length(qs.pair, 3, 4, 0) == 0
 
 
 # --- What is reported ------------------------------------------------------------------------------------------------
@@ -521,6 +557,68 @@ def test_a_processor_cannot_call_its_engine(qs, engine):
 
     (outputs,) = engine.generate([Request([5, 6], 5, (), {"logits_processor": [Nested()]})])
     assert "the engine is in a step" in str(outputs[-1].error)
+
+
+def test_many_requests_of_many_callers(qs):
+    """Tasks that come, leave early and ask for what cannot be done; nothing stays behind."""
+    engine = Engine(qs, max_sequences=4, max_num_batched_tokens=2 * GROUP, max_waiting=300)
+    rng, count = random.Random(0), 60
+    common = random_prompt(5 * GROUP, 0)
+    asked = [
+        Request([*common[: rng.choice([0, 4 * GROUP])], 5, index + 3], rng.randint(1, 12), ()) for index in range(count)
+    ]
+
+    async def call(index: int) -> list[int] | None:
+        if index % 10 == 3:
+            with pytest.raises(ValueError, match="must be in"):
+                await anext(engine.stream(dataclasses.replace(asked[index], prompt=[96])))
+            return None
+        tokens: list[int] = []
+        stream = engine.stream(asked[index])
+        async for output in stream:
+            tokens += output.token_ids
+            if index % 10 == 7 and tokens:
+                await stream.aclose()
+                return None
+        return tokens
+
+    async def callers() -> list[list[int] | None]:
+        turns = asyncio.Semaphore(8)
+
+        async def in_turn(index: int) -> list[int] | None:
+            async with turns:
+                return await call(index)
+
+        return await asyncio.gather(*map(in_turn, range(count)))
+
+    found = asyncio.run(callers())
+    with contextlib.closing(Engine(qs, max_num_batched_tokens=2 * GROUP)) as other:
+        for request, tokens in zip(asked, found, strict=True):
+            if tokens is not None:
+                assert tokens == text(other.generate([request])[0])
+    while engine.statistics().running:
+        time.sleep(0.01)
+    statistics = engine.statistics()
+    assert statistics.waiting == statistics.pages_used == 0
+    assert sum(statistics.finished.values()) == count - count // 10
+    assert statistics.cached_prompt_tokens > 0
+    assert not engine._delivery._listeners
+    assert not engine._delivery._kept
+    engine.close()
+
+
+def test_the_heart_beats_while_there_is_nothing_to_do(engine):
+    """And from the time of the first request on it tells how long a step takes."""
+    time.sleep(0.05)
+    before = time.monotonic()
+    assert engine.heartbeat >= before
+    engine.add(Request(random_prompt(9, 1), 30, ()))
+    added = engine.heartbeat
+    assert before <= added <= time.monotonic()
+    time.sleep(0.01)
+    assert engine.heartbeat == added
+    engine.step()
+    assert engine.heartbeat > added
 
 
 def test_closing_ends_everything(qs):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
+from transformers import EosTokenCriteria, MaxLengthCriteria
 
 from quantspec.cache import check_cache_len
 from quantspec.engine import request as engine
@@ -21,14 +21,30 @@ _STRUCTURES = frozenset({"json_schema", "regex", "grammar"})
 # The lengths and ends of a request have fields of their own.
 _HUGGING_FACE = ROW_OPTIONS - {"max_length", "max_new_tokens", "eos_token_id"} | {"logits_processor"}
 _OPTIONS = _HUGGING_FACE | _STRUCTURES | {"seed", "logprobs"}
-MOST_LOGPROBS = 20
+_MOST_LOGPROBS = 20
 
 
-def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> engine.Request:
-    """The request as the loop knows it.
+class Checked(NamedTuple):
+    """A request that can be honoured.
+
+    Attributes:
+        tokens: of the prompt.
+        arguments: for Hugging Face's ``generate``, without the prompt.
+        seed: of its randomness; None for any.
+        logprobs: likeliest tokens to report at each position; None for no log-probabilities.
+    """
+
+    tokens: list[int]
+    arguments: dict[str, Any]
+    seed: int | None
+    logprobs: int | None
+
+
+def check(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> Checked:
+    """Check a request and read its structure, without a use of the device.
 
     Args:
-        pair: that runs it.
+        pair: that shall run it.
         request: as a caller made it.
         tokenizer: of the model; needed for structures alone.
         max_length: most tokens of prompt and output.
@@ -42,15 +58,17 @@ def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> en
         raise TypeError(f"a request must be a quantspec.serving.Request, not {type(request).__name__}")
     if not isinstance(request.options, Mapping):
         raise TypeError(f"options must be a dict, not {type(request.options).__name__}")
+    if not isinstance(request.salt, str):
+        raise TypeError(f"salt must be a str, not {type(request.salt).__name__}")
     options = dict(request.options)
     if others := sorted(map(str, options.keys() - _OPTIONS)):
         raise ValueError(
             f"a request has no option {', '.join(others)}; lengths and stop tokens are fields of their own, and the "
             f"options are {', '.join(sorted(_OPTIONS))}"
         )
-    prompt = torch.tensor([_token_ids("prompt", request.prompt, pair.vocab_size)], device=pair.device)
-    check_cache_len(prompt.shape[1] + _positive(request.max_new_tokens), max_length)
-    check_logprobs(options.pop("logprobs", None))
+    tokens = _token_ids("prompt", request.prompt, pair.vocab_size)
+    check_cache_len(len(tokens) + _positive(request.max_new_tokens), max_length)
+    logprobs = _check_logprobs(options.pop("logprobs", None))
     seed = options.pop("seed", None)
     if seed is not None and not isinstance(seed := check_seed(seed), int):
         raise TypeError(f"the seed of a request must be an int, not {seed!r}")
@@ -58,14 +76,24 @@ def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> en
         stops = _token_ids("stop_token_ids", request.stop_token_ids, pair.vocab_size, least=0)
         options["eos_token_id"] = stops or None
     structure = {name: source for name in sorted(_STRUCTURES) if (source := options.pop(name, None)) is not None}
-    options |= {"max_new_tokens": request.max_new_tokens, "attention_mask": torch.ones_like(prompt)}
-    model: PreTrainedModel = pair.model
-    defaults = model.generation_config
+    options["max_new_tokens"] = request.max_new_tokens
+    defaults = pair.model.generation_config
     assert defaults is not None
     arguments = prepare_arguments(
-        pair, defaults, prompt, None, None, tokenizer, structure, None, None, False, options
+        pair, defaults, None, None, None, tokenizer, structure, None, None, False, options
     ).hugging_face
-    prepared = prepare_row(model, prompt, None, arguments)
+    return Checked(tokens, arguments, seed, logprobs)
+
+
+def prepare(pair: Pair, checked: Checked) -> engine.Request:
+    """The request as the loop knows it.
+
+    Raises:
+        TypeError, ValueError: Hugging Face refuses an option, or the model's generation config asks for what an engine
+            does not do.
+    """
+    prompt = torch.tensor([checked.tokens], device=pair.device)
+    prepared = prepare_row(pair.model, prompt, None, {**checked.arguments, "attention_mask": torch.ones_like(prompt)})
     refuse_options(prepared.config)
     for criterion in prepared.criteria:
         if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
@@ -73,19 +101,18 @@ def prepare(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> en
                 f"a request cannot end by {type(criterion).__name__}, which the model's generation config asks for; "
                 "unset max_time and stop_strings there"
             )
-    samples = bool(prepared.config.do_sample)
-    (number,) = row_seeds(seed, None, 1, "cpu") if samples else (0,)
-    return prepared.request(prompt[0], prompt.shape[1], number)
+    (seed,) = row_seeds(checked.seed, None, 1, "cpu") if prepared.config.do_sample else (0,)
+    return prepared.request(prompt[0], prompt.shape[1], seed)
 
 
-def check_logprobs(count: Any) -> int | None:
+def _check_logprobs(count: Any) -> int | None:
     """How many of the likeliest tokens to report at each position; None for no log-probabilities."""
     if count is None:
         return None
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"logprobs must be an int, the number of likeliest tokens to report, not {count!r}")
-    if not 0 <= count <= MOST_LOGPROBS:
-        raise ValueError(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {count}")
+    if not 0 <= count <= _MOST_LOGPROBS:
+        raise ValueError(f"logprobs must be between 0 and {_MOST_LOGPROBS}, not {count}")
     return count
 
 

@@ -48,9 +48,13 @@ class Batch:
         width: most tokens of a text.
     """
 
-    def __init__(self, bucket: Bucket, rows: Mapping[int, Row], width: int) -> None:
-        """``rows`` by their places; each has a token that is not cached yet."""
+    def __init__(self, bucket: Bucket, rows: Mapping[int, Row], width: int, plan: Plan) -> None:
+        """Capture a cycle of ``plan`` for them, if cycles are captured and there is none.
+
+        ``rows`` by their places; each has a token that is not cached yet.
+        """
         self.width = width
+        self._plan = plan
         self.rows = dict(rows)
         self._bucket = bucket
         pair, cache = bucket.pair, bucket.cache
@@ -68,7 +72,8 @@ class Batch:
             self._runner = ReplayRunner(bucket.replays, cache, self, processors, pending, kind, False)
         else:
             self._runner = EagerRunner(pair, cache, self, processors, pending, False, bucket.rule)
-        self._knows_running = False
+        self._runner.prepare(plan)
+        self._runner.cycle.running.copy_(torch.tensor(self.running, device="cpu"))
 
     @property
     def running(self) -> list[bool]:
@@ -94,12 +99,9 @@ class Batch:
         """Tokens of each text so far."""
         return [len(request.prompt) + len(request.tokens) for request in self.requests]
 
-    def run(self, plan: Plan) -> None:
+    def run(self) -> None:
         """Run one cycle: each row emits what it accepts and a token more, or ends by what is wrong with it alone."""
-        self._runner.prepare(plan)
-        if not self._knows_running:
-            self._runner.cycle.running.copy_(torch.tensor(self.running, device="cpu"))
-            self._knows_running = True
+        self._runner.prepare(self._plan)
         if self._on_host:
             self._judge_on_host()
         else:

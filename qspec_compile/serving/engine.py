@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import itertools
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from quantspec.config import Draft, DraftAttention, check_num_speculative_tokens
-from quantspec.engine.plan import Plan
 from quantspec.errors import QueueFullError
-from quantspec.memory import expected_memory
 from quantspec.model import QuantSpecModel
-from quantspec.pair import Pair
 
-from .admission import check_logprobs, prepare
-from .batch import Batch, Bucket
+from .admission import check, prepare
 from .delivery import Delivery
-from .prefixes import Prefixes, chunk_keys
+from .prefixes import chunk_keys
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
-
-# Tokens of a sequence on a CPU, if nobody says.
-_LENGTH_ON_CPU = 8192
+from .scheduler import Scheduler
+from .sizes import Sizes, check_positive
 
 
 class Engine:
@@ -79,62 +70,27 @@ class Engine:
         """
         if not isinstance(pair, QuantSpecModel):
             raise TypeError(f"pair must be a model that quantspec.convert() returned, not {type(pair).__name__}")
-        for name, value in (
-            ("max_sequences", max_sequences),
-            ("max_waiting", max_waiting),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-        ):
-            _check_positive(name, value)
-        if isinstance(gpu_memory_utilization, bool) or not isinstance(gpu_memory_utilization, int | float):
-            raise TypeError(f"gpu_memory_utilization must be a number, not {gpu_memory_utilization!r}")
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
+        check_positive("max_waiting", max_waiting)
+        sizes = Sizes.of(
+            pair,
+            max_sequences,
+            max_length,
+            max_num_batched_tokens,
+            gpu_memory_utilization,
+            num_speculative_tokens,
+        )
         self.pair = pair
-        self.max_sequences = max_sequences
-        self._plan = Plan(_num_drafts(pair, num_speculative_tokens))
-        self._inner = inner = pair.pair
+        self.max_sequences, self.max_length, self._chunk, _ = sizes
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
-        self._group = group = pair.config.kv_group_size
-        if max_num_batched_tokens < group:
-            raise ValueError(
-                f"max_num_batched_tokens must be at least kv_group_size={group} of the pair, not "
-                f"{max_num_batched_tokens}"
-            )
-        self._chunk = max_num_batched_tokens // group * group
-        if max_length is None:
-            max_length = _fitting_length(inner, max_sequences, self._plan.num_drafts, gpu_memory_utilization)
-        else:
-            _check_positive("max_length", max_length)
-        if max_length > inner.max_len:
-            raise ValueError(f"max_length={max_length} is more than the pair's max_cache_len={inner.max_len}")
-        self.max_length: int = max_length
-        self._cache = inner.new_cache(max_sequences, self._plan.num_drafts)
-        self._cache.reserve(max_length)
-        self._places = [self._cache.view(place, 1) for place in range(max_sequences)]
-        sizes = [1 << power for power in range(max_sequences.bit_length()) if 1 << power < max_sequences]
-        if pair.config.draft_attention is not DraftAttention.FULL:
-            # Pages are chosen for the whole cache alone.
-            sizes = []
-        self._buckets = {size: Bucket(inner, self._cache.view(0, size), pair.session.rule) for size in sizes} | {
-            max_sequences: Bucket(inner, self._cache, pair.session.rule)
-        }
-        self._batch: Batch | None = None
-
-        self._prefixes = Prefixes(max_sequences)
-        self._rows: list[Row | None] = [None] * max_sequences
-        self._waiting: deque[Row] = deque()
-        self._cancelled: deque[int] = deque()
         self._ids = itertools.count()
-        self._finished: Counter[FinishReason] = Counter()
-        self._generated = self._prompt_tokens = self._shared_tokens = self._drafts = self._drafted = self._accepted = 0
-
+        self._cancelled: deque[int] = deque()
+        self._scheduler = Scheduler(pair.session, sizes)
         self._turn = _Turn()
         self._delivery = Delivery(max_waiting)
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._closed = False
-        self._heartbeat = time.monotonic()
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id. From any thread.
@@ -147,23 +103,29 @@ class Engine:
         return self._add(request, None)
 
     def _add(self, request: Request, listener: Callable[[Output], None] | None) -> int:
+        self._check_room()
+        # Only what needs the device has to wait for a step.
+        inner = self.pair.pair
+        inner.check_unmoved()
+        checked = check(inner, request, self._tokenizer, self.max_length)
+        # States are not kept for other prompts.
+        shares = not inner.captured.states
+        keys = chunk_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
         with self._turn():
             if self._closed:
                 raise RuntimeError("the engine is closed; make another one")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests wait already (max_waiting={self._max_waiting}); try again later"
-                )
-            self._inner.check_unmoved()
-            prepared = prepare(self._inner, request, self._tokenizer, self.max_length)
-            # States are not kept for other prompts.
-            shares = not self._inner.captured.states
-            keys = chunk_keys(prepared.prompt.tolist(), self._chunk, self._group, request.salt) if shares else []
-            row = Row(next(self._ids), prepared, check_logprobs(request.options.get("logprobs")), keys)
+            self._check_room()
+            row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
             self._delivery.expect(row.id, listener)
-            self._waiting.append(row)
+            if not self._busy:
+                self._scheduler.last_step = time.monotonic()
+            self._scheduler.waiting.append(row)
         self._wake.set()
         return row.id
+
+    def _check_room(self) -> None:
+        if (count := len(self._scheduler.waiting)) >= self._max_waiting:
+            raise QueueFullError(f"{count} requests wait already (max_waiting={self._max_waiting}); try again later")
 
     def step(self) -> list[Output]:
         """Drop what was cancelled, admit, prefill one chunk of one prompt, run one cycle; returns what came of it.
@@ -177,115 +139,11 @@ class Engine:
                 self._delivery.forget(output.id)
         return outputs
 
-    @torch.no_grad()
     def _step(self) -> list[Output]:
-        with self.pair.session.exclusive():
-            dropped = self._drop_cancelled()
-            self._admit()
-            self._prefill()
-            self._run_cycle()
-            rows = self._running()
-            for row in rows:
-                if row.finish_reason is not None:
-                    self._leave(row)
-        self._heartbeat = time.monotonic()
-        return self._told([*dropped, *rows])
-
-    def _drop_cancelled(self) -> list[Row]:
-        """End and return what its callers want no more of."""
-        ids = set()
+        cancelled = set()
         while self._cancelled:
-            ids.add(self._cancelled.popleft())
-        left = [row for row in (*self._waiting, *self._running()) if row.id in ids]
-        for row in left:
-            row.end(FinishReason.CANCELLED)
-            self._leave(row)
-        return left
-
-    def _admit(self) -> None:
-        """Give free places to those that wait longest."""
-        for place, row in enumerate(self._rows):
-            if row is None and self._waiting:
-                self._rows[place] = row = self._waiting.popleft()
-                row.place = place
-                self._prompt_tokens += len(row.request.prompt)
-
-    def _prefill(self) -> None:
-        """Cache a chunk of the oldest prompt that is not cached yet; its last one gives the first token."""
-        row = min((row for row in self._running() if not row.request.tokens), key=lambda row: row.id, default=None)
-        if row is None:
-            return
-        # A failed processor or a full memory is the end of this request alone.
-        try:
-            self._fill(row)
-        except Exception as error:
-            row.end(FinishReason.ERROR, error)
-
-    def _fill(self, row: Row) -> None:
-        """Cache the next chunk of a prompt, whose place in its text does not depend on the traffic, and share it."""
-        assert row.place is not None
-        place, prompt = self._places[row.place], row.request.prompt
-        first = self._share(row, row.place) if row.filled is None else row.filled
-        end = first + self._chunk
-        if len(prompt) - end < self._group:
-            end = len(prompt)
-        part = prompt[None, first:end]
-        logits = self._inner.fill(part, prompt.new_tensor([part.shape[1]]), place)
-        row.filled = end
-        if end == len(prompt):
-            row.first(logits[0, 0])
-            return
-        place.settle()
-        if row.keys:
-            self._prefixes.publish(row.place, row.keys[first // self._chunk])
-
-    def _share(self, row: Row, place: int) -> int:
-        """Let a row begin with what is cached of its prompt; returns how many tokens that is."""
-        free = [other for other, running in enumerate(self._rows) if running is None]
-        moves, count = self._prefixes.begin(place, row.keys, free)
-        for source, target, chunks, exchanges in moves:
-            self._places[target].copy_planes(self._places[source], chunks * self._chunk, exchanges)
-        row.shared = count * self._chunk
-        if count:
-            self._places[place].resume(row.shared)
-        self._shared_tokens += row.shared
-        return row.shared
-
-    def _run_cycle(self) -> None:
-        """Run a cycle of the rows whose prompts are cached."""
-        rows = {row.place: row for row in self._running() if row.decodes and row.place is not None}
-        if not rows:
-            self._batch = None
-            return
-        before = [(row.drafted, row.accepted) for row in rows.values()]
-        try:
-            if self._batch is None or self._batch.rows != rows:
-                bucket = self._buckets[min(size for size in self._buckets if size > max(rows))]
-                self._batch = Batch(bucket, rows, self.max_length)
-            self._batch.run(self._plan)
-        # Nobody knows whose fault it is.
-        except Exception as error:
-            self._batch = None
-            for row in rows.values():
-                if row.finish_reason is None:
-                    row.end(FinishReason.ERROR, error)
-        self._drafts += len(rows)
-        for row, (drafted, accepted) in zip(rows.values(), before, strict=True):
-            self._drafted += row.drafted - drafted
-            self._accepted += row.accepted - accepted
-
-    def _running(self) -> list[Row]:
-        """Rows that hold a place."""
-        return [row for row in self._rows if row is not None]
-
-    def _leave(self, row: Row) -> None:
-        """Take a row's place, or its turn to get one."""
-        if row.place is None:
-            self._waiting.remove(row)
-        else:
-            self._rows[row.place] = None
-            # Attention reads nothing of an idle place.
-            self._places[row.place].reset()
+            cancelled.add(self._cancelled.popleft())
+        return self._scheduler.step(cancelled)
 
     def cancel(self, id: int) -> None:
         """Have a request end with the next step, as ``FinishReason.CANCELLED``; from any thread.
@@ -365,6 +223,8 @@ class Engine:
 
     def _start(self) -> None:
         """Have a thread take the steps from now on."""
+        if self._thread is not None:
+            return
         with self._turn():
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._serve, name="quantspec engine", daemon=True)
@@ -388,31 +248,16 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._cancelled or self._running())
+        return bool(self._scheduler.waiting or self._scheduler.running or self._cancelled)
 
     @property
     def heartbeat(self) -> float:
         """When a step ended last, or now if there is nothing to do, in seconds of ``time.monotonic``."""
-        return self._heartbeat if self._busy else time.monotonic()
+        return self._scheduler.last_step if self._busy else time.monotonic()
 
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing. From any thread."""
-        running, group_size = self._running(), self._group
-        lengths = [(row.filled or 0) + len(row.request.tokens) for row in running]
-        return EngineStatistics(
-            running=len(running),
-            waiting=len(self._waiting),
-            pages_used=sum(-(-length // group_size) for length in lengths),
-            pages_total=self.max_sequences * -(-self.max_length // group_size),
-            preemptions=0,
-            prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=self._shared_tokens,
-            generated_tokens=self._generated,
-            drafts=self._drafts,
-            draft_tokens=self._drafted,
-            accepted_tokens=self._accepted,
-            finished=dict(self._finished),
-        )
+        return self._scheduler.statistics()
 
     def close(self) -> None:
         """Cancel all requests, end the thread and give the cache back; nothing can be added from here on."""
@@ -424,28 +269,11 @@ class Engine:
             self._thread.join()
         for output in self._end_all(FinishReason.CANCELLED):
             self._delivery.deliver(output)
-        self._batch = None
-        self._places.clear()
-        self._buckets.clear()
-        del self._cache
+        self._scheduler.release()
 
     def _end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
-        """End every request; returns their last outputs."""
         with self._turn():
-            rows = [*self._waiting, *self._running()]
-            for row in rows:
-                row.end(reason, error)
-                self._leave(row)
-            return self._told(rows)
-
-    def _told(self, rows: Sequence[Row]) -> list[Output]:
-        """What the callers of ``rows`` have to be told."""
-        outputs = [output for row in rows if (output := row.output()) is not None]
-        for output in outputs:
-            self._generated += len(output.token_ids)
-            if output.finish_reason is not None:
-                self._finished[output.finish_reason] += 1
-        return outputs
+            return self._scheduler.end_all(reason, error)
 
 
 class _Turn:
@@ -472,55 +300,3 @@ class _Turn:
         finally:
             self._holder = None
             self._lock.release()
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
-    """Tokens drafted per cycle."""
-    if pair.config.draft is not Draft.SELF:
-        raise ValueError(
-            f"an engine drafts with the pair itself, not by draft={pair.config.draft.value!r}: convert with draft='self'"
-        )
-    count = pair.config.num_speculative_tokens if asked is None else asked
-    check_num_speculative_tokens(count)
-    if isinstance(count, str):
-        raise ValueError(f"an engine drafts a fixed number of tokens, not {count!r}: pass num_speculative_tokens=4")
-    return count
-
-
-def _fitting_length(pair: Pair, max_sequences: int, num_drafts: int, utilization: float) -> int:
-    """Most tokens that each of so many sequences can have."""
-    if pair.device.type != "cuda":
-        return min(pair.max_len, _LENGTH_ON_CPU)
-    free, total = torch.cuda.mem_get_info(pair.device)
-    cached = torch.cuda.memory_reserved(pair.device) - torch.cuda.memory_allocated(pair.device)
-    room = free + cached - (1 - utilization) * total
-
-    def fits(groups: int) -> bool:
-        needed = expected_memory(
-            pair.layers,
-            min(groups * pair.config.kv_group_size, pair.max_len),
-            max_sequences,
-            kv_group_size=pair.config.kv_group_size,
-            num_speculative_tokens=num_drafts,
-            dtype=pair.model.dtype,
-            max_cache_len=pair.max_len,
-            device=pair.device,
-            states=pair.captured.states,
-        )
-        return sum(needed.values()) <= room
-
-    groups = range(1, -(-pair.max_len // pair.config.kv_group_size) + 1)
-    fitting = bisect.bisect_left(groups, True, key=lambda count: not fits(count))
-    if fitting == 0:
-        raise ValueError(
-            f"gpu_memory_utilization={utilization} leaves no room for {max_sequences} sequences beside the weights; "
-            "pass more of it, or fewer max_sequences"
-        )
-    return min(fitting * pair.config.kv_group_size, pair.max_len)
