@@ -43,6 +43,13 @@ class ServerOptions:
         int | None,
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a request. [default: what memory allows]"),
     ] = None
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(parser=tokens(), metavar="N", help="Tokens of a prompt that are prefilled between two cycles."),
+    ] = 1024
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(parser=real(0, 1), metavar="X", help="Share of a GPU's memory for weights and cache.")
+    ] = 0.9
     max_waiting: Annotated[
         int, typer.Option(parser=whole(1), metavar="N", help="Requests that may wait; more are told to come back.")
     ] = 1024
@@ -84,6 +91,8 @@ def command(
         max_sequences=server.max_sequences,
         max_length=server.max_length,
         max_waiting=server.max_waiting,
+        max_num_batched_tokens=server.max_num_batched_tokens,
+        gpu_memory_utilization=server.gpu_memory_utilization,
     )
     name = server.name or model.model
     service = Service(engine, found.tokenizer, name)
