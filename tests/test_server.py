@@ -31,7 +31,8 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = save_model(tmp_path_factory.mktemp("model"))
-    with serving(folder, "--name", MODEL, "--no-self-check", "--kv-group-size", "16", "--gamma", "2") as running:
+    options = ["--name", MODEL, "--no-self-check", "--kv-group-size", "16", "--gamma", "2"]
+    with serving(folder, *options, "--max-num-batched-tokens", "16") as running:
         yield running
 
 
@@ -94,6 +95,16 @@ def test_chat_whole_and_streamed(client, plain):
     assert reasons == [answer.choices[0].finish_reason]
     assert [told.completion_tokens for told in usages] == [usage.completion_tokens]
     assert streamed(chat(client, stream=True))[2] == []
+
+
+def test_cached_tokens_are_told(client):
+    messages = [{"role": "user", "content": "Again," * 10}]
+    first, second = (chat(client, messages=messages) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert 0 < second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
+    others = chat(client, messages=messages, extra_body={"cache_salt": "others"})
+    assert others.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_parts_and_roles(client, plain):
