@@ -16,16 +16,16 @@ from typing import Any
 import openai
 import pytest
 import torch
+from cli_errors import assert_error
 from doc_blocks import stand_in_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_model import printable_tokenizer
-from serving_process import free_port
 from tiny_models import tiny_model
 
 from quantspec.serving.requests import EngineStatistics, FinishReason, Output, Request
 from quantspec.serving.server.penalties import CountPenalty
-from quantspec.serving.server.run import Server
+from quantspec.serving.server.run import Server, bind
 from quantspec.serving.server.service import Service
 from quantspec.serving.server.stop_strings import StopStrings
 
@@ -102,9 +102,10 @@ class ScriptedEngine:
 @contextlib.contextmanager
 def scripted(engine: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[openai.OpenAI, Server]]:
     """A client of a server, in a thread, of such an engine."""
-    port = free_port()
-    server = Server(Service(engine, tokenizer, "tiny"), "127.0.0.1", port, **options)
-    thread = threading.Thread(target=server.run)
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = Server(Service(engine, tokenizer, "tiny"), **options)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         while not server.started:
@@ -230,13 +231,17 @@ def test_prompts_are_shared_by_who_has_a_key_and_a_salt():
     assert "one" not in salts[0]
 
 
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run):
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        assert_error(run("serve", "no/such-model", "--port", taken.getsockname()[1]), "cannot listen", "--port")
+    assert_error(run("serve", "no/such-model", "--api-key", ""), "--api-key is empty")
+
+
 def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "quantspec.serving.server.run", raising=False)
-    status, out, err = run("serve", saved_model)
-    assert (status, out) == (2, "")
-    assert "uvicorn" in err
-    assert 'pip install "quantspec[serve]"' in err
+    assert_error(run("serve", saved_model), "uvicorn", 'pip install "quantspec[serve]"')
 
 
 def test_the_rest_of_the_library_does_without_the_extra():

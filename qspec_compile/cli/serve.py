@@ -72,13 +72,18 @@ def command(
         raise CommandError("--api-key is empty", "give the key, or leave it out")
     with working("importing"):
         try:
-            from quantspec.serving.server.run import Server
+            from quantspec.serving.server.run import Server, bind
         except ImportError as error:
             message = f"serving needs packages that are not installed: {error}"
             raise CommandError(message, 'pip install "quantspec[serve]"') from error
         from quantspec.serving.engine import Engine
         from quantspec.serving.requests import Request
         from quantspec.serving.server.service import Service
+    try:
+        listener = bind(server.host, server.port)
+    except OSError as error:
+        message = f"cannot listen at {server.host}:{server.port}: {error.strerror}"
+        raise CommandError(message, "choose another --port, or an address of this machine as --host") from error
     found = find_pair(model, run, generation={})
     if server.max_length is not None:
         found.check_fit(server.max_length)
@@ -104,4 +109,4 @@ def command(
         markup=False,
         soft_wrap=True,
     )
-    Server(service, server.host, server.port, server.api_key or (), server.drain_seconds).run()
+    Server(service, server.api_key or (), server.drain_seconds).run([listener])

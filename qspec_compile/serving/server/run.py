@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -20,17 +21,31 @@ _KEEP_ALIVE = 60
 _LAST_WORDS = 5
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that nobody else can have; it does not listen yet.
+
+    Raises:
+        OSError: another program has it, or the address is none of this machine's.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
 class Server(uvicorn.Server):
     """Ends on a signal when the requests that it has are answered; meanwhile new ones get 503."""
 
-    def __init__(
-        self, service: Service, host: str, port: int, api_keys: Sequence[str] = (), drain_seconds: float = 30
-    ) -> None:
-        """A server that :meth:`run` starts.
+    def __init__(self, service: Service, api_keys: Sequence[str] = (), drain_seconds: float = 30) -> None:
+        """A server that :meth:`run` starts, on ``sockets`` that :func:`bind` made.
 
         Args:
             service: ends with the server.
-            host, port: where to listen.
             api_keys: any of them lets a request in; anybody is let in if there is none.
             drain_seconds: how long requests may take to end after SIGTERM or Ctrl-C; what is left then is cut off.
         """
@@ -39,8 +54,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._gate,
-                host,
-                port,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
