@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from .answers import LAST_EVENT, ChatAnswers, CompletionAnswers, event
 from .choice import Piece
@@ -39,14 +39,21 @@ class Models(BaseModel):
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, whose source is closed as soon as nobody listens."""
+    """Server-sent events of choices, which end as soon as nobody listens, even before the first event."""
 
     media_type = "text/event-stream"
 
-    async def stream_response(self, send: Send) -> None:
+    def __init__(self, events: AsyncIterator[str], answering: Answering) -> None:
+        super().__init__(events)
+        self._answering = answering
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
+        try:
+            async with aclosing(self.body_iterator):  # type: ignore[type-var]
+                await super().__call__(scope, receive, send)
+        finally:
+            self._answering.cancel()
 
 
 def build_app(service: Service) -> FastAPI:
@@ -135,8 +142,11 @@ async def _answer(
 ) -> Any:
     if body.stream:
         usage = bool((body.stream_options or {}).get("include_usage"))
-        return _EventStream(_events(answering, answers, usage))
-    pieces = await _unless_gone(request, _all_pieces(answering))
+        return _EventStream(_events(answering, answers, usage), answering)
+    try:
+        pieces = await _unless_gone(request, _all_pieces(answering))
+    finally:
+        answering.cancel()
     return Response(status_code=_GONE) if pieces is None else answers.whole(pieces)
 
 

@@ -245,8 +245,11 @@ class Answering:
         finally:
             for task in tasks:
                 task.cancel()
-            for id in self._ids:
-                self._engine.cancel(id)
+
+    def cancel(self) -> None:
+        """Nobody wants more of it; nothing happens to choices that have ended."""
+        for id in self._ids:
+            self._engine.cancel(id)
 
     async def _follow(self, index: int, news: asyncio.Queue[tuple[int, Piece] | Exception]) -> None:
         choice, watch = self.choices[index], self._metrics.watch(self._arrival)
