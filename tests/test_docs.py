@@ -12,6 +12,7 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from types import ModuleType
 from unittest import mock
 from xml.etree import ElementTree
 
+import huggingface_hub
 import pytest
 import torch
 from doc_blocks import PAGES, ROOT, Block, blocks, fill_hub_cache
 from error_messages import SourceMessages, has_in_order, is_said, page_rows, pieces, row_messages
+from serving_process import serving
 
 from quantspec.cli import main
 
@@ -59,15 +62,20 @@ def run_page(page: Path, code: list[Block], folder: Path) -> None:
     # Triton reads the source of a kernel from its file.
     source.write_text("\n".join(lines) + "\n")
     sys.modules[module.__name__] = module
-    try:
+    # A server runs until the end of the page.
+    with contextlib.ExitStack() as servers:
+        servers.callback(sys.modules.pop, module.__name__)
         for block in code:
             if block.language == "python":
                 exec(compile("\n" * (block.line - 1) + block.text, source, "exec"), module.__dict__)
-            else:
-                for line in commands(block.text):
+                continue
+            for line in commands(block.text):
+                if line.startswith("quantspec serve "):
+                    cache = huggingface_hub.constants.HF_HUB_CACHE
+                    model, *options = shlex.split(line)[2:]
+                    servers.enter_context(serving(model, *options, port=8000, HF_HUB_CACHE=cache))
+                else:
                     run_command(line)
-    finally:
-        del sys.modules[module.__name__]
 
 
 def commands(text: str) -> list[str]:
@@ -140,6 +148,14 @@ def _python(words: list[str]) -> None:
             assert f'"{word}"' in text, f"{name} has no option {word}"
 
 
+def _curl(words: list[str]) -> None:
+    """curl itself, which shall get an answer without an error."""
+    answer = subprocess.run(["curl", "--silent", "--show-error", "--fail", *words], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout
+    assert '"error"' not in answer.stdout
+
+
 def _exists(name: str) -> Callable[[list[str]], None]:
     def check(words: list[str]) -> None:
         assert (ROOT / name).exists(), name
@@ -159,6 +175,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "make": _make,
     "pip": _pip,
     "python": _python,
+    "curl": _curl,
     "compute-sanitizer": _sanitizer,
     ".ci/run": _exists(".ci/run"),
     "pre-commit": _exists(".pre-commit-config.yaml"),

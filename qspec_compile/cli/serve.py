@@ -1,0 +1,112 @@
+"""``quantspec serve``: an HTTP server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import typer
+
+from .console import stderr, working
+from .errors import CommandError
+from .loading import find_pair
+from .options import ModelOptions, RunOptions, real, tokens, whole
+
+SETTINGS = {"epilog": "quantspec serve MODEL\nquantspec serve MODEL --port 9000 --api-key KEY --max-sequences 16"}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where the server listens, to whom, and how much it takes on."""
+
+    PANEL: ClassVar[str] = "Server"
+
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(parser=whole(1, 65535), metavar="N", help="Port to listen at.")] = 8000
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="QUANTSPEC_API_KEY",
+            show_envvar=False,
+            metavar="TEXT",
+            help="Key that lets a request in; may be repeated. Also from QUANTSPEC_API_KEY, which `ps` does not show. "
+            "[default: anybody is let in]",
+        ),
+    ] = None
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Name that requests give the model. [default: MODEL]")
+    ] = None
+    max_sequences: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Requests that run at once.")] = 8
+    max_length: Annotated[
+        int | None,
+        typer.Option(parser=tokens(), metavar="N", help="Most tokens of a request. [default: what memory allows]"),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(parser=tokens(), metavar="N", help="Tokens of a prompt that are prefilled between two cycles."),
+    ] = 1024
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(parser=real(0, 1), metavar="X", help="Share of a GPU's memory for weights and cache.")
+    ] = 0.9
+    max_waiting: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Requests that may wait; more are told to come back.")
+    ] = 1024
+    drain_seconds: Annotated[
+        float,
+        typer.Option(parser=real(0), metavar="X", help="Time that requests get to end after SIGTERM or Ctrl-C."),
+    ] = 30
+
+
+def command(
+    model: ModelOptions,
+    server: ServerOptions,
+    run: RunOptions,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let the draft learn the model's distribution before serving.")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP, for OpenAI's clients."""
+    if "" in (server.api_key or ()):
+        raise CommandError("--api-key is empty", "give the key, or leave it out")
+    with working("importing"):
+        try:
+            from quantspec.serving.server.run import Server, bind
+        except ImportError as error:
+            message = f"serving needs packages that are not installed: {error}"
+            raise CommandError(message, 'pip install "quantspec[serve]"') from error
+        from quantspec.serving.engine import Engine
+        from quantspec.serving.requests import Request
+        from quantspec.serving.server.service import Service
+    try:
+        listener = bind(server.host, server.port)
+    except OSError as error:
+        message = f"cannot listen at {server.host}:{server.port}: {error.strerror}"
+        raise CommandError(message, "choose another --port, or an address of this machine as --host") from error
+    found = find_pair(model, run, generation={})
+    if server.max_length is not None:
+        found.check_fit(server.max_length)
+    qs = found.load()
+    if tune:
+        stderr().print(str(qs.tune(tokenizer=found.tokenizer)), markup=False, soft_wrap=True)
+    engine = Engine(
+        qs,
+        tokenizer=found.tokenizer,
+        max_sequences=server.max_sequences,
+        max_length=server.max_length,
+        max_waiting=server.max_waiting,
+        max_num_batched_tokens=server.max_num_batched_tokens,
+        gpu_memory_utilization=server.gpu_memory_utilization,
+    )
+    name = server.name or model.model
+    service = Service(engine, found.tokenizer, name)
+    with working("warming up"):
+        engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
+    stderr().print(
+        f"serving '{name}' at http://{server.host}:{server.port}: {engine.max_sequences} requests at once, of "
+        f"{engine.max_length} tokens at most",
+        markup=False,
+        soft_wrap=True,
+    )
+    Server(service, server.api_key or (), server.drain_seconds).run([listener])

@@ -1,0 +1,258 @@
+"""The server's parts: stop strings, penalties, tool calls, and what a failing engine is answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import torch
+from cli_errors import assert_error
+from doc_blocks import stand_in_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from serving_model import printable_tokenizer
+from tiny_models import tiny_model
+
+from quantspec.serving.requests import EngineStatistics, FinishReason, Output, Request
+from quantspec.serving.server.penalties import CountPenalty
+from quantspec.serving.server.run import Server, bind
+from quantspec.serving.server.service import Service
+from quantspec.serving.server.stop_strings import StopStrings
+
+LETTERS = st.text("ab", max_size=6)
+
+
+@given(st.lists(LETTERS.filter(bool), max_size=3), st.lists(LETTERS, max_size=6))
+def test_stop_strings(strings, pieces):
+    """What is let through stands before any stop string, and what is held may be the beginning of one."""
+    text, fed, through = "".join(pieces), "", ""
+    matcher = StopStrings(strings)
+    for piece in pieces:
+        fed += piece
+        through += matcher.feed(piece)
+        if matcher.found:
+            break
+        assert fed.startswith(through)
+        held = fed[len(through) :]
+        assert not held or any(string.startswith(held) and string != held for string in strings)
+    assert matcher.found == any(string in text for string in strings)
+    if matcher.found:
+        assert any(text[len(through) :].startswith(string) for string in strings)
+        assert not any(string in through for string in strings)
+    else:
+        assert through + matcher.flush() == text
+
+
+def test_penalties_count_the_new_text():
+    ids = torch.tensor([[5, 5, 1, 2, 2, 3]])
+    scores = CountPenalty(2, presence=0.5, frequency=0.25)(ids, torch.zeros(1, 6))
+    assert scores.tolist() == [[0, -0.75, -1.0, -0.75, 0, 0]]
+
+
+class ScriptedEngine:
+    """Says one text, some tokens a step; then it ends, fails or goes on without a word."""
+
+    max_length = 256
+    heartbeat = float("inf")
+
+    def __init__(self, tokens: list[int], error: Exception | None = None, ends: bool = True) -> None:
+        self.pair = SimpleNamespace(model=tiny_model("qwen2"), vocab_size=300)
+        self.tokens = tokens
+        self.error = error
+        self.ends = ends
+        self.requests: list[Request] = []
+        self.cancelled: list[int] = []
+        self.closed = threading.Event()
+
+    def add(self, request: Request) -> int:
+        self.requests.append(request)
+        return len(self.requests) - 1
+
+    def cancel(self, id: int) -> None:
+        self.cancelled.append(id)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, {})
+
+    async def stream(self, id: int) -> AsyncIterator[Output]:
+        for start in range(0, len(self.tokens), 3):
+            yield Output(id, tuple(self.tokens[start : start + 3]), prompt_tokens=4)
+        while not self.ends:
+            await asyncio.sleep(0.01)
+            if self.closed.is_set():
+                yield Output(id, finish_reason=FinishReason.CANCELLED)
+                return
+        reason = FinishReason.STOP if self.error is None else FinishReason.ERROR
+        yield Output(id, (2,) if self.error is None else (), finish_reason=reason, error=self.error)
+
+
+@contextlib.contextmanager
+def scripted(engine: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[openai.OpenAI, Server]]:
+    """A client of a server, in a thread, of such an engine."""
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = Server(Service(engine, tokenizer, "tiny"), **options)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20), server
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    messages = [{"role": "user", "content": "What is the weather?"}]
+    return client.chat.completions.create(model="tiny", messages=messages, max_tokens=99, **options)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+
+
+def test_tool_calls_and_reasoning():
+    """With the response template that transformers has for the model's type."""
+    tokenizer = stand_in_tokenizer()
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
+    )
+    tokens = tokenizer(f"<think>Which city?</think>Let me look.{CALL}")["input_ids"]
+    engine = ScriptedEngine(tokens)
+    with scripted(engine, tokenizer) as (client, _):
+        choice = chat(client, tools=TOOLS).choices[0]
+        prompt = tokenizer.decode(engine.requests[0].prompt)
+        without = chat(client, tools=TOOLS, tool_choice="none")
+        chunks = [chunk.choices[0] for chunk in chat(client, tools=TOOLS, stream=True)]
+    assert prompt.startswith("weather ")
+    assert not tokenizer.decode(engine.requests[1].prompt).startswith("weather")
+    assert without.usage.completion_tokens == len(tokens) + 1
+    assert choice.finish_reason == "tool_calls"
+    assert (choice.message.content, choice.message.reasoning_content) == ("Let me look.", "Which city?")
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, call.function.arguments) == ("function", "weather", '{"city": "Bern"}')
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "Let me look."
+    (told,) = [told for chunk in chunks for told in chunk.delta.tool_calls or ()]
+    assert (told.index, told.function.name, told.function.arguments) == (0, "weather", '{"city": "Bern"}')
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_a_tool_call_that_is_no_json_is_text():
+    tokenizer = stand_in_tokenizer()
+    broken = "<tool_call>{nothing}</tool_call>"
+    with scripted(ScriptedEngine(tokenizer(broken)["input_ids"]), tokenizer) as (client, _):
+        choice = chat(client, tools=TOOLS).choices[0]
+    assert "{nothing}" in choice.message.content
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+
+
+def test_tool_messages_reach_the_template():
+    tokenizer = stand_in_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }} {% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "Rain"}]
+    engine = ScriptedEngine([5])
+    with scripted(engine, tokenizer) as (client, _):
+        client.chat.completions.create(model="tiny", messages=messages)
+        call["function"]["arguments"] = "{"
+        with pytest.raises(openai.BadRequestError, match="no JSON"):
+            client.chat.completions.create(model="tiny", messages=messages)
+    prompt = tokenizer.decode(engine.requests[0].prompt)
+    # As an object, which templates print.
+    assert '"arguments": {"city": "Bern"}' in prompt
+    assert prompt.rstrip().endswith("Rain")
+
+
+def test_what_the_engine_cannot_end_is_an_error():
+    tokenizer = printable_tokenizer()
+    engine = ScriptedEngine(tokenizer("abcd")["input_ids"], error=FloatingPointError("the model's logits are NaN"))
+    with scripted(engine, tokenizer) as (client, _):
+        with pytest.raises(openai.InternalServerError, match="logits are NaN"):
+            chat(client)
+        stream = chat(client, stream=True)
+        with pytest.raises(openai.APIError, match="logits are NaN"):
+            list(stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_end_in_time_is_cut_off(stream):
+    engine = ScriptedEngine([5, 6, 7], ends=False)
+    with scripted(engine, printable_tokenizer(), drain_seconds=0) as (client, server):
+        threading.Timer(0.5, server.handle_exit, (signal.SIGTERM, None)).start()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(chat(client, stream=stream))
+    assert engine.closed.is_set()
+
+
+def test_an_engine_that_takes_no_step_is_not_healthy():
+    engine = ScriptedEngine([5])
+    with scripted(engine, printable_tokenizer()) as (client, _):
+        url = str(client.base_url).replace("/v1/", "/health")
+        assert client.get(url, cast_to=object) == {"status": "ok"}
+        engine.heartbeat = float("-inf")
+        with pytest.raises(openai.InternalServerError, match="no step"):
+            client.get(url, cast_to=object)
+
+
+def test_prompts_are_shared_by_who_has_a_key_and_a_salt():
+    """Not by others: the engine is told who asks."""
+    engine = ScriptedEngine([5])
+    with scripted(engine, printable_tokenizer(), api_keys=("one", "two")) as (client, _):
+        for key, salt in (("one", None), ("two", None), ("one", "a"), ("one", "b"), ("one", "a")):
+            chat(client.with_options(api_key=key), extra_body={"cache_salt": salt})
+    salts = [request.salt for request in engine.requests]
+    assert len(set(salts)) == 4
+    assert salts[2] == salts[4]
+    assert "one" not in salts[0]
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run):
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        assert_error(run("serve", "no/such-model", "--port", taken.getsockname()[1]), "cannot listen", "--port")
+    assert_error(run("serve", "no/such-model", "--api-key", ""), "--api-key is empty")
+
+
+def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "quantspec.serving.server.run", raising=False)
+    assert_error(run("serve", saved_model), "uvicorn", 'pip install "quantspec[serve]"')
+
+
+def test_the_rest_of_the_library_does_without_the_extra():
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'openai', 'prometheus_client'): sys.modules[name] = None\n"
+        "import quantspec.cli.serve, quantspec.serving.engine\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+
+
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(TypeError, match="fast tokenizer"):
+        Service(ScriptedEngine([5]), object(), "tiny")  # type: ignore[arg-type]
