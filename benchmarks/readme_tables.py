@@ -60,32 +60,49 @@ def rate_of(tokens: float, num_drafts: int) -> float:
     return low
 
 
+def _pooled(rows: list[dict[str, Any]], num_drafts: int) -> tuple[float, float]:
+    """Tokens per cycle and a of several cells with as many new tokens each."""
+    tokens = mean(row[f"tokens per cycle at {num_drafts}"] for row in rows)
+    return tokens, rate_of(tokens, num_drafts)
+
+
 def acceptance(name: str) -> str:
-    """Accepted over drafted tokens per prompt length; over all lengths the same by position, tokens per cycle, a."""
+    """a and tokens per cycle by draft and decoding mode, over all texts and contexts."""
     data = _load(name)
-    cases: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in data["rows"]:
-        if "mode" in row:
-            cases.setdefault((row["mode"], _draft(row)), {})[row["prompt_tokens"]] = row
-    lengths = sorted(next(iter(cases.values())))
+        cells.setdefault((row["draft"], row["lm_head"]), {}).setdefault(row["mode"], []).append(row)
+    modes = list(next(iter(cells.values())))
     rows = []
-    for (mode, draft), by_length in sorted(cases.items()):
-        measured = [by_length[length] for length in lengths]
-        positions = zip(*(row["acceptance_rate_per_position"] for row in measured), strict=True)
-        tokens = mean(row["mean_acceptance_length"] for row in measured)
-        rows.append(
-            [
-                mode,
-                draft,
-                *(f"{row['draft_acceptance_rate']:.3f}" for row in measured),
-                " ".join(f"{mean(rates):.2f}" for rates in positions),
-                f"{tokens:.2f}",
-                f"{rate_of(tokens, measured[0]['num_speculative_tokens']):.2f}",
-            ]
-        )
-    header = ["mode", "INT4 weights", *(f"{length:,} tokens" for length in lengths)]
-    header += ["by position", "tokens per cycle", "a"]
+    for (draft, head), by_mode in cells.items():
+        row = [draft, head]
+        for mode in modes:
+            (four, rate), (eight, _) = _pooled(by_mode[mode], 4), _pooled(by_mode[mode], 8)
+            row += [f"{rate:.3f}", f"{four:.2f}, {eight:.2f}"]
+        rows.append(row)
+    header = ["INT4 weights", "draft's head"]
+    for mode in modes:
+        header += [f"{mode}: a", "tokens per cycle of 4 and 8 drafts"]
     return markdown_table(header, rows) + _source(data, name)
+
+
+def acceptance_by_context(name: str) -> str:
+    """a with eight drafts and an INT4 head by text, mode and context, before tuning and after."""
+    data = _load(name)
+    cells: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in data["rows"]:
+        if row["lm_head"] == "INT4" and "draft_attention_share" not in row:
+            by_context = cells.setdefault((row["kind"], row["mode"]), {})
+            by_context.setdefault(row["context"], {})["after" if row["tuned"] else "before"] = row["a at 8"]
+    contexts = sorted({context for by_context in cells.values() for context in by_context})
+    rows = []
+    for (kind, mode), by_context in sorted(cells.items()):
+        row = [kind, mode]
+        for context in contexts:
+            rates = by_context.get(context, {})
+            row.append(" → ".join(f"{rates[when]:.3f}" for when in ("before", "after") if when in rates))
+        rows.append(row)
+    return markdown_table(["text", "mode", *(f"{c:,} tokens" for c in contexts)], rows) + _source(data, name)
 
 
 def parity(name: str) -> str:
@@ -132,6 +149,28 @@ def options(name: str) -> str:
         cells.setdefault(row["option"], {})[row["batch"]] = f"{row['tokens_per_second']:,.0f}{share}"
     rows = [[f"`{name}`" if "=" in name else name, *(of.get(b, "") for b in batches)] for name, of in cells.items()]
     return markdown_table(["option", *(f"batch {batch}" for batch in batches)], rows) + _source(data, name)
+
+
+def draft_sources(name: str) -> str:
+    """Tokens per second by source and number of drafts: a column for each kind of work, new text over its prompts."""
+    data = _load(name)
+    work = list(dict.fromkeys(row["work"] for row in data["rows"]))
+    cells: dict[tuple[str, int | str], dict[str, list[dict[str, Any]]]] = {}
+    for row in data["rows"]:
+        way = (row["draft"], row["num_speculative_tokens"])
+        cells.setdefault(way, {}).setdefault(row["work"], []).append(row)
+    rows = []
+    for (draft, number), by_work in sorted(cells.items(), key=lambda item: (item[0][0], str(item[0][1]).zfill(4))):
+        row = [f'`"{draft}"`', f"`{number!r}`".replace("'", '"')]
+        for name_of_work in work:
+            measured = by_work.get(name_of_work, [])
+            cell = f"{mean(m['tokens_per_second'] for m in measured):,.0f}" if measured else ""
+            if measured:
+                cell += f" ({mean(m['tokens_per_cycle'] for m in measured):.1f}"
+                cell += f"; {mean(m['speedup'] for m in measured):.2f}x)" if "speedup" in measured[0] else ")"
+            row.append(cell)
+        rows.append(row)
+    return markdown_table(["draft", "number", *work], rows) + _source(data, name)
 
 
 def attention_kernels(name: str) -> str:
@@ -354,14 +393,17 @@ def _documents(report: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "acceptance": lambda: acceptance("acceptance.json"),
-    "parity": lambda: parity("acceptance.json"),
+    "acceptance": lambda: acceptance("acceptance-smollm2.json"),
+    "acceptance-smollm2": lambda: acceptance_by_context("acceptance-smollm2.json"),
+    "acceptance-qwen": lambda: acceptance_by_context("acceptance-qwen-coder.json"),
+    "parity": lambda: parity("draft-parity.json"),
     "task-parity": lambda: task_parity("parity/parity.json"),
     "text-parity": lambda: text_parity(
         "parity/parity.json", "parity-last-1024/parity.json", "parity-bfloat16/parity.json"
     ),
     "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
+    "drafts": lambda: draft_sources("drafts-smollm2.json"),
     "options": lambda: options("options.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),

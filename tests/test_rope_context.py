@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny_model
 
 import quantspec
@@ -35,6 +36,17 @@ def ids(num_tokens: int) -> torch.Tensor:
     return torch.randint(3, 96, (1, num_tokens), generator=torch.Generator().manual_seed(1))
 
 
+def model_of(name: str) -> torch.nn.Module:
+    """A model of a kind that this transformers can read two long texts with."""
+    model = MODELS[name]()
+    try:
+        for _ in range(2):
+            own_logits(model, ids(100))
+    except UnboundLocalError as error:
+        pytest.skip(f"transformers {transformers.__version__} fails itself ({error}): run with a newer one")
+    return MODELS[name]()
+
+
 @torch.no_grad()
 def own_logits(model: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
     return model(text, use_cache=False).logits
@@ -43,7 +55,7 @@ def own_logits(model: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_short_texts_are_computed_like_long_ones(name):
     """Of a text longer than the original context the model itself takes the same frequencies."""
-    model = MODELS[name]()
+    model = model_of(name)
     long = ids(100)
     qs = quantspec.convert(model, kv_group_size=GROUP, max_cache_len=100)
     assert qs.config.rope_context == 100
@@ -63,7 +75,7 @@ def test_rope_context_chooses_the_frequencies_of_short_texts():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_goes_on_choosing_by_length_and_the_pair_does_not_mind(name):
-    model = MODELS[name]()
+    model = model_of(name)
     # What a text has left behind must not decide.
     before = [own_logits(model, ids(count)) for count in (60, 100)]
     qs = quantspec.convert(model, kv_group_size=GROUP, max_cache_len=120, rope_context=60)

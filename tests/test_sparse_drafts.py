@@ -284,7 +284,8 @@ def test_a_draft_with_an_op_of_its_own_is_not_sparse() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 def test_replays_choose_as_launches_one_by_one_do(short_pages, monkeypatch) -> None:
-    model = tiny_model("llama", torch.bfloat16, hidden_size=256, num_attention_heads=4, head_dim=64).cuda()
+    # In bfloat16 a replay's drafts may part from those of single launches where two are nearly tied.
+    model = tiny_model("llama", torch.float32, hidden_size=256, num_attention_heads=4, head_dim=64).cuda()
     options = {"kv_group_size": GROUP, "weight_group_size": 32, "self_check": False, "draft_attention_share": 0.25}
     qs = quantspec.convert(model, draft_attention="sparse", **options)
     prompts = [random_prompt(6 * PAGE_TOKENS, 1), random_prompt(30, 2)]
