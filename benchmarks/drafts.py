@@ -28,7 +28,7 @@ from quantspec.evals import load_smollm2, python_reference
 
 from .acceptance import prompts_of, texts_of
 from .common import LOG, RESULTS, print_progress, write_results
-from .decode import Baseline
+from .decode import Baseline, milliseconds
 
 NEW_TEXT: tuple[tuple[str, int | str], ...] = (("self", 4), ("self", 6))
 COPIES: tuple[tuple[str, int | str], ...] = (
@@ -95,7 +95,7 @@ def new_text_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each context, kind, prompt and way to draft, with what it is faster than the baseline."""
     for context in contexts:
-        token_ms = baseline.token_milliseconds(context)
+        token_ms = milliseconds(baseline.token(context))
         for draft, number in NEW_TEXT:
             for kind in ("documentation", "source code"):
                 prompts = prompts_of(texts[kind], context)
