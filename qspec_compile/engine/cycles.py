@@ -477,6 +477,6 @@ def cycles_of(
         kind = ProposalReplay if lockstep else CycleReplay
         runner = ReplayRunner(replays, cache, call.progress, processors, pending, kind, looks_up)
     else:
-        kind = LockstepCycle if lockstep else Cycle
-        runner = EagerRunner(pair, cache, call.progress, processors, pending, kind, looks_up, call.rule, call.verifier)
+        cycle = LockstepCycle if lockstep else Cycle
+        runner = EagerRunner(pair, cache, call.progress, processors, pending, cycle, looks_up, call.rule, call.verifier)
     return LockstepCycles(runner, call, clock) if lockstep else JudgedCycles(runner, call, clock)
