@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from step_by_step import pad_batch, random_prompt
-from test_score_programs import Rerun
+from test_score_programs import without_graphs
 from test_structured import stand_in_tokenizer
 from tiny_models import tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -19,9 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import quantspec
 from quantspec.config import Draft
-from quantspec.engine.cycle_graph import CycleReplay, CycleReplays
 from quantspec.engine.lookup import LONGEST_MATCH, Lookup, continuations
 from quantspec.engine.request import Request
+
+__all__ = ["without_graphs"]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 # A text that the target loops on is one that a lookup continues.
@@ -157,22 +158,6 @@ def test_a_loop_is_read_from_the_text(qs):
         assert stats.accepted_by_source["lookup"] > GROUP
         assert stats.mean_acceptance_length > 5
     assert f"{stats.accepted_by_source['lookup']} of {stats.drafted_by_source['lookup']}" in str(stats)
-
-
-@pytest.fixture
-def without_graphs(monkeypatch) -> list[CycleReplay]:
-    """Replays on a CPU, which run what they would have captured; gives those that were made."""
-    made = []
-
-    def capture(self, plan):
-        made.append(self)
-        # As warming up does, with all sequences done.
-        self._work(plan)
-        self._graph, self._flush_graph = Rerun(lambda: self._work(plan)), Rerun(self.cycle.cache.flush)
-
-    monkeypatch.setattr(CycleReplay, "_capture", capture)
-    monkeypatch.setattr(CycleReplays, "suit", lambda self: True)
-    return made
 
 
 LOOPING = {"sequence_bias": {(7, 8): 100.0, (8, 9): 100.0, (9, 7): 100.0}, "eos_token_id": [5]}

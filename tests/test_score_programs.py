@@ -440,13 +440,17 @@ def test_kept_programs_follow_the_call(qs, without_graphs, name, batch):
 def test_a_kept_proposal_serves_stateful_processors(qs, without_graphs):
     options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "repetition_penalty": 1.2, **ragged(3)}
     qs.reset()
+    made = []
     for _ in range(2):
         expected = qs.model.generate(logits_processor=LogitsProcessorList([EveryThird()]), **options)
         ours = qs.generate(
             logits_processor=LogitsProcessorList([EveryThird()]), num_speculative_tokens=4, seed=0, **options
         )
         assert torch.equal(ours, expected)
-    assert [type(replay) for replay in without_graphs] == [ProposalReplay]
+        made.append(len(without_graphs))
+    # Rows that advance together draft as many tokens as asked for, fewer, or none.
+    assert made[0] == made[1] <= 3
+    assert {type(replay) for replay in without_graphs} == {ProposalReplay}
     qs.reset()
 
 
