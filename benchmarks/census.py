@@ -26,11 +26,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import quantspec
 from quantspec import QuantSpecModel, UnsupportedModelError
+from quantspec.errors import SavedModelError
 from quantspec.self_check import incremental_logits
 
 from .census_models import VOCABULARY, tiny_model
@@ -124,7 +125,14 @@ def _saving(qs: QuantSpecModel) -> str:
     expected = _text(qs, ids, _NEW_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         qs.save_pretrained(folder)
-        loaded = quantspec.from_pretrained(folder)
+        try:
+            loaded = quantspec.from_pretrained(folder)
+        except SavedModelError:
+            own = AutoModelForCausalLM.from_pretrained(folder).eval()
+            if torch.equal(greedy(own, ids, _NEW_TOKENS), greedy(qs.model, ids, _NEW_TOKENS)):
+                raise
+            # transformers itself loads another model than it saved, and loading the pair says so.
+            return ""
         return "" if torch.equal(_text(loaded, ids, _NEW_TOKENS), expected) else "a saved pair's text is another"
 
 
