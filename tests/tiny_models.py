@@ -1,4 +1,4 @@
-"""Tiny random decoders of many architectures, for tests and for ``docs/supported-models.md``."""
+"""Tiny random decoders of many architectures, for tests."""
 
 from __future__ import annotations
 

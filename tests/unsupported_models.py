@@ -1,4 +1,4 @@
-"""Models that ``convert`` must refuse, with what its message must say; for tests and ``docs/supported-models.md``."""
+"""Models that ``convert`` must refuse, with what its message must say; for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Refused:
         build: makes the model.
         reason: text that says why.
         names: text that names the module, node or weight; '' where the whole model is at fault.
-        architecture: for the documentation; '' for models made up for the tests.
+        architecture: its type; '' for models made up for the tests.
     """
 
     build: Callable[[], nn.Module]

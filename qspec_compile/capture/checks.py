@@ -124,8 +124,11 @@ def _rope_parameters(config: object) -> Iterator[tuple[str, dict]]:
             yield f"rope_parameters[{key}]", nested
 
 
-class _MetaIsZero(TorchDispatchMode):
-    """Takes tensors without data for zeros, which to a mask's rule say that nothing is padded."""
+class _AsOfLongerText(TorchDispatchMode):
+    """Lets a rule look up tokens beyond its text where all of that are alike: none is padded, none of an image.
+
+    Tensors without data are taken for zeros, which say so.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A rule is asked for the first text alone, and sizes of an export are symbols.
@@ -134,6 +137,9 @@ class _MetaIsZero(TorchDispatchMode):
             lambda x: torch.zeros([1] * x.dim(), dtype=x.dtype, device="cpu") if x.device.type == "meta" else x,
             (args, kwargs or {}),
         )
+        if func is torch.ops.aten.index.Tensor and bool((args[0] == args[0].flatten()[:1]).all()):
+            found = [x if x is None else x.clamp(max=n - 1) for x, n in zip(args[1], args[0].shape, strict=False)]
+            args = (args[0], found)
         return func(*args, **kwargs)
 
 
@@ -154,7 +160,7 @@ def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
     kv = q.T
     zero = torch.zeros((), dtype=torch.long, device=place)
     try:
-        with _MetaIsZero() if device.type == "meta" else contextlib.nullcontext():
+        with _AsOfLongerText():
             allowed = spec.mask_function(zero, zero, q, kv).expand(len(points), len(points))
     except Exception as error:
         if device.type == "meta":

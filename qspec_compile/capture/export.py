@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
+from quantspec.passes.counted_positions import FollowPositionIds
 from quantspec.passes.graph import find_calls
+from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
 
 from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
@@ -132,6 +134,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             StepStates(len(states))(graph_module)
         except StateStepsError as error:
             raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
+    else:
+        RemoveNoOps()(graph_module)
+        FollowPositionIds()(graph_module)
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])
