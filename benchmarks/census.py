@@ -131,7 +131,7 @@ def _saving(qs: QuantSpecModel) -> str:
             own = AutoModelForCausalLM.from_pretrained(folder).eval()
             with torch.no_grad():
                 logits = [model(input_ids=ids, use_cache=False).logits for model in (own, qs.model)]
-            if torch.allclose(*logits, atol=_TOLERANCE):
+            if torch.allclose(logits[0], logits[1], atol=_TOLERANCE):
                 raise
             # transformers itself loads another model than it saved, and loading the pair says so.
             return ""

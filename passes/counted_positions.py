@@ -178,7 +178,7 @@ class _Followed:
 
     def _with_value(self, made: fx.Node) -> fx.Node:
         """``made`` with metadata, keyword arguments included."""
-        args, kwargs = fx.map_arg((made.args, made.kwargs), lambda source: source.meta["val"])  # type: ignore[misc]
+        args, kwargs = fx.map_arg((made.args, made.kwargs), lambda source: source.meta["val"])
         with self.ids.meta["val"].fake_mode:
             made.meta["val"] = made.target(*args, **kwargs)  # type: ignore[operator]
         return made
