@@ -32,7 +32,8 @@ def main() -> None:
         contexts = json.loads((RESULTS / f"decode-{name}.json").read_text())["rows"]
         lengths = [row["context"] for row in contexts]
         best = [best_rows(row) for row in contexts]
-        for shade, rate in zip((0.35, 0.55, 0.75, 0.95), sorted(best[0]), strict=True):
+        for number, rate in enumerate(sorted(best[0])):
+            shade = 0.35 + 0.6 * number / max(1, len(best[0]) - 1)
             speedups = [rows[rate]["speedup"] for rows in best]
             axis.plot(lengths, speedups, marker="o", color=pyplot.get_cmap("Blues")(shade), label=f"{rate:.2f}")
         axis.axhline(1, color="gray", linewidth=1)
