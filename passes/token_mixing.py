@@ -115,6 +115,13 @@ class CheckTokenMixing(PassBase):
         last = math.log2(max(3, self.max_len - 1))
         spread = torch.logspace(math.log2(3), last, _NUM_TOKENS, 2, dtype=torch.float64, device=device)
         positions = spread.round().long().clamp(max=self.max_len - 1)[None]
+        self._compare(graph_module, ids, positions)
+        # What is divided by its position differs most at the first ones.
+        self._compare(graph_module, ids, torch.arange(_NUM_TOKENS, device=device)[None].clamp(max=self.max_len - 1))
+
+    def _compare(self, graph_module: fx.GraphModule, ids: Tensor, positions: Tensor) -> None:
+        """As :meth:`_run`, at these positions."""
+        device = ids.device
         together = (ids, positions)
         alone = (ids.T.contiguous(), positions.T.contiguous())
         inputs = (together, alone, tuple(x[:_FEWER] for x in alone))

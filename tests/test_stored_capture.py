@@ -39,7 +39,10 @@ def test_a_capture_comes_back_from_json(architecture):
 
 
 def _addresses(graph_module: torch.fx.GraphModule) -> dict[str, int]:
-    return {name: p.data_ptr() for name, p in graph_module.named_parameters(remove_duplicate=False)}
+    """Of what the graph reads."""
+    read = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
+    parameters = graph_module.named_parameters(remove_duplicate=False)
+    return {name: p.data_ptr() for name, p in parameters if name in read}
 
 
 def _shape(node: torch.fx.Node) -> tuple | None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from step_by_step import random_prompt
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from quantspec import QuantSpecModel, UnsupportedModelError, convert
+from quantspec.self_check import incremental_logits
 
 # Beyond every length that a short run would see, within the tiny models' limit of 512 tokens.
 FAR = 400
@@ -34,14 +36,27 @@ def indices(hidden: Tensor) -> Tensor:
 
 TABLE = torch.cat((torch.ones(FAR), torch.linspace(1, 2, 512 - FAR)))[:, None]
 
-FROM_SIZES = {
+FOLLOWED = {
     "scale": lambda hidden: hidden * (1 + (indices(hidden) + 1).div(FAR, rounding_mode="floor").log1p()),
     "bucket": lambda hidden: hidden + (indices(hidden) > FAR),
+}
+FROM_SIZES = {
     "counted ones": lambda hidden: hidden * (torch.ones_like(hidden[..., :1]).cumsum(1) < FAR),
     "length": lambda hidden: hidden * (1 + hidden.shape[1] // FAR),
     "clamp": lambda hidden: hidden.clamp(max=10 + hidden.shape[1] // FAR),
     "table": lambda hidden: hidden * TABLE[: hidden.shape[1]],
 }
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_counts_that_meet_the_tokens_follow_position_ids(name):
+    model = with_change(FOLLOWED[name])
+    ids = torch.tensor([random_prompt(FAR + 20, 1)])
+    # Groups so long that nothing is quantized.
+    qs = convert(model, kv_group_size=256, weight_group_size=32)
+    decoded = incremental_logits(qs, ids, FAR - 4, (1, 3, 20))
+    with torch.no_grad():
+        assert torch.allclose(decoded, model(ids, use_cache=False).logits[:, FAR - 5 :], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FROM_SIZES)
@@ -126,11 +141,3 @@ def test_positions_that_the_model_scales_by_position_ids_convert():
     forward = rope.forward
     rope.forward = lambda hidden, position_ids: forward(hidden, position_ids.clamp(max=FAR))
     assert len(converted(model).layers) == 2
-
-
-def test_llama_4s_temperature_is_refused():
-    model = tiny_model(
-        "llama4_text", layer_types=["full_attention"] * 2, no_rope_layers=[1, 0], attn_temperature_tuning=True
-    )
-    with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers\.1\.self_attn' is made from the number"):
-        converted(model)
