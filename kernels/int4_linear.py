@@ -31,6 +31,7 @@ from .inline_asm import (
     biased_quarters,
     exact_dot,
     launches_overlap,
+    load_inside,
     nibble_bias,
     ones_like,
     split_pair,
@@ -212,15 +213,6 @@ int4_linear.register_autograd(_gradients, setup_context=_keep)
 
 
 @triton.jit
-def _load(at, inside, EVEN: tl.constexpr):
-    """Where everything is inside, no mask: a predicate per load costs time."""
-    if EVEN:
-        return tl.load(at)
-    else:
-        return tl.load(at, inside, other=0)
-
-
-@triton.jit
 def _row_of(place, first, N, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr):
     """Row of the weight at a place of a program's tiles, whose outputs begin at ``first``.
 
@@ -258,12 +250,12 @@ def _weights(
     EVEN: tl.constexpr = EVEN_N and EVEN_K and not MASKED
     # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
     w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
-    w = _load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
+    w = load_inside(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
     sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
     sz_mask = (first + sz_chunk < ALL_CHUNKS) & wanted
-    sz = _load(sz_at, (sz_n < N) & sz_mask, EVEN)
+    sz = load_inside(sz_at, (sz_n < N) & sz_mask, EVEN)
     if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
-        sz = tl.join(sz, _load(sz_at + TILE_OUTPUTS, (sz_n + TILE_OUTPUTS < N) & sz_mask, EVEN))
+        sz = tl.join(sz, load_inside(sz_at + TILE_OUTPUTS, (sz_n + TILE_OUTPUTS < N) & sz_mask, EVEN))
         sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (sz_chunk.shape[0], 16 * TILES, 1))
     return w, sz
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
-from .inline_asm import exact_dot, fetch_rows, launches_overlap, use_inline_asm
+from .inline_asm import exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
 from .int4_linear import K_WIDTH
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
@@ -64,15 +64,6 @@ def _(x, weights, biases):
 def reads_faster(sizes: Sequence[int]) -> bool:
     """Whether the kernel was faster than cuBLAS for weights of so many outputs: several small ones, or a head's."""
     return sum(sizes) <= 8192 if len(sizes) > 1 else sum(sizes) >= 32768
-
-
-@triton.jit
-def _load(at, inside, EVEN: tl.constexpr):
-    """Where everything is inside, no mask: a predicate per load costs time."""
-    if EVEN:
-        return tl.load(at)
-    else:
-        return tl.load(at, inside, other=0)
 
 
 @triton.jit
@@ -163,7 +154,7 @@ def _linears_kernel(
         first = step * CHUNKS
         # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
         w_step = tl.max_contiguous(w_at + first * CHUNK, [2, 1, 8])
-        ww = _load(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
+        ww = load_inside(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
         x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
         if EVEN_K:
             xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored

@@ -472,7 +472,7 @@ def test_outputs_count_what_was_drafted(qs, engine):
 
 def test_structures():
     """Each row follows a grammar of its own, or none; one that allows nothing ends its row alone."""
-    pytest.importorskip("llguidance")
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install -e '.[structured]'")
     tokenizer = stand_in_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     pair = quantspec.convert(tiny_model("llama", vocab_size=len(tokenizer), **ids), self_check=False)
