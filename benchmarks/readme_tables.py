@@ -142,13 +142,18 @@ def speed(name: str) -> str:
 
 
 def options(name: str) -> str:
-    """Tokens per second with an option and, as a share of the plain call's, cycles per second, by batch."""
+    """Tokens per second with an option and, as a share of the plain call's, cycles per second, by batch.
+
+    Rows in lockstep have shorter cycles, of fewer tokens: there the share is of tokens per second.
+    """
     data = _load(name)
     batches = sorted({row["batch"] for row in data["rows"]})
     cells: dict[str, dict[int, str]] = {}
     for row in data["rows"]:
-        share = f" ({row['cycle_of_plain']:.2f})" if "cycle_of_plain" in row else ""
-        cells.setdefault(row["option"], {})[row["batch"]] = f"{row['tokens_per_second']:,.0f}{share}"
+        in_lockstep = row["batch"] > 1 and "processor" in row["option"]
+        share = row.get("of_plain" if in_lockstep else "cycle_of_plain")
+        cell = f"{row['tokens_per_second']:,.0f}" + ("" if share is None else f" ({share:.2f})")
+        cells.setdefault(row["option"], {})[row["batch"]] = cell
     rows = [[f"`{name}`" if "=" in name else name, *(of.get(b, "") for b in batches)] for name, of in cells.items()]
     return markdown_table(["option", *(f"batch {batch}" for batch in batches)], rows) + _source(data, name)
 
