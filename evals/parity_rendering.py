@@ -7,7 +7,13 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from quantspec.picture_sheet import DRAFT, TARGET
+from quantspec.picture_style import Label, caption, label_lines, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Tokens over which a curve of divergences is averaged before it is drawn.
 _SMOOTHING = 32
@@ -90,25 +96,39 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         logging.getLogger(__name__).warning("no plot: matplotlib is not installed (pip install 'quantspec[eval]')")
         return
-    from matplotlib.figure import Figure
+    _draw(report, path)
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_position, by_distance = figure.subplots(1, 2)
-    for row in report["text"]:
+
+@styled
+def _draw(report: dict[str, Any], path: Path) -> None:
+    picture = new_figure((11, 4), f"{report['model']}: divergence from the original model")
+    by_position, by_distance = picture.subplots(1, 2, sharey=True)
+    labels: dict[Axes, list[Label]] = {by_position: [], by_distance: []}
+    for row, color in zip(report["text"], (TARGET, DRAFT), strict=False):
         curve = _smoothed(row["kl_per_position"])
         first = row["context_tokens"]
-        by_position.plot(range(first, first + len(curve) * _SMOOTHING, _SMOOTHING), curve, label=row["role"])
         classes = [entry for entry in row["kl_by_distance"] if entry["distance"] is not None]
         means = [math.nan if entry["mean_kl"] is None else entry["mean_kl"] for entry in classes]
-        by_distance.plot([entry["distance"] for entry in classes], means, "o-", label=row["role"])
-    by_position.set(xlabel="position in the text", ylabel=f"KL(reference || role), means of {_SMOOTHING} tokens")
-    by_distance.set(xlabel="tokens in the recent buffer before it", ylabel="mean KL(reference || role)")
-    for axes in (by_position, by_distance):
-        axes.set_yscale("log")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{report['model']}: divergence from the original model")
-    figure.savefig(path, dpi=120)
+        for axes, places, values, mark in (
+            (by_position, range(first, first + len(curve) * _SMOOTHING, _SMOOTHING), curve, ""),
+            (by_distance, [entry["distance"] for entry in classes], means, "o"),
+        ):
+            axes.plot(places, values, marker=mark, color=color)
+            drawn = [(x, y) for x, y in zip(places, values, strict=True) if math.isfinite(y)]
+            if drawn:
+                labels[axes].append(
+                    Label(f"{row['role']}, mean {figure(row['mean_kl'], '.2g')} nats", *drawn[-1], color)
+                )
+    by_position.set(title="By position", xlabel="position in the text, tokens", ylabel="KL divergence, nats")
+    by_distance.set(title="By distance from the planes", xlabel="tokens in the recent buffer before it")
+    by_position.xaxis.set_major_formatter("{x:,.0f}")
+    by_position.set_yscale("log")
+    label_lines(labels)
+    environment = report["environment"]
+    averaged = f"each point a mean of {_SMOOTHING} tokens on the left"
+    facts = (environment.get("dtype"), environment["device"], environment.get("date"))
+    caption(picture, f"{report['model']} against itself, {averaged}", *facts)
+    picture.savefig(path)
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float]:

@@ -21,7 +21,7 @@ FLOORS = (
     ("pair", "memory"),
     ("engine", "self_check", "backend"),
     ("hugging_face", "checkpoint", "cycle_times", "tuning"),
-    ("pictures", "model", "serving", "__init__"),
+    ("pictures", "picture_sheet", "picture_figure", "picture_style", "model", "serving", "__init__"),
     ("evals",),
     ("benchmarks",),
     ("cli", "__main__"),
