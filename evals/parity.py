@@ -28,7 +28,7 @@ from quantspec.checkpoint.config_check import known_limit
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
 from .lm_eval_command import require_lm_eval
-from .parity_rendering import NOT_FINITE, figure, render_markdown, render_plot
+from .parity_rendering import NOT_FINITE, figure, render_html, render_markdown, render_plot
 from .roles import EvalRole
 from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
 from .text_parity import TextComparison, compare_text
@@ -206,6 +206,9 @@ class ParityReport:
 
     def __str__(self) -> str:
         return render_markdown(self.as_dict())
+
+    def _repr_html_(self) -> str:
+        return render_html(self.as_dict())
 
 
 @contextlib.contextmanager
