@@ -10,7 +10,7 @@
 #   make docs      the documentation into build/site, warnings are errors
 #   make figures   the pictures of the documentation and of the results, drawn anew
 #   make tables    the tables of README.md and docs/benchmarks.md, from benchmarks/results
-#   make wheel     build the wheel, check its contents, install it in a fresh environment and run the README there
+#   make wheel     build the wheel from an sdist, check its contents, install it in a fresh environment and run the README there
 #   make lock      constraints.txt, renewed with the newest releases that pyproject.toml allows
 #   make hooks     lint, format and type check before every commit (pre-commit)
 #   make clean     remove the environments and what was built
