@@ -248,7 +248,7 @@ class QuantSpecModel:
             path: file to write, ``.png``, ``.svg`` or ``.pdf``, if not None.
 
         Returns:
-            The matplotlib figure.
+            The matplotlib figure, which notebooks show.
 
         Raises:
             ValueError: nothing has been generated, or ``path`` cannot be written.

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from doc_blocks import fill_hub_cache
-from step_by_step import random_prompt
 
 from quantspec import GenerationStats
 from quantspec.engine.plan import Plan
@@ -87,11 +85,6 @@ def test_a_report_shows_all_that_it_writes():
     for line in render_markdown(report).splitlines():
         if line.startswith("| ") and not line.startswith("| ---"):
             assert {cell for cell in line.strip("| ").split(" | ") if cell} <= set(texts)
-
-
-def test_a_notebook_shows_the_plot_by_itself(qs):
-    qs.generate(torch.tensor([random_prompt(40)]), max_new_tokens=8, eos_token_id=None)
-    assert shown(qs.plot()).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
