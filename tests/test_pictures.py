@@ -151,7 +151,8 @@ def test_memory_needs_no_model():
     assert top == pytest.approx(sum(planned.values()) / 2**30)
     assert int8 == pytest.approx(top, rel=0.02)
     labels = [text.get_text() for text in axes.texts]
-    assert labels[-2:] == ["INT8, no draft", "bfloat16 cache"]
+    assert labels[-1] == "bfloat16 cache"
+    assert "INT8, no draft" in labels
     assert len(labels) == 6
 
 
