@@ -8,9 +8,9 @@
 #   make lint      ruff: rules and formatting
 #   make types     mypy
 #   make docs      the documentation into build/site, warnings are errors
-#   make figures   the documentation's pictures, drawn anew
+#   make figures   the pictures of the documentation and of the results, drawn anew
 #   make tables    the tables of README.md and docs/benchmarks.md, from benchmarks/results
-#   make wheel     build the wheel, check its contents, install it in a fresh environment and run the README there
+#   make wheel     build the wheel from an sdist, check its contents, install it in a fresh environment and run the README there
 #   make lock      constraints.txt, renewed with the newest releases that pyproject.toml allows
 #   make hooks     lint, format and type check before every commit (pre-commit)
 #   make clean     remove the environments and what was built
@@ -82,6 +82,7 @@ docs: $(VENV)/installed
 
 figures: $(VENV)/installed
 	$(BIN)/python docs/figures.py
+	$(BIN)/python -m benchmarks.plot_results
 
 tables: $(VENV)/installed
 	$(BIN)/python -m benchmarks.readme_tables

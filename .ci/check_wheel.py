@@ -1,4 +1,4 @@
-"""Build the wheel, check what is in it, install it in a fresh environment, and run the README and a command there.
+"""Build the sdist and from it the wheel, check what is in it, install it, and run the README and a command there.
 
 The fresh environment borrows every other package from the one that runs this script, so nothing is downloaded; a tiny
 random model stands in for the README's.
@@ -7,9 +7,11 @@ random model stands in for the README's.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -18,27 +20,33 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "wheel"
-# Belongs to the repository alone.
-FIGURES = "benchmarks/results/"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from doc_blocks import STAND_INS, blocks, fill_hub_cache  # noqa: E402
 
+from setup import BENCHMARKS  # noqa: E402
+
 
 def build_wheel() -> Path:
-    """Build it and return its path."""
+    """Build the wheel from the unpacked sdist, as an index's users may, and return its path."""
     shutil.rmtree(BUILD, ignore_errors=True)
     # setuptools would add files that an earlier build left here.
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+    make = f"from setuptools.build_meta import build_sdist; build_sdist({str(BUILD)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (sdist,) = BUILD.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(BUILD / "source", filter="data")
+    (source,) = (BUILD / "source").iterdir()
     options = ["-q", "--no-deps", "--no-build-isolation"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(BUILD), str(ROOT)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(BUILD), str(source)]
     subprocess.run(command, check=True)
     (wheel,) = BUILD.glob("*.whl")
     return wheel
 
 
 def check_contents(wheel: Path, settings: dict) -> None:
-    """Nothing but ``quantspec`` and its metadata at the top level, every file of its packages and no figures."""
+    """``quantspec`` and its metadata at the top level, every file of its packages but scripts and figures; links."""
     names = set(zipfile.ZipFile(wheel).namelist())
     version = settings["project"]["version"]
     tops = {name.split("/")[0] for name in names}
@@ -49,12 +57,16 @@ def check_contents(wheel: Path, settings: dict) -> None:
         package.replace(".", "/") + path.removeprefix(folder)
         for package, folder in packages.items()
         for path in tracked
-        if path.startswith(f"{folder}/") and not path.endswith(".md") and not path.startswith(FIGURES)
+        if path.startswith(f"{folder}/") and not path.endswith(".md") and not path.startswith("benchmarks/")
     }
+    expected |= {f"quantspec/benchmarks/{name}.py" for name in BENCHMARKS}
     missing = expected - names
     assert not missing, f"missing from the wheel: {sorted(missing)}"
-    figures = [name for name in names if name.startswith(f"quantspec/{FIGURES}")]
-    assert not figures, f"measured figures in the wheel: {figures}"
+    others = {name for name in names if name.startswith("quantspec/benchmarks/")} - expected
+    assert not others, f"of the repository alone, and in the wheel: {sorted(others)}"
+    description = zipfile.ZipFile(wheel).read(f"quantspec-{version}.dist-info/METADATA").decode()
+    relative = re.findall(r"\]\((?!https?://|#)[^)]+\)", description)
+    assert not relative, f"links that lead nowhere on an index: {relative}"
 
 
 def fresh_environment(wheel: Path) -> Path:

@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.passes import Role, cache_parts
 
 from .common import LOG, print_progress
+from .plot_kernels import plot
 
 HEAD_DIM, GROUP = 128, 128
 LAYOUTS = [(32, 32), (32, 8), (28, 4), (64, 8)]
@@ -267,53 +269,13 @@ def encode_rows() -> Iterator[dict[str, Any]]:
         yield shape | {"op": op, "implementation": "quantspec"} | measure(calls)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against context of both attention ops per head layout, with FlashAttention and the bandwidth floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ops = ("draft_attention", "verify_attention")
-    figure, axes = pyplot.subplots(len(ops), len(LAYOUTS), figsize=(2.6 * len(LAYOUTS), 5.6), sharex=True, sharey="row")
-    for row_axes, op in zip(axes, ops, strict=True):
-        for axis, (heads, kv_heads) in zip(row_axes, LAYOUTS, strict=True):
-            for batch, style in ((1, "-"), (8, "--")):
-                for implementation, color in (("flash_attention", "tab:gray"), ("quantspec", "tab:blue")):
-                    points = [
-                        (row["context"], row["median_us"], row["floor_us"])
-                        for row in rows
-                        if (row["op"], row["implementation"]) == (op, implementation)
-                        and (row["heads"], row["kv_heads"], row["batch"]) == (heads, kv_heads, batch)
-                    ]
-                    if not points:
-                        continue
-                    contexts, times, floors = zip(*points, strict=True)
-                    axis.plot(contexts, times, style, color=color, marker=".", label=f"{implementation}, batch {batch}")
-                    if implementation == "quantspec":
-                        axis.plot(
-                            contexts, floors, ":", color="black", linewidth=1, label="floor" if batch == 1 else None
-                        )
-            axis.set(xscale="log", yscale="log", title=f"{op.removesuffix('_attention')}, {heads}/{kv_heads}")
-            axis.set_xticks(CONTEXTS[::2], [f"{context // 1024}k" for context in CONTEXTS[::2]])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("cached tokens")
-    for row_axes in axes:
-        row_axes[0].set_ylabel("microseconds")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    # Handles long enough to tell dashes.
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, handlelength=3)
-    figure.savefig(path, dpi=150)
-
-
 def measured_rows(cases: Cases, commit: str | None = None) -> Iterator[dict[str, Any]]:
     """Every op, with its floor and the environment; ``commit`` to record is this checkout's if None."""
     LOG.info("copy bandwidth")
     bandwidth = copy_bandwidth()
     environment = {
         "device": torch.cuda.get_device_name(),
+        "date": f"{date.today():%Y-%m-%d}",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or current_commit(),
@@ -330,9 +292,9 @@ def measured_rows(cases: Cases, commit: str | None = None) -> Iterator[dict[str,
 
 
 def main() -> None:
-    """Measure everything and write ``kernels.json`` and ``kernels.png``."""
+    """Measure everything and write ``kernels.json`` and ``kernels.svg``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory for kernels.json and kernels.png")
+    parser.add_argument("--out", type=Path, required=True, help="directory for kernels.json and kernels.svg")
     parser.add_argument("--commit", help="commit to record; by default that of this checkout")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -341,7 +303,7 @@ def main() -> None:
     for row in measured_rows(Cases(), options.commit):
         rows.append(row)
         (options.out / "kernels.json").write_text(json.dumps(rows, indent=1))
-    plot(rows, options.out / "kernels.png")
+    plot(rows, options.out / "kernels.svg")
 
 
 if __name__ == "__main__":

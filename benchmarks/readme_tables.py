@@ -19,7 +19,7 @@ from quantspec.memory import expected_memory, full_precision_bytes
 
 from .common import RESULTS
 from .decode import SHAPES
-from .plot_decode import NAMES, best_rows
+from .plot_decode import NAMES, RATES, best_rows, computed_speedup, speedup
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -231,16 +231,6 @@ def _kernel_source(row: dict[str, Any], name: str) -> str:
     return f"\n\n{row['device']}, {versions}, `benchmarks/results/{name}`"
 
 
-def computed_speedup(context: dict[str, Any], rate: float) -> float:
-    """Speed-up at a rate that was not drawn: expected tokens over the mean time of measured cycles, best of drafts."""
-    cycle_ms: dict[int, list[float]] = {}
-    for row in context["synthetic"]:
-        cycle_ms.setdefault(row["num_speculative_tokens"], []).append(row["cycle_ms"])
-    return max(
-        cycle_tokens(rate, drafts) * context["baseline_token_ms"] / mean(times) for drafts, times in cycle_ms.items()
-    )
-
-
 def decoding(*names: str) -> str:
     """Cycle parts and speed-up of shapes with random weights, by context; drafts per cycle as 0.93 likes best."""
     rows, plain = [], []
@@ -283,12 +273,11 @@ def speedups(*names: str) -> str:
                     NAMES[context["model"]].removesuffix(" shape"),
                     f"{context['context'] // 1024}k",
                     f"{context['baseline_token_ms']:.2f}",
-                    f"{computed_speedup(context, 0.80):.2f}x",
-                    *(f"{best[rate]['speedup']:.2f}x" for rate in (0.90, 0.93, 0.95)),
+                    *(f"{speedup(context, rate):.2f}x" for rate in RATES),
                     f"{best[0.93]['tokens_per_second']:.0f}",
                 ]
             )
-    header = ["shape", "context", "baseline token, ms", *(f"a = {rate:.2f}" for rate in (0.80, 0.90, 0.93, 0.95))]
+    header = ["shape", "context", "baseline token, ms", *(f"a = {rate:.2f}" for rate in RATES)]
     sources = " and ".join(_source(_load(name), name).rsplit(", ", 1)[1] for name in names)
     device = _source(_load(names[0]), names[0]).rsplit(", ", 1)[0]
     return markdown_table([*header, "tokens/s at a = 0.93"], rows) + f"{device}, {sources}"

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pictures under ``results/``."""
-    for path in RESULTS.rglob("*.png"):
+    for path in RESULTS.rglob("*.svg"):
         name = path.relative_to(RESULTS).as_posix()
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(path)))
     return files

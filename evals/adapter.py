@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from quantspec.checkpoint.gguf import dense_weights
 from quantspec.config import check_num_speculative_tokens
 
 from .roles import EvalRole, decoding_method
-from .scoring import Score, score_continuations, sequences_that_fit
+from .scoring import Score, score_continuations, sequences_that_fit, warn_of_short_texts
 
 _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)) - {"adapted_group_sizes"}
 # How a pair is run and checked, not what it is: a saved one takes these.
@@ -81,6 +82,7 @@ class QuantSpecLM(HFLM):
         self.role: EvalRole = EvalRole.parse(role)
         self.statistics: list[GenerationStats] = []
         self.num_speculative_tokens = num_speculative_tokens
+        self._longest_generated = 0
         if num_speculative_tokens is not None:
             check_num_speculative_tokens(num_speculative_tokens)
         conversion = {name: options.pop(name) for name in _CONVERT_OPTIONS & options.keys()}
@@ -151,7 +153,18 @@ class QuantSpecLM(HFLM):
                         if texts is not None:
                             self.cache_hook.add_partial("loglikelihood", texts, tuple(scores[index]))
                     bar.update(len(group))
+        # The last token is scored, not fed.
+        longest = max((len(context) + len(tokens) - 1 for _, context, tokens in requests), default=0)
+        warn_of_short_texts(self.qs, longest, f"log-likelihoods of the {self.role.value}")
         return [scores[index] for index in range(len(requests))]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The texts that continue the requests' contexts."""
+        self._longest_generated = 0
+        texts = super().generate_until(requests, disable_tqdm)
+        if self.qs is not None:
+            warn_of_short_texts(self.qs, self._longest_generated, f"generation of the {self.role.value}")
+        return texts
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         if self.qs is None:
@@ -161,6 +174,7 @@ class QuantSpecLM(HFLM):
         if self.role is not EvalRole.DRAFT:
             assert self.qs.last_stats is not None
             self.statistics.append(copy.deepcopy(self.qs.last_stats))
+        self._longest_generated = max(self._longest_generated, tokens.shape[1])
         return tokens
 
     def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantspec.cycle_times import device_name
+
 
 def environment(device: str) -> dict[str, Any]:
-    """Name of the device, threads, versions and commit of this run, JSON-ready."""
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu_name()
+    """Name of the device, date, threads, versions and commit of this run, JSON-ready."""
     return {
-        "device": name,
+        "device": device_name(torch.device(device)),
+        "date": f"{date.today():%Y-%m-%d}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "transformers", "torchao")},
@@ -33,9 +36,3 @@ def current_commit() -> str | None:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

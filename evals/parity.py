@@ -28,8 +28,9 @@ from quantspec.checkpoint.config_check import known_limit
 from .environment import environment
 from .generation_parity import GenerationComparison, compare_generation, generate_greedily
 from .lm_eval_command import require_lm_eval
-from .parity_rendering import NOT_FINITE, figure, render_markdown, render_plot
+from .parity_rendering import NOT_FINITE, figure, render_html, render_markdown, render_plot
 from .roles import EvalRole
+from .scoring import warn_of_short_texts
 from .task_parity import MetricComparison, TaskRun, compare, load_tasks, run_task
 from .text_parity import TextComparison, compare_text
 from .texts import python_reference
@@ -206,6 +207,9 @@ class ParityReport:
 
     def __str__(self) -> str:
         return render_markdown(self.as_dict())
+
+    def _repr_html_(self) -> str:
+        return render_html(self.as_dict())
 
 
 @contextlib.contextmanager
@@ -478,6 +482,9 @@ def _judge_speculation(report: ParityReport, name: str, same: float) -> None:
 def _measure_text(report: ParityReport, qs: QuantSpecModel, ids: Tensor) -> None:
     options = report.options
     length = options.context_tokens + options.scored_tokens
+    warn_of_short_texts(
+        qs, max(length, options.prompts and options.prompt_tokens + options.new_tokens), "the long text"
+    )
     report.text.extend(compare_text(qs, ids[:length], options.context_tokens, [EvalRole.TARGET, EvalRole.DRAFT]))
     target = report.text[0]
     change, agreement = target.perplexity_change, target.argmax_agreement

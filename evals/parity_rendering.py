@@ -1,4 +1,4 @@
-"""A parity report as Markdown tables and as a plot, from its JSON-ready form."""
+"""A parity report as tables of Markdown or HTML and as a plot, from its JSON-ready form."""
 
 from __future__ import annotations
 
@@ -6,28 +6,61 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from quantspec.html import html_table
+from quantspec.picture_sheet import DRAFT, TARGET
+from quantspec.picture_style import Label, caption, label_lines, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Tokens over which a curve of divergences is averaged before it is drawn.
 _SMOOTHING = 32
 NOT_FINITE = "not finite"
 
 
+class Section(NamedTuple):
+    """A table under its heading; ``level`` is the heading's, 2 or 3."""
+
+    level: int
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
 def render_markdown(report: dict[str, Any]) -> str:
-    """Tables of verdicts, tasks, text, continuations and acceptance."""
+    """Tables of verdicts, tasks, acceptance, text and continuations."""
+    parts = [f"# Parity of {report['model']}: {_title(report)}", _config(report) + "\n\n" + _environment(report)]
+    for section in _sections(report):
+        parts += [f"{'#' * section.level} {section.title}", markdown_table(section.header, section.rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """For notebooks: the verdicts, and everything else folded away below them."""
+    verdicts, *others = _sections(report)
+    title = f"Parity of {report['model']}: {_title(report)}"
+    folded = "".join(html_table(section.title, section.rows, section.header) for section in others)
+    facts = f"<p>{escape(_config(report))}</p><p>{escape(_environment(report))}</p>"
+    details = f"<details><summary>all of it</summary>{facts}{folded}</details>"
+    return html_table(title, verdicts.rows, verdicts.header) + details
+
+
+def _config(report: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for part in ("config", "options") for name, value in report[part].items())
+
+
+def _environment(report: dict[str, Any]) -> str:
     known = {name: value for name, value in report["environment"].items() if value is not None}
-    environment = ", ".join(f"{name} {value}" for name, value in known.items())
-    config = ", ".join(f"{name}={value}" for part in ("config", "options") for name, value in report[part].items())
-    parts = [
-        f"# Parity of {report['model']}: {_title(report)}",
-        f"{config}\n\n{environment}",
-        "## Verdicts",
-        markdown_table(
-            ["what", "role", "figure", "threshold", "verdict"],
-            [[v["name"], v["role"], v["value"], v["threshold"], _verdict(v["passed"])] for v in report["verdicts"]],
-        ),
-    ]
+    return ", ".join(f"{name} {value}" for name, value in known.items())
+
+
+def _sections(report: dict[str, Any]) -> list[Section]:
+    verdicts = [[v["name"], v["role"], v["value"], v["threshold"], _verdict(v["passed"])] for v in report["verdicts"]]
+    sections = [Section(2, "Verdicts", ["what", "role", "figure", "threshold", "verdict"], verdicts)]
     if report["tasks"]:
         header = [
             "task",
@@ -40,18 +73,20 @@ def render_markdown(report: dict[str, Any]) -> str:
             "paired difference ± standard error",
             "equal",
         ]
-        parts += ["## Tasks", markdown_table(header, [_task_row(row) for row in report["tasks"]])]
+        sections.append(Section(2, "Tasks", header, [_task_row(row) for row in report["tasks"]]))
     if report["acceptance"]:
         rows = [
             [task, f"{rates['draft_acceptance_rate']:.3f}", f"{rates['mean_acceptance_length']:.2f}"]
             for task, rates in report["acceptance"].items()
         ]
-        parts += ["## Acceptance", markdown_table(["task", "draft acceptance rate", "mean acceptance length"], rows)]
+        header = ["task", "draft acceptance rate", "mean acceptance length"]
+        sections.append(Section(2, "Acceptance", header, rows))
     if report["text"]:
-        parts += ["## Text", text_table(report["text"]), *(_distance_part(row) for row in report["text"])]
+        sections.append(_text_section(report["text"]))
+        sections += [_distance_section(row) for row in report["text"]]
     if report["generation"]:
-        parts += ["## Greedy continuations", _generation_table(report["generation"])]
-    return "\n\n".join(parts) + "\n"
+        sections.append(_generation_section(report["generation"]))
+    return sections
 
 
 def figure(value: float | None, form: str) -> str:
@@ -61,20 +96,23 @@ def figure(value: float | None, form: str) -> str:
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per role."""
+    section = _text_section(rows)
+    return markdown_table(section.header, section.rows)
+
+
+def _text_section(rows: Sequence[dict[str, Any]]) -> Section:
     header = ["role", "context + scored tokens", "argmax agreement", "perplexity (change)", "mean KL"]
-    return markdown_table(
-        header,
+    lines = [
         [
-            [
-                row["role"],
-                f"{row['context_tokens']} + {row['scored_tokens']}",
-                figure(row["argmax_agreement"], ".4f"),
-                f"{figure(row['perplexity'], '.4f')} ({figure(row['perplexity_change'], '+.2%')})",
-                figure(row["mean_kl"], ".5f"),
-            ]
-            for row in rows
-        ],
-    )
+            row["role"],
+            f"{row['context_tokens']} + {row['scored_tokens']}",
+            figure(row["argmax_agreement"], ".4f"),
+            f"{figure(row['perplexity'], '.4f')} ({figure(row['perplexity_change'], '+.2%')})",
+            figure(row["mean_kl"], ".5f"),
+        ]
+        for row in rows
+    ]
+    return Section(2, "Text", header, lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,25 +128,39 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         logging.getLogger(__name__).warning("no plot: matplotlib is not installed (pip install 'quantspec[eval]')")
         return
-    from matplotlib.figure import Figure
+    _draw(report, path)
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_position, by_distance = figure.subplots(1, 2)
-    for row in report["text"]:
+
+@styled
+def _draw(report: dict[str, Any], path: Path) -> None:
+    picture = new_figure((11, 4), f"{report['model']}: divergence from the original model")
+    by_position, by_distance = picture.subplots(1, 2, sharey=True)
+    labels: dict[Axes, list[Label]] = {by_position: [], by_distance: []}
+    for row, color in zip(report["text"], (TARGET, DRAFT), strict=False):
         curve = _smoothed(row["kl_per_position"])
         first = row["context_tokens"]
-        by_position.plot(range(first, first + len(curve) * _SMOOTHING, _SMOOTHING), curve, label=row["role"])
         classes = [entry for entry in row["kl_by_distance"] if entry["distance"] is not None]
         means = [math.nan if entry["mean_kl"] is None else entry["mean_kl"] for entry in classes]
-        by_distance.plot([entry["distance"] for entry in classes], means, "o-", label=row["role"])
-    by_position.set(xlabel="position in the text", ylabel=f"KL(reference || role), means of {_SMOOTHING} tokens")
-    by_distance.set(xlabel="tokens in the recent buffer before it", ylabel="mean KL(reference || role)")
-    for axes in (by_position, by_distance):
-        axes.set_yscale("log")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{report['model']}: divergence from the original model")
-    figure.savefig(path, dpi=120)
+        for axes, places, values, mark in (
+            (by_position, range(first, first + len(curve) * _SMOOTHING, _SMOOTHING), curve, ""),
+            (by_distance, [entry["distance"] for entry in classes], means, "o"),
+        ):
+            axes.plot(places, values, marker=mark, color=color)
+            drawn = [(x, y) for x, y in zip(places, values, strict=True) if math.isfinite(y)]
+            if drawn:
+                labels[axes].append(
+                    Label(f"{row['role']}, mean {figure(row['mean_kl'], '.2g')} nats", *drawn[-1], color)
+                )
+    by_position.set(title="By position", xlabel="position in the text, tokens", ylabel="KL divergence, nats")
+    by_distance.set(title="By distance from the planes", xlabel="tokens in the recent buffer before it")
+    by_position.xaxis.set_major_formatter("{x:,.0f}")
+    by_position.set_yscale("log")
+    label_lines(labels)
+    environment = report["environment"]
+    averaged = f"each point a mean of {_SMOOTHING} tokens on the left"
+    facts = (environment.get("dtype"), environment["device"], environment.get("date"))
+    caption(picture, f"{report['model']} against itself, {averaged}", *facts)
+    picture.savefig(path)
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float]:
@@ -147,7 +199,7 @@ def _task_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _distance_part(row: dict[str, Any]) -> str:
+def _distance_section(row: dict[str, Any]) -> Section:
     lines = [
         [
             "planes empty" if entry["distance"] is None else str(entry["distance"]),
@@ -158,10 +210,10 @@ def _distance_part(row: dict[str, Any]) -> str:
         for entry in row["kl_by_distance"]
     ]
     header = ["tokens in the recent buffer before it, from", "scored tokens", "mean KL", "argmax agreement"]
-    return f"### By distance from the planes, {row['role']}\n\n" + markdown_table(header, lines)
+    return Section(3, f"By distance from the planes, {row['role']}", header, lines)
 
 
-def _generation_table(rows: Sequence[dict[str, Any]]) -> str:
+def _generation_section(rows: Sequence[dict[str, Any]]) -> Section:
     lines = [
         [
             row["role"],
@@ -173,4 +225,4 @@ def _generation_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     header = ["role", "against", "prompts x tokens", "exact match rate", "first divergences: token (logit margin)"]
-    return markdown_table(header, lines)
+    return Section(2, "Greedy continuations", header, lines)

@@ -8,6 +8,7 @@ are read in full precision.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from quantspec.engine.forced_text import MAX_BLOCK, Block, forced_blocks
 from quantspec.engine.loop import NAN_LOGITS
 from quantspec.engine.prefill import prefill
 from quantspec.passes import Role
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
@@ -113,6 +116,18 @@ def _score_continuations(
             if current[row]:
                 scores[row].append(score)
     return scores
+
+
+def warn_of_short_texts(qs: QuantSpecModel, longest: int, what: str) -> None:
+    """Warn if texts of ``longest`` tokens at most leave the planes empty, so that nothing of them was quantized."""
+    least = 2 * qs.config.kv_group_size
+    if longest < least:
+        _LOGGER.warning(
+            "%s never reached the quantized cache: the longest text has %d tokens, and below 2G = %d all are read in "
+            "full precision; give longer texts (NAME@LENGTH where a task can be made of a length), or convert with a "
+            "smaller kv_group_size",
+            *(what, longest, least),
+        )
 
 
 def sequences_that_fit(qs: QuantSpecModel, num_tokens: int, num_bytes: int) -> int:

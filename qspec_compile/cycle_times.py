@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -45,6 +47,15 @@ class CycleTimes:
     def total(self) -> float:
         """Seconds of the whole cycle."""
         return self.draft + self.verify + self.rest
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU or of this machine's processor, which times are told with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def cycle_times(qs: HasSession, num_drafts: int | None = None) -> CycleTimes:

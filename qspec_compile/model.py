@@ -19,6 +19,7 @@ from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig, TuneConfig
 from .engine.session import Session
 from .engine.stats import GenerationStats
+from .html import html_table
 from .hugging_face.decode import GenerateOutput, decode
 from .hugging_face.generate import generate
 from .pair import Pair
@@ -247,7 +248,7 @@ class QuantSpecModel:
             path: file to write, ``.png``, ``.svg`` or ``.pdf``, if not None.
 
         Returns:
-            The matplotlib figure.
+            The matplotlib figure, which notebooks show.
 
         Raises:
             ValueError: nothing has been generated, or ``path`` cannot be written.
@@ -278,7 +279,11 @@ class QuantSpecModel:
         return QuantSpecModel(self.pair)
 
     def __repr__(self) -> str:
-        return f"QuantSpecModel({self.pair.describe()}"
+        lines = (f"\n  {name}: {value}" for name, value in self.pair.facts())
+        return f"QuantSpecModel({self.pair.title()}){''.join(lines)}"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"QuantSpecModel: {self.pair.title()}", self.pair.facts())
 
 
 def tune(converted: QuantSpecModel, config: TuneConfig | None = None, **options: Any) -> TuneReport:

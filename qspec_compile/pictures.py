@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .config import QuantSpecConfig
-from .cycle_times import CycleTimes, time_cycle
+from .cycle_times import CycleTimes, device_name, time_cycle
 from .engine.stats import GenerationStats
 from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
+from .picture_sheet import DRAFT, INK, LAST, RECENT, TARGET
+from .picture_style import Label, caption, label_lines, new_figure, styled, tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +27,12 @@ if TYPE_CHECKING:
 
     from .engine.session import Session
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_DRAFT, _TARGET, _RECENT, _REST, _INK = "#0072B2", "#56B4E9", "#E69F00", "#B8B8B8", "#333333"
+# The parts of the cache from the bottom up, with their names.
 _PARTS = {
-    "upper": (_DRAFT, "upper plane (draft and target)"),
-    "lower": (_TARGET, "lower plane (target)"),
-    "scales": (_REST, "scales and zeros"),
-    "recent": (_RECENT, "recent buffer"),
+    "upper": (DRAFT, "upper plane"),
+    "lower": (TARGET, "lower plane"),
+    "scales": (INK, "scales, zeros"),
+    "recent": (RECENT, "recent buffer"),
 }
 # Curves and averages have about this many points, however long the text.
 _POINTS = 200
@@ -38,12 +40,13 @@ _MOST_CONTEXT = 131_072
 _MINIMUM_WINDOW = 8
 
 
+@styled
 def plot(session: Session, path: str | os.PathLike[str] | None) -> Figure:
     """See :meth:`QuantSpecModel.plot`."""
     stats, cache, pair = session.last_stats, session.cache, session.pair
     if stats is None or cache is None:
         raise ValueError("nothing to draw yet: call generate() first")
-    figure = _new_figure((11, 7.6))
+    figure = new_figure((13, 7.6))
     if path is not None:
         _check_path(figure, Path(path))
     axes = figure.subplots(2, 2)
@@ -61,11 +64,16 @@ def plot(session: Session, path: str | os.PathLike[str] | None) -> Figure:
         dtype=pair.model.dtype,
         context=context,
     )
+    name = Path(pair.model.config.name_or_path).name or type(pair.model).__name__
+    dtype = str(pair.model.dtype).removeprefix("torch.")
+    figure.title = f"{name}: the latest text that was generated"
+    caption(figure, name, dtype, device_name(pair.device), f"{date.today():%Y-%m-%d}")
     if path is not None:
         figure.savefig(path)
     return figure
 
 
+@styled
 def plot_acceptance_by_position(stats: GenerationStats, axes: Axes | None = None) -> Axes:
     """Acceptance rate at each place of the drafted block, as bars.
 
@@ -83,14 +91,15 @@ def plot_acceptance_by_position(stats: GenerationStats, axes: Axes | None = None
     rates = stats.acceptance_rate_per_position
     if not stats.drafted:
         return _nothing_drafted(axes)
-    bars = axes.bar(range(1, len(rates) + 1), rates, width=0.7, color=_DRAFT)
-    axes.bar_label(bars, ["" if rate != rate else f"{rate:.0%}" for rate in rates], padding=2, color=_INK)
+    bars = axes.bar(range(1, len(rates) + 1), rates, width=0.7, color=DRAFT)
+    axes.bar_label(bars, ["" if rate != rate else f"{rate:.0%}" for rate in rates], padding=2, color=INK)
     axes.set(xlabel="draft token", xticks=range(1, len(rates) + 1))
     _rate_axis(axes)
     _note(axes, f"{stats.mean_acceptance_length:.2f} tokens a cycle")
     return axes
 
 
+@styled
 def plot_acceptance_over_time(stats: GenerationStats, axes: Axes | None = None) -> Axes:
     """Acceptance rate from cycle to cycle: a running mean, with single cycles as dots while there are few of them.
 
@@ -117,14 +126,16 @@ def plot_acceptance_over_time(stats: GenerationStats, axes: Axes | None = None) 
     cycles = [cycle for cycle, _, _ in history]
     if len(history) <= 2 * _POINTS:
         rates = [accepted / drafted for _, accepted, drafted in history]
-        axes.plot(cycles, rates, ".", color=_TARGET, alpha=0.6, markersize=5, label="one cycle", clip_on=False)
+        axes.plot(cycles, rates, ".", color=RECENT, alpha=0.7, markersize=7, clip_on=False)
     window = max(_MINIMUM_WINDOW, len(history) // 10)
     means = running_rate([(accepted, drafted) for _, accepted, drafted in history], window)
     step = max(1, len(history) // _POINTS)
-    axes.plot(cycles[::step], means[::step], color=_DRAFT, linewidth=2, label=f"mean of {window} cycles")
+    axes.plot(cycles[::step], means[::step], color=DRAFT)
     axes.set(xlabel="cycle", xlim=(0, cycles[-1] + 1))
     _rate_axis(axes)
-    axes.legend(loc="upper right", ncols=2, frameon=False)
+    axes.text(0.01, 0.98, f"line: mean of {window} cycles", transform=axes.transAxes, va="top", color=DRAFT)
+    if len(axes.lines) > 1:
+        axes.text(0.99, 0.98, "dot: one cycle", transform=axes.transAxes, va="top", ha="right", color=RECENT)
     _note(axes, f"{stats.draft_acceptance_rate:.0%} of {stats.drafted:,} drafted tokens")
     return axes
 
@@ -138,6 +149,7 @@ def running_rate(counts: Sequence[tuple[int, int]], window: int) -> list[float]:
     return rates
 
 
+@styled
 def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
     """Where one cycle's time goes, as one bar in milliseconds: each draft step, the verification, the rest.
 
@@ -155,15 +167,16 @@ def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
     axes.spines["left"].set_visible(False)
     axes.set(xlabel="milliseconds", ylim=(-0.8, 0.8), yticks=[])
     start = 0.0
-    for _ in range(times.num_drafts):
+    for step in range(times.num_drafts):
         length = times.draft / times.num_drafts * 1000
-        axes.barh(0, length, left=start, height=0.6, color=_DRAFT, edgecolor="white")
+        # Every other step is paler, which tells them apart on any page.
+        axes.barh(0, length, left=start, height=0.6, color=DRAFT, alpha=1 if step % 2 == 0 else 0.7)
         start += length
     if times.num_drafts:
         _label(axes, 0, start, f"{times.num_drafts} draft steps\n{start:.3g} ms")
-    for seconds, color, name in ((times.verify, _TARGET, "verify"), (times.rest, _REST, "rest")):
+    for seconds, color, name in ((times.verify, TARGET, "verify"), (times.rest, INK, "rest")):
         length = seconds * 1000
-        axes.barh(0, length, left=start, height=0.6, color=color, edgecolor="white")
+        axes.barh(0, length, left=start, height=0.6, color=color)
         _label(axes, start, start + length, f"{name}\n{length:.3g} ms", below=name == "rest")
         start += length
     axes.set_xlim(0, start)
@@ -171,6 +184,7 @@ def plot_cycle(times: CycleTimes, axes: Axes | None = None) -> Axes:
     return axes
 
 
+@styled
 def plot_memory(
     layers: Sequence[AttentionShape],
     axes: Axes | None = None,
@@ -221,43 +235,33 @@ def plot_memory(
     full = [full_precision_bytes(layers, tokens, batch_size, dtype) for tokens in contexts]
     int8 = [batch_size * tokens * sum(cache_bytes_per_token(layers, kv_group_size).values()) for tokens in contexts]
     unit, divisor = ("GiB", 2**30) if full[-1] >= 2**30 else ("MiB", 2**20)
-    axes.stackplot(
-        contexts,
-        *([plan[part] / divisor for plan in plans] for part in _PARTS),
-        colors=[color for color, _ in _PARTS.values()],
-        labels=[label for _, label in _PARTS.values()],
-        linewidth=0,
-    )
+    sizes = {part: [plan[part] / divisor for plan in plans] for part in _PARTS}
+    axes.stackplot(contexts, *sizes.values(), colors=[color for color, _ in _PARTS.values()], linewidth=0)
     name = str(dtype).removeprefix("torch.")
-    axes.plot(contexts, [size / divisor for size in full], color=_INK, linewidth=2, label=f"{name} cache")
-    axes.plot(contexts, [size / divisor for size in int8], color=_INK, linestyle=(0, (4, 3)), label="INT8, no draft")
+    axes.plot(contexts, [size / divisor for size in full], color=INK)
+    axes.plot(contexts, [size / divisor for size in int8], color=LAST, linestyle=(0, (4, 3)))
     axes.set(xlabel="tokens per sequence", ylabel=unit, xlim=(0, max_context), ylim=(0, None))
     # Eight parts at most, each a power of two of tokens.
     spacing = 1 << max(0, (max_context - 1).bit_length() - 3)
     axes.set_xticks(range(0, max_context + 1, spacing))
-    axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(int(tokens)))
+    axes.xaxis.set_major_formatter(lambda count, _: tokens(count))
     if context is not None:
         height = full_precision_bytes(layers, context, batch_size, dtype) / divisor
-        axes.plot([context, context], [0, height], color=_INK, linewidth=1, linestyle=":")
-        axes.annotate("now", (context, height), xytext=(-2, 4), textcoords="offset points", ha="right", color=_INK)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False)
-    total = sum(plans[-1].values())
-    _note(axes, f"{total / divisor:.3g} {unit} instead of {full[-1] / divisor:.3g} at {_tokens(max_context)} tokens")
+        axes.plot([context, context], [0, height], color=INK, linewidth=1, linestyle=":")
+        axes.annotate("now", (context, height), xytext=(-2, 4), textcoords="offset points", ha="right", color=INK)
+    total = sum(plans[-1].values()) / divisor
+    size = f"{total:.3g} {unit} instead of {full[-1] / divisor:.3g} {unit}"
+    _note(axes, f"{size} at {tokens(max_context)} tokens")
+    labels, below = [], 0.0
+    for part, (color, label) in _PARTS.items():
+        labels.append(Label(label, max_context, below + sizes[part][-1] / 2, color))
+        below += sizes[part][-1]
+    labels += [
+        Label("INT8, no draft", max_context, int8[-1] / divisor, LAST),
+        Label(f"{name} cache", max_context, full[-1] / divisor, INK),
+    ]
+    label_lines({axes: labels})
     return axes
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
-
-
-def _new_figure(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures are drawn with matplotlib: pip install 'quantspec[plot]'") from error
-    # Without pyplot: no window, and nothing to close.
-    return Figure(figsize=size, layout="constrained", dpi=150)
 
 
 def _check_path(figure: Figure, path: Path) -> None:
@@ -271,15 +275,13 @@ def _check_path(figure: Figure, path: Path) -> None:
 def _prepared(axes: Axes | None, title: str) -> Axes:
     """``axes`` or new ones, with a title and without a frame."""
     if axes is None:
-        axes = _new_figure((6, 4)).subplots()
-    axes.set_title(title, loc="left", fontweight="bold", color=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK)
+        axes = new_figure((7, 4)).subplots()
+    axes.set_title(title, loc="left")
     return axes
 
 
 def _note(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="right", fontsize="medium", color=_INK)
+    axes.set_title(text, loc="right", fontweight="normal")
 
 
 def _rate_axis(axes: Axes) -> None:
@@ -290,7 +292,7 @@ def _rate_axis(axes: Axes) -> None:
 
 def _nothing_drafted(axes: Axes) -> Axes:
     axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "nothing was drafted", transform=axes.transAxes, ha="center", color=_INK)
+    axes.text(0.5, 0.5, "nothing was drafted", transform=axes.transAxes, ha="center", color=INK)
     return axes
 
 
@@ -303,5 +305,5 @@ def _label(axes: Axes, start: float, end: float, text: str, below: bool = False)
         textcoords="offset points",
         ha="right" if below else "center",
         va="top" if below else "bottom",
-        color=_INK,
+        color=INK,
     )

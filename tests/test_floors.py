@@ -14,14 +14,14 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "config", "versions", "locks"),
+    ("errors", "config", "versions", "locks", "html"),
     ("kernels",),
     ("passes",),
     ("capture", "cache"),
     ("pair", "memory"),
     ("engine", "self_check", "backend"),
     ("hugging_face", "checkpoint", "cycle_times", "tuning"),
-    ("pictures", "model", "serving", "__init__"),
+    ("pictures", "picture_sheet", "picture_figure", "picture_style", "model", "serving", "__init__"),
     ("evals",),
     ("benchmarks",),
     ("cli", "__main__"),

@@ -35,6 +35,7 @@ def test_a_mark_that_stands_for_no_table_is_an_error(page):
 
 README, BENCHMARKS = PAGES
 CHOOSING = BENCHMARKS.with_name("choosing-options.md")
+LANDING = BENCHMARKS.with_name("index.md")
 # Not measured: what the parity report asks for.
 THRESHOLDS = {"0.5%", "99%"}
 
@@ -69,17 +70,17 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         (f"{smollm2['statistics']['draft_acceptance_rate']:.2f}", (BENCHMARKS,)),
         (f"{100 * smollm2['statistics']['draft_acceptance_rate']:.0f}%", ()),
         (f"{ours / baseline:.2f}x", ()),
-        (f"{min(speedups):.1f} times", ()),
-        (f"{max(speedups):.1f} times", ()),
+        (f"{min(speedups):.1f} times", (LANDING,)),
+        (f"{max(speedups):.1f} times", (LANDING,)),
         (f"{on_cpu['float32', 'target only']:.2f}x", ()),
-        (f"{gib['128k'][4]} GiB", (README,)),
-        (f"{gib['128k'][6]} GiB", (README,)),
+        (f"{gib['128k'][4]} GiB", (README, LANDING)),
+        (f"{gib['128k'][6]} GiB", (README, LANDING)),
         (f"{gib['4k'][4]} GiB", (README,)),
         (f"{gib['4k'][6]} GiB", (README,)),
         (f"{llama_2['generate_peak_bytes'] / 2**30:.1f} GiB", ()),
         (f"{llama_3['generate_peak_bytes'] / 2**30:.1f} GiB", ()),
         (f"{100 * abs(texts['parity']['perplexity_change']):.2f}%", (README,)),
-        (f"{100 * texts['parity']['argmax_agreement']:.1f}%", (README,)),
+        (f"{100 * texts['parity']['argmax_agreement']:.1f}%", (README, LANDING)),
         (f"{100 * texts['parity-bfloat16']['argmax_agreement']:.1f}%", ()),
         (f"{100 * abs(texts['parity-last-1024']['perplexity_change']):.2f}%", ()),
         (f"{100 * texts['parity-last-1024']['argmax_agreement']:.1f}%", ()),
@@ -111,17 +112,24 @@ def test_figures_of_a_text_are_found():
     assert given_figures(prose(text + table)) == expected
 
 
-@pytest.mark.parametrize("page", [*PAGES, CHOOSING], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CHOOSING, LANDING], ids=lambda page: page.name)
 def test_every_figure_with_a_unit_was_measured(page):
     known = THRESHOLDS | {figure for figure, _ in figures()}
     unknown = [figure for figure in given_figures(prose(page.read_text())) if figure not in known]
     assert not unknown, f"no result has {', '.join(unknown)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, LANDING], ids=lambda page: page.name)
 def test_the_pages_give_the_newest_figures(page):
     """Without the unit where another figure has it: 911 tokens/s against 666."""
     text = prose(page.read_text())
     wanted = [re.match(r"[\d.]+", figure)[0] for figure, pages in figures() if page in pages]
     missing = [number for number in wanted if not re.search(rf"(?<![\w.,]){re.escape(number)}(?!\w|[.,]\d)", text)]
     assert not missing, f"measured, and not in the text: {', '.join(missing)}"
+
+
+def test_the_landing_page_has_one_figure_and_three_numbers():
+    text = LANDING.read_text().split("## Install")[0]
+    assert len(re.findall(r"!\[", text)) == 1
+    (numbers,) = re.findall(r'<div class="numbers" markdown>\n\n(.*?)\n\n</div>', text, re.DOTALL)
+    assert [len(given_figures(number.split("**")[1])) for number in numbers.split("\n\n")] == [2, 1, 1]

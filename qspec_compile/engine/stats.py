@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quantspec.html import html_table
+
 from .plan import Plan, Source
 
 
@@ -113,7 +115,7 @@ class GenerationStats:
     def _from(self, source: Source) -> str:
         return f"{self.accepted_by_source[source]} of {self.drafted_by_source[source]} drafted tokens"
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         def mebibytes(parts: dict[str, int]) -> str:
             total = sum(parts.values()) / 2**20
             detail = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in parts.items())
@@ -139,8 +141,15 @@ class GenerationStats:
             ("cache", mebibytes(self.cache_bytes)),
             ("weights", mebibytes(self.weight_bytes)),
         ]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def _repr_html_(self) -> str:
+        return html_table("Statistics of one generate call", self._rows())
 
 
 def _none_if_nan(value: Any) -> Any:

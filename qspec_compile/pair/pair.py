@@ -215,22 +215,23 @@ class Pair:
             )
         self.frozen.check()
 
-    def describe(self) -> str:
-        """Lines for people: model, layers, weights, and what the draft keeps in full precision."""
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values for people: layers, weights, and what the draft keeps in full precision."""
         left = [r for r in self.linears if r.group_size is None]
-        sizes = sorted({r.group_size for r in self.linears if r.group_size is not None})
+        sizes = ", ".join(map(str, sorted({r.group_size for r in self.linears if r.group_size is not None})))
         target, added = (self.weight_bytes[part] / 2**20 for part in ("target", "draft_int4"))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        lines = [
-            f"{type(self.model).__name__}, {dtype}, {self.device})",
-            f"  attention layers: {len(self.layers)}, KV groups of {self.config.kv_group_size} tokens",
-            *([f"  states in full precision: {len(self.captured.states)}"] if self.captured.states else []),
-            f"  weights: target {target:.1f} MiB, draft adds {added:.1f} MiB",
-            f"  INT4 linears: {len(self.linears) - len(left)}, group size {', '.join(map(str, sizes))}"
-            f" (asked for {self.config.weight_group_size})",
+        linears = len(self.linears) - len(left)
+        return [
+            ("attention layers", f"{len(self.layers)}, KV groups of {self.config.kv_group_size} tokens"),
+            *([("states in full precision", str(len(self.captured.states)))] if self.captured.states else []),
+            ("weights", f"target {target:.1f} MiB, draft adds {added:.1f} MiB"),
+            ("INT4 linears", f"{linears}, group size {sizes} (asked for {self.config.weight_group_size})"),
+            *(("full precision in the draft", f"{r.name} ({r.note})") for r in left),
         ]
-        lines += [f"  full precision in the draft: {r.name} ({r.note})" for r in left]
-        return "\n".join(lines)
+
+    def title(self) -> str:
+        """The model, its dtype and its device."""
+        return f"{type(self.model).__name__}, {str(self.model.dtype).removeprefix('torch.')}, {self.device}"
 
     @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
