@@ -374,7 +374,10 @@ def _attend_recent(
 
 
 @triton.jit
-def _attend_kernel(
+def _attend_rows(
+    split,
+    num_splits,
+    first_row,
     query,
     key,
     value,
@@ -450,28 +453,13 @@ def _attend_kernel(
     SPARSE: tl.constexpr,
     SCORES: tl.constexpr,
     USE_ASM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
-    buffer.
-
-    A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
-    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
-    """
-    if OVERLAP:
-        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
-        gdc_wait()
-        gdc_launch_dependents()
-    # Neighbouring programs take blocks of rows of one stretch: all but the first find the codes in the cache.
-    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
-    split = tl.program_id(0) // ROW_BLOCKS
-    num_splits = tl.num_programs(0) // ROW_BLOCKS
+    """Attend from ``BLOCK_ROWS`` rows of a KV head, from ``first_row`` on, to a stretch; as :func:`_attend_kernel`."""
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
-    first_row = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
@@ -607,6 +595,267 @@ def _attend_kernel(
                 tl.store(out_at + PART, out_1, mask)
         else:
             tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+
+
+@triton.jit
+def _attend_kernel(
+    query,
+    key,
+    value,
+    k_recent,
+    v_recent,
+    k_upper,
+    k_lower,
+    k_scale,
+    k_zero,
+    v_upper,
+    v_lower,
+    v_scale,
+    v_zero,
+    quantized_len,
+    length,
+    cos,
+    sin,
+    partial,
+    partial_lse,
+    chosen,
+    choices,
+    tile_tops,
+    scale_log2,
+    softcap_log2,
+    window,
+    chosen_width,
+    num_tiles,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_krb,
+    stride_krh,
+    stride_vrb,
+    stride_vrh,
+    stride_kpb,
+    stride_kph,
+    stride_vpb,
+    stride_vph,
+    stride_v_group,
+    stride_v_row,
+    stride_v_channel,
+    stride_ksb,
+    stride_ksh,
+    stride_vsb,
+    stride_vsh,
+    stride_ab,
+    stride_at,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    LAST_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RECENT_SPLITS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SPARSE: tl.constexpr,
+    SCORES: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
+    buffer.
+
+    A row is one token of one query head; all blocks have ``BLOCK_ROWS`` of them but the last, of ``LAST_ROWS``. Writes
+    ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32; where a row sees nothing of the stretch its lse
+    is -inf and its partial is left unwritten or zero.
+    """
+    if OVERLAP:
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
+        gdc_launch_dependents()
+    # Neighbouring programs take blocks of rows of one stretch: all but the first find the codes in the cache.
+    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    split = tl.program_id(0) // ROW_BLOCKS
+    num_splits = tl.num_programs(0) // ROW_BLOCKS
+    block = tl.program_id(0) % ROW_BLOCKS
+    first_row = block * BLOCK_ROWS
+    if LAST_ROWS == BLOCK_ROWS or block < ROW_BLOCKS - 1:
+        _attend_rows(
+            split,
+            num_splits,
+            first_row,
+            query,
+            key,
+            value,
+            k_recent,
+            v_recent,
+            k_upper,
+            k_lower,
+            k_scale,
+            k_zero,
+            v_upper,
+            v_lower,
+            v_scale,
+            v_zero,
+            quantized_len,
+            length,
+            cos,
+            sin,
+            partial,
+            partial_lse,
+            chosen,
+            choices,
+            tile_tops,
+            scale_log2,
+            softcap_log2,
+            window,
+            chosen_width,
+            num_tiles,
+            stride_qb,
+            stride_qh,
+            stride_qt,
+            stride_kb,
+            stride_kh,
+            stride_kt,
+            stride_vb,
+            stride_vh,
+            stride_vt,
+            stride_krb,
+            stride_krh,
+            stride_vrb,
+            stride_vrh,
+            stride_kpb,
+            stride_kph,
+            stride_vpb,
+            stride_vph,
+            stride_v_group,
+            stride_v_row,
+            stride_v_channel,
+            stride_ksb,
+            stride_ksh,
+            stride_vsb,
+            stride_vsh,
+            stride_ab,
+            stride_at,
+            KV_HEADS,
+            REPEAT,
+            TOKENS,
+            BLOCK_TOKENS,
+            BLOCK_ROWS,
+            D,
+            BLOCK_D,
+            PART,
+            BLOCK_PART,
+            PARTS,
+            HALF,
+            BLOCK,
+            RECENT_SPLITS,
+            ROTARY,
+            ANGLES,
+            INTERLEAVED,
+            HAS_LOWER,
+            HAS_WINDOW,
+            HAS_SOFTCAP,
+            SPARSE,
+            SCORES,
+            USE_ASM,
+        )
+    else:
+        _attend_rows(
+            split,
+            num_splits,
+            first_row,
+            query,
+            key,
+            value,
+            k_recent,
+            v_recent,
+            k_upper,
+            k_lower,
+            k_scale,
+            k_zero,
+            v_upper,
+            v_lower,
+            v_scale,
+            v_zero,
+            quantized_len,
+            length,
+            cos,
+            sin,
+            partial,
+            partial_lse,
+            chosen,
+            choices,
+            tile_tops,
+            scale_log2,
+            softcap_log2,
+            window,
+            chosen_width,
+            num_tiles,
+            stride_qb,
+            stride_qh,
+            stride_qt,
+            stride_kb,
+            stride_kh,
+            stride_kt,
+            stride_vb,
+            stride_vh,
+            stride_vt,
+            stride_krb,
+            stride_krh,
+            stride_vrb,
+            stride_vrh,
+            stride_kpb,
+            stride_kph,
+            stride_vpb,
+            stride_vph,
+            stride_v_group,
+            stride_v_row,
+            stride_v_channel,
+            stride_ksb,
+            stride_ksh,
+            stride_vsb,
+            stride_vsh,
+            stride_ab,
+            stride_at,
+            KV_HEADS,
+            REPEAT,
+            TOKENS,
+            BLOCK_TOKENS,
+            LAST_ROWS,
+            D,
+            BLOCK_D,
+            PART,
+            BLOCK_PART,
+            PARTS,
+            HALF,
+            BLOCK,
+            RECENT_SPLITS,
+            ROTARY,
+            ANGLES,
+            INTERLEAVED,
+            HAS_LOWER,
+            HAS_WINDOW,
+            HAS_SOFTCAP,
+            SPARSE,
+            SCORES,
+            USE_ASM,
+        )
 
 
 @triton.jit
@@ -766,13 +1015,14 @@ def _merge_kernel(
 
 
 class LaunchConfig(NamedTuple):
-    """How the planes of one allocated size are attended: rows of a KV head per program, bytes per tile, warps, pipeline
-    stages, splits.
+    """How the planes of one allocated size are attended: rows of a KV head per program, and of the last one, bytes per
+    tile, warps, pipeline stages, splits.
 
     ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
     """
 
     rows: int
+    last_rows: int
     block: int
     warps: int
     stages: int
@@ -819,6 +1069,7 @@ def launch_config(
         element_size: bytes of a query's number.
     """
     block_rows = min(32, max(8, triton.next_power_of_2(rows)))
+    last_rows = max(8, triton.next_power_of_2(rows % block_rows or block_rows))
     max_registers = None
     if head_dim > 128:
         block, warps, stages, resident = 32, 4, 2, 2
@@ -839,7 +1090,7 @@ def launch_config(
         splits = 2 * programs // columns
     # Below four tiles a program costs more than it saves, unless there would be too few of them.
     splits = min(splits, tiles, max(64, tiles // 4))
-    return LaunchConfig(block_rows, block, warps, stages, max(1, splits), max_registers)
+    return LaunchConfig(block_rows, last_rows, block, warps, stages, max(1, splits), max_registers)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -965,6 +1216,7 @@ def cached_attention_triton(
         TOKENS=tokens,
         BLOCK_TOKENS=triton.next_power_of_2(tokens),
         BLOCK_ROWS=config.rows,
+        LAST_ROWS=config.last_rows,
         D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         PART=value_dim // parts,
