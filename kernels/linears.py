@@ -2,6 +2,9 @@
 
     y = concat_i (x W_i^T + b_i)
 
+``quantspec::fused_linears`` also does what stands around them: the sum with the residual stream and the root mean
+square norm in front, the gate of an MLP behind.
+
 On CUDA, 1 to 8 rows of 16-bit floats are multiplied by a kernel that reads every weight once, in one launch.
 """
 
@@ -14,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .current_device import on_tensors_device
-from .inline_asm import exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
+from .epilogue import gated
+from .inline_asm import activated, exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
 from .int4_linear import K_WIDTH
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
@@ -24,6 +28,8 @@ MAX_WEIGHTS = 3
 _MAX_ROWS = 8
 # Of a launch, measured on an H100: tiles of eight outputs, warps (one chunk each), and numbers of a chunk.
 _TILES, _WARPS, _CHUNK = 2, 8, 128
+# Of a launch with gates.
+_GATED_WARPS = 4
 
 
 @torch.library.custom_op("quantspec::linears", mutates_args=())
@@ -61,9 +67,61 @@ def _(x, weights, biases):
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
+@torch.library.custom_op("quantspec::fused_linears", mutates_args=())
+def fused_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`linears` of the normalized sum of ``x`` and ``residual``, and with an activation the gate behind them.
+
+    Args:
+        x, weights, biases: as of :func:`linears`; with an activation two weights of one shape, the gate's first.
+        residual: of the shape and dtype of ``x``, or None.
+        norm_weight: ``(K,)`` of the root mean square norm, in the dtype of ``x``, or None for no norm.
+        eps: of the norm.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none.
+
+    Returns:
+        ``(..., sum of N_i)``, or ``(..., N_0)`` with an activation, and the sum ``x + residual``, empty without one.
+    """
+    return _plain_fused(x, weights, biases, residual, norm_weight, eps, activation)
+
+
+def _plain_fused(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(0) if residual is None else x + residual
+    x = x if residual is None else total
+    x = x if norm_weight is None else F.rms_norm(x, x.shape[-1:], norm_weight, eps)
+    y = _plain(x, weights, biases)
+    return gated(y, activation, True) if activation else y, total
+
+
+@fused_linears.register_fake
+def _(x, weights, biases, residual, norm_weight, eps, activation):
+    width = weights[0].shape[0] if activation else sum(weight.shape[0] for weight in weights)
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(0) if residual is None else x.new_empty(x.shape)
+
+
 def reads_faster(sizes: Sequence[int]) -> bool:
     """Whether the kernel was faster than cuBLAS for weights of so many outputs: several small ones, or a head's."""
     return sum(sizes) <= 8192 if len(sizes) > 1 else sum(sizes) >= 32768
+
+
+def has_kernel_for(in_features: int) -> bool:
+    """Whether the kernel multiplies inputs of this width."""
+    return in_features % _CHUNK == 0
 
 
 @triton.jit
@@ -75,8 +133,12 @@ def _linears_kernel(
     b0,
     b1,
     b2,
+    residual,
+    norm_weight,
     out,
+    total,
     num_rows,
+    eps,
     N0,
     N1,
     N2,
@@ -88,6 +150,10 @@ def _linears_kernel(
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FETCH: tl.constexpr,
     K_WIDTH: tl.constexpr,
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -96,10 +162,14 @@ def _linears_kernel(
 
     ``x`` is (num_rows, K), weight i (N_i, K). What a thread loads is its own share of the product's operands, so
     nothing passes through shared memory; the product sums over k in the order in which a thread holds ``K_WIDTH``
-    neighbours.
+    neighbours. Every program sees all of x, so each has the sum with the residual, which the first one stores, and the
+    factor of the norm. With an activation a program's first tile are gates, the second the factors of the same outputs.
+
+    Weights of the next step are fetched into the cache or, without ``FETCH``, loaded.
     """
     WORDS: tl.constexpr = CHUNK // 32
-    BLOCK_N: tl.constexpr = 8 * TILES
+    GATED: tl.constexpr = ACTIVATION != ""
+    BLOCK_N: tl.constexpr = 8 if GATED else 8 * TILES
     ALL_CHUNKS: tl.constexpr = K // CHUNK
     EVEN_K: tl.constexpr = STEPS * CHUNKS == ALL_CHUNKS
     STEP: tl.constexpr = CHUNKS * CHUNK
@@ -109,7 +179,7 @@ def _linears_kernel(
     N = N0
     first_n = pid * BLOCK_N
     column = first_n
-    if WEIGHTS > 1:
+    if WEIGHTS > 1 and not GATED:
         tiles = tl.cdiv(N0, BLOCK_N)
         if pid >= tiles:
             pid -= tiles
@@ -131,35 +201,59 @@ def _linears_kernel(
     word = tl.arange(0, 8)[None, None, :]
     # Rows of the loads are (n / 8, i, chunk, n % 8) and (i, chunk, m): warps share out the chunks.
     r = tl.arange(0, TILES * WORDS * CHUNKS * 8)[None, :, None]
-    n = r // (8 * CHUNKS * WORDS) * 8 + r % 8
+    tile = r // (8 * CHUNKS * WORDS)
+    n = r % 8 if GATED else tile * 8 + r % 8
     w_chunk = r // 8 % CHUNKS
     first_w = w + first_n.to(tl.int64) * K
     w_at = first_w + n * K + w_chunk * CHUNK + r // (8 * CHUNKS) % WORDS * 32 + c * 8 + word
+    if GATED:
+        w_at += tile * tl.multiple_of((w1.to(tl.int64) - w0.to(tl.int64)) // 2, 8)
     r = tl.arange(0, WORDS * CHUNKS * 8)[None, :, None]
     m = r % 8
     x_chunk = r // 8 % CHUNKS
-    x_at = x + m * K + x_chunk * CHUNK + r // (8 * CHUNKS) * 32 + c * 8 + word
-    acc = tl.zeros((CHUNKS, BLOCK_N, 8), tl.float32)
+    k_at = x_chunk * CHUNK + r // (8 * CHUNKS) * 32 + c * 8 + word
+    x_at = m * K + k_at
+    acc = tl.zeros((CHUNKS, 8 * TILES, 8), tl.float32)
+    squares = tl.zeros((4, WORDS * CHUNKS * 8), tl.float32)
     lines = tl.minimum(BLOCK_N, N - first_n)
     if PDL:
         # No kernel writes weights: the next one may ask for its own while this one ends, as this one does.
         gdc_launch_dependents()
+    if FETCH:
         fetch_rows(first_w, lines, K * 2, min(STEP, K) * 2)
+    else:
+        next_w = _dense_weights(w_at, n, w_chunk, 0, lines, True, CHUNK, ALL_CHUNKS, EVEN_N and EVEN_K)
+    if PDL:
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
     for step in tl.range(0, STEPS):
-        if PDL:
+        first = step * CHUNKS
+        if FETCH:
             k = (step + 1) * STEP
             fetch_rows(first_w + k, lines, K * 2, tl.minimum(STEP, K - k) * 2)
-        first = step * CHUNKS
-        # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
-        w_step = tl.max_contiguous(w_at + first * CHUNK, [2, 1, 8])
-        ww = load_inside(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS), EVEN_N and EVEN_K)
-        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
-        if EVEN_K:
-            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
+            ww = _dense_weights(w_at, n, w_chunk, first, lines, True, CHUNK, ALL_CHUNKS, EVEN_N and EVEN_K)
         else:
-            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
+            ww = next_w
+            more = step + 1 < STEPS
+            next_w = _dense_weights(w_at, n, w_chunk, first + CHUNKS, lines, more, CHUNK, ALL_CHUNKS, False)
+        x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+        x_inside = m < num_rows
+        if not EVEN_K:
+            x_inside = x_inside & (first + x_chunk < ALL_CHUNKS)
+        xx = tl.load(x + x_step, x_inside, other=0)
+        if HAS_RESIDUAL:
+            xx = (xx.to(tl.float32) + tl.load(residual + x_step, x_inside, other=0).to(tl.float32)).to(xx.dtype)
+            if tl.program_id(0) == 0:
+                tl.store(total + x_step, xx, x_inside)
+        if HAS_NORM:
+            wide = xx.to(tl.float32)
+            squares += tl.sum(wide * wide, 2)
+            k_step = tl.max_contiguous(k_at + first * CHUNK, [2, 1, 8])
+            if EVEN_K:
+                factor = tl.load(norm_weight + k_step)
+            else:
+                factor = tl.load(norm_weight + k_step, first + x_chunk < ALL_CHUNKS, other=0)
+            xx = (wide * factor.to(tl.float32)).to(x.dtype.element_ty)
         ww = tl.reshape(ww, (4, TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, n / 8, i, chunk, n % 8, a, b, e
         xx = tl.reshape(xx, (4, WORDS, CHUNKS, 8, 2, 2, 2))  # c, i, chunk, m, a, b, e
         if K_WIDTH == 4:  # k is (a, i, c, b, e)
@@ -168,14 +262,23 @@ def _linears_kernel(
         else:  # k is (a, i, b, c, e)
             ww = tl.permute(ww, (3, 1, 4, 5, 2, 6, 0, 7))
             xx = tl.permute(xx, (2, 4, 1, 5, 0, 6, 3))
-        ww = tl.reshape(ww, (CHUNKS, BLOCK_N, CHUNK))
+        ww = tl.reshape(ww, (CHUNKS, 8 * TILES, CHUNK))
         acc += exact_dot(ww, tl.reshape(xx, (CHUNKS, CHUNK, 8)), USE_ASM)
     y = tl.sum(acc, 0)
+    if HAS_NORM:
+        squares = tl.sum(tl.reshape(squares, (4 * WORDS * CHUNKS, 8)), 0)
+        y *= tl.rsqrt(squares / K + eps)[None, :]
     n = tl.arange(0, BLOCK_N)[:, None]
-    if HAS_BIAS:
+    if GATED:
+        gate, factor = tl.split(tl.permute(tl.reshape(y, (2, 8, 8)), (1, 2, 0)))
+        if HAS_BIAS:
+            gate += tl.load(b0 + first_n + n, n < lines, other=0).to(tl.float32)
+            factor += tl.load(b1 + first_n + n, n < lines, other=0).to(tl.float32)
+        y = activated(gate, ACTIVATION) * factor
+    elif HAS_BIAS:
         y += tl.load(b + first_n + n, n < lines, other=0).to(tl.float32)
     width = N0
-    if WEIGHTS > 1:
+    if WEIGHTS > 1 and not GATED:
         width += N1
     if WEIGHTS > 2:
         width += N2
@@ -183,42 +286,96 @@ def _linears_kernel(
     tl.store(out + row * width + column + n, y, (row < num_rows) & (n < lines))
 
 
-@linears.register_kernel("cuda")
-@on_tensors_device
-def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Launch the kernel for 1 to 8 rows of 16-bit floats, else multiply by cuBLAS; arguments as the op's."""
+@triton.jit
+def _dense_weights(
+    w_at, n, w_chunk, first, lines, wanted, CHUNK: tl.constexpr, ALL_CHUNKS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Weights of the step whose chunks begin at ``first``, nothing unless ``wanted``."""
+    # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
+    w_step = tl.max_contiguous(w_at + first * CHUNK, [2, 1, 8])
+    return load_inside(w_step, (n < lines) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
+
+
+def _has_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel multiplies these rows and weights."""
     in_features = x.shape[-1]
-    rows = x.numel() // in_features
-    if not 1 <= rows <= _MAX_ROWS or x.element_size() != 2 or in_features % _CHUNK or len(weights) > MAX_WEIGHTS:
-        return _plain(x, weights, biases)
+    few_rows = 1 <= x.numel() // in_features <= _MAX_ROWS
+    return few_rows and x.element_size() == 2 and has_kernel_for(in_features) and len(weights) <= MAX_WEIGHTS
+
+
+def _launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The results of ``fused_linears``."""
+    in_features = x.shape[-1]
     pdl = launches_overlap(x.device)
     sizes = [weight.shape[0] for weight in weights]
-    block = 8 * _TILES
-    out = x.new_empty(*x.shape[:-1], sum(sizes))
+    widths = sizes[:1] if activation else sizes
+    warps = _GATED_WARPS if activation else _WARPS
+    block = 8 if activation else 8 * _TILES
+    out = x.new_empty(*x.shape[:-1], sum(widths))
+    total = x.new_empty(0) if residual is None else x.new_empty(x.shape)
     missing = MAX_WEIGHTS - len(weights)
-    _linears_kernel[(sum(triton.cdiv(size, block) for size in sizes),)](
+    _linears_kernel[(sum(triton.cdiv(width, block) for width in widths),)](
         x.contiguous(),
         *(weight.contiguous() for weight in weights),
         *[weights[0]] * missing,
         *(bias.contiguous() for bias in biases),
         *[out] * (MAX_WEIGHTS - len(biases)),
+        out if residual is None else residual.contiguous(),
+        out if norm_weight is None else norm_weight.contiguous(),
         out,
-        rows,
+        total,
+        x.numel() // in_features,
+        eps,
         *sizes,
         *[0] * missing,
         K=in_features,
         WEIGHTS=len(weights),
         CHUNK=_CHUNK,
-        STEPS=triton.cdiv(in_features // _CHUNK, _WARPS),
-        CHUNKS=_WARPS,
+        STEPS=triton.cdiv(in_features // _CHUNK, warps),
+        CHUNKS=warps,
         TILES=_TILES,
         EVEN_N=all(size % block == 0 for size in sizes),
         HAS_BIAS=bool(biases),
+        HAS_RESIDUAL=residual is not None,
+        HAS_NORM=norm_weight is not None,
+        ACTIVATION=activation,
+        FETCH=pdl and not activation,
         K_WIDTH=K_WIDTH,
         USE_ASM=use_inline_asm(x.device),
         PDL=pdl,
-        num_warps=_WARPS,
+        num_warps=warps,
         num_stages=1,
         **({"launch_pdl": True} if pdl else {}),
     )
-    return out
+    return out, total
+
+
+@linears.register_kernel("cuda")
+@on_tensors_device
+def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Launch the kernel for 1 to 8 rows of 16-bit floats, else multiply by cuBLAS; arguments as the op's."""
+    return _launch(x, weights, biases)[0] if _has_kernel(x, weights) else _plain(x, weights, biases)
+
+
+@fused_linears.register_kernel("cuda")
+@on_tensors_device
+def fused_linears_triton(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`linears_triton`."""
+    arguments = x, weights, biases, residual, norm_weight, eps, activation
+    return _launch(*arguments) if _has_kernel(x, weights) else _plain_fused(*arguments)

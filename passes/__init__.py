@@ -13,6 +13,7 @@ from .attention_lowering import (
     Role,
     cache_parts,
 )
+from .fuse_around_linears import FuseGates, FuseNorms
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
@@ -39,8 +40,10 @@ __all__ = [
     "SPARSE_ACCESS",
     "CacheAccess",
     "CheckTokenMixing",
+    "FuseGates",
     "FuseInt4Epilogues",
     "FuseInt4Norms",
+    "FuseNorms",
     "FuseRotation",
     "FuseSharedInputLinears",
     "GroupLinears",

@@ -16,8 +16,10 @@ from quantspec.capture import Capture, capture
 from quantspec.config import WeightQuantizer
 from quantspec.pair.compile_by_layer import _signature, region_graph, split_regions
 from quantspec.passes import (
+    FuseGates,
     FuseInt4Epilogues,
     FuseInt4Norms,
+    FuseNorms,
     FuseSharedInputLinears,
     GroupLinears,
     QuantizeWeights,
@@ -54,6 +56,7 @@ def quantized(gm: fx.GraphModule) -> fx.GraphModule:
 def grouping(monkeypatch) -> None:
     """Let the pass take weights of a CPU, whose op is the plain implementation."""
     monkeypatch.setattr(group_linears, "worth_grouping", lambda weights: True)
+    monkeypatch.setattr(group_linears, "worth_fusing", lambda weights: True)
 
 
 # Products of a gate and additions to a residual, of two layers.
@@ -206,3 +209,59 @@ def test_the_targets_linears_share_launches(architecture: str, grouping) -> None
 
 def test_linears_of_a_cpu_stay() -> None:
     apply(decoder("llama"), GroupLinears(), modifies=False)
+
+
+# Calls with a gate, with a norm, and with the sum in front of it.
+TARGET_COUNTS = {
+    "llama": (2, 4, 3),
+    # One weight has both halves; queries, keys and values are one linear, whose norms stay.
+    "phi3": (2, 2, 2),
+    # Layer norms.
+    "cohere": (2, 0, 0),
+    # GELU, norms with an offset; the first is one of a product.
+    "gemma": (2, 3, 3),
+    # No gates.
+    "phi": (0, 0, 0),
+    # Norms stand between linear and addition.
+    "gemma2": (2, 3, 3),
+}
+
+
+@pytest.mark.parametrize("architecture", TARGET_COUNTS)
+def test_gates_norms_and_sums_of_the_target_need_no_launch(architecture: str, grouping) -> None:
+    gm = decoder(architecture)
+    expected = gm(*ids_and_positions())
+    storages = {name: tensor.data_ptr() for name, tensor in gm.named_parameters()}
+    gates, norms, sums = TARGET_COUNTS[architecture]
+    roots, added = count(gm, aten.rsqrt.default), count(gm, aten.add.Tensor)
+    gm = apply(gm, FuseGates(), modifies=gates > 0)
+    gm = apply(gm, GroupLinears())
+    gm = apply(gm, FuseNorms(), modifies=norms > 0)
+    calls = list(find_calls(gm.graph, ops.fused_linears.default))
+    assert sum(bool(call.args[6]) for call in calls) == gates
+    assert sum(call.args[4] is not None for call in calls) == norms == roots - count(gm, aten.rsqrt.default)
+    assert sum(call.args[3] is not None for call in calls) == sums
+    # The epsilon of a norm is an addition too.
+    assert added - count(gm, aten.add.Tensor) == norms + sums
+    assert {name: tensor.data_ptr() for name, tensor in gm.named_parameters()} == storages
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+
+
+class _GateOfAnother(nn.Module):
+    """A gate that something else reads too, and one whose factor has another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.factor = nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        kept = self.gate(x)
+        return F.silu(kept) * self.factor(x) + kept + F.silu(self.gate(x)) * self.factor(y)
+
+
+def test_gates_that_are_not_of_one_input_and_alone_stay(grouping) -> None:
+    apply(exported(_GateOfAnother(), randn(3, 64), randn(3, 64)), FuseGates(), modifies=False)
+
+
+def test_gates_of_a_cpu_stay() -> None:
+    apply(decoder("llama"), FuseGates(), modifies=False)

@@ -26,6 +26,8 @@ from quantspec.passes import (
     SPARSE_ACCESS,
     CacheAccess,
     CheckTokenMixing,
+    FuseGates,
+    FuseNorms,
     FuseRotation,
     FuseSharedInputLinears,
     GroupLinears,
@@ -54,7 +56,9 @@ ORDER = (
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
+    FuseGates,
     GroupLinears,
+    FuseNorms,
     WidenLinears,
 )
 """The passes in the order in which a graph goes through those that its role has."""
@@ -94,7 +98,9 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [GroupLinears()]))
+register(
+    Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears(), FuseNorms()])
+)
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
