@@ -71,7 +71,8 @@ class FuseNorms(PassBase):
 def _fuse_gates(graph: fx.Graph, gates: _Gates) -> None:
     match, linears = gates
     with graph.inserting_before(match.product):
-        weights, biases = [], []
+        weights: list[fx.Node] = []
+        biases: list[fx.Node] = []
         for side, linear in zip((match.gate, match.factor), (linears * 2)[:2], strict=True):
             part = piece(side)
             for argument, into in zip(linear.args[1:], (weights, biases), strict=False):
