@@ -374,10 +374,7 @@ def _attend_recent(
 
 
 @triton.jit
-def _attend_rows(
-    split,
-    num_splits,
-    first_row,
+def _attend_kernel(
     query,
     key,
     value,
@@ -453,13 +450,28 @@ def _attend_rows(
     SPARSE: tl.constexpr,
     SCORES: tl.constexpr,
     USE_ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Attend from ``BLOCK_ROWS`` rows of a KV head, from ``first_row`` on, to a stretch; as :func:`_attend_kernel`."""
+    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
+    buffer.
+
+    A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
+    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
+    """
+    if OVERLAP:
+        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
+        gdc_wait()
+        gdc_launch_dependents()
+    # Neighbouring programs take blocks of rows of one stretch: all but the first find the codes in the cache.
+    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    split = tl.program_id(0) // ROW_BLOCKS
+    num_splits = tl.num_programs(0) // ROW_BLOCKS
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
+    first_row = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
@@ -598,267 +610,6 @@ def _attend_rows(
 
 
 @triton.jit
-def _attend_kernel(
-    query,
-    key,
-    value,
-    k_recent,
-    v_recent,
-    k_upper,
-    k_lower,
-    k_scale,
-    k_zero,
-    v_upper,
-    v_lower,
-    v_scale,
-    v_zero,
-    quantized_len,
-    length,
-    cos,
-    sin,
-    partial,
-    partial_lse,
-    chosen,
-    choices,
-    tile_tops,
-    scale_log2,
-    softcap_log2,
-    window,
-    chosen_width,
-    num_tiles,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_krb,
-    stride_krh,
-    stride_vrb,
-    stride_vrh,
-    stride_kpb,
-    stride_kph,
-    stride_vpb,
-    stride_vph,
-    stride_v_group,
-    stride_v_row,
-    stride_v_channel,
-    stride_ksb,
-    stride_ksh,
-    stride_vsb,
-    stride_vsh,
-    stride_ab,
-    stride_at,
-    KV_HEADS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    LAST_ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK_PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RECENT_SPLITS: tl.constexpr,
-    ROTARY: tl.constexpr,
-    ANGLES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HAS_LOWER: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SPARSE: tl.constexpr,
-    SCORES: tl.constexpr,
-    USE_ASM: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
-    buffer.
-
-    A row is one token of one query head; all blocks have ``BLOCK_ROWS`` of them but the last, of ``LAST_ROWS``. Writes
-    ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32; where a row sees nothing of the stretch its lse
-    is -inf and its partial is left unwritten or zero.
-    """
-    if OVERLAP:
-        # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
-        gdc_wait()
-        gdc_launch_dependents()
-    # Neighbouring programs take blocks of rows of one stretch: all but the first find the codes in the cache.
-    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
-    split = tl.program_id(0) // ROW_BLOCKS
-    num_splits = tl.num_programs(0) // ROW_BLOCKS
-    block = tl.program_id(0) % ROW_BLOCKS
-    first_row = block * BLOCK_ROWS
-    if LAST_ROWS == BLOCK_ROWS or block < ROW_BLOCKS - 1:
-        _attend_rows(
-            split,
-            num_splits,
-            first_row,
-            query,
-            key,
-            value,
-            k_recent,
-            v_recent,
-            k_upper,
-            k_lower,
-            k_scale,
-            k_zero,
-            v_upper,
-            v_lower,
-            v_scale,
-            v_zero,
-            quantized_len,
-            length,
-            cos,
-            sin,
-            partial,
-            partial_lse,
-            chosen,
-            choices,
-            tile_tops,
-            scale_log2,
-            softcap_log2,
-            window,
-            chosen_width,
-            num_tiles,
-            stride_qb,
-            stride_qh,
-            stride_qt,
-            stride_kb,
-            stride_kh,
-            stride_kt,
-            stride_vb,
-            stride_vh,
-            stride_vt,
-            stride_krb,
-            stride_krh,
-            stride_vrb,
-            stride_vrh,
-            stride_kpb,
-            stride_kph,
-            stride_vpb,
-            stride_vph,
-            stride_v_group,
-            stride_v_row,
-            stride_v_channel,
-            stride_ksb,
-            stride_ksh,
-            stride_vsb,
-            stride_vsh,
-            stride_ab,
-            stride_at,
-            KV_HEADS,
-            REPEAT,
-            TOKENS,
-            BLOCK_TOKENS,
-            BLOCK_ROWS,
-            D,
-            BLOCK_D,
-            PART,
-            BLOCK_PART,
-            PARTS,
-            HALF,
-            BLOCK,
-            RECENT_SPLITS,
-            ROTARY,
-            ANGLES,
-            INTERLEAVED,
-            HAS_LOWER,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            SPARSE,
-            SCORES,
-            USE_ASM,
-        )
-    else:
-        _attend_rows(
-            split,
-            num_splits,
-            first_row,
-            query,
-            key,
-            value,
-            k_recent,
-            v_recent,
-            k_upper,
-            k_lower,
-            k_scale,
-            k_zero,
-            v_upper,
-            v_lower,
-            v_scale,
-            v_zero,
-            quantized_len,
-            length,
-            cos,
-            sin,
-            partial,
-            partial_lse,
-            chosen,
-            choices,
-            tile_tops,
-            scale_log2,
-            softcap_log2,
-            window,
-            chosen_width,
-            num_tiles,
-            stride_qb,
-            stride_qh,
-            stride_qt,
-            stride_kb,
-            stride_kh,
-            stride_kt,
-            stride_vb,
-            stride_vh,
-            stride_vt,
-            stride_krb,
-            stride_krh,
-            stride_vrb,
-            stride_vrh,
-            stride_kpb,
-            stride_kph,
-            stride_vpb,
-            stride_vph,
-            stride_v_group,
-            stride_v_row,
-            stride_v_channel,
-            stride_ksb,
-            stride_ksh,
-            stride_vsb,
-            stride_vsh,
-            stride_ab,
-            stride_at,
-            KV_HEADS,
-            REPEAT,
-            TOKENS,
-            BLOCK_TOKENS,
-            LAST_ROWS,
-            D,
-            BLOCK_D,
-            PART,
-            BLOCK_PART,
-            PARTS,
-            HALF,
-            BLOCK,
-            RECENT_SPLITS,
-            ROTARY,
-            ANGLES,
-            INTERLEAVED,
-            HAS_LOWER,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            SPARSE,
-            SCORES,
-            USE_ASM,
-        )
-
-
-@triton.jit
 def _score_pages(
     partial_lse,
     sinks,
@@ -877,14 +628,10 @@ def _score_pages(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
-
-    Pages that share a tile share its score.
-    """
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits."""
     ROWS: tl.constexpr = REPEAT * TOKENS
     COLUMNS: tl.constexpr = 16
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
@@ -916,7 +663,7 @@ def _score_pages(
                 total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
                 top = new_top
             total = tl.where(row < ROWS, total, 1.0)
-            at = (pair.to(tl.int64) * num_tiles + page * PAGE // TILE)[:, None] * ROWS + row[None, :]
+            at = (pair.to(tl.int64) * num_tiles + page)[:, None] * ROWS + row[None, :]
             highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=_HIDDEN)
             weight = tl.where(highest > 0.5 * _HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
             score = tl.maximum(score, tl.max(weight, 1))
@@ -947,7 +694,6 @@ def _merge_kernel(
     BLOCK_SPLITS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SCORES: tl.constexpr,
@@ -983,7 +729,6 @@ def _merge_kernel(
                 TOKENS,
                 HALF,
                 PAGE,
-                TILE,
                 HAS_SINKS,
                 HAS_WINDOW,
             )
@@ -1015,14 +760,13 @@ def _merge_kernel(
 
 
 class LaunchConfig(NamedTuple):
-    """How the planes of one allocated size are attended: rows of a KV head per program, and of the last one, bytes per
-    tile, warps, pipeline stages, splits.
+    """How the planes of one allocated size are attended: rows of a KV head per program, bytes per tile, warps, pipeline
+    stages, splits.
 
     ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
     """
 
     rows: int
-    last_rows: int
     block: int
     warps: int
     stages: int
@@ -1058,6 +802,8 @@ def launch_config(
 ) -> LaunchConfig:
     """Configuration by allocated size, tuned on an H100, with as many programs at once as the device has room for.
 
+    Four warps and tiles of 64 gave wrong results below 64 rows there, with Triton 3.6.
+
     Args:
         device: where the kernel runs.
         pairs: batch * KV heads.
@@ -1068,15 +814,19 @@ def launch_config(
         has_lower: whether both planes are read.
         element_size: bytes of a query's number.
     """
+    # More columns than 32 spill registers. At 131,072 tokens of 8 heads 32 rows take 130 us; 36 to 64 rows take 245 to
+    # 255 in blocks of 32, 278 to 293 in one of 64 (four warps; 427 with eight), and 64 take 342 in blocks of 16. A last
+    # block of 8 or 16 rows gains nothing, for what takes long is decoding, once for each block.
     block_rows = min(32, max(8, triton.next_power_of_2(rows)))
-    last_rows = max(8, triton.next_power_of_2(rows % block_rows or block_rows))
+    # A tile is a page, so that pages are scored and chosen alone.
+    block = PAGE_BYTES
     max_registers = None
     if head_dim > 128:
-        block, warps, stages, resident = 32, 4, 2, 2
+        warps, stages, resident = 4, 2, 2
     elif block_rows == 8 and element_size == 2:
-        block, warps, stages, resident, max_registers = 32, 2, 3, 6 if has_lower else 7, 128
+        warps, stages, resident, max_registers = 2, 3, 6 if has_lower else 7, 128
     else:
-        block, warps, stages, resident = 32, 2, 3, 4
+        warps, stages, resident = 2, 3, 4
     limits = device_limits(device)
     # The tiles of both planes' keys and values that are ahead, and what a program's threads exchange.
     shared_bytes = (stages - 1) * block * 2 * head_dim * (2 if has_lower else 1) + 320 * block_rows + 1024
@@ -1090,7 +840,7 @@ def launch_config(
         splits = 2 * programs // columns
     # Below four tiles a program costs more than it saves, unless there would be too few of them.
     splits = min(splits, tiles, max(64, tiles // 4))
-    return LaunchConfig(block_rows, last_rows, block, warps, stages, max(1, splits), max_registers)
+    return LaunchConfig(block_rows, block, warps, stages, max(1, splits), max_registers)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -1153,8 +903,6 @@ def cached_attention_triton(
     num_pages = 0 if page_scores is None else page_scores.shape[2]
     most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
     scores, sparse = num_pages > 0, most_chosen > 0
-    if sparse:
-        config = config._replace(block=PAGE_BYTES)
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
@@ -1216,7 +964,6 @@ def cached_attention_triton(
         TOKENS=tokens,
         BLOCK_TOKENS=triton.next_power_of_2(tokens),
         BLOCK_ROWS=config.rows,
-        LAST_ROWS=config.last_rows,
         D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         PART=value_dim // parts,
@@ -1261,7 +1008,6 @@ def cached_attention_triton(
         BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
         HALF=half,
         PAGE=PAGE_BYTES,
-        TILE=config.block,
         HAS_SINKS=sinks is not None,
         HAS_WINDOW=window != 0,
         SCORES=scores,

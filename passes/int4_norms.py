@@ -70,7 +70,7 @@ class FuseInt4Norms(WeightLayout):
 def _fuse(gm: fx.GraphModule, norm: Norm) -> None:
     graph, producer = gm.graph, norm.x
     with graph.inserting_before(producer):
-        weight = norm_weight(gm, norm)
+        weight = _product(gm, norm)
         new = add_call(graph, FuseInt4Norms.op, (*producer.args[:5], weight), producer)
         new.meta[PACKED_LINEARS] = producer.meta[PACKED_LINEARS]
         values = new.meta.get("val") or (producer.meta["val"],) * 3
@@ -88,7 +88,7 @@ def _fuse(gm: fx.GraphModule, norm: Norm) -> None:
     producer.replace_all_uses_with(y)
 
 
-def norm_weight(gm: fx.GraphModule, norm: Norm) -> fx.Node:
+def _product(gm: fx.GraphModule, norm: Norm) -> fx.Node:
     """The norm's weight: the model's own tensor where there is but that, else a buffer with what the graph computes."""
     if len(norm.weights) == 1 and norm.weights[0].op == "get_attr":
         return gm.graph.node_copy(norm.weights[0])
@@ -99,7 +99,7 @@ def norm_weight(gm: fx.GraphModule, norm: Norm) -> fx.Node:
 def _norms(gm: fx.GraphModule) -> list[Norm]:
     """What the pass matches, in graph order."""
     nodes = {node.args[0]: None for node in find_calls(gm.graph, *_LINEARS) if isinstance(node.args[0], fx.Node)}
-    norms = (match_norm(gm, node) for node in nodes)
+    norms = (_match(gm, node) for node in nodes)
     return [norm for norm in norms if norm is not None and _may_fuse(norm)]
 
 
@@ -120,8 +120,7 @@ def _reads_plain(linear: fx.Node) -> bool:
     return len(linear.args) < 8 or linear.args[7] is None
 
 
-def match_norm(gm: fx.GraphModule, node: fx.Node) -> Norm | None:
-    """The norm whose result a node is, if it is one."""
+def _match(gm: fx.GraphModule, node: fx.Node) -> Norm | None:
     leaves = list(_leaves(node))
     weights = [leaf for leaf in leaves if _is_constant(leaf)]
     others = [leaf for leaf in leaves if leaf not in weights]

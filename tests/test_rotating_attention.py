@@ -100,12 +100,11 @@ def test_as_many_programs_as_the_device_has_room_for(rows, has_lower, in_228, in
 
 
 def test_programs_of_many_rows_grow_with_them() -> None:
-    """No program takes more rows than registers hold, and those that none needs are fewer than eight or the rows."""
+    """No program takes more rows than registers hold, and another begins only where they are full."""
     computed = []
     for rows in range(1, 17 * 16 + 1):
         config = launch_config(DEVICE, 8, rows, 128, 2**16, 0, True, 2)
-        assert config.last_rows <= config.rows <= 32
-        computed.append((triton.cdiv(rows, config.rows) - 1) * config.rows + config.last_rows)
-        rest = rows % config.rows or config.rows
-        assert 0 <= computed[-1] - rows < max(8, rest)
+        assert config.rows <= 32
+        computed.append(triton.cdiv(rows, config.rows) * config.rows)
+        assert computed[-1] == 8 if rows <= 8 else 0 <= computed[-1] - rows < min(rows, 32)
     assert computed == sorted(computed)
