@@ -42,7 +42,7 @@ from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_li
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
-from quantspec.kernels.linears import fused_linears_triton, linears_triton
+from quantspec.kernels.linears import gated_linears_triton, linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
@@ -142,13 +142,12 @@ def shared_input(rows: int, *sizes: int) -> Callable:
     return lambda: linears_triton(empty(rows, 4096), [empty(size, 4096) for size in sizes], [])
 
 
-def target_layer(rows: int) -> Callable:
-    """The linears of a target's layer with what stands around them."""
+def gates() -> Callable:
+    """Of few rows, and of more than the kernel multiplies."""
 
     def call() -> None:
-        x, norm = empty(rows, 4096), empty(4096)
-        fused_linears_triton(x, [empty(size, 4096) for size in (4096, 1024, 1024)], [], x, norm, 1e-5, "")
-        fused_linears_triton(x, [empty(14336, 4096)] * 2, [], x, norm, 1e-5, "silu")
+        for rows in (6, 9):
+            gated_linears_triton(empty(rows, 4096), [empty(14336, 4096)] * 2, [], "silu")
 
     return call
 
@@ -222,7 +221,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "layer of 1 row": lambda: layer(1),
     "layer of 32 rows": lambda: layer(32),
     "queries, keys and values of 6 rows": lambda: shared_input(6, 4096, 1024, 1024),
-    "target's layer of 6 rows": lambda: target_layer(6),
+    "gates and factors": gates,
     "encoding of 128": lambda: encode(128),
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),

@@ -2,8 +2,7 @@
 
     y = concat_i (x W_i^T + b_i)
 
-``quantspec::fused_linears`` also does what stands around them: the sum with the residual stream and the root mean
-square norm in front, the gate of an MLP behind.
+``quantspec::gated_linears`` also multiplies the gates of an MLP with their factors.
 
 On CUDA, 1 to 8 rows of 16-bit floats are multiplied by a kernel that reads every weight once, in one launch.
 """
@@ -67,51 +66,23 @@ def _(x, weights, biases):
     return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
 
 
-@torch.library.custom_op("quantspec::fused_linears", mutates_args=())
-def fused_linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """:func:`linears` of the normalized sum of ``x`` and ``residual``, and with an activation the gate behind them.
+@torch.library.custom_op("quantspec::gated_linears", mutates_args=())
+def gated_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    """``activation(x W_0^T + b_0) * (x W_1^T + b_1)``.
 
     Args:
-        x, weights, biases: as of :func:`linears`; with an activation two weights of one shape, the gate's first.
-        residual: of the shape and dtype of ``x``, or None.
-        norm_weight: ``(K,)`` of the root mean square norm, in the dtype of ``x``, or None for no norm.
-        eps: of the norm.
-        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, or empty for none.
+        x, weights, biases: as of :func:`linears`; two weights of one shape, the gate's first.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
 
     Returns:
-        ``(..., sum of N_i)``, or ``(..., N_0)`` with an activation, and the sum ``x + residual``, empty without one.
+        ``(..., N_0)`` in the dtype of ``x``.
     """
-    return _plain_fused(x, weights, biases, residual, norm_weight, eps, activation)
+    return gated(_plain(x, weights, biases), activation, True)
 
 
-def _plain_fused(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    total = x.new_empty(0) if residual is None else x + residual
-    x = x if residual is None else total
-    x = x if norm_weight is None else F.rms_norm(x, x.shape[-1:], norm_weight, eps)
-    y = _plain(x, weights, biases)
-    return gated(y, activation, True) if activation else y, total
-
-
-@fused_linears.register_fake
-def _(x, weights, biases, residual, norm_weight, eps, activation):
-    width = weights[0].shape[0] if activation else sum(weight.shape[0] for weight in weights)
-    return x.new_empty(*x.shape[:-1], width), x.new_empty(0) if residual is None else x.new_empty(x.shape)
+@gated_linears.register_fake
+def _(x, weights, biases, activation):
+    return x.new_empty(*x.shape[:-1], weights[0].shape[0])
 
 
 def reads_faster(sizes: Sequence[int]) -> bool:
@@ -133,12 +104,8 @@ def _linears_kernel(
     b0,
     b1,
     b2,
-    residual,
-    norm_weight,
     out,
-    total,
     num_rows,
-    eps,
     N0,
     N1,
     N2,
@@ -150,8 +117,6 @@ def _linears_kernel(
     TILES: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FETCH: tl.constexpr,
     K_WIDTH: tl.constexpr,
@@ -162,8 +127,7 @@ def _linears_kernel(
 
     ``x`` is (num_rows, K), weight i (N_i, K). What a thread loads is its own share of the product's operands, so
     nothing passes through shared memory; the product sums over k in the order in which a thread holds ``K_WIDTH``
-    neighbours. Every program sees all of x, so each has the sum with the residual, which the first one stores, and the
-    factor of the norm. With an activation a program's first tile are gates, the second the factors of the same outputs.
+    neighbours. With an activation a program's first tile are gates, the second the factors of the same outputs.
 
     Weights of the next step are fetched into the cache or, without ``FETCH``, loaded.
     """
@@ -211,10 +175,8 @@ def _linears_kernel(
     r = tl.arange(0, WORDS * CHUNKS * 8)[None, :, None]
     m = r % 8
     x_chunk = r // 8 % CHUNKS
-    k_at = x_chunk * CHUNK + r // (8 * CHUNKS) * 32 + c * 8 + word
-    x_at = m * K + k_at
+    x_at = x + m * K + x_chunk * CHUNK + r // (8 * CHUNKS) * 32 + c * 8 + word
     acc = tl.zeros((CHUNKS, 8 * TILES, 8), tl.float32)
-    squares = tl.zeros((4, WORDS * CHUNKS * 8), tl.float32)
     lines = tl.minimum(BLOCK_N, N - first_n)
     if PDL:
         # No kernel writes weights: the next one may ask for its own while this one ends, as this one does.
@@ -237,23 +199,10 @@ def _linears_kernel(
             more = step + 1 < STEPS
             next_w = _dense_weights(w_at, n, w_chunk, first + CHUNKS, lines, more, CHUNK, ALL_CHUNKS, False)
         x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
-        x_inside = m < num_rows
-        if not EVEN_K:
-            x_inside = x_inside & (first + x_chunk < ALL_CHUNKS)
-        xx = tl.load(x + x_step, x_inside, other=0)
-        if HAS_RESIDUAL:
-            xx = (xx.to(tl.float32) + tl.load(residual + x_step, x_inside, other=0).to(tl.float32)).to(xx.dtype)
-            if tl.program_id(0) == 0:
-                tl.store(total + x_step, xx, x_inside)
-        if HAS_NORM:
-            wide = xx.to(tl.float32)
-            squares += tl.sum(wide * wide, 2)
-            k_step = tl.max_contiguous(k_at + first * CHUNK, [2, 1, 8])
-            if EVEN_K:
-                factor = tl.load(norm_weight + k_step)
-            else:
-                factor = tl.load(norm_weight + k_step, first + x_chunk < ALL_CHUNKS, other=0)
-            xx = (wide * factor.to(tl.float32)).to(x.dtype.element_ty)
+        if EVEN_K:
+            xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
+        else:
+            xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
         ww = tl.reshape(ww, (4, TILES, WORDS, CHUNKS, 8, 2, 2, 2))  # c, n / 8, i, chunk, n % 8, a, b, e
         xx = tl.reshape(xx, (4, WORDS, CHUNKS, 8, 2, 2, 2))  # c, i, chunk, m, a, b, e
         if K_WIDTH == 4:  # k is (a, i, c, b, e)
@@ -265,9 +214,6 @@ def _linears_kernel(
         ww = tl.reshape(ww, (CHUNKS, 8 * TILES, CHUNK))
         acc += exact_dot(ww, tl.reshape(xx, (CHUNKS, CHUNK, 8)), USE_ASM)
     y = tl.sum(acc, 0)
-    if HAS_NORM:
-        squares = tl.sum(tl.reshape(squares, (4 * WORDS * CHUNKS, 8)), 0)
-        y *= tl.rsqrt(squares / K + eps)[None, :]
     n = tl.arange(0, BLOCK_N)[:, None]
     if GATED:
         gate, factor = tl.split(tl.permute(tl.reshape(y, (2, 8, 8)), (1, 2, 0)))
@@ -303,16 +249,7 @@ def _has_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return few_rows and x.element_size() == 2 and has_kernel_for(in_features) and len(weights) <= MAX_WEIGHTS
 
 
-def _launch(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "",
-) -> tuple[Tensor, Tensor]:
-    """The results of ``fused_linears``."""
+def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str = "") -> Tensor:
     in_features = x.shape[-1]
     pdl = launches_overlap(x.device)
     sizes = [weight.shape[0] for weight in weights]
@@ -320,7 +257,6 @@ def _launch(
     warps = _GATED_WARPS if activation else _WARPS
     block = 8 if activation else 8 * _TILES
     out = x.new_empty(*x.shape[:-1], sum(widths))
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape)
     missing = MAX_WEIGHTS - len(weights)
     _linears_kernel[(sum(triton.cdiv(width, block) for width in widths),)](
         x.contiguous(),
@@ -328,12 +264,8 @@ def _launch(
         *[weights[0]] * missing,
         *(bias.contiguous() for bias in biases),
         *[out] * (MAX_WEIGHTS - len(biases)),
-        out if residual is None else residual.contiguous(),
-        out if norm_weight is None else norm_weight.contiguous(),
         out,
-        total,
         x.numel() // in_features,
-        eps,
         *sizes,
         *[0] * missing,
         K=in_features,
@@ -344,8 +276,6 @@ def _launch(
         TILES=_TILES,
         EVEN_N=all(size % block == 0 for size in sizes),
         HAS_BIAS=bool(biases),
-        HAS_RESIDUAL=residual is not None,
-        HAS_NORM=norm_weight is not None,
         ACTIVATION=activation,
         FETCH=pdl and not activation,
         K_WIDTH=K_WIDTH,
@@ -355,27 +285,36 @@ def _launch(
         num_stages=1,
         **({"launch_pdl": True} if pdl else {}),
     )
-    return out, total
+    return out
 
 
 @linears.register_kernel("cuda")
 @on_tensors_device
 def linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """Launch the kernel for 1 to 8 rows of 16-bit floats, else multiply by cuBLAS; arguments as the op's."""
-    return _launch(x, weights, biases)[0] if _has_kernel(x, weights) else _plain(x, weights, biases)
+    return _launch(x, weights, biases) if _has_kernel(x, weights) else _plain(x, weights, biases)
 
 
-@fused_linears.register_kernel("cuda")
+@triton.jit
+def _gate_kernel(y, out, N, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """``BLOCK`` products of a row's gates, the first half of ``y (rows, 2 N)``, and factors."""
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(y + row * 2 * N + n, n < N, other=0).to(tl.float32)
+    factor = tl.load(y + (row * 2 + 1) * N + n, n < N, other=0).to(tl.float32)
+    tl.store(out + row * N + n, activated(gate, ACTIVATION) * factor, n < N)
+
+
+@gated_linears.register_kernel("cuda")
 @on_tensors_device
-def fused_linears_triton(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`linears_triton`."""
-    arguments = x, weights, biases, residual, norm_weight, eps, activation
-    return _launch(*arguments) if _has_kernel(x, weights) else _plain_fused(*arguments)
+def gated_linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    """As :func:`linears_triton`; what cuBLAS multiplied is gated by one more launch."""
+    if _has_kernel(x, weights):
+        return _launch(x, weights, biases, activation)
+    y = _plain(x, weights, biases)
+    width = weights[0].shape[0]
+    out = x.new_empty(*x.shape[:-1], width)
+    rows = out.numel() // width
+    if rows:
+        _gate_kernel[(triton.cdiv(width, 1024), rows)](y, out, width, ACTIVATION=activation, BLOCK=1024)
+    return out

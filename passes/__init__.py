@@ -13,7 +13,7 @@ from .attention_lowering import (
     Role,
     cache_parts,
 )
-from .fuse_around_linears import FuseGates, FuseNorms
+from .fuse_gates import FuseGates
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
@@ -43,7 +43,6 @@ __all__ = [
     "FuseGates",
     "FuseInt4Epilogues",
     "FuseInt4Norms",
-    "FuseNorms",
     "FuseRotation",
     "FuseSharedInputLinears",
     "GroupLinears",

@@ -81,7 +81,7 @@ def worth_grouping(weights: list[Tensor]) -> bool:
 
 
 def worth_fusing(weights: list[Tensor]) -> bool:
-    """Whether ``quantspec::fused_linears`` has a kernel for gates of this device, dtype and shape."""
+    """Whether ``quantspec::gated_linears`` has a kernel for gates of this device, dtype and shape."""
     return all(weight.is_cuda and weight.element_size() == 2 and has_kernel_for(weight.shape[1]) for weight in weights)
 
 

@@ -1,46 +1,33 @@
-"""Dense linears with the sum and the norm in front of them and the gate behind."""
+"""Gates and factors of dense weights in one launch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from test_kernels_triton import TOLERANCE, random, relative_error
-from torch import Tensor
 
-from quantspec.kernels.linears import fused_linears, fused_linears_triton
-
-
-def widened(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.double()
+from quantspec.kernels.linears import gated_linears, gated_linears_triton
 
 
+# Nine rows are more than the kernel multiplies.
+@pytest.mark.parametrize("rows", [1, 6, 8, 9])
 @pytest.mark.parametrize(
-    ("rows", "sizes", "activation", "bias", "residual", "norm"),
-    [
-        (1, (48, 16, 24), "", False, True, True),
-        (6, (40, 40), "silu", False, True, True),
-        (8, (40, 40), "gelu", True, False, True),
-        (3, (24, 24), "gelu_tanh", True, True, False),
-        (2, (72,), "", True, False, True),
-        # More rows than the kernel multiplies.
-        (9, (40, 40), "silu", True, True, True),
-    ],
+    ("activation", "width", "bias"), [("silu", 40, False), ("gelu", 44, True), ("gelu_tanh", 24, False)]
 )
 @pytest.mark.parametrize("in_features", [384, 1024])
-def test_fused_linears_match_float64(rows, sizes, activation, bias, residual, norm, in_features) -> None:
+def test_gated_linears_match_float64(rows, activation, width, bias, in_features) -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16
-    x = random(1, rows, in_features, dtype=dtype)
-    weights = [random(size, in_features, dtype=dtype) / in_features**0.5 for size in sizes]
-    biases = [random(size, dtype=dtype) for size in sizes] if bias else []
-    of_sum = random(1, rows, in_features, dtype=dtype) if residual else None
-    norm_weight = 1 + random(in_features, dtype=dtype) / 4 if norm else None
-    y, total = fused_linears_triton(x, weights, biases, of_sum, norm_weight, 1e-5, activation)
-    exact = x if of_sum is None else total
-    # The interpreter does not round to the nearest.
-    assert relative_error(total, x + of_sum) < torch.finfo(dtype).eps if residual else total.numel() == 0
-    wide = [[w.double() for w in group] for group in (weights, biases)]
-    expected, _ = fused_linears(exact.double(), *wide, None, widened(norm_weight), 1e-5, activation)
-    assert y.dtype == dtype
-    assert y.shape == expected.shape
-    assert relative_error(y, expected) < TOLERANCE[dtype]
+    x = random(2, rows, in_features, dtype=dtype)[1:]
+    weights = [random(width, in_features, dtype=dtype) / in_features**0.5 for _ in range(2)]
+    biases = [random(width, dtype=dtype) for _ in range(2)] if bias else []
+    wide = ([tensor.double() for tensor in tensors] for tensors in (weights, biases))
+    expected = gated_linears(x.double(), *wide, activation)
+    actual = gated_linears_triton(x, weights, biases, activation)
+    assert (actual.dtype, actual.shape) == (dtype, expected.shape)
+    assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+def test_no_rows_have_no_gates() -> None:
+    weights = [random(24, 128, dtype=torch.bfloat16) for _ in range(2)]
+    assert gated_linears_triton(random(1, 0, 128, dtype=torch.bfloat16), weights, [], "silu").shape == (1, 0, 24)

@@ -27,7 +27,6 @@ from quantspec.passes import (
     CacheAccess,
     CheckTokenMixing,
     FuseGates,
-    FuseNorms,
     FuseRotation,
     FuseSharedInputLinears,
     GroupLinears,
@@ -58,7 +57,6 @@ ORDER = (
     WeightLayout,
     FuseGates,
     GroupLinears,
-    FuseNorms,
     WidenLinears,
 )
 """The passes in the order in which a graph goes through those that its role has."""
@@ -98,9 +96,7 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(
-    Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears(), FuseNorms()])
-)
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears()]))
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
