@@ -4,7 +4,8 @@
 
 The launchers run as they do on a GPU of the generation, on tensors without storage, and Triton compiles what they would
 launch. Fails where a kernel does not compile, takes more shared memory than a block may have, or where it or its launch
-uses what the generation lacks. Writes for each kernel its registers, shared memory, spilled bytes and instructions.
+uses what the generation lacks. With ``--out`` it also disassembles every kernel, which takes a third of the time, and
+writes its registers, shared memory, spilled bytes and instructions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -40,7 +42,7 @@ from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_li
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
-from quantspec.kernels.linears import linears_triton
+from quantspec.kernels.linears import gated_linears_triton, linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
@@ -140,6 +142,16 @@ def shared_input(rows: int, *sizes: int) -> Callable:
     return lambda: linears_triton(empty(rows, 4096), [empty(size, 4096) for size in sizes], [])
 
 
+def gates() -> Callable:
+    """Of few rows, and of more than the kernel multiplies."""
+
+    def call() -> None:
+        for rows in (6, 9):
+            gated_linears_triton(empty(rows, 4096), [empty(14336, 4096)] * 2, [], "silu")
+
+    return call
+
+
 def encode(dim: int) -> Callable:
     """A flush, and a prefill, of two heads."""
     heads, groups, parts = 2, 8, num_value_groups(dim)
@@ -209,6 +221,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "layer of 1 row": lambda: layer(1),
     "layer of 32 rows": lambda: layer(32),
     "queries, keys and values of 6 rows": lambda: shared_input(6, 4096, 1024, 1024),
+    "gates and factors": gates,
     "encoding of 128": lambda: encode(128),
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),
@@ -248,8 +261,19 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
                 patch.stop()
 
 
-def described(kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel takes."""
+def needs(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel asks of the device."""
+    return {
+        "kernel": kernel.metadata.name,
+        "warps": kernel.metadata.num_warps,
+        "shared_bytes": kernel.metadata.shared,
+        "overlaps": bool(getattr(kernel.metadata, "launch_pdl", False)),
+    }
+
+
+@functools.cache
+def disassembled(kernel: Any) -> dict[str, int]:
+    """What a compiled kernel takes besides."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -260,14 +284,10 @@ def described(kernel: Any) -> dict[str, Any]:
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code.stdout, re.M)
     return {
-        "kernel": kernel.metadata.name,
-        "warps": kernel.metadata.num_warps,
         "registers": numbers["REG"],
         "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
         "spill_instructions": sum(name.startswith(("STL", "LDL")) for name in instructions),
-        "shared_bytes": kernel.metadata.shared,
         "instructions": len(instructions),
-        "overlaps": bool(getattr(kernel.metadata, "launch_pdl", False)),
     }
 
 
@@ -279,23 +299,19 @@ def faults(row: dict[str, Any], ptx: str, capability: int) -> Iterator[str]:
         yield "overlaps launches, which needs compute capability 9.0"
 
 
-def compile_generation(capability: int, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of every kernel of the cases, and what is wrong."""
+def compile_case(capability: int, name: str, disassemble: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of every kernel of a case, and what is wrong."""
+    try:
+        with compiled_for(capability) as kernels:
+            CASES[name]()()
+    except Exception as error:
+        return [], [f"sm_{capability}, {name}: {type(error).__name__}: {error}"]
     rows, wrong = [], []
-    for name in names:
-        try:
-            with compiled_for(capability) as kernels:
-                CASES[name]()()
-        except Exception as error:
-            wrong.append(f"sm_{capability}, {name}: {type(error).__name__}: {error}")
-            continue
-        for kernel in kernels:
-            row = {"capability": capability, "triton": triton.__version__, "case": name} | described(kernel)
-            rows.append(row)
-            wrong += [
-                f"sm_{capability}, {name}, {row['kernel']}: {text}"
-                for text in faults(row, kernel.asm["ptx"], capability)
-            ]
+    for kernel in kernels:
+        row = {"capability": capability, "triton": triton.__version__, "case": name} | needs(kernel)
+        rows.append(row | disassembled(kernel) if disassemble else row)
+        texts = faults(row, kernel.asm["ptx"], capability)
+        wrong += [f"sm_{capability}, {name}, {row['kernel']}: {text}" for text in texts]
     return rows, wrong
 
 
@@ -307,9 +323,10 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    compile_cases = functools.partial(compile_generation, names=options.cases)
+    # Case by case, so that no processor waits for the slowest generation.
+    jobs = itertools.product(options.generations, options.cases, [options.out is not None])
     with ProcessPoolExecutor() as pool:
-        results = list(pool.map(compile_cases, options.generations))
+        results = list(pool.map(compile_case, *zip(*jobs, strict=True)))
     rows = [row for rows, _ in results for row in rows]
     wrong = [text for _, texts in results for text in texts]
     if options.out:

@@ -18,7 +18,7 @@ if __name__ != "kernels":
     from .expert_linear import expert_linear, int4_expert_linear
     from .flush import flush
     from .int4_linear import int4_fused_linear, int4_linear, int4_linear_to_norm
-    from .linears import linears
+    from .linears import gated_linears, linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
     from .scored_attention import scored_attention, scored_decoded_attention
@@ -34,6 +34,7 @@ __all__ = [
     "decoded_attention",
     "expert_linear",
     "flush",
+    "gated_linears",
     "int4_expert_linear",
     "int4_fused_linear",
     "int4_linear",

@@ -452,7 +452,7 @@ def _attend_kernel(
     USE_ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One stretch of the cache: program (split, batch * KV head, block of rows); the first splits read the recent
+    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
     buffer.
 
     A row is one token of one query head. Writes ``partial (B*K, splits, rows, Dv)`` and ``partial_lse`` in float32;
@@ -462,14 +462,16 @@ def _attend_kernel(
         # Kernels before this one may still be writing the query; the merge may be set up while the planes are read.
         gdc_wait()
         gdc_launch_dependents()
-    split = tl.program_id(0)
-    num_splits = tl.num_programs(0)
+    # Neighbouring programs take blocks of rows of one stretch: all but the first find the codes in the cache.
+    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    split = tl.program_id(0) // ROW_BLOCKS
+    num_splits = tl.num_programs(0) // ROW_BLOCKS
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     start = tl.load(length + sequence).to(tl.int32)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
 
-    first_row = tl.program_id(2) * BLOCK_ROWS
+    first_row = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
@@ -626,14 +628,10 @@ def _score_pages(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
-
-    Pages that share a tile share its score.
-    """
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits."""
     ROWS: tl.constexpr = REPEAT * TOKENS
     COLUMNS: tl.constexpr = 16
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
@@ -665,7 +663,7 @@ def _score_pages(
                 total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
                 top = new_top
             total = tl.where(row < ROWS, total, 1.0)
-            at = (pair.to(tl.int64) * num_tiles + page * PAGE // TILE)[:, None] * ROWS + row[None, :]
+            at = (pair.to(tl.int64) * num_tiles + page)[:, None] * ROWS + row[None, :]
             highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=_HIDDEN)
             weight = tl.where(highest > 0.5 * _HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
             score = tl.maximum(score, tl.max(weight, 1))
@@ -696,7 +694,6 @@ def _merge_kernel(
     BLOCK_SPLITS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SCORES: tl.constexpr,
@@ -732,7 +729,6 @@ def _merge_kernel(
                 TOKENS,
                 HALF,
                 PAGE,
-                TILE,
                 HAS_SINKS,
                 HAS_WINDOW,
             )
@@ -764,11 +760,13 @@ def _merge_kernel(
 
 
 class LaunchConfig(NamedTuple):
-    """How the planes of one allocated size are attended: bytes per tile, warps, pipeline stages, splits.
+    """How the planes of one allocated size are attended: rows of a KV head per program, bytes per tile, warps, pipeline
+    stages, splits.
 
     ``max_registers`` per thread buys resident warps where the compiler would take more than it needs.
     """
 
+    rows: int
     block: int
     warps: int
     stages: int
@@ -804,38 +802,45 @@ def launch_config(
 ) -> LaunchConfig:
     """Configuration by allocated size, tuned on an H100, with as many programs at once as the device has room for.
 
+    Four warps and tiles of 64 gave wrong results below 64 rows there, with Triton 3.6.
+
     Args:
         device: where the kernel runs.
-        pairs: batch * KV heads * blocks of rows, the grid without its splits.
-        rows: rows of a block, padded.
+        pairs: batch * KV heads.
+        rows: query heads of a KV head * tokens.
         head_dim: the larger of the key and value head dims.
         num_bytes: byte rows of one head's planes (half its tokens).
         recent_slots: slots of the recent buffer.
         has_lower: whether both planes are read.
         element_size: bytes of a query's number.
     """
+    # More columns than 32 spill registers. At 131,072 tokens of 8 heads 32 rows take 130 us; 36 to 64 rows take 245 to
+    # 255 in blocks of 32, 278 to 293 in one of 64 (four warps; 427 with eight), and 64 take 342 in blocks of 16. A last
+    # block of 8 or 16 rows gains nothing, for what takes long is decoding, once for each block.
+    block_rows = min(32, max(8, triton.next_power_of_2(rows)))
+    # A tile is a page, so that pages are scored and chosen alone.
+    block = PAGE_BYTES
     max_registers = None
     if head_dim > 128:
-        block, warps, stages, resident = 32, 4, 2, 2
-    elif rows <= 8 and element_size == 2:
-        block, warps, stages, resident, max_registers = 32, 2, 3, 6 if has_lower else 7, 128
-    elif rows <= 32:
-        block, warps, stages, resident = 32, 2, 3, 4
+        warps, stages, resident = 4, 2, 2
+    elif block_rows == 8 and element_size == 2:
+        warps, stages, resident, max_registers = 2, 3, 6 if has_lower else 7, 128
     else:
-        block, warps, stages, resident = 64, 4, 2, 2
+        warps, stages, resident = 2, 3, 4
     limits = device_limits(device)
     # The tiles of both planes' keys and values that are ahead, and what a program's threads exchange.
-    shared_bytes = (stages - 1) * block * 2 * head_dim * (2 if has_lower else 1) + 320 * rows + 1024
+    shared_bytes = (stages - 1) * block * 2 * head_dim * (2 if has_lower else 1) + 320 * block_rows + 1024
     resident = max(1, min(resident, limits.shared_bytes // shared_bytes))
     tiles = triton.cdiv(num_bytes, block)
+    columns = pairs * triton.cdiv(rows, block_rows)
     programs = limits.multiprocessors * resident
     # One wave of equal programs is best, unless the recent buffers take much of it: then two waves even out.
-    splits = programs // pairs - triton.cdiv(recent_slots, block)
-    if splits * pairs < 0.8 * programs:
-        splits = 2 * programs // pairs
+    splits = programs // columns - triton.cdiv(recent_slots, block)
+    if splits * columns < 0.8 * programs:
+        splits = 2 * programs // columns
     # Below four tiles a program costs more than it saves, unless there would be too few of them.
     splits = min(splits, tiles, max(64, tiles // 4))
-    return LaunchConfig(block, warps, stages, max(1, splits), max_registers)
+    return LaunchConfig(block_rows, block, warps, stages, max(1, splits), max_registers)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -883,15 +888,12 @@ def cached_attention_triton(
         raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
     groups, half = k_upper.shape[2:4]
     rows = heads // kv_heads * tokens
-    # More columns than this spill registers.
-    most_rows = 64 if max(head_dim, value_dim) <= 128 else 32
-    block_rows = min(most_rows, max(8, triton.next_power_of_2(rows)))
-    pairs, row_blocks = batch * kv_heads, triton.cdiv(rows, block_rows)
+    pairs = batch * kv_heads
     slots = k_recent.shape[2]
     config = launch_config(
         query.device,
-        pairs * row_blocks,
-        block_rows,
+        pairs,
+        rows,
         max(head_dim, value_dim),
         groups * half,
         slots,
@@ -901,8 +903,6 @@ def cached_attention_triton(
     num_pages = 0 if page_scores is None else page_scores.shape[2]
     most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
     scores, sparse = num_pages > 0, most_chosen > 0
-    if sparse:
-        config = config._replace(block=PAGE_BYTES)
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
@@ -921,7 +921,7 @@ def cached_attention_triton(
     overlap = launches_overlap(query.device)
     # The interpreter does not know the option.
     options = {"launch_pdl": True} if overlap else {}
-    _attend_kernel[(splits, pairs, row_blocks)](
+    _attend_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
         query,
         key,
         value,
@@ -963,7 +963,7 @@ def cached_attention_triton(
         REPEAT=heads // kv_heads,
         TOKENS=tokens,
         BLOCK_TOKENS=triton.next_power_of_2(tokens),
-        BLOCK_ROWS=block_rows,
+        BLOCK_ROWS=config.rows,
         D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         PART=value_dim // parts,
@@ -1008,7 +1008,6 @@ def cached_attention_triton(
         BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
         HALF=half,
         PAGE=PAGE_BYTES,
-        TILE=config.block,
         HAS_SINKS=sinks is not None,
         HAS_WINDOW=window != 0,
         SCORES=scores,

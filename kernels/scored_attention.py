@@ -54,9 +54,8 @@ def scored_attention(
         k_recent, v_recent: as there, mutated.
         k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there; none of them None.
         page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes, see
-            ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. On CUDA two pages
-            that are a tile, as with more than 32 rows of a KV head, both get the higher score. Without elements,
-            nothing is scored.
+            ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. Without
+            elements, nothing is scored.
         cos, sin, rotary_dim, interleaved: as there.
 
     Returns:

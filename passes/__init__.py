@@ -13,6 +13,7 @@ from .attention_lowering import (
     Role,
     cache_parts,
 )
+from .fuse_gates import FuseGates
 from .fuse_linears import FuseSharedInputLinears
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
@@ -39,6 +40,7 @@ __all__ = [
     "SPARSE_ACCESS",
     "CacheAccess",
     "CheckTokenMixing",
+    "FuseGates",
     "FuseInt4Epilogues",
     "FuseInt4Norms",
     "FuseRotation",

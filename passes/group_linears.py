@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.linears import MAX_WEIGHTS, reads_faster
+from quantspec.kernels.linears import MAX_WEIGHTS, has_kernel_for, reads_faster
 
 from .graph import add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import logits_linear
@@ -64,7 +64,7 @@ def _copied(graph: fx.Graph, argument: fx.node.Argument) -> fx.Node:
     return graph.node_copy(argument)
 
 
-def _linears(gm: fx.GraphModule) -> list[fx.Node]:
+def module_linears(gm: fx.GraphModule) -> list[fx.Node]:
     """Linears that the kernel may multiply: whose weight, and bias if any, are the module's."""
     found = []
     for node in find_calls(gm.graph, aten.linear.default):
@@ -80,23 +80,31 @@ def worth_grouping(weights: list[Tensor]) -> bool:
     return fits and reads_faster([weight.shape[0] for weight in weights])
 
 
+def worth_fusing(weights: list[Tensor]) -> bool:
+    """Whether ``quantspec::gated_linears`` has a kernel for gates of this device, dtype and shape."""
+    return all(weight.is_cuda and weight.element_size() == 2 and has_kernel_for(weight.shape[1]) for weight in weights)
+
+
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """Linears of one input, three at a time, where there are several; and the head."""
     head = logits_linear(gm.graph)
     sets: dict[tuple, list[fx.Node]] = defaultdict(list)
-    for node in _linears(gm):
-        sets[_kind(node)].append(node)
+    for node in module_linears(gm):
+        sets[kind(node)].append(node)
     groups = []
     for nodes in sets.values():
         parts = [nodes[start : start + MAX_WEIGHTS] for start in range(0, len(nodes), MAX_WEIGHTS)]
-        groups += [part for part in parts if (len(part) > 1 or part[0] is head) and worth_grouping(_weights(gm, part))]
+        groups += [
+            part for part in parts if (len(part) > 1 or part[0] is head) and worth_grouping(weights_of(gm, part))
+        ]
     return groups
 
 
-def _kind(node: fx.Node) -> tuple:
+def kind(node: fx.Node) -> tuple:
     """What linears of one launch have in common: their input, and whether they have a bias."""
     return node.args[0], len(node.args) > 2 and node.args[2] is not None
 
 
-def _weights(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
+def weights_of(gm: fx.GraphModule, nodes: list[fx.Node]) -> list[Tensor]:
+    """The weights that linears read."""
     return [get_tensor(gm, node.args[1]) for node in nodes]  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from quantspec.capture import Capture, capture
 from quantspec.config import WeightQuantizer
 from quantspec.pair.compile_by_layer import _signature, region_graph, split_regions
 from quantspec.passes import (
+    FuseGates,
     FuseInt4Epilogues,
     FuseInt4Norms,
     FuseSharedInputLinears,
@@ -54,6 +55,7 @@ def quantized(gm: fx.GraphModule) -> fx.GraphModule:
 def grouping(monkeypatch) -> None:
     """Let the pass take weights of a CPU, whose op is the plain implementation."""
     monkeypatch.setattr(group_linears, "worth_grouping", lambda weights: True)
+    monkeypatch.setattr(group_linears, "worth_fusing", lambda weights: True)
 
 
 # Products of a gate and additions to a residual, of two layers.
@@ -206,3 +208,40 @@ def test_the_targets_linears_share_launches(architecture: str, grouping) -> None
 
 def test_linears_of_a_cpu_stay() -> None:
     apply(decoder("llama"), GroupLinears(), modifies=False)
+
+
+# Of two layers; one weight has both halves in phi3, and phi has no gates.
+TARGET_GATES = {"llama": 2, "phi3": 2, "cohere": 2, "gemma": 2, "phi": 0}
+
+
+@pytest.mark.parametrize("architecture", TARGET_GATES)
+def test_the_targets_gates_need_no_launch(architecture: str, grouping) -> None:
+    gm = decoder(architecture)
+    expected = gm(*ids_and_positions())
+    storages = {name: tensor.data_ptr() for name, tensor in gm.named_parameters()}
+    gates = TARGET_GATES[architecture]
+    gm = apply(gm, FuseGates(), modifies=gates > 0)
+    assert count(gm, ops.gated_linears.default) == gates
+    assert count(gm, aten.silu.default) == 0
+    assert {name: tensor.data_ptr() for name, tensor in gm.named_parameters()} == storages
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+
+
+class _GateOfAnother(nn.Module):
+    """A gate that something else reads too, and one whose factor has another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.factor = nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        kept = self.gate(x)
+        return F.silu(kept) * self.factor(x) + kept + F.silu(self.gate(x)) * self.factor(y)
+
+
+def test_gates_that_are_not_of_one_input_and_alone_stay(grouping) -> None:
+    apply(exported(_GateOfAnother(), randn(3, 64), randn(3, 64)), FuseGates(), modifies=False)
+
+
+def test_gates_of_a_cpu_stay() -> None:
+    apply(decoder("llama"), FuseGates(), modifies=False)

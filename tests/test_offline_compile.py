@@ -23,6 +23,7 @@ CASES = [
     "experts",
     "cut-offs",
     "queries, keys and values of 6 rows",
+    "gates and factors",
     "choice of pages",
 ]
 

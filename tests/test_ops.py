@@ -638,6 +638,7 @@ def op_cases() -> dict[str, tuple]:
     cases["int4_linear_to_norm"] = kernels.int4_linear_to_norm, (*fused, bias[1])
     matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
     cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]])
+    cases["gated_linears"] = kernels.gated_linears, (x, [matrix, matrix], [matrix[:, 0], matrix[:, 1]], "silu")
     cases["linears of one weight"] = kernels.linears, (x[None], [matrix], [])
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+import triton
 from test_kernels_triton import ATTENTION_CASES, DEVICE, TOLERANCE, Case, cache_arguments, relative_error
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def test_tables_of_different_strides() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "has_lower", "in_228", "in_100"),
-    [(8, False, 7, 5), (8, True, 6, 2), (32, False, 4, 3), (32, True, 4, 2), (64, False, 2, 2), (64, True, 2, 1)],
+    [(8, False, 7, 5), (8, True, 6, 2), (32, False, 4, 3), (32, True, 4, 2), (64, False, 4, 3), (64, True, 4, 2)],
 )
 def test_as_many_programs_as_the_device_has_room_for(rows, has_lower, in_228, in_100, monkeypatch) -> None:
     """A multiprocessor of an H100 has 228 KB of shared memory and the tuned number of programs, others have 100 KB."""
@@ -95,4 +96,15 @@ def test_as_many_programs_as_the_device_has_room_for(rows, has_lower, in_228, in
         limits = DeviceLimits(multiprocessors, kilobytes * 1024)
         monkeypatch.setattr(module, "device_limits", lambda device, limits=limits: limits)
         config = launch_config(DEVICE, 1, rows, 128, 2**20, 0, has_lower, 2)
-        assert config.splits == multiprocessors * resident
+        assert config.splits * triton.cdiv(rows, config.rows) == multiprocessors * resident
+
+
+def test_programs_of_many_rows_grow_with_them() -> None:
+    """No program takes more rows than registers hold, and another begins only where they are full."""
+    computed = []
+    for rows in range(1, 17 * 16 + 1):
+        config = launch_config(DEVICE, 8, rows, 128, 2**16, 0, True, 2)
+        assert config.rows <= 32
+        computed.append(triton.cdiv(rows, config.rows) * config.rows)
+        assert computed[-1] == 8 if rows <= 8 else 0 <= computed[-1] - rows < min(rows, 32)
+    assert computed == sorted(computed)

@@ -26,6 +26,7 @@ from quantspec.passes import (
     SPARSE_ACCESS,
     CacheAccess,
     CheckTokenMixing,
+    FuseGates,
     FuseRotation,
     FuseSharedInputLinears,
     GroupLinears,
@@ -54,6 +55,7 @@ ORDER = (
     QuantizeWeights,
     FuseSharedInputLinears,
     WeightLayout,
+    FuseGates,
     GroupLinears,
     WidenLinears,
 )
@@ -94,7 +96,7 @@ def register(recipe: Recipe) -> Recipe:
     return recipe
 
 
-register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [GroupLinears()]))
+register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears()]))
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Prompts come in every length, and their time is in large matmuls: nothing to gain from compiling.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
