@@ -64,33 +64,37 @@ def _place(tile, chosen, first_unjudged, SPARSE: tl.constexpr):
 
 
 @triton.jit
-def _stored(table, group, inside, PAGED: tl.constexpr):
-    """Where a group is stored: in the block that the table names or, without one, at its own number."""
-    if PAGED:
-        return tl.load(table + group, inside)
+def _stored(table, tile, num_bytes, HALF: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr):
+    """Where the group of a tile is stored, or that of each of its bytes ``(BLOCK,)`` if they are of several: in the
+    block that the table names or, without one, at its own number."""
+    if HALF >= BLOCK:
+        group = tile // (HALF // BLOCK)
+        inside = tile * BLOCK < num_bytes
     else:
-        return group
+        byte = tile * BLOCK + tl.arange(0, BLOCK)
+        group = byte // HALF
+        inside = byte < num_bytes
+    if PAGED:
+        group = tl.load(table + group, inside, other=0)
+    return group
 
 
 @triton.jit
 def _load_value_scales(
     v_scale,
     v_zero,
-    table,
+    stored,
     tile,
     num_bytes,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
-    PAGED: tl.constexpr,
 ):
     """Scale and zero, as stored, of the low and of the high tokens of a tile, each ``(BLOCK, 1)``."""
     byte = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
     inside = byte < num_bytes
-    if HALF >= BLOCK:
-        stored = _stored(table, tile // (HALF // BLOCK), tile * BLOCK < num_bytes, PAGED)
-    else:
-        stored = _stored(table, byte // HALF, inside, PAGED)
+    if HALF < BLOCK:
+        stored = stored[:, None]
     low_at = (stored * (2 * HALF) + byte % HALF) * PARTS
     high_at = low_at + HALF * PARTS
     vs_low = tl.load(v_scale + low_at, inside, other=1)
@@ -185,17 +189,28 @@ def _attend_planes(
     acc_1 = acc
     offset_1 = norm
     first_place = _place(first_tile, chosen, first_unjudged, SPARSE)
-    next_scales = _load_value_scales(v_scale, v_zero, table, first_place, num_bytes, PARTS, HALF, BLOCK, PAGED)
+    next_stored = _stored(table, first_place, num_bytes, HALF, BLOCK, PAGED)
+    next_scales = _load_value_scales(v_scale, v_zero, next_stored, first_place, num_bytes, PARTS, HALF, BLOCK)
+    second_place = _place(first_tile + 1, chosen, first_unjudged, SPARSE)
+    later_stored = _stored(table, second_place, num_bytes, HALF, BLOCK, PAGED)
     for number in range(first_tile, last_tile):
         tile = _place(number, chosen, first_unjudged, SPARSE)
         vs_low, vs_high, vz_low, vz_high = next_scales
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
         next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
-        next_scales = _load_value_scales(v_scale, v_zero, table, next_place, num_bytes, PARTS, HALF, BLOCK, PAGED)
+        if PAGED:
+            # A block is looked up two tiles ahead, since the scales one tile ahead lie in it.
+            stored = next_stored
+            next_stored = later_stored
+            later_place = _place(number + 2, chosen, first_unjudged, SPARSE)
+            later_stored = _stored(table, later_place, num_bytes, HALF, BLOCK, PAGED)
+        else:
+            stored = _stored(table, tile, num_bytes, HALF, BLOCK, PAGED)
+            next_stored = _stored(table, next_place, num_bytes, HALF, BLOCK, PAGED)
+        next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, PARTS, HALF, BLOCK)
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
             row = (tile % (HALF // BLOCK)) * BLOCK + i
-            stored = _stored(table, group, None, PAGED)
             scale_at = stored * D + d[None, :]
             v_at = stored * stride_v_group + row[None, :] * stride_v_row + c[:, None] * stride_v_channel
             token = group * (2 * HALF) + row
@@ -207,7 +222,6 @@ def _attend_planes(
             row = byte % HALF
             token = group * (2 * HALF) + row
             inside = byte < num_bytes
-            stored = _stored(table, group, inside, PAGED)
             scale_at = stored[:, None] * D + d[None, :]
             v_at = (stored * stride_v_group + row * stride_v_row)[None, :] + c[:, None] * stride_v_channel
         k_mask = inside[:, None]
@@ -901,10 +915,10 @@ def cached_attention_triton(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    block_table: Tensor | None = None,
     page_scores: Tensor | None = None,
     chosen_pages: Tensor | None = None,
     num_chosen: Tensor | None = None,
-    block_table: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv).
 

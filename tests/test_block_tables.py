@@ -112,7 +112,7 @@ def test_sequences_share_blocks() -> None:
 
 SPARSE_CASES = [
     Case(lengths=((320, 40), (128, 33)), group=64),
-    Case(lengths=((320, 40),), group=16, tokens=2, window=150),
+    Case(lengths=((320, 20),), group=16, tokens=2, window=150),
     Case(lengths=((512, 130),), group=128, heads=4, kv_heads=2),
 ]
 

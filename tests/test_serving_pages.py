@@ -9,12 +9,12 @@ import random
 import pytest
 import torch
 from conftest import GROUP
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from step_by_step import random_prompt
 from test_score_programs import without_graphs
-from test_serving_engine import OPTIONS, Host, alone, requests, run, text
+from test_serving_engine import OPTIONS, Host, alone, run, text
 from tiny_models import tiny_model
 
 import quantspec
@@ -127,9 +127,9 @@ class Pages(RuleBasedStateMachine):
 
 
 def run_machine(examples: int = 40) -> None:
+    phases = [Phase.generate]
     run_state_machine_as_test(
-        Pages,
-        settings=settings(max_examples=examples, stateful_step_count=30, database=None, report_multiple_bugs=False),
+        Pages, settings=settings(max_examples=examples, stateful_step_count=30, database=None, phases=phases)
     )
 
 
@@ -138,7 +138,7 @@ def test_the_pool_against_a_model():
 
 
 @pytest.mark.parametrize(
-    "fault", ["key of half a page", "key without salt", "key kept by a page that is taken", "count not raised"]
+    "fault", ["key of half a page", "key without salt", "key kept by a page that is taken", "shared page left free"]
 )
 def test_the_model_finds_planted_faults(monkeypatch, fault):
     keys_of, take, share = page_keys, Pool.take, Pool.share
@@ -151,14 +151,14 @@ def test_the_model_finds_planted_faults(monkeypatch, fault):
             return pages
 
         monkeypatch.setattr(Pool, "take", forgetful)
-    elif fault == "count not raised":
+    elif fault == "shared page left free":
 
-        def uncounted(self, pages):
+        def careless(self, pages):
+            free = dict(self._free)
             share(self, pages)
-            for page in pages:
-                self._counts[page] = 1
+            self._free.update(free)
 
-        monkeypatch.setattr(Pool, "share", uncounted)
+        monkeypatch.setattr(Pool, "share", careless)
     else:
 
         def faulty(tokens, chunk, group, salt=""):
@@ -225,11 +225,25 @@ def steps(engine: Engine, left: list[Request], rng: random.Random, cancels: floa
     return ids, outputs
 
 
-@pytest.mark.parametrize("seed", range(3))
+def long_requests(seed: int, count: int) -> list[Request]:
+    """Of up to nine pages each, which two of them fill more than once."""
+    rng = random.Random(seed)
+    return [
+        Request(
+            random_prompt(rng.randint(1, 4 * GROUP), 100 * seed + index),
+            rng.randint(3 * GROUP, 6 * GROUP),
+            (),
+            {"logits_processor": [Host()]} if index % 5 == 4 else dict(rng.choice(OPTIONS)),
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_texts_do_not_depend_on_how_many_pages_there_are(qs, seed):
     """Random arrivals, lengths, options, cancellations and preemptions: what is not cancelled is the text alone."""
-    engine = Engine(qs, max_sequences=4, max_length=15 * GROUP, num_pages=14)
-    asked = requests(seed + 20, 12)
+    engine = Engine(qs, max_sequences=4, max_length=10 * GROUP, num_pages=11)
+    asked = long_requests(seed, 9)
     ids, outputs = steps(engine, list(asked), random.Random(seed), 0.03)
     for id, request in ids.items():
         expected, found = alone(qs, request), text(outputs[id])
@@ -238,7 +252,7 @@ def test_texts_do_not_depend_on_how_many_pages_there_are(qs, seed):
         assert found == expected
     statistics = engine.statistics()
     assert statistics.preemptions > 0
-    assert statistics.pages_total == 14
+    assert statistics.pages_total == 11
     assert statistics.running == statistics.waiting == statistics.pages_used == 0
     assert statistics.generated_tokens == sum(len(text(own)) for own in outputs.values())
     assert sum(statistics.finished.values()) == len(ids)
@@ -275,10 +289,10 @@ def test_shared_beginnings_and_preemptions(qs):
 def test_captured_cycles_read_the_table(qs, without_graphs):
     """Rows that give way and come back to other places and pages, on replays that are made once."""
     qs.reset()
-    asked = requests(31, 10)
+    asked = long_requests(5, 6)
     expected = [alone(qs, request) for request in asked]
     without_graphs.clear()
-    with contextlib.closing(Engine(qs, max_sequences=4, max_length=15 * GROUP, num_pages=14)) as engine:
+    with contextlib.closing(Engine(qs, max_sequences=4, max_length=10 * GROUP, num_pages=11)) as engine:
         assert [text(outputs) for outputs in engine.generate(asked)] == expected
         assert engine.statistics().preemptions > 0
     tables = {replay.cycle.cache.block_table.data_ptr() for replay in without_graphs}
@@ -409,7 +423,6 @@ def test_a_long_beginning_is_prefilled_once_for_sixteen(qs):
         del qs.pair.fill
     assert sum(filled) == 16 * GROUP + 16 * (GROUP + 3)
     assert [own[-1].cached_tokens for own in outputs] == [0] + [16 * GROUP] * 15
-    assert text(outputs[0]) == text(outputs[0])
 
 
 def test_no_tenant_finds_anothers_pages(qs):
@@ -442,14 +455,3 @@ def test_a_draft_that_knows_no_tables_is_refused():
     access = CacheAccess(torch.ops.quantspec.cached_attention.default, ("k_recent", "v_recent", "k_upper"))
     register(Recipe("without a table", Role.DRAFT, access, INT4))
     assert not recipes_for(quantspec.QuantSpecConfig(draft_recipe="without a table"))[Role.DRAFT].access.reads_pools
-
-
-def test_processors_on_the_host_go_on_where_they_were(qs):
-    asked = [
-        Request(random_prompt(2 * GROUP + seed, seed), 4 * GROUP, (), {"logits_processor": [Host()]})
-        for seed in range(3)
-    ]
-    with contextlib.closing(Engine(qs, max_sequences=3, max_length=8 * GROUP, num_pages=8)) as engine:
-        found = [text(own) for own in engine.generate(asked)]
-        assert engine.statistics().preemptions > 0
-    assert found == [alone(qs, request) for request in asked]

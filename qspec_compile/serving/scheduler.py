@@ -133,8 +133,8 @@ class Scheduler:
         self._rows[place] = row
         pool.share(shared)
         row.pages, row.filled = shared, len(shared) * group
+        self._cache.set_blocks(place, 0, shared)
         self._hold(row, new)
-        self._cache.set_blocks(place, 0, row.pages)
         self._places[place].resume(row.filled)
         if row.shared is None:
             row.shared = row.filled
