@@ -18,7 +18,8 @@ from test_serving_engine import OPTIONS, Host, alone, run, text
 from tiny_models import tiny_model
 
 import quantspec
-from quantspec.passes import CacheAccess, Role
+from quantspec.kernels.cache_layout import part_names
+from quantspec.passes import CacheAccess
 from quantspec.serving import Engine, FinishReason, Request
 from quantspec.serving.pool import Pool, page_keys
 from quantspec.serving.row import Row
@@ -448,10 +449,11 @@ def test_pages_are_found_until_they_are_taken(qs):
     engine.close()
 
 
-def test_a_draft_that_knows_no_tables_is_refused():
-    from quantspec.pair.recipes import Recipe, recipes_for, register
-    from quantspec.passes import INT4
-
-    access = CacheAccess(torch.ops.quantspec.cached_attention.default, ("k_recent", "v_recent", "k_upper"))
-    register(Recipe("without a table", Role.DRAFT, access, INT4))
-    assert not recipes_for(quantspec.QuantSpecConfig(draft_recipe="without a table"))[Role.DRAFT].access.reads_pools
+def test_a_draft_that_knows_no_tables_is_refused(qs, monkeypatch):
+    op, planes = torch.ops.quantspec.cached_attention.default, part_names("recent", "upper", "scales")
+    assert not CacheAccess(op, planes).reads_pools
+    assert CacheAccess(op, planes, by_name=("block_table",)).reads_pools
+    assert CacheAccess(op, part_names("recent")).reads_pools
+    monkeypatch.setattr(type(qs.pair), "reads_pools", False)
+    with pytest.raises(ValueError, match="without a block_table"):
+        Engine(qs)
