@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
-    """Where groups of one sequence are: at ``part[row][:, index]``, in order, to read and to write."""
+    """Where groups of one sequence are: at ``part[row][:, places]``, in order, to read and to write."""
 
     row: int
-    index: slice | Tensor
+    places: slice | Tensor
 
     def of(self, part: Tensor) -> Tensor:
         """``(K, n, ...)`` of a part ``(B, K, N, ...)``; a copy where they lie in a pool."""
-        return part[self.row][:, self.index]
+        return part[self.row][:, self.places]
 
 
 def is_paged(block_table: Tensor | None) -> bool:

@@ -115,7 +115,8 @@ def cached_attention_reference(
         groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))
         planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
         row: list[Any] = [None if part is None else groups.of(part) for part in planes]
-        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row, k_recent[b], v_recent[b])
+        row += [k_recent[b], v_recent[b]]
+        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
         rows = query[b : b + 1].to(dtype)
         outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
     return torch.cat(outputs).to(query.dtype)

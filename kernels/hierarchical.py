@@ -150,7 +150,7 @@ def write_groups(
     """Encode ``(K, n*G, D)`` tokens of one sequence into n ``groups`` of the planes, in place."""
     coded = encode(tokens.unflatten(1, (-1, 2 * upper.shape[-2])))
     for part, new in zip((upper, lower, scale, zero), coded, strict=True):
-        part[groups.row][:, groups.index] = new
+        part[groups.row][:, groups.places] = new
 
 
 def write_decoded(

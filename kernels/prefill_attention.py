@@ -47,7 +47,8 @@ def _attend_prompts(
         keys, values = key[b, :, :new], value[b, :, :new]
         if start:
             groups = groups_of(block_table, b, 0, quantized // (2 * planes[0].shape[3]))
-            cached = dense_key_value(quantized, start, dtype, *map(groups.of, planes), k_recent[b], v_recent[b])
+            row = [*map(groups.of, planes), k_recent[b], v_recent[b]]
+            cached = dense_key_value(quantized, start, dtype, *row)
             pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
             keys, values = (torch.cat(pair, 1) for pair in pairs)
         rows = query[b : b + 1, :, :new].to(keys.dtype)
