@@ -196,12 +196,10 @@ def _attend_planes(
         vs_low, vs_high, vz_low, vz_high = next_scales
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
         next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
-        if PAGED and HAS_LOWER:
-            # Looked up a tile ahead: with eight sequences of 32k tokens a table then costs a verification 4.5% instead
-            # of 13 (one H100); a draft step, with more programs at once, 3.6 or 3.8.
-            stored = next_stored
-        else:
-            stored = _stored(table, tile, num_bytes, HALF, BLOCK, PAGED)
+        # Looked up a tile ahead, a table costs a verification of eight sequences of 32k tokens 4.5% instead of 13 (one
+        # H100); draft steps, of which more run at once, gain nothing.
+        ahead: tl.constexpr = PAGED and HAS_LOWER
+        stored = next_stored if ahead else _stored(table, tile, num_bytes, HALF, BLOCK, PAGED)
         next_stored = _stored(table, next_place, num_bytes, HALF, BLOCK, PAGED)
         next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, PARTS, HALF, BLOCK)
         if HALF >= BLOCK:
