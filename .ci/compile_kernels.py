@@ -111,6 +111,8 @@ def attention(
     if options.pop("sparse", False):
         options["chosen_pages"] = empty(1, kv_heads, 52, dtype=torch.int32)
         options["num_chosen"] = empty(1, kv_heads, 2, dtype=torch.int32)
+    if options.pop("pool", False):
+        options["block_table"] = empty(1, groups, dtype=torch.int32)
     return lambda: cached_attention_triton(**(arguments | options))
 
 
@@ -165,6 +167,7 @@ def encode(dim: int) -> Callable:
     def call() -> None:
         encode_oldest_groups(None, *cache, lengths, lengths)
         encode_oldest_groups((new, new, lengths), *cache, lengths, lengths)
+        encode_oldest_groups(None, *cache, lengths, lengths, empty(1, groups, dtype=torch.int32))
 
     return call
 
@@ -213,6 +216,13 @@ CASES: dict[str, Callable[[], Callable]] = {
         9, 3, 64, 16, True, HALF, window=500, sinks=empty(9), scored=True
     ),
     "choice of pages": choice,
+    "draft 32/8 of 128 out of a pool": lambda: attention(32, 8, 128, 1, False, BFLOAT, rotary=128, pool=True),
+    "scored verification 32/8 of 128 out of a pool": lambda: attention(
+        32, 8, 128, 6, True, BFLOAT, rotary=128, scored=True, pool=True
+    ),
+    "sparse draft 32/8 of 128 out of a pool": lambda: attention(
+        32, 8, 128, 1, False, BFLOAT, rotary=128, sparse=True, pool=True
+    ),
     "verification 8/4 of 256": lambda: attention(8, 4, 256, 6, True, BFLOAT, rotary=256),
     "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),

@@ -47,6 +47,11 @@ class CachePart:
         """The axis that grows with the number of groups; None for a part that has none."""
         return next((index for index, axis in enumerate(self.axes) if axis in ("N", "S", "P", "W")), None)
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a pool has it for all sequences, if there is one."""
+        return "N" in self.axes
+
     def shape(
         self,
         batch: int,
@@ -115,6 +120,12 @@ PAGE_PARTS = (
 """What sparse draft attention knows of pages, see ``quantspec::choose_pages``; a cache for another draft has none.
 
 They are rows of tensors that serve all layers."""
+
+TABLE_PART = CachePart("block_table", "keys", "pages", ("B", "N"), torch.int32)
+"""Where a pool that all sequences share has the groups of each, in all layers; see ``block_table``.
+
+Its N is the most groups of a sequence; planes and scales have a B of 1 then, and the blocks of the pool for N. A cache
+without a pool has one without elements."""
 
 
 def parts_on(device: torch.device | str) -> tuple[CachePart, ...]:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import compute_dtype, first_visible, masked_attention, softmax_with_sinks
+from .block_table import groups_of
 from .cache_layout import part_names
 from .hierarchical import dense_key_value
 from .pages import read_tokens
@@ -88,6 +89,7 @@ def cached_attention_reference(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Decode the planes to dense keys and values and attend, in float32 or, for a float64 query, float64.
 
@@ -99,7 +101,7 @@ def cached_attention_reference(
         k_upper, k_scale, k_zero, v_upper, v_scale, v_zero, quantized_len, length: as there.
         k_lower, v_lower: as there; both None for the draft's 4-bit read.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
-        cos, sin, rotary_dim, interleaved: as in ``quantspec::cached_attention``.
+        cos, sin, rotary_dim, interleaved, block_table: as in ``quantspec::cached_attention``.
 
     Returns:
         ``(B, T, H, Dv)``, float32, or float64 for a float64 query.
@@ -110,8 +112,10 @@ def cached_attention_reference(
     dtype = compute_dtype(query.dtype)
     outputs = []
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-        planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero, k_recent, v_recent)
-        row: list[Any] = [None if part is None else part[b] for part in planes]
+        groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))
+        planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
+        row: list[Any] = [None if part is None else groups.of(part) for part in planes]
+        row += [k_recent[b], v_recent[b]]
         keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
         rows = query[b : b + 1].to(dtype)
         outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
@@ -205,6 +209,7 @@ def attend_plainly(
     quantized_len: Tensor,
     length: Tensor,
     options: tuple[float, int, float, Tensor | None],
+    block_table: Tensor | None,
     choice: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``quantspec::cached_attention`` of rotated queries whose keys and values are in the recent buffers already.
@@ -220,20 +225,21 @@ def attend_plainly(
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
         # Groups that lie wholly before every query's window are not read.
         oldest = first_visible(start, window)
-        groups = slice(min(oldest, quantized) // group_size, quantized // group_size)
-        row = tuple(None if part is None else part[b, :, groups] for part in planes)
+        first = min(oldest, quantized) // group_size
+        groups = groups_of(block_table, b, first, quantized // group_size)
+        row = tuple(None if part is None else groups.of(part) for part in planes)
         stored = slice(start + tokens - quantized)
         read = None
         if choice is not None:
             chosen, num_chosen = choice
-            read = read_tokens(chosen[b], num_chosen[b], quantized, group_size)[:, groups.start * group_size :]
+            read = read_tokens(chosen[b], num_chosen[b], quantized, group_size)[:, first * group_size :]
         attended = _attend_sequence(
             scaled[b],
             row,  # type: ignore[arg-type]
             k_recent[b, :, stored],
             v_recent[b, :, stored],
             start,
-            groups.start * group_size,
+            first * group_size,
             window,
             softcap,
             sinks,
@@ -268,6 +274,7 @@ def cached_attention(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Append T new tokens to the recent buffer and attend from them to everything cached, by the hierarchical code of
     QuantSpec (arXiv 2502.10424, section 4.2).
@@ -290,6 +297,9 @@ def cached_attention(
             float64) and rounded once to the query's dtype, as torch.compile does with the model's own.
         rotary_dim: the first channels of a head, which are rotated; even.
         interleaved: whether a pair are neighbours, instead of ``rotary_dim / 2`` apart.
+        block_table: ``(B, N)`` int32; then planes and scales are a pool of P blocks, ``(1, K, P, ...)``, of which
+            ``block_table[b, n]`` has group n of sequence b. None, or one without elements, for planes of each
+            sequence's own.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
@@ -302,7 +312,7 @@ def cached_attention(
         query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     options = (scale, window, softcap, sinks)
-    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options)
+    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table)
 
 
 @cached_attention.register_fake

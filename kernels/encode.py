@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .block_table import launched, strides
 from .current_device import on_tensors_device
 from .optional_triton import tl, triton
 
@@ -174,6 +175,7 @@ def _encode_kernel(
     v_lower,
     v_scale,
     v_zero,
+    table,
     quantized_len,
     length,
     num_new,
@@ -198,6 +200,7 @@ def _encode_kernel(
     stride_ksh,
     stride_vsb,
     stride_vsh,
+    stride_table,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -208,6 +211,7 @@ def _encode_kernel(
     ROWS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     HAS_NEW: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """Program (group, batch * KV head, keys or values) encodes one group, if it is due."""
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -219,6 +223,8 @@ def _encode_kernel(
         num_slots += tl.load(num_new + sequence).to(tl.int32)
     if tl.program_id(0) < _num_flushed(num_slots, 2 * HALF, MAX_GROUPS):
         group = (quantized // (2 * HALF) + tl.program_id(0)).to(tl.int64)
+        if PAGED:
+            group = tl.load(table + sequence * stride_table + group).to(tl.int64)
         first_slot = tl.program_id(0) * (2 * HALF)
         if tl.program_id(2) == 0:
             plane = sequence * stride_kpb + head * stride_kph + group * (HALF * D)
@@ -319,6 +325,7 @@ def encode_oldest_groups(
     v_zero: Tensor,
     quantized_len: Tensor,
     length: Tensor,
+    block_table: Tensor | None = None,
 ) -> None:
     """Encode the groups that are due and slide the recent buffer, in place.
 
@@ -328,6 +335,7 @@ def encode_oldest_groups(
         k_recent, v_recent, quantized_len, length: as in ``quantspec::cached_attention``.
         k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, none of them None; value planes
             may have any strides over (N, G/2, Dv).
+        block_table: as there.
     """
     key, value, num_new = (k_recent, v_recent, length) if new is None else new
     batch, kv_heads, slots, head_dim = k_recent.shape
@@ -335,6 +343,7 @@ def encode_oldest_groups(
     group, part = 2 * half, value_dim // parts
     max_groups = 1 if new is None else max(1, (slots + key.shape[2]) // group)
     pairs = batch * kv_heads
+    table, stride_table, paged = launched(block_table, quantized_len)
     _encode_kernel[(max_groups, pairs, 2)](
         key,
         value,
@@ -348,6 +357,7 @@ def encode_oldest_groups(
         v_lower,
         v_scale,
         v_zero,
+        table,
         quantized_len,
         length,
         num_new,
@@ -355,10 +365,11 @@ def encode_oldest_groups(
         *value.stride()[:3],
         *k_recent.stride()[:2],
         *v_recent.stride()[:2],
-        *k_upper.stride()[:2],
-        *v_upper.stride(),
-        *k_scale.stride()[:2],
-        *v_scale.stride()[:2],
+        *strides(k_upper, block_table)[:2],
+        *strides(v_upper, block_table),
+        *strides(k_scale, block_table)[:2],
+        *strides(v_scale, block_table)[:2],
+        stride_table,
         KV_HEADS=kv_heads,
         D=head_dim,
         BLOCK_D=min(triton.next_power_of_2(head_dim), max(16, BLOCK_ELEMENTS // half)),
@@ -369,6 +380,7 @@ def encode_oldest_groups(
         ROWS=min(half, max(1, BLOCK_ELEMENTS // triton.next_power_of_2(part))),
         MAX_GROUPS=max_groups,
         HAS_NEW=new is not None,
+        PAGED=paged,
         num_warps=WARPS,
     )
     for fresh, recent in ((key, k_recent), (value, v_recent)):

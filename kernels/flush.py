@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .block_table import groups_of
 from .cache_layout import part_names
 from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values, write_groups
@@ -28,6 +29,7 @@ def flush(
     v_zero: Tensor,
     quantized_len: Tensor,
     length: Tensor,
+    block_table: Tensor | None = None,
 ) -> None:
     """Move the oldest group of one layer from the recent buffer into the planes, in sequences that hold 2G or more.
 
@@ -36,14 +38,16 @@ def flush(
         k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, mutated; none of them None.
         quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached; ``length`` counts verified tokens
             only, so nothing unverified is ever quantized. The caller moves ``quantized_len`` after the last layer.
+        block_table: as there; it names the block that a group moves into.
     """
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, tokens) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
         if tokens - quantized < 2 * group_size:
             continue
         group = quantized // group_size
-        write_groups(k_recent[b, :, :group_size], group, encode_keys, k_upper[b], k_lower[b], k_scale[b], k_zero[b])
-        write_groups(v_recent[b, :, :group_size], group, encode_values, v_upper[b], v_lower[b], v_scale[b], v_zero[b])
+        oldest = groups_of(block_table, b, group, group + 1)
+        write_groups(k_recent[b, :, :group_size], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)
+        write_groups(v_recent[b, :, :group_size], oldest, encode_values, v_upper, v_lower, v_scale, v_zero)
         for recent in (k_recent, v_recent):
             recent[b, :, :-group_size] = recent[b, :, group_size:].clone()
 
@@ -67,7 +71,8 @@ def flush_triton(
     v_zero: Tensor,
     quantized_len: Tensor,
     length: Tensor,
+    block_table: Tensor | None = None,
 ) -> None:
     """Launch the kernels; as ``quantspec::flush``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
-    encode_oldest_groups(None, k_recent, v_recent, *planes, quantized_len, length)
+    encode_oldest_groups(None, k_recent, v_recent, *planes, quantized_len, length, block_table)

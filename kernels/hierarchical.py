@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .attention import compute_dtype
+from .block_table import Groups
 
 # Channels of one token that share a value scale; wider heads are split evenly.
 MAX_VALUE_CHANNELS = 128
@@ -144,14 +145,12 @@ def num_flushed_groups(unquantized: int | Tensor, group_size: int) -> int | Tens
 
 
 def write_groups(
-    tokens: Tensor, first_group: int, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
+    tokens: Tensor, groups: Groups, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
 ) -> None:
-    """Encode ``(K, n*G, D)`` tokens of one sequence into groups ``first_group``.. of its planes, in place."""
-    group_size = 2 * upper.shape[-2]
-    groups = slice(first_group, first_group + tokens.shape[1] // group_size)
-    coded = encode(tokens.unflatten(1, (-1, group_size)))
+    """Encode ``(K, n*G, D)`` tokens of one sequence into n ``groups`` of the planes, in place."""
+    coded = encode(tokens.unflatten(1, (-1, 2 * upper.shape[-2])))
     for part, new in zip((upper, lower, scale, zero), coded, strict=True):
-        part[:, groups] = new
+        part[groups.row][:, groups.places] = new
 
 
 def write_decoded(

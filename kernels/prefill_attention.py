@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention_dtype, masked_attention
+from .block_table import groups_of
 from .cache_layout import part_names
 from .encode import encode_oldest_groups
 from .hierarchical import dense_key_value, encode_keys, encode_values, num_flushed_groups, write_groups
@@ -28,6 +29,7 @@ def _attend_prompts(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None,
 ) -> Tensor:
     """Attention of the new tokens; ``state`` holds (quantized, cached, new) tokens per sequence. Padding rows are 0.
 
@@ -38,12 +40,15 @@ def _attend_prompts(
         return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
     out = query.new_zeros(batch, tokens, heads, value.shape[3])
     dtype = attention_dtype(query)
+    *planes, k_recent, v_recent = cache
     for b, (quantized, start, new) in enumerate(state):
         if new == 0:
             continue
         keys, values = key[b, :, :new], value[b, :, :new]
         if start:
-            cached = dense_key_value(quantized, start, dtype, *(part[b] for part in cache))
+            groups = groups_of(block_table, b, 0, quantized // (2 * planes[0].shape[3]))
+            row = [*map(groups.of, planes), k_recent[b], v_recent[b]]
+            cached = dense_key_value(quantized, start, dtype, *row)
             pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
             keys, values = (torch.cat(pair, 1) for pair in pairs)
         rows = query[b : b + 1, :, :new].to(keys.dtype)
@@ -73,6 +78,7 @@ def prefill_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attend over right-padded new tokens and cache the valid ones.
 
@@ -86,6 +92,7 @@ def prefill_attention(
             last layer (``HierarchicalCache.advance_prefill``).
         num_new: ``(B,)`` int64, valid new tokens per sequence.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
+        block_table: as in ``quantspec::cached_attention``; it names the blocks that groups are written to, too.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
@@ -93,15 +100,15 @@ def prefill_attention(
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     state = list(zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True))
     cache = (*planes, k_recent, v_recent)
-    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks)
+    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, start, new) in enumerate(state):
         k_tail = torch.cat((k_recent[b, :, : start - quantized], key[b, :, :new]), 1)
         v_tail = torch.cat((v_recent[b, :, : start - quantized], value[b, :, :new]), 1)
         flushed = num_flushed_groups(k_tail.shape[1], group_size) * group_size
-        group = quantized // group_size
-        write_groups(k_tail[:, :flushed], group, encode_keys, k_upper[b], k_lower[b], k_scale[b], k_zero[b])
-        write_groups(v_tail[:, :flushed], group, encode_values, v_upper[b], v_lower[b], v_scale[b], v_zero[b])
+        oldest = groups_of(block_table, b, quantized // group_size, (quantized + flushed) // group_size)
+        write_groups(k_tail[:, :flushed], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)
+        write_groups(v_tail[:, :flushed], oldest, encode_values, v_upper, v_lower, v_scale, v_zero)
         kept = k_tail.shape[1] - flushed
         k_recent[b, :, :kept] = k_tail[:, flushed:]
         v_recent[b, :, :kept] = v_tail[:, flushed:]
@@ -136,13 +143,14 @@ def prefill_attention_triton(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention by torch's kernels, encoding by Triton's; as ``quantspec::prefill_attention``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     # One copy to the host for all three lengths; a prefill is long enough not to mind.
     state = [tuple(row) for row in torch.stack((quantized_len, length, num_new), dim=1).tolist()]
     cache = (*planes, k_recent, v_recent)
-    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks)
+    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length)
+    encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
     return out

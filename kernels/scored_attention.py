@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_table import groups_of
 from .cache_layout import part_names
 from .cached_attention import append_recent, attend_plainly, rotate
 from .cached_attention_triton import cached_attention_triton
@@ -46,6 +47,7 @@ def scored_attention(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The target's 8-bit read of everything cached, and the score of every page.
 
@@ -56,7 +58,7 @@ def scored_attention(
         page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes, see
             ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. Without
             elements, nothing is scored.
-        cos, sin, rotary_dim, interleaved: as there.
+        cos, sin, rotary_dim, interleaved, block_table: as there.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
@@ -69,13 +71,13 @@ def scored_attention(
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
-    out = attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options)
+    out = attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table)
     if page_scores.shape[2]:
-        cache = (*planes, k_recent, v_recent)
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-            total = start + query.shape[2]
-            keys, _ = dense_key_value(quantized, total, torch.float32, *(part[b] for part in cache))
-            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
+            groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))
+            row = (*map(groups.of, planes), k_recent[b], v_recent[b])
+            keys, _ = dense_key_value(quantized, start + query.shape[2], torch.float32, *row)
+            _store_scores(page_scores[b], query[b], keys, groups.of(v_scale), quantized, start, options)
     return out
 
 
@@ -143,13 +145,14 @@ def scored_decoded_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """As ``quantspec::decoded_attention``; the scores of pages take a second product of queries and keys.
 
     Args:
         query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::decoded_attention``.
         k_recent, v_recent, k_decoded, v_decoded: as there, mutated.
-        v_scale: as in ``quantspec::scored_attention``.
+        v_scale, block_table: as in ``quantspec::scored_attention``.
         page_scores: as in ``quantspec::scored_attention``, mutated.
 
     Returns:
@@ -160,7 +163,8 @@ def scored_decoded_attention(
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             keys = k_decoded[b, :, : start + query.shape[2]]
-            _store_scores(page_scores[b], query[b], keys, v_scale[b], quantized, start, options)
+            scales = groups_of(block_table, b, 0, quantized // v_scale.shape[3]).of(v_scale)
+            _store_scores(page_scores[b], query[b], keys, scales, quantized, start, options)
     return out
 
 

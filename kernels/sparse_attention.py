@@ -45,6 +45,7 @@ def sparse_attention(
     sin: Tensor | None = None,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Append T new tokens to the recent buffer and attend from them to it and to the chosen pages.
 
@@ -55,7 +56,7 @@ def sparse_attention(
         chosen_pages: ``(B, K, W)`` int32 of different pages. Without elements, everything is read.
         num_chosen: ``(B, K, 2)`` int32: how many of them are read, and the page from which on all are read too; both 0
             for everything.
-        cos, sin, rotary_dim, interleaved: as there.
+        cos, sin, rotary_dim, interleaved, block_table: as there.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype.
@@ -69,7 +70,7 @@ def sparse_attention(
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     options = (scale, window, softcap, sinks)
     choice = (chosen_pages, num_chosen) if chosen_pages.shape[2] else None
-    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, choice)
+    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table, choice)
 
 
 @sparse_attention.register_fake

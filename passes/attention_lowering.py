@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, PAGE_PARTS, CachePart, part_names
+from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, PAGE_PARTS, TABLE_PART, CachePart, part_names
 
 from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
@@ -38,18 +38,38 @@ class CacheAccess:
         parts: names of the parts that the graph takes as inputs.
         state: names of further ``(B,)`` int64 inputs.
         arguments: names of the parts that the op takes, None for those that are not in ``parts``.
+        by_name: names of the parts that it takes by keyword, after all its other arguments; ``block_table`` for an op
+            that reads planes or scales out of a pool, too.
     """
 
     op: torch._ops.OpOverload
     parts: tuple[str, ...]
     state: tuple[str, ...] = ()
     arguments: tuple[str, ...] = part_names()
+    by_name: tuple[str, ...] = ()
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of all parts that the graph takes, in order."""
+        return (*self.parts, *self.by_name)
+
+    @property
+    def reads_pools(self) -> bool:
+        """Whether the cache's planes may be in a pool."""
+        planes = set(part_names("upper", "lower", "scales"))
+        return TABLE_PART.name in self.by_name or planes.isdisjoint(self.parts)
+
+
+_TABLE = (TABLE_PART.name,)
 
 ACCESSES: dict[str, CacheAccess] = {
-    Role.TARGET: CacheAccess(torch.ops.quantspec.cached_attention.default, part_names()),
-    Role.DRAFT: CacheAccess(torch.ops.quantspec.cached_attention.default, part_names("recent", "upper", "scales")),
-    Role.PREFILL: CacheAccess(torch.ops.quantspec.prefill_attention.default, part_names(), state=("num_new",)),
+    Role.TARGET: CacheAccess(torch.ops.quantspec.cached_attention.default, part_names(), by_name=_TABLE),
+    Role.DRAFT: CacheAccess(
+        torch.ops.quantspec.cached_attention.default, part_names("recent", "upper", "scales"), by_name=_TABLE
+    ),
+    Role.PREFILL: CacheAccess(
+        torch.ops.quantspec.prefill_attention.default, part_names(), state=("num_new",), by_name=_TABLE
+    ),
 }
 """How each role's graph reads the cache; a further kind of draft adds its own."""
 
@@ -59,31 +79,34 @@ DECODED_ACCESS = CacheAccess(torch.ops.quantspec.decoded_attention.default, _DEC
 """How a CPU's graphs read the cache: dense, old tokens as the planes decode at 8 bits."""
 
 _SCORED = (*part_names(), "page_scores")
-SCORED_ACCESS = CacheAccess(torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED)
+SCORED_ACCESS = CacheAccess(torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED, by_name=_TABLE)
 """How the target reads the cache for a sparse draft: it leaves the scores of pages."""
 
 _SCORED_DECODED = (*_DECODED, "v_scale", "page_scores")
 SCORED_DECODED_ACCESS = CacheAccess(
-    torch.ops.quantspec.scored_decoded_attention.default, _SCORED_DECODED, arguments=_SCORED_DECODED
+    torch.ops.quantspec.scored_decoded_attention.default,
+    _SCORED_DECODED,
+    arguments=_SCORED_DECODED,
+    by_name=_TABLE,
 )
 """The same on a CPU."""
 
 _SPARSE = (*part_names("recent", "upper", "scales"), "chosen_pages", "num_chosen")
-SPARSE_ACCESS = CacheAccess(torch.ops.quantspec.sparse_attention.default, _SPARSE, arguments=_SPARSE)
+SPARSE_ACCESS = CacheAccess(torch.ops.quantspec.sparse_attention.default, _SPARSE, arguments=_SPARSE, by_name=_TABLE)
 """How a sparse draft reads the cache: of the upper planes the chosen pages."""
 
 
 def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
     """Names of the cache's parts that a role's graph takes for every layer: the draft never sees the lower planes."""
     on_cpu = role == Role.TARGET and torch.device(device).type == "cpu"
-    return (DECODED_ACCESS if on_cpu else ACCESSES[role]).parts
+    return (DECODED_ACCESS if on_cpu else ACCESSES[role]).inputs
 
 
 class LowerAttention(PassBase):
     """Matches ``quantspec::attention(q, k, v, layer, ...)`` markers, writes the op of a :class:`CacheAccess` for each.
 
     Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, and then for every layer in
-    order the access's ``parts``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
+    order the access's ``inputs``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
     ``meta["cache_part"]``.
 
     Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
@@ -120,9 +143,9 @@ class LowerAttention(PassBase):
     def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
         query, key, value, layer, *options = marker.args
         dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
-        parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS, *PAGE_PARTS)}
+        parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS, *PAGE_PARTS, TABLE_PART)}
         inputs: dict[str, fx.Node] = {}
-        for name in self.access.parts:
+        for name in self.access.inputs:
             part = parts[name]
             inputs[name] = add_placeholder(graph, f"cache_{layer}_{name}", values.of(part, dense[part.holds]))
             inputs[name].meta["cache_part"] = part
@@ -130,6 +153,7 @@ class LowerAttention(PassBase):
         with graph.inserting_before(marker):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
+        lowered.kwargs = {name: inputs[name] for name in self.access.by_name}
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 

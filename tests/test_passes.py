@@ -239,7 +239,7 @@ def test_lower_attention_names_its_inputs_in_order(role):
 
 def test_the_draft_has_no_lower_plane():
     assert set(part_names()) - set(cache_parts(Role.DRAFT)) == {"k_lower", "v_lower"}
-    assert cache_parts(Role.TARGET) == cache_parts(Role.PREFILL) == part_names()
+    assert cache_parts(Role.TARGET) == cache_parts(Role.PREFILL) == (*part_names(), "block_table")
     gm = apply(decoder(), LowerAttention(ACCESSES[Role.DRAFT], GROUP))
     assert not [node for node in gm.graph.nodes if "lower" in node.name]
     schema = [argument.name for argument in ops.cached_attention.default._schema.arguments]

@@ -28,7 +28,7 @@ from quantspec import CacheFullError
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.errors import QueueFullError
 from quantspec.serving import Engine, FinishReason, Output, Request
-from quantspec.serving.sizes import fitting_length
+from quantspec.serving.sizes import fitting_pages
 
 __all__ = ["without_graphs"]
 
@@ -410,6 +410,8 @@ def test_bad_requests_are_refused_and_the_others_go_on(qs, engine, request_, err
         ({"max_sequences": 0}, ValueError, "max_sequences must be at least 1"),
         ({"max_sequences": 2.0}, TypeError, "max_sequences must be an int"),
         ({"max_length": 513}, ValueError, "max_cache_len=512"),
+        ({"num_pages": 0}, ValueError, "num_pages must be at least 1"),
+        ({"num_pages": 3, "max_length": 80}, ValueError, "the 64 tokens that 3 pages hold"),
         ({"max_num_batched_tokens": 0}, ValueError, "max_num_batched_tokens must be at least 1"),
         ({"max_num_batched_tokens": 15}, ValueError, "kv_group_size=16"),
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization"),
@@ -424,17 +426,16 @@ def test_bad_options_of_an_engine(qs, options, error, message):
         Engine(qs.model)
 
 
-@pytest.mark.parametrize("length", [GROUP, 7 * GROUP, 20 * GROUP, 512])
-def test_places_are_as_long_as_memory_allows(qs, length):
+@pytest.mark.parametrize("pages", [2, 7, 60])
+def test_as_many_pages_as_memory_allows(qs, pages):
     cache = qs.pair.new_cache(3, 4)
-    cache.reserve(length)
-    room = sum(cache.bytes_by_part().values())
-    found = fitting_length(qs.pair, 3, 4, room)
-    assert found >= length
-    cache.reserve(found)
-    assert sum(cache.bytes_by_part().values()) == room
-    assert fitting_length(qs.pair, 3, 4, room - 1) < length or length == GROUP
-    assert fitting_length(qs.pair, 3, 4, 0) == 0
+    cache.reserve_pool(100, pages)
+    sizes = cache.bytes_by_part()
+    # A GPU has no decoded copy.
+    room = sum(size for kind, size in sizes.items() if kind != "decoded")
+    assert fitting_pages(qs.pair, 3, 4, room) == pages
+    assert fitting_pages(qs.pair, 3, 4, room - 1) == pages - 1
+    assert fitting_pages(qs.pair, 3, 4, 0) < 0
 
 
 # --- What is reported ------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quantspec.errors import CacheFullError
 from quantspec.kernels import flush
-from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
+from quantspec.kernels.block_table import groups_of, is_paged
+from quantspec.kernels.cache_layout import CACHE_PARTS, TABLE_PART, parts_on
 from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
 
 from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots, state_slots
@@ -36,12 +37,24 @@ class LayerCache(SimpleNamespace):
 
     @classmethod
     def allocate(
-        cls, layer: AttentionShape, batch: int, groups: int, group_size: int, recent: int, dtype: torch.dtype, device
+        cls,
+        layer: AttentionShape,
+        batch: int,
+        groups: int,
+        group_size: int,
+        recent: int,
+        dtype: torch.dtype,
+        device,
+        blocks: int | None = None,
     ) -> LayerCache:
-        """Zeroed storage for ``groups`` groups and ``recent`` slots."""
+        """Zeroed storage for ``groups`` groups and ``recent`` slots of each sequence.
+
+        With ``blocks`` planes and scales have room for so many groups of all sequences together.
+        """
         tensors: dict[str, Tensor] = {}
         for part in parts_on(device):
-            shape = part_shape(part, layer, batch, groups, group_size, recent)
+            sizes = (batch, groups) if blocks is None or not part.is_pooled else (1, blocks)
+            shape = part_shape(part, layer, *sizes, group_size, recent)
             transposed = part.tokens_adjacent_on_cuda and torch.device(device).type == "cuda"
             stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
             tensor = torch.zeros(stored, dtype=part.dtype or dtype, device=device)
@@ -86,6 +99,8 @@ class HierarchicalCache:
         layers: one :class:`LayerCache` per attention call, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
+        block_table: ``(B, N)`` int32 on the device, the blocks of a pool that have each sequence's groups; without
+            elements where each has planes of its own.
         states: ``(B, S, ...)`` of each state: after the verified tokens, and after each that was read behind them.
     """
 
@@ -122,9 +137,11 @@ class HierarchicalCache:
         self.max_len = max_len
         self.batch_size = batch_size
         recent = recent_slots(group_size, num_speculative_tokens)
+        self._shapes = layers
         self.layers: list[LayerCache] = [
             LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
         ]
+        self.block_table: Tensor = torch.zeros(batch_size, 0, dtype=TABLE_PART.dtype, device=device)
         self._pages = None if page_budget is None else PageChoice(layers, batch_size, page_budget, device)
         self._reserve_pages()
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -139,7 +156,12 @@ class HierarchicalCache:
     @property
     def capacity(self) -> int:
         """Tokens a sequence can hold before the planes must grow."""
-        return (min(layer.groups for layer in self.layers) + 1) * self.group_size
+        return (self._groups + 1) * self.group_size
+
+    @property
+    def _groups(self) -> int:
+        """Groups of a sequence that there is room for."""
+        return self.block_table.shape[1] or min(layer.groups for layer in self.layers)
 
     @torch.inference_mode(False)
     def reserve(self, num_tokens: int) -> None:
@@ -156,9 +178,35 @@ class HierarchicalCache:
                 self.layers[index] = layer.grown(groups)
         self._reserve_pages()
 
+    @torch.inference_mode(False)
+    def reserve_pool(self, num_tokens: int, num_blocks: int) -> None:
+        """Give an empty cache planes that its sequences share: :meth:`set_blocks` tells which are whose.
+
+        Args:
+            num_tokens: most that a sequence may hold.
+            num_blocks: groups of tokens that there is room for, of all sequences together.
+
+        Raises:
+            CacheFullError: more tokens than ``max_len``.
+        """
+        check_cache_len(num_tokens, self.max_len)
+        groups = planned_groups(num_tokens, self.group_size, self.max_len)
+        # Without groups nothing is ever stored.
+        if groups:
+            self.block_table = self.block_table.new_zeros(self.batch_size, groups)
+            recent = self.layers[0].k_recent
+            sizes = (self.batch_size, groups, self.group_size, recent.shape[2], recent.dtype, recent.device, num_blocks)
+            self.layers = [LayerCache.allocate(shape, *sizes) for shape in self._shapes]
+            self._reserve_pages()
+
+    def set_blocks(self, sequence: int, first: int, blocks: Sequence[int]) -> None:
+        """Have groups ``first`` and on of a sequence in these blocks of the pool."""
+        row = self.block_table[sequence, first : first + len(blocks)]
+        row.copy_(torch.tensor(blocks, dtype=row.dtype, device="cpu"))
+
     def _reserve_pages(self) -> None:
         if self._pages is not None:
-            self._pages.reserve(self.layers[0].groups, self.group_size)
+            self._pages.reserve(self._groups, self.group_size)
             self._pages.attach(self.layers)
 
     @torch.inference_mode(False)
@@ -170,7 +218,12 @@ class HierarchicalCache:
         rows = slice(first, first + count)
         view = copy.copy(self)
         view.batch_size = count
-        view.layers = [LayerCache(**{name: part[rows] for name, part in vars(layer).items()}) for layer in self.layers]
+        pooled = {part.name for part in CACHE_PARTS if part.is_pooled} if is_paged(self.block_table) else frozenset()
+        view.layers = [
+            LayerCache(**{name: part if name in pooled else part[rows] for name, part in vars(layer).items()})
+            for layer in self.layers
+        ]
+        view.block_table = self.block_table[rows]
         view.quantized_len, view.length, view._kept = (x[rows] for x in (self.quantized_len, self.length, self._kept))
         view.states = [state[rows] for state in self.states]
         if self._pages is not None:
@@ -179,7 +232,11 @@ class HierarchicalCache:
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
         """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
-        return [getattr(layer, part) for layer in self.layers for part in parts]
+        return [
+            self.block_table if part == TABLE_PART.name else getattr(layer, part)
+            for layer in self.layers
+            for part in parts
+        ]
 
     def advance_prefill(self, num_new: Tensor) -> None:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
@@ -212,7 +269,7 @@ class HierarchicalCache:
         due = self._due()
         # The op looks at the lengths itself.
         for layer in self.layers:
-            flush(*layer.parts(), self.quantized_len, self.length)
+            flush(*layer.parts(), self.quantized_len, self.length, self.block_table)
         before = self.quantized_len.clone()
         self.quantized_len += due * self.group_size
         self.decode(before)
@@ -223,26 +280,10 @@ class HierarchicalCache:
         # The op moves a group where the lengths say that another one follows it.
         length = self.quantized_len + full * 2 * self.group_size
         for layer in self.layers:
-            flush(*layer.parts(), self.quantized_len, length)
+            flush(*layer.parts(), self.quantized_len, length, self.block_table)
         before = self.quantized_len.clone()
         self.quantized_len += full * self.group_size
         self.decode(before)
-
-    def copy_planes(self, source: HierarchicalCache, num_tokens: int, exchanges: bool = False) -> None:
-        """Copy the first ``num_tokens``, a multiple of G, from the planes of ``source``, which is as large as this.
-
-        If it ``exchanges``, the source gets what was here.
-        """
-        groups = num_tokens // self.group_size
-        for ours, theirs in zip(self.layers, source.layers, strict=True):
-            for part in CACHE_PARTS:
-                if "N" in part.axes:
-                    axis = part.axes.index("N")
-                    new, old = (getattr(layer, part.name).narrow(axis, 0, groups) for layer in (ours, theirs))
-                    before = new.clone() if exchanges else None
-                    new.copy_(old)
-                    if before is not None:
-                        old.copy_(before)
 
     def resume(self, num_tokens: int) -> None:
         """Hold the first ``num_tokens``, a multiple of G, that are in the planes, also since before a :meth:`reset`."""
@@ -266,9 +307,14 @@ class HierarchicalCache:
         if self.length.device.type != "cpu":
             return
         state = list(enumerate(zip(first.tolist(), self.quantized_len.tolist(), self.length.tolist(), strict=True)))
-        for layer in self.layers:
-            for row, (start, quantized, length) in state:
-                write_decoded(start, quantized, length, *(getattr(layer, part.name)[row] for part in parts_on("cpu")))
+        for row, (start, quantized, length) in state:
+            groups = groups_of(self.block_table, row, start // self.group_size, quantized // self.group_size)
+            for layer in self.layers:
+                # As if the sequence began there.
+                parts = {part: getattr(layer, part.name) for part in parts_on("cpu")}
+                own = [groups.of(tensor) if part.is_pooled else tensor[row] for part, tensor in parts.items()]
+                own[-2:] = [copy[:, start:] for copy in own[-2:]]
+                write_decoded(0, max(0, quantized - start), length - start, *own)
 
     def _take_states(self, place: Tensor) -> None:
         """Make the states at ``place (B,)`` those of the verified tokens."""

@@ -105,7 +105,7 @@ def command(
         engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
     stderr().print(
         f"serving '{name}' at http://{server.host}:{server.port}: {engine.max_sequences} requests at once, of "
-        f"{engine.max_length} tokens at most",
+        f"{engine.max_length} tokens at most, and {engine.num_tokens} tokens in all",
         markup=False,
         soft_wrap=True,
     )

@@ -85,4 +85,7 @@ class _PrefillRecorder(Recorder):
         parts = self._parts[number * per_layer : (number + 1) * per_layer]
         # A mask says how far it reaches, and the capture whether that is a chunk.
         window = -self._captured.layers[number].chunk or window
-        return prefill_attention(query, key, value, *parts, *self._lengths, scale, window, softcap, sinks)
+        *cache, table = parts
+        return prefill_attention(
+            query, key, value, *cache, *self._lengths, scale, window, softcap, sinks, block_table=table
+        )

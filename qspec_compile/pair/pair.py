@@ -103,6 +103,11 @@ class Pair:
         return self._recipes[Role.DRAFT].weight_format
 
     @property
+    def reads_pools(self) -> bool:
+        """Whether every role reads a cache whose planes are in a pool, see :meth:`HierarchicalCache.reserve_pool`."""
+        return all(recipe.access.reads_pools for recipe in self._recipes.values())
+
+    @property
     def device(self) -> torch.device:
         """Where the weights and the cache live."""
         return self.model.device
@@ -236,7 +241,7 @@ class Pair:
     @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
         """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
-        return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.parts))
+        return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.inputs))
 
 
 def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:

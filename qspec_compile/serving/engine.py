@@ -17,7 +17,7 @@ from quantspec.model import QuantSpecModel
 
 from .admission import check, prepare
 from .delivery import Delivery
-from .prefixes import chunk_keys
+from .pool import page_keys
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 from .scheduler import Scheduler
@@ -34,7 +34,7 @@ class Engine:
 
     Attributes:
         pair: whose weights and captured graphs it uses, by turns with ``generate``.
-        max_sequences, max_length: as given or found.
+        max_sequences, max_length, num_pages: as given or found.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Engine:
         max_num_batched_tokens: int = 1024,
         gpu_memory_utilization: float = 0.9,
         num_speculative_tokens: int | None = None,
+        num_pages: int | None = None,
     ) -> None:
         """An engine without requests; its cache is allocated here.
 
@@ -55,14 +56,16 @@ class Engine:
             pair: a converted model, which drafts by itself (``draft="self"``).
             tokenizer: of the model; needed for requests with a ``json_schema``, ``regex`` or ``grammar``.
             max_sequences: requests that run at once.
-            max_length: most tokens of a request, prompt and output. If None, as many as ``gpu_memory_utilization``
-                leaves room for, on a CPU 8,192; at most the pair's ``max_cache_len``.
+            max_length: most tokens of a request, prompt and output. If None, the pair's ``max_cache_len``, on a CPU
+                at most 8,192; less where all pages hold less.
             max_waiting: requests that may wait; more are refused.
             max_num_batched_tokens: tokens of a prompt that are prefilled between two cycles, in whole KV groups; the
                 last chunk has up to a group more. A prompt shares with earlier ones as many whole chunks as they begin
                 alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
             num_speculative_tokens: tokens drafted per cycle; the pair's own number if None.
+            num_pages: pages of ``kv_group_size`` tokens that all requests share. If None, as many as ``max_sequences``
+                of ``max_length`` can use or, on a GPU, as there is room for.
 
         Raises:
             TypeError, ValueError: an option that cannot be honoured.
@@ -78,9 +81,10 @@ class Engine:
             max_num_batched_tokens,
             gpu_memory_utilization,
             num_speculative_tokens,
+            num_pages,
         )
         self.pair = pair
-        self.max_sequences, self.max_length, self._chunk, _ = sizes
+        self.max_sequences, self.max_length, self._chunk, _, self.num_pages = sizes
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
         self._ids = itertools.count()
@@ -110,7 +114,7 @@ class Engine:
         checked = check(inner, request, self._tokenizer, self.max_length)
         # States are not kept for other prompts.
         shares = not inner.captured.states
-        keys = chunk_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
+        keys = page_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
         with self._turn():
             if self._closed:
                 raise RuntimeError("the engine is closed; make another one")
@@ -249,6 +253,11 @@ class Engine:
     @property
     def _busy(self) -> bool:
         return bool(self._scheduler.waiting or self._scheduler.running or self._cancelled)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that there is room for, of all requests together."""
+        return (self.num_pages + self.max_sequences) * self.pair.config.kv_group_size
 
     @property
     def heartbeat(self) -> float:

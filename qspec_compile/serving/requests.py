@@ -90,8 +90,8 @@ class EngineStatistics:
     Attributes:
         running: requests that hold a slot.
         waiting: requests that hold none.
-        pages_used, pages_total: groups of tokens that are held, and that there is room for.
-        preemptions: times that a running request had to give up its slot.
+        pages_used, pages_total: of ``kv_group_size`` tokens, those that requests hold, and all.
+        preemptions: times that a running request had to give up its slot and its pages.
         prompt_tokens, cached_prompt_tokens: of requests that got a slot, and of these those that were not prefilled.
         generated_tokens: over all requests.
         drafts: cycles, counted once for each request that took part.

@@ -23,9 +23,11 @@ class Row:
         request: as the loop knows it, with the tokens so far.
         logprobs: likeliest tokens to report at each position; None for no log-probabilities.
         place: of the batch; None while it waits.
-        keys: of the chunks of its prompt that may be shared.
-        filled: tokens of its prompt that are cached; None before it was looked for those that are.
-        shared: of them, those that were there.
+        keys: of the pages of its prompt that may be shared.
+        pages: it holds, of its text in order.
+        filled: tokens of its text that are cached.
+        flushes: lengths of its text at which a group of it went into a page, since its prompt was cached.
+        shared: tokens of its prompt that were cached when it got its first place; None before.
         on_host: whether its processors need the host, token by token.
         finish_reason: None while it runs or waits.
         drafted, accepted: tokens so far.
@@ -37,8 +39,10 @@ class Row:
         self.request = request
         self.logprobs = logprobs
         self.place: int | None = None
-        self.filled: int | None = None
-        self.shared = 0
+        self.pages: list[int] = []
+        self.filled = 0
+        self.flushes: list[int] = []
+        self.shared: int | None = None
         self.on_host = len(compilable(request.processors)) < len(request.processors)
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -47,9 +51,42 @@ class Row:
         self._logprobs: list[TokenLogprobs] = []
 
     @property
+    def length(self) -> int:
+        """Tokens that are cached while it decodes: all but the newest one that it has emitted."""
+        return len(self.request.prompt) + max(0, len(self.request.tokens) - 1)
+
+    @property
     def decodes(self) -> bool:
-        """Whether its prompt is cached, and it needs more tokens."""
-        return self.finish_reason is None and bool(self.request.tokens)
+        """Whether its text is cached, and it needs more tokens."""
+        return self.finish_reason is None and bool(self.request.tokens) and self.filled == self.length
+
+    @property
+    def fills(self) -> bool:
+        """Whether some of its text is not cached, and it needs more tokens."""
+        return self.finish_reason is None and not self.decodes
+
+    def num_pages(self, group: int) -> int:
+        """Pages that its text is in, once that is cached."""
+        return max(0, len(self.request.prompt) // group - 1) + len(self.flushes)
+
+    def part(self, chunk: int, group: int) -> Tensor:
+        """The tokens to cache next, ``(n,)``; where they end depends on the text alone.
+
+        Of the prompt they are a chunk, and what it has emitted ends where it went into pages: so it is read as it was
+        when it was emitted.
+        """
+        prompt, tokens = self.request.prompt, self.request.tokens
+        if self.filled < len(prompt):
+            end = self.filled + chunk
+            return prompt[self.filled : end if len(prompt) - end >= group else None]
+        end = next((flush for flush in self.flushes if flush > self.filled), self.length)
+        return prompt.new_tensor(tokens[self.filled - len(prompt) : end - len(prompt)])
+
+    def advance(self, group: int) -> None:
+        """Count what a cycle has cached, and the group that went into a page."""
+        self.filled = self.length
+        if self.filled - self.num_pages(group) * group >= 2 * group:
+            self.flushes.append(self.filled)
 
     def emit(self, tokens: Sequence[int], logits: Tensor | None) -> int:
         """Take ``tokens`` up to its end; returns how many. ``logits (T, V)`` are the target's in their places."""
@@ -133,7 +170,7 @@ class Row:
             self.finish_reason,
             self.error,
             len(self.request.prompt),
-            self.shared,
+            self.shared or 0,
             self.drafted,
             self.accepted,
         )

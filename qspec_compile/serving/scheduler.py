@@ -13,7 +13,7 @@ from quantspec.engine.plan import Plan
 from quantspec.engine.session import Session
 
 from .batch import Batch, Bucket
-from .prefixes import Prefixes
+from .pool import Pool
 from .requests import EngineStatistics, FinishReason, Output
 from .row import Row
 from .sizes import Sizes
@@ -34,7 +34,7 @@ class Scheduler:
         self._sizes = sizes
         self._plan = Plan(sizes.num_drafts)
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
-        cache.reserve(sizes.length)
+        cache.reserve_pool(sizes.length, sizes.pages)
         self._places = [cache.view(place, 1) for place in range(sizes.sequences)]
         self._buckets = {sizes.sequences: Bucket(pair, cache, session.rule)}
         # Pages of a sparse draft are chosen for the whole cache alone.
@@ -42,11 +42,13 @@ class Scheduler:
             smaller = [1 << power for power in range(sizes.sequences.bit_length()) if 1 << power < sizes.sequences]
             self._buckets |= {size: Bucket(pair, cache.view(0, size), session.rule) for size in smaller}
         self._batch: Batch | None = None
-        self._prefixes = Prefixes(sizes.sequences)
+        self._pool = Pool(sizes.pages)
+        self._group = pair.config.kv_group_size
         self._rows: list[Row | None] = [None] * sizes.sequences
         self.waiting: deque[Row] = deque()
         self.last_step = time.monotonic()
         self._finished: Counter[FinishReason] = Counter()
+        self._preemptions = 0
         self._generated = self._prompt_tokens = self._shared_tokens = self._drafts = self._drafted = self._accepted = 0
 
     @property
@@ -61,8 +63,9 @@ class Scheduler:
             dropped = self._drop(cancelled)
             self._admit()
             self._prefill()
-            self._run_cycle()
+            # Those of them that give way have to be told, too.
             rows = self.running
+            self._run_cycle()
             for row in rows:
                 if row.finish_reason is not None:
                     self._leave(row)
@@ -88,14 +91,12 @@ class Scheduler:
 
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing; from any thread."""
-        running, group = self.running, self._pair.config.kv_group_size
-        lengths = [(row.filled or 0) + len(row.request.tokens) for row in running]
         return EngineStatistics(
-            running=len(running),
+            running=len(self.running),
             waiting=len(self.waiting),
-            pages_used=sum(-(-length // group) for length in lengths),
-            pages_total=self._sizes.sequences * -(-self._sizes.length // group),
-            preemptions=0,
+            pages_used=len(self._pool) - self._pool.num_free,
+            pages_total=len(self._pool),
+            preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._shared_tokens,
             generated_tokens=self._generated,
@@ -114,56 +115,88 @@ class Scheduler:
         return left
 
     def _admit(self) -> None:
-        """Give free places to those that wait longest."""
-        for place, row in enumerate(self._rows):
-            if row is None and self.waiting:
-                self._rows[place] = row = self.waiting.popleft()
-                row.place = place
-                self._prompt_tokens += len(row.request.prompt)
+        """Give a free place to who waits longest, if there are pages for its text and one more.
+
+        One at a time, since one text is cached at a time: so it finds what those before it have cached.
+        """
+        if not self.waiting or None not in self._rows or any(row.fills for row in self.running):
+            return
+        row, group, pool = self.waiting[0], self._group, self._pool
+        shared = pool.find(row.keys)
+        # A chunk that is not there as a whole is read as a whole.
+        del shared[len(shared) - len(shared) % (self._sizes.chunk // group) :]
+        new = row.num_pages(group) - len(shared)
+        if not pool.has_room(shared, new + 1):
+            return
+        self.waiting.popleft()
+        row.place = place = self._rows.index(None)
+        self._rows[place] = row
+        pool.share(shared)
+        row.pages, row.filled = shared, len(shared) * group
+        self._cache.set_blocks(place, 0, shared)
+        self._hold(row, new)
+        self._places[place].resume(row.filled)
+        if row.shared is None:
+            row.shared = row.filled
+            self._prompt_tokens += len(row.request.prompt)
+            self._shared_tokens += row.shared
+
+    def _hold(self, row: Row, count: int) -> None:
+        """Give a row ``count`` more pages."""
+        assert row.place is not None
+        new = self._pool.take(count)
+        self._cache.set_blocks(row.place, len(row.pages), new)
+        row.pages += new
 
     def _prefill(self) -> None:
-        """Cache a chunk of the oldest prompt that is not cached yet; its last one gives the first token."""
-        row = min((row for row in self.running if not row.request.tokens), key=lambda row: row.id, default=None)
-        if row is None:
-            return
-        # A failed processor or a full memory is the end of this request alone.
-        try:
-            self._fill(row)
-        except Exception as error:
-            row.end(FinishReason.ERROR, error)
+        """Cache a part of the one text that is not cached yet; the last one of a prompt gives the first token."""
+        for row in self.running:
+            if row.fills:
+                # A failed processor or a full memory is the end of this request alone.
+                try:
+                    self._fill(row)
+                except Exception as error:
+                    row.end(FinishReason.ERROR, error)
 
     def _fill(self, row: Row) -> None:
-        """Cache the next chunk of a prompt, whose place in its text does not depend on the traffic, and share it."""
+        """Cache the next part of a text, and let the pages of a chunk be found."""
         assert row.place is not None
-        place, prompt = self._places[row.place], row.request.prompt
-        first = self._share(row, row.place) if row.filled is None else row.filled
-        end = first + self._sizes.chunk
-        if len(prompt) - end < self._pair.config.kv_group_size:
-            end = len(prompt)
-        part = prompt[None, first:end]
-        logits = self._pair.fill(part, prompt.new_tensor([part.shape[1]]), place)
-        row.filled = end
-        if end == len(prompt):
+        place, prompt, group = self._places[row.place], row.request.prompt, self._group
+        part = row.part(self._sizes.chunk, group)
+        logits = self._pair.fill(part[None], prompt.new_tensor([len(part)]), place)
+        first, row.filled = row.filled, row.filled + len(part)
+        if row.filled < len(prompt):
+            place.settle()
+            new = slice(first // group, row.filled // group)
+            for page, key in zip(row.pages[new], row.keys[new], strict=False):
+                self._pool.publish(page, key)
+        elif not row.request.tokens:
             row.first(logits[0, 0])
-            return
-        place.settle()
-        if row.keys:
-            self._prefixes.publish(row.place, row.keys[first // self._sizes.chunk])
 
-    def _share(self, row: Row, place: int) -> int:
-        """Let a row begin with what is cached of its prompt; returns how many tokens that is."""
-        free = [other for other, running in enumerate(self._rows) if running is None]
-        moves, count = self._prefixes.begin(place, row.keys, free)
-        for source, target, chunks, exchanges in moves:
-            self._places[target].copy_planes(self._places[source], chunks * self._sizes.chunk, exchanges)
-        row.shared = count * self._sizes.chunk
-        if count:
-            self._places[place].resume(row.shared)
-        self._shared_tokens += row.shared
-        return row.shared
+    def _provide(self) -> None:
+        """Have a page at hand for every row that may fill one; where none is free, who has the fewest tokens gives way.
+
+        It waits for its turn to be cached again.
+        """
+        group, ahead = self._group, self._sizes.num_drafts + 1
+        for row in sorted((row for row in self.running if row.decodes), key=lambda row: row.id):
+            pages = row.num_pages(group)
+            if len(row.pages) > pages or row.filled + ahead < (pages + 2) * group:
+                continue
+            while row.place is not None and not self._pool.num_free:
+                left = (other for other in self.running if other.finish_reason is None)
+                self._preempt(min(left, key=lambda other: (len(other.request.tokens), -other.id)))
+            if row.place is not None:
+                self._hold(row, 1)
+
+    def _preempt(self, row: Row) -> None:
+        self._vacate(row)
+        self.waiting.appendleft(row)
+        self._preemptions += 1
 
     def _run_cycle(self) -> None:
-        """Run a cycle of the rows whose prompts are cached."""
+        """Run a cycle of the rows whose texts are cached."""
+        self._provide()
         rows = {row.place: row for row in self.running if row.decodes and row.place is not None}
         if not rows:
             self._batch = None
@@ -179,6 +212,8 @@ class Scheduler:
             for row in rows.values():
                 if row.finish_reason is None:
                     row.end(FinishReason.ERROR, error)
+        for row in rows.values():
+            row.advance(self._group)
         self._drafts += len(rows)
         for row, (drafted, accepted) in zip(rows.values(), before, strict=True):
             self._drafted += row.drafted - drafted
@@ -201,9 +236,16 @@ class Scheduler:
         if row.place is None:
             self.waiting.remove(row)
         else:
-            self._rows[row.place] = None
-            # Attention reads nothing of an idle place.
-            self._places[row.place].reset()
+            self._vacate(row)
+
+    def _vacate(self, row: Row) -> None:
+        """Take a row's place and pages."""
+        assert row.place is not None
+        self._rows[row.place] = None
+        # Attention reads nothing of an idle place.
+        self._places[row.place].reset()
+        self._pool.release(row.pages)
+        row.place, row.pages = None, []
 
     def _told(self, rows: Sequence[Row]) -> list[Output]:
         """What the callers of ``rows`` have to be told."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 from typing import Any, NamedTuple
 
 import torch
 
+from quantspec.cache.geometry import planned_groups
 from quantspec.config import Draft, check_num_speculative_tokens
-from quantspec.memory import expected_memory
+from quantspec.memory import cache_bytes_per_token, expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
 
@@ -24,12 +24,14 @@ class Sizes(NamedTuple):
         length: most tokens of each.
         chunk: tokens of a prompt that are prefilled between two cycles, a multiple of G.
         num_drafts: of each cycle.
+        pages: of G tokens, for all sequences together.
     """
 
     sequences: int
     length: int
     chunk: int
     num_drafts: int
+    pages: int
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class Sizes(NamedTuple):
         max_num_batched_tokens: int,
         gpu_memory_utilization: float,
         num_speculative_tokens: int | None,
+        num_pages: int | None,
     ) -> Sizes:
         """From the options of :class:`quantspec.Engine`.
 
@@ -53,19 +56,33 @@ class Sizes(NamedTuple):
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
         num_drafts = _num_drafts(pair, num_speculative_tokens)
+        if not pair.pair.reads_pools:
+            raise ValueError(
+                f"draft_recipe {pair.config.draft_recipe!r} reads the cache without a block_table, so its sequences "
+                "cannot share pages; an engine needs a recipe whose access names it"
+            )
         inner, group = pair.pair, pair.config.kv_group_size
         if max_num_batched_tokens < group:
             raise ValueError(
                 f"max_num_batched_tokens must be at least kv_group_size={group} of the pair, not "
                 f"{max_num_batched_tokens}"
             )
-        if max_length is None:
-            max_length = _default_length(inner, max_sequences, num_drafts, gpu_memory_utilization)
-        else:
+        if max_length is not None:
             check_positive("max_length", max_length)
-        if max_length > inner.max_len:
-            raise ValueError(f"max_length={max_length} is more than the pair's max_cache_len={inner.max_len}")
-        return cls(max_sequences, max_length, max_num_batched_tokens // group * group, num_drafts)
+            if max_length > inner.max_len:
+                raise ValueError(f"max_length={max_length} is more than the pair's max_cache_len={inner.max_len}")
+        if num_pages is not None:
+            check_positive("num_pages", num_pages)
+        longest = max_length or (inner.max_len if inner.device.type == "cuda" else min(inner.max_len, _LENGTH_ON_CPU))
+        pages = num_pages or _num_pages(inner, max_sequences, longest, num_drafts, gpu_memory_utilization)
+        # The newest tokens of a text are in no page.
+        length = min(longest, (pages + 1) * group)
+        if max_length is not None and length < max_length:
+            raise ValueError(
+                f"max_length={max_length} is more than the {length} tokens that {pages} pages hold; pass a smaller "
+                "one, or a larger num_pages or gpu_memory_utilization"
+            )
+        return cls(max_sequences, length, max_num_batched_tokens // group * group, num_drafts, pages)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -89,17 +106,18 @@ def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
     return count
 
 
-def _default_length(pair: Pair, max_sequences: int, num_drafts: int, utilization: float) -> int:
-    """Most tokens of a sequence, if nobody says."""
+def _num_pages(pair: Pair, sequences: int, length: int, num_drafts: int, utilization: float) -> int:
+    """Pages that ``sequences`` of ``length`` tokens can use or, on a GPU, as many of them as there is room for."""
+    useful = max(1, sequences * planned_groups(length, pair.config.kv_group_size, pair.max_len))
     if pair.device.type != "cuda":
-        return min(pair.max_len, _LENGTH_ON_CPU)
-    length = fitting_length(pair, max_sequences, num_drafts, _room(pair.device, utilization))
-    if length == 0:
+        return useful
+    fitting = fitting_pages(pair, sequences, num_drafts, _room(pair.device, utilization))
+    if fitting < 1:
         raise ValueError(
-            f"gpu_memory_utilization={utilization} leaves no room for {max_sequences} sequences beside the weights; "
+            f"gpu_memory_utilization={utilization} leaves no room for {sequences} sequences beside the weights; "
             "pass more of it, or fewer max_sequences"
         )
-    return length
+    return min(useful, fitting)
 
 
 def _room(device: torch.device, utilization: float) -> float:
@@ -109,23 +127,18 @@ def _room(device: torch.device, utilization: float) -> float:
     return free + cached - (1 - utilization) * total
 
 
-def fitting_length(pair: Pair, max_sequences: int, num_drafts: int, room: float) -> int:
-    """Most tokens that each of so many sequences can have in ``room`` bytes; 0 if not even a group fits."""
+def fitting_pages(pair: Pair, max_sequences: int, num_drafts: int, room: float) -> int:
+    """Pages that there is room for in so many bytes, beside what each sequence has of its own."""
     group = pair.config.kv_group_size
-
-    def is_too_long(groups: int) -> bool:
-        needed = expected_memory(
-            pair.layers,
-            min(groups * group, pair.max_len),
-            max_sequences,
-            kv_group_size=group,
-            num_speculative_tokens=num_drafts,
-            dtype=pair.model.dtype,
-            max_cache_len=pair.max_len,
-            device=pair.device,
-            states=pair.captured.states,
-        )
-        return sum(needed.values()) > room
-
-    groups = bisect.bisect_left(range(1, -(-pair.max_len // group) + 1), True, key=is_too_long)
-    return min(groups * group, pair.max_len)
+    own = expected_memory(
+        pair.layers,
+        1,
+        max_sequences,
+        kv_group_size=group,
+        num_speculative_tokens=num_drafts,
+        dtype=pair.model.dtype,
+        device="cuda",
+        states=pair.captured.states,
+    )
+    per_page = sum(cache_bytes_per_token(pair.layers, group).values()) * group
+    return int((room - sum(own.values())) // per_page)
