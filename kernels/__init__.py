@@ -21,6 +21,7 @@ if __name__ != "kernels":
     from .linears import linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
+    from .ranks import gather_ranks, reduce_ranks
     from .scored_attention import scored_attention, scored_decoded_attention
     from .sparse_attention import sparse_attention
     from .tuning_attention import teaching_attention, tuning_attention
@@ -34,6 +35,7 @@ __all__ = [
     "decoded_attention",
     "expert_linear",
     "flush",
+    "gather_ranks",
     "int4_expert_linear",
     "int4_fused_linear",
     "int4_linear",
@@ -41,6 +43,7 @@ __all__ = [
     "linears",
     "materialize",
     "prefill_attention",
+    "reduce_ranks",
     "scored_attention",
     "scored_decoded_attention",
     "sparse_attention",

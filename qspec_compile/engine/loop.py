@@ -17,6 +17,7 @@ from quantspec.passes import Role
 from .cycles import NAN_LOGITS, Call, Clock, Cycles, choose, cycles_of
 from .draft_count import DraftCount
 from .logits_processors import apply_processors
+from .plan import Plan
 from .prefill import prefill
 from .sampling import Randomness, perturbation
 from .session import Session
@@ -61,7 +62,8 @@ class SpeculativeLoop:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
         start = self._clock.now()
         matched = cycles.advancing(cycles.matched())
-        done = cycles.run(self.draft_count.choose(matched))
+        # Of measured times each rank has its own.
+        done = cycles.run(Plan.of(*self.session.pair.agree(self.draft_count.choose(matched).numbers())))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
         self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds)
         self._judge()
