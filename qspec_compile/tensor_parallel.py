@@ -145,7 +145,9 @@ def _started(ranks: int | Ranks, device_type: str) -> Iterator[tuple[Ranks, bool
         yield ranks, False
         return
     if type(ranks) is not int or ranks < 2:
-        raise ValueError(f"tensor_parallel must be a number of ranks, 2 or more, or the Ranks themselves, not {ranks!r}")
+        raise ValueError(
+            f"tensor_parallel must be a number of ranks, 2 or more, or the Ranks themselves, not {ranks!r}"
+        )
     pool = Ranks(ranks, device_type)
     try:
         yield pool, True

@@ -265,7 +265,9 @@ def test_a_rank_that_ends_ends_all_with_its_cause(phase, cause):
 
 
 def test_the_others_end_with_rank_0():
-    source = "import quantspec, time\nranks = quantspec.Ranks(2)\nprint(*ranks.process_ids, flush=True)\ntime.sleep(600)"
+    source = (
+        "import quantspec, time\nranks = quantspec.Ranks(2)\nprint(*ranks.process_ids, flush=True)\ntime.sleep(600)"
+    )
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         other = int(process.stdout.readline())

@@ -52,4 +52,3 @@ def _read(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
         tasks.put(task)
         if task is None:
             return
-
