@@ -1,7 +1,7 @@
 """``quantspec::reduce_ranks`` and ``quantspec::gather_ranks``: what the ranks of tensor parallelism tell each other.
 
-Both are torch's functional collectives. On GPUs that reach each other's memory a short sum is one kernel, in which every
-rank reads the others' terms (torch's symmetric memory, without multicast); a captured CUDA graph holds either.
+Both are torch's functional collectives. On GPUs that reach each other's memory a short sum is one kernel, in which
+every rank reads the others' terms (torch's symmetric memory, without multicast); a captured CUDA graph holds either.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Held:
 class ShardLinears(PassBase):
     """Matches linears, embeddings of tokens and attention markers, writes what one rank computes of them.
 
-    Where a linear's rows are split (by *columns* in the words of transformers' ``base_model_tp_plan``), the rank has its
+    Where a linear's rows are split (by *columns* in the words of transformers' ``base_model_tp_plan``), a rank has its
     part of the output, and all that follows works on that part; where such a part comes to a linear, that one's input
     channels are split (by *rows*) and the ranks' outputs are summed, ``quantspec::reduce_ranks``. What is split follows
     from the graph: queries, keys and values by heads, with everything between their linear and the marker; what comes

@@ -316,9 +316,9 @@ def convert(
     """Pair a Hugging Face decoder with an INT4 draft of itself.
 
     Args:
-        model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable. With
-            ``tensor_parallel`` also the folder of one, of which every rank then reads its pieces alone; ranks are on
-            GPUs where there are as many.
+        model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable.
+            With ``tensor_parallel`` also the folder of one, of which every rank then reads its pieces alone; ranks are
+            on GPUs where there are as many.
         config: options as a :class:`QuantSpecConfig`.
         tune: whether to :meth:`~QuantSpecModel.tune` the draft, or the options of that.
         tensor_parallel: ranks to split target, draft and cache over, each on a GPU of its own (or all on the CPU): a
@@ -407,4 +407,4 @@ def _device_type(ranks: int | Ranks) -> str:
     """Where ranks that are started for a folder shall be."""
     if isinstance(ranks, Ranks):
         return ranks.seat.device.type
-    return "cuda" if torch.cuda.device_count() >= ranks else "cpu"
+    return "cuda" if isinstance(ranks, int) and torch.cuda.device_count() >= ranks else "cpu"

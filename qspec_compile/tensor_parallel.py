@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -163,8 +164,7 @@ def _convert(seat: Seat, key: int, path: str, config: QuantSpecConfig, original:
     model = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     pair = split_pair(seat, model, hollow(model, seat.device), config)
     if config.self_check:
-        # Rank 0 has the original; the others compute along.
-        self_check(pair, functools.partial(_logits, original or pair))
+        self_check(pair, functools.partial(_logits, pair, original))
     seat.kept[key] = Session(pair)
     return pair
 
@@ -172,7 +172,7 @@ def _convert(seat: Seat, key: int, path: str, config: QuantSpecConfig, original:
 def _convert_folder(seat: Seat, key: int, folder: Path, config: QuantSpecConfig) -> Pair:
     pair = part_of_checkpoint(seat, folder, config)
     if config.self_check:
-        self_check(pair, functools.partial(_logits, pair))
+        self_check(pair, functools.partial(_logits, pair, None))
     seat.kept[key] = Session(pair)
     return pair
 
@@ -180,19 +180,25 @@ def _convert_folder(seat: Seat, key: int, folder: Path, config: QuantSpecConfig)
 def _load(seat: Seat, key: int, folder: Path, *how: Any) -> Pair:
     pair = part_of_saved_pair(seat, folder, *how)
     if pair.config.self_check:
-        self_check(pair, functools.partial(_logits, pair))
+        self_check(pair, functools.partial(_logits, pair, None))
     seat.kept[key] = Session(pair)
     return pair
 
 
 @torch.no_grad()
-def _logits(of: PreTrainedModel | Pair, ids: Tensor) -> Tensor:
-    """Logits of a whole model, or of a rank's part with the others'."""
-    if isinstance(of, Pair):
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return of.captured.graph_module(ids, positions)
-    ids = ids.to(of.device)
-    return of(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+def _logits(pair: Pair, original: PreTrainedModel | None, ids: Tensor) -> Tensor:
+    """Logits ``(1, T, V)`` of the original model where rank 0 has it, the same on all ranks; else of the parts."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    logits = pair.captured.graph_module(ids, positions).contiguous()
+    if original is not None:
+        given = ids.to(original.device)
+        training = [module for module in original.modules() if module.training]
+        original.eval()
+        logits = original(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits.to(logits)
+        for module in training:
+            module.training = True
+    dist.broadcast(logits, 0)
+    return logits
 
 
 def _generate(seat: Seat, session: int | Session, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> SlicedFiles:
 def model_without_weights(
     folder: Path, dtype: str | torch.dtype | None, trust_remote_code: bool, class_name: str | None = None
 ) -> PreTrainedModel:
-    """The model that transformers would load from ``folder``, in eval mode: parameters on the meta device, buffers real.
+    """The model that transformers would load from ``folder``, in eval mode: parameters without data, buffers real.
 
     Args:
         folder: with its config.

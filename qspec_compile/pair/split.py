@@ -78,7 +78,7 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
 
 
 def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.device) -> None:
-    """Give ``model`` and the graph of its ``captured`` part the same tensors: what this rank holds of each parameter."""
+    """Give ``model`` and the graph of its ``captured`` part the same tensors: this rank's piece of each parameter."""
     pieces = {name.removeprefix(_WRAPPER): piece for name, piece in captured.pieces.items()}
     shared = _same_piece(model, pieces)
     made: dict[int, nn.Parameter] = {}
