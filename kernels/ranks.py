@@ -26,7 +26,7 @@ def share_memory(group: str, device: torch.device) -> bool:
 
     try:
         buffer = symmetric.empty(MOST_BYTES_AT_ONCE, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(buffer, group)
+        symmetric.rendezvous(buffer, dist.distributed_c10d._resolve_process_group(group))
         works = True
     except (RuntimeError, AttributeError, NotImplementedError):
         works = False
