@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, get_tensor, module_path
 from .held_axes import Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
+from .join_written_parts import JoinWrittenParts
 from .logit_rows import LINEAR_TARGETS, logits_linear
 from .pieces import Piece, Ranges, even, length, place_of, union
 
@@ -89,6 +90,7 @@ class ShardLinears(PassBase):
         self._of_all: set[fx.Node] = set()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        JoinWrittenParts()(graph_module)
         graph = graph_module.graph
         if self.place.world == 1 or any(find_calls(graph, _REDUCE)):
             return PassResult(graph_module, False)

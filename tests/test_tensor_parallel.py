@@ -28,8 +28,8 @@ from quantspec.passes.pieces import Piece, even
 
 OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-# Of which every rank has a part: their layers keep no state.
-SPLIT = [name for name in ARCHITECTURES if name not in STATEFUL]
+# Of which every rank has a part: no layer keeps state, nor mixes heads.
+SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, "diffllama")]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
@@ -106,7 +106,7 @@ def test_layers_that_keep_state_are_refused(ranks, architecture):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}, "its 3 query heads"),
+        ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}, "its 3 query heads"),
         ({"vocab_size": 97}, "its 97 tokens of the vocabulary"),
     ],
 )
