@@ -41,7 +41,7 @@ class SpeculativeLoop:
         self.progress = call.progress
         self.draft_count = draft_count
         self.stats = stats
-        self._clock = Clock(session.pair.device, call.progress)
+        self._clock = Clock(session.pair, call.progress)
 
     def run(self) -> None:
         """Generate until every request is done; what the cache holds of the prompts is not prefilled.
@@ -81,6 +81,7 @@ class SpeculativeLoop:
         else:
             logits = self._prefill(prompts)
             assert logits is not None
+            self._clock.wait_with_ranks()
             if bool(logits.isnan().any()):
                 raise FloatingPointError(NAN_LOGITS)
             prompts_and_padding = self.progress.sequences[:, : self.progress.prompt_len]

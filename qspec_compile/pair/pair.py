@@ -184,6 +184,15 @@ class Pair:
         """What rank 0 has for ``numbers``; themselves where one process has the whole model."""
         return list(numbers) if self._seat is None else self._seat.agree(numbers)
 
+    def wait_with_ranks(self) -> None:
+        """Wait for the device where it waits for other ranks, which may end; else return at once.
+
+        Raises:
+            RanksError: one has ended.
+        """
+        if self._seat is not None and self.device.type == "cuda":
+            self._seat.wait_for_device()
+
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .messages import Report, Task, receive, send
-from .seat import leave_seat, take_seat
+from .seat import RanksError, ended, leave_seat, take_seat
 
 # What is importable here is importable there, in the same order; a search path in the environment would come first.
 _WORKER = """import ast, sys
@@ -31,12 +31,10 @@ from quantspec.ranks.worker import main
 main(int(sys.argv[1]))"""
 # Importing torch and transformers on a busy machine.
 _LONGEST_START = 300
-# How much later than the first the other ranks may come to the end of the same work, or to the same error.
-_LONGEST_LAG = 10.0
-
-
-class RanksError(RuntimeError):
-    """A rank failed or was ended, and with it all of them; the message names it and the cause."""
+# How much later than rank 0 the others may come to the same error, and how long an end may take.
+_LONGEST_LAG = 20.0
+# How much later they may come to the end of the same work; the end of a process is noticed at once.
+_LONGEST_WORK = 600.0
 
 
 class Ranks:
@@ -107,7 +105,8 @@ class Ranks:
             Exception: what the function raised here; the ranks go on if all of them came to an error.
         """
         with self._turn:
-            self._check()
+            if self._cause is not None:
+                raise ended(self._cause)
             self._number += 1
             task = Task(self._number, function, arguments if others is None else others)
             for connection in self._connections:
@@ -180,32 +179,28 @@ class Ranks:
     def _await_reports(self, error: BaseException | None) -> None:
         """Wait for the others, which are about as far; raises where they did not fare as this rank did."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cause or self._is_reported(), _LONGEST_LAG)
+            limit = _LONGEST_WORK if error is None else _LONGEST_LAG
+            self._changed.wait_for(lambda: self._cause or self._is_reported(), limit)
             reports = self._reports.pop(self._number, [])
         if self._cause is None and len(reports) < len(self._connections):
-            what = "is still at work" if error is None else f"goes on, since rank 0 ended its part ({_name(error)})"
-            self._fail(f"one of the others {what}")
+            what = "its work" if error is None else f"it with {type(error).__name__}: {error}"
+            self._fail(f"rank 0 ended {what}, and another rank did not")
         failed = [report for report in reports if report is not None]
         if self._cause is None and error is None and failed:
             self._fail(f"another rank failed: {failed[0]}")
-        if self._cause is not None and not isinstance(error, KeyboardInterrupt):
-            raise self._error() from error
+        if self._cause is not None:
+            self._leave()
+            if not isinstance(error, KeyboardInterrupt):
+                raise ended(self._cause) from error
 
     def _is_reported(self) -> bool:
         return len(self._reports.get(self._number, ())) == len(self._connections)
-
-    def _check(self) -> None:
-        if self._cause is not None:
-            raise self._error()
 
     def _await_cause(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._cause, _LONGEST_LAG)
         self._fail("a rank does not take work")
-        raise self._error()
-
-    def _error(self) -> RanksError:
-        return RanksError(f"the ranks have ended: {self._cause}. Convert or load the model again")
+        raise ended(self._cause or "")
 
     def _report(self, report: Report) -> None:
         """From the watching thread: a rank has ended its part of the work."""
@@ -240,7 +235,7 @@ class Ranks:
         with self._changed:
             if self._cause is not None:
                 return
-            self._cause = cause
+            self._cause = self.seat.cause = cause
             self._changed.notify_all()
         for process in self._processes:
             process.kill()
@@ -249,9 +244,15 @@ class Ranks:
             if self.seat.device.type == "cuda":
                 dist.distributed_c10d._abort_process_group()
         if not self._runs:
-            with contextlib.suppress(Exception):
-                leave_seat(self.seat)
+            self._leave()
         self._end()
+
+    def _leave(self) -> None:
+        """Leave the process group after a failure, for others to be made."""
+        # NCCL's was left when it was told; a device that waits for a rank that is gone would be waited for.
+        with contextlib.suppress(Exception):
+            if self.seat.device.type == "cpu" and dist.is_initialized():
+                leave_seat(self.seat)
 
 
 def _watch(ranks: weakref.ref[Ranks], connections: list[Connection]) -> None:
@@ -281,7 +282,3 @@ def _end_all(processes: list[subprocess.Popen[bytes]], connections: list[Connect
     for connection in connections:
         connection.close()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _name(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -18,6 +18,15 @@ from quantspec.passes.shard_linears import Place
 _LONGEST_WAIT = timedelta(minutes=10)
 
 
+class RanksError(RuntimeError):
+    """A rank failed or was ended, and with it all of them; the message names it and the cause."""
+
+
+def ended(cause: str) -> RanksError:
+    """The error of work that is asked of ranks that have ended."""
+    return RanksError(f"the ranks have ended: {cause}. Convert or load the model again")
+
+
 @dataclass
 class Seat:
     """What a function that runs on every rank is given.
@@ -28,6 +37,7 @@ class Seat:
         kept: what functions leave here for those that run after them.
         at_work: whether the ranks run something together now.
         shares_memory: whether short sums go through memory that the ranks share.
+        cause: why the ranks have ended; None while they have not.
     """
 
     place: Place
@@ -35,11 +45,24 @@ class Seat:
     kept: dict[Any, Any] = field(default_factory=dict)
     at_work: bool = True
     shares_memory: bool = False
+    cause: str | None = None
 
     @property
     def decides(self) -> bool:
         """Whether this is rank 0, whose choices the others follow."""
         return self.place.rank == 0
+
+    def wait_for_device(self) -> None:
+        """Return when the device has done what was asked of it, which another rank's end may keep it from.
+
+        Raises:
+            RanksError: another rank has ended.
+        """
+        event = torch.cuda.Event()
+        event.record()
+        while not event.query():
+            if self.cause is not None:
+                raise ended(self.cause)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """Rank 0's ``numbers``, of which every rank brings as many."""
