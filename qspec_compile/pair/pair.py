@@ -254,11 +254,8 @@ class Pair:
     @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
         """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
-        if self._seat is not None and not self._seat.at_work:
-            raise RuntimeError(
-                "this pair is split over ranks, which run generate() and reset() together; for anything else convert "
-                "the model without tensor_parallel"
-            )
+        if self._seat is not None:
+            self._seat.check_at_work()
         return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.parts))
 
 

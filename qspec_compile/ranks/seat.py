@@ -52,6 +52,18 @@ class Seat:
         """Whether this is rank 0, whose choices the others follow."""
         return self.place.rank == 0
 
+    def check_at_work(self) -> None:
+        """Refuse what this rank would do alone: it would wait for the others.
+
+        Raises:
+            RuntimeError: the ranks run nothing together now.
+        """
+        if not self.at_work:
+            raise RuntimeError(
+                "this pair is split over ranks, which run generate() and reset() together; for anything else convert "
+                "the model without tensor_parallel"
+            )
+
     def wait_for_device(self) -> None:
         """Return when the device has done what was asked of it, which another rank's end may keep it from.
 
@@ -66,6 +78,7 @@ class Seat:
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """Rank 0's ``numbers``, of which every rank brings as many."""
+        self.check_at_work()
         told = torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
         dist.broadcast(told, 0)
         return told.tolist()
