@@ -17,7 +17,7 @@ MOST_BYTES_AT_ONCE = 512 * 2**10
 _SHARED: dict[str, Tensor] = {}
 
 
-def share_memory(group: str, device: torch.device) -> bool:
+def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Let short sums of ``group`` go through memory that its ranks share; returns whether they can.
 
     Every rank calls it. They take the way that all of them can take.
@@ -26,14 +26,14 @@ def share_memory(group: str, device: torch.device) -> bool:
 
     try:
         buffer = symmetric.empty(MOST_BYTES_AT_ONCE, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(buffer, dist.distributed_c10d._resolve_process_group(group))
+        symmetric.rendezvous(buffer, group)
         works = True
     except (RuntimeError, AttributeError, NotImplementedError):
         works = False
     agreed = torch.tensor([int(works)], device=device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group)
     if agreed.item():
-        _SHARED[group] = buffer
+        _SHARED[group.group_name] = buffer
     return bool(agreed.item())
 
 

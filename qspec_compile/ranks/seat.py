@@ -102,7 +102,7 @@ def take_seat(rank: int, world: int, device_type: str, meeting: str) -> Seat:
     assert dist.group.WORLD is not None
     seat = Seat(Place(rank, world, dist.group.WORLD.group_name), device)
     if device.type == "cuda":
-        seat.shares_memory = share_memory(seat.place.group, device)
+        seat.shares_memory = share_memory(dist.group.WORLD, device)
     return seat
 
 
