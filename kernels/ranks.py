@@ -58,14 +58,22 @@ def _(x: Tensor, group: str) -> Tensor:
 
 
 @torch.library.custom_op("quantspec::gather_ranks", mutates_args=())
-def gather_ranks(x: Tensor, world: int, group: str) -> Tensor:
-    """``(..., N)`` of each of ``world`` ranks side by side, ``(..., world * N)``, the same bits on all."""
+def gather_ranks(x: Tensor, world: int, size: int, group: str) -> Tensor:
+    """``(..., N)`` of each of ``world`` ranks side by side, ``(..., size)``, the same bits on all.
+
+    Where ``size`` is less than ``world * N``, the last rank's part begins with what the one before ends with.
+    """
     flat = x.contiguous().view(-1, x.shape[-1])
     whole = torch.ops._c10d_functional.all_gather_into_tensor(flat, world, group)
     parts = collectives.wait_tensor(whole).view(world, *x.shape)
-    return parts.movedim(0, -2).flatten(-2)
+    joined = parts.movedim(0, -2).flatten(-2)
+    twice = world * x.shape[-1] - size
+    if not twice:
+        return joined
+    before = (world - 1) * x.shape[-1]
+    return torch.cat((joined[..., :before], joined[..., before + twice :]), -1)
 
 
 @gather_ranks.register_fake
-def _(x: Tensor, world: int, group: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], world * x.shape[-1])
+def _(x: Tensor, world: int, size: int, group: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size)

@@ -58,6 +58,13 @@ def even(size: int, rank: int, world: int) -> Ranges:
     return ((rank * share, (rank + 1) * share),)
 
 
+def overlapping(size: int, rank: int, world: int) -> Ranges:
+    """As many of ``size`` for each rank, which together are all; the last one shares some with the one before."""
+    share = -(-size // world)
+    first = min(rank * share, size - share)
+    return ((first, first + share),)
+
+
 def scaled(ranges: Ranges, factor: int, divisor: int) -> Ranges | None:
     """Every bound times ``factor / divisor``; None where that is no integer."""
     if any(bound * factor % divisor for pair in ranges for bound in pair):

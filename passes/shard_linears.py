@@ -16,7 +16,7 @@ from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, g
 from .held_axes import Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
 from .join_written_parts import JoinWrittenParts
 from .logit_rows import LINEAR_TARGETS, logits_linear
-from .pieces import Piece, Ranges, even, length, place_of, union
+from .pieces import Piece, Ranges, even, length, overlapping, place_of, union
 
 _EXPERTS = torch.ops.quantspec.expert_linear.default
 _MARKER = torch.ops.quantspec.attention.default
@@ -121,8 +121,8 @@ class ShardLinears(PassBase):
         head = logits_linear(graph)
         if head is not None:
             vocabulary = shape_of(head)[-1]
-            self._check_size(head, vocabulary, "tokens of the vocabulary")
-            self._columns[head] = even(vocabulary, rank, world)
+            self._check_vocabulary(head, vocabulary)
+            self._columns[head] = overlapping(vocabulary, rank, world)
         for marker in find_calls(graph, _MARKER):
             heads, kv_heads = (shape_of(marker.args[number])[1] for number in (0, 1))  # type: ignore[arg-type]
             self._check_size(marker, heads, "query heads")
@@ -160,6 +160,12 @@ class ShardLinears(PassBase):
             raise CannotShardError(
                 f"cannot split {describe(node)}: its {size} {what} are no multiple of {self.place.world} ranks; use as "
                 "many ranks as divide them"
+            )
+
+    def _check_vocabulary(self, node: fx.Node, size: int) -> None:
+        if (self.place.world - 1) * -(-size // self.place.world) >= size:
+            raise CannotShardError(
+                f"cannot split {describe(node)}: its {size} tokens are too few for {self.place.world} ranks; use fewer"
             )
 
     def _take(self, found: dict[fx.Node, list[tuple[int, int]]]) -> None:
@@ -264,12 +270,14 @@ class ShardLinears(PassBase):
         """Tokens of other ranks read row 0 and count as zeros in the sum."""
         graph, (weight, ids) = gm.graph, node.args[:2]
         rows = shape_of(weight)[0]  # type: ignore[arg-type]
-        self._check_size(node, rows, "tokens of the vocabulary")
-        ((first, last),) = ranges = even(rows, self.place.rank, self.place.world)
+        self._check_vocabulary(node, rows)
+        ((first, last),) = ranges = overlapping(rows, self.place.rank, self.place.world)
+        # What two ranks hold counts once.
+        shared = self.place.rank * (last - first) - first
         self._cut(weight, -2, ranges)  # type: ignore[arg-type]
         with graph.inserting_before(node):
             own = add_call(graph, aten.sub.Tensor, (ids, first), node)
-            below = add_call(graph, aten.lt.Scalar, (own, 0), node)
+            below = add_call(graph, aten.lt.Scalar, (own, shared), node)
             above = add_call(graph, aten.ge.Scalar, (own, last - first), node)
             foreign = add_call(graph, aten.bitwise_or.Tensor, (below, above), node)
             node.args = (weight, add_call(graph, aten.masked_fill.Scalar, (own, foreign, 0), node))
@@ -389,9 +397,12 @@ class ShardLinears(PassBase):
             held = self._held.get(node)
             if held is None:
                 continue
-            if held.axis != node.meta["val"].dim() - 1 or length(held.ranges) * self.place.world != shape_of(node)[-1]:
+            size = shape_of(node)[-1]
+            if held.axis != node.meta["val"].dim() - 1 or held.ranges != overlapping(
+                size, self.place.rank, self.place.world
+            ):
                 raise self._stuck(output)
-            arguments = (self.place.world, self.place.group)
+            arguments = (self.place.world, size, self.place.group)
             self._after(graph, node, _GATHER, arguments)
 
     def _after(self, graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple) -> fx.Node:

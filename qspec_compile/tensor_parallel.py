@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,6 +30,8 @@ from .ranks import Ranks, Seat
 from .self_check import self_check
 
 _KEYS = itertools.count()
+# What a model consists of on the Hub.
+_FILES = ["*.json", "*.safetensors"]
 
 
 class Split:
@@ -103,7 +106,7 @@ def convert_split(
 def convert_folder_split(
     folder: str | os.PathLike[str], config: QuantSpecConfig, ranks: int | Ranks, device_type: str
 ) -> Split:
-    """:func:`convert_split` of what ``save_pretrained`` of a transformers model wrote; a rank reads its pieces alone.
+    """:func:`convert_split` of a transformers model's folder or Hub id; a rank reads its pieces alone.
 
     Where the files hold weights in another form than the model does, this process loads the model whole before.
 
@@ -111,6 +114,8 @@ def convert_folder_split(
         Exception: as :func:`convert_split`, or what transformers raises for a folder that holds no model.
     """
     path = Path(folder)
+    if not path.is_dir():
+        path = Path(snapshot_download(str(folder), allow_patterns=_FILES))
     if not reads_in_slices(path):
         model = AutoModelForCausalLM.from_pretrained(path)
         return convert_split(model, config, ranks, device_type)

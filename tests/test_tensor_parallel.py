@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -45,9 +46,9 @@ def random_ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
 # What runs on every rank, found there by its name.
 
 
-def split_logits(seat, architecture: str, ids: Tensor) -> tuple[Tensor, list[Tensor], float, tuple]:
+def split_logits(seat, architecture: str, ids: Tensor, **options: int) -> tuple[Tensor, list[Tensor], float, tuple]:
     """Logits by the parts, those of every rank, the part of the parameters that this rank has, and its layers."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, **options)
     whole = capture(model)
     part = split_capture(whole, model, seat.place)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -103,17 +104,21 @@ def test_layers_that_keep_state_are_refused(ranks, architecture):
     assert "keep state besides keys and values" in ranks.run(refused, architecture, {})
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}, "its 3 query heads"),
-        ({"vocab_size": 97}, "its 97 tokens of the vocabulary"),
-    ],
-)
-def test_what_cannot_be_split_is_refused_by_name(ranks, options, said):
+def test_what_cannot_be_split_is_refused_by_name(ranks):
+    options = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}
     message = ranks.run(refused, "llama", options)
-    assert said in message
-    assert "of module '" in message
+    assert "its 3 query heads are no multiple" in message
+    assert "of module 'model.layers.0.self_attn'" in message
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 97}, {"vocab_size": 98, "tie_word_embeddings": True}])
+def test_a_vocabulary_may_be_any_number(ranks, options):
+    ids = random_ids(2, 33) + 1
+    logits, every, *_ = ranks.run(functools.partial(split_logits, **options), "llama", ids)
+    with torch.no_grad():
+        expected = tiny_model("llama", **options)(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(logits, other) for other in every)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
