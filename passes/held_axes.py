@@ -59,6 +59,9 @@ def links(node: fx.Node) -> Iterator[Link] | None:
         return _of_view(node)
     if target in _SAME:
         return _by_number(node, list(range(node.meta["val"].dim())))
+    if target in (aten.view_as_real.default, aten.view_as_complex.default):
+        dims = (node.meta["val"].dim(), _input(node).meta["val"].dim())
+        return _by_number(node, list(range(min(dims))))
     if target in _SPLITS:
         # Their parts are asked.
         return iter(())
