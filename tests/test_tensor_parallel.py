@@ -31,6 +31,10 @@ OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
 # Of which every rank has a part: no layer keeps state, nor mixes heads.
 SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, "diffllama")]
+# Of four ranks too: a kind each. KV heads are fewer than ranks in all of them.
+MORE_RANKS = ("llama", "gemma", "phi3", "gpt2", "gpt_bigcode", "olmo2", "gpt_oss", "deepseek_v3")
+# One process has the ranks.
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
@@ -84,7 +88,11 @@ def fail_on(seat, number: int) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("architecture", SPLIT)
+@pytest.mark.parametrize(
+    ("ranks", "architecture"),
+    [(2, name) for name in SPLIT] + [(4, name) for name in MORE_RANKS],
+    indirect=["ranks"],
+)
 def test_logits_of_the_parts_are_the_wholes(ranks, architecture):
     ids = random_ids(2, 33)
     logits, every, share, (whole_layers, part_layers) = ranks.run(split_logits, architecture, ids)
