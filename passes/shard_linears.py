@@ -22,7 +22,8 @@ _EXPERTS = torch.ops.quantspec.expert_linear.default
 _MARKER = torch.ops.quantspec.attention.default
 _REDUCE = torch.ops.quantspec.reduce_ranks.default
 _GATHER = torch.ops.quantspec.gather_ranks.default
-_LINEARS = (*LINEAR_TARGETS, aten.addmm.default, _EXPERTS)
+_PRODUCTS = (aten.bmm.default, aten.mm.default, aten.matmul.default)
+_LINEARS = (*LINEAR_TARGETS, *_PRODUCTS, aten.addmm.default, _EXPERTS)
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 
 
@@ -102,6 +103,7 @@ class ShardLinears(PassBase):
                 self._of_all.add(node)
         split = self._of_all | self._rows | self._columns.keys()
         self.whole = [module_path(node) for node in linears if node not in split]
+        self.whole += _other_matrices(graph_module, linears)
         self._check_plan()
         for node in list(graph.nodes):
             if node.op == "call_function":
@@ -445,7 +447,7 @@ def _operand(node: fx.Node) -> fx.Node:
 
 def _is_transposed(node: fx.Node) -> bool:
     """Whether the weight is stored as ``(..., K, N)``."""
-    return node.target is aten.addmm.default or (node.target is _EXPERTS and bool(node.args[4]))
+    return node.target in (*_PRODUCTS, aten.addmm.default) or (node.target is _EXPERTS and bool(node.args[4]))
 
 
 def _row_axis(node: fx.Node) -> int:
@@ -466,6 +468,22 @@ def _read(node: fx.Node) -> list[fx.Node]:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return node.args[0].all_input_nodes
     return node.all_input_nodes
+
+
+def _other_matrices(gm: fx.GraphModule, linears: Sequence[fx.Node]) -> list[str]:
+    """Names of matrices of the model that something else reads than a linear or an embedding."""
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    matrices = [
+        node
+        for node in gm.graph.find_nodes(op="get_attr")
+        if node.target in parameters and parameters[node.target].dim() > 1
+    ]
+    read = [
+        node
+        for node in matrices
+        if any(user not in linears and user.target is not aten.embedding.default for user in node.users)
+    ]
+    return [str(node.target).removeprefix("model.") for node in read]
 
 
 def _counts_tokens(embedding: fx.Node) -> bool:
