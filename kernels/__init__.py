@@ -21,6 +21,7 @@ if __name__ != "kernels":
     from .linears import gated_linears, linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
+    from .ranks import gather_ranks, reduce_ranks
     from .scored_attention import scored_attention, scored_decoded_attention
     from .sparse_attention import sparse_attention
     from .tuning_attention import teaching_attention, tuning_attention
@@ -35,6 +36,7 @@ __all__ = [
     "expert_linear",
     "flush",
     "gated_linears",
+    "gather_ranks",
     "int4_expert_linear",
     "int4_fused_linear",
     "int4_linear",
@@ -42,6 +44,7 @@ __all__ = [
     "linears",
     "materialize",
     "prefill_attention",
+    "reduce_ranks",
     "scored_attention",
     "scored_decoded_attention",
     "sparse_attention",

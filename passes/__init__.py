@@ -26,6 +26,7 @@ from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .quantize_weights import LinearReport, QuantizeWeights, WeightSource
 from .remove_no_ops import RemoveNoOps
+from .shard_linears import CannotShardError, Place, ShardLinears
 from .token_mixing import CheckTokenMixing, TokenMixingError
 from .weight_formats import Part, WeightFormat, WeightLayout, adapted_group_size, register
 from .widen_linears import WidenLinears, cpu_lacks_half_matmul
@@ -39,6 +40,7 @@ __all__ = [
     "SCORED_DECODED_ACCESS",
     "SPARSE_ACCESS",
     "CacheAccess",
+    "CannotShardError",
     "CheckTokenMixing",
     "FuseGates",
     "FuseInt4Epilogues",
@@ -50,11 +52,13 @@ __all__ = [
     "LowerAttention",
     "MaterializePositionTables",
     "Part",
+    "Place",
     "PrepackInt4ForCpu",
     "QuantizeWeights",
     "RemoveNoOps",
     "Role",
     "SelectLogitRows",
+    "ShardLinears",
     "TokenMixingError",
     "WeightFormat",
     "WeightLayout",

@@ -9,6 +9,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from .graph import add_call, add_placeholder, aten, describe, finish
 
 INPUT_NAME = "logit_rows"
+# What ranks gather are logits of other tokens, of the same row.
+_THROUGH = (aten.to.dtype, torch.ops.quantspec.gather_ranks.default)
 LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.linear)
 
 
@@ -26,7 +28,7 @@ def _before_elementwise(graph: fx.Graph) -> fx.Node:
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target not in LINEAR_TARGETS:
         inputs = node.all_input_nodes
         pointwise = isinstance(node.target, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in node.target.tags or node.target is aten.to.dtype
+            torch.Tag.pointwise in node.target.tags or node.target in _THROUGH
         )
         if not pointwise or len(inputs) != 1:
             break

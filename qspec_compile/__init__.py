@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .hugging_face.decode import GenerateOutput
     from .model import QuantSpecModel, convert, from_pretrained, tune
     from .pair.tuned import TuneReport
+    from .ranks import Ranks, RanksError
     from .serving import Engine
 
 __version__ = version("quantspec")
@@ -26,6 +27,8 @@ __all__ = [
     "GenerationStats",
     "QuantSpecConfig",
     "QuantSpecModel",
+    "Ranks",
+    "RanksError",
     "SavedModelError",
     "SelfCheckError",
     "TuneConfig",
@@ -45,6 +48,8 @@ _MODULES = {
     "GenerationStats": "engine.stats",
     "QuantSpecConfig": "config",
     "QuantSpecModel": "model",
+    "Ranks": "ranks",
+    "RanksError": "ranks",
     "SavedModelError": "errors",
     "SelfCheckError": "errors",
     "TuneConfig": "config",

@@ -26,7 +26,9 @@ from .pair import Pair
 from .pair.tuned import TuneReport
 from .passes import Role
 from .pictures import plot
+from .ranks import Ranks
 from .self_check import self_check
+from .tensor_parallel import Split, convert_folder_split, convert_split, load_split
 from .tuning import TuneProgress
 from .tuning import tune as tune_pair
 from .versions import noting_untested_versions
@@ -47,10 +49,13 @@ class QuantSpecModel:
         layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
         linears: what became of each linear in the draft.
         compiles: whether the target's and the draft's graphs go through torch.compile.
+        split: the other parts, where the pair is split over ranks; else None. The attributes above are then of the part
+            that this process has.
     """
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, split: Split | None = None) -> None:
         self.pair = pair
+        self.split = split
         self.session = Session(pair)
         self.model: PreTrainedModel = pair.model
         self.target, self.draft, self.prefill = (pair.graphs[role] for role in (Role.TARGET, Role.DRAFT, Role.PREFILL))
@@ -142,14 +147,16 @@ class QuantSpecModel:
             ImportError: llguidance is missing, and a structure was asked for.
             FloatingPointError: while running, logits are NaN, or processors leave no token to sample.
             torch.OutOfMemoryError: while running, the GPU is full; the cache has been released, the pair stays usable.
+            RanksError: of a pair split over ranks: one of them failed or was ended, and so are all.
         """
-        return generate(
-            self.session,
-            self.model,
+        run = functools.partial(generate, self.session, self.model)
+        if self.split is not None:
+            run = functools.partial(self.split.generate, self.session)
+        return run(
             input_ids,
             attention_mask,
             generation_config,
-            streamer,
+            streamer=streamer,
             num_speculative_tokens=num_speculative_tokens,
             draft=draft,
             continue_cache=continue_cache,
@@ -214,8 +221,19 @@ class QuantSpecModel:
         Raises:
             RuntimeError: called while this thread generates, as by a streamer.
         """
+        if self.split is not None:
+            self.split.reset(self.session)
+            return
         with self.session.exclusive():
             self.session.release()
+
+    def close(self) -> None:
+        """End the processes that were started for the pair, which is of no use afterwards; without any do nothing.
+
+        They end with this process, too, however that ends.
+        """
+        if self.split is not None:
+            self.split.close()
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Save the pair to a folder that :func:`quantspec.from_pretrained` loads without quantizing again.
@@ -293,18 +311,23 @@ def tune(converted: QuantSpecModel, config: TuneConfig | None = None, **options:
 
 @noting_untested_versions()
 def convert(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | os.PathLike[str],
     config: QuantSpecConfig | None = None,
     *,
     tune: bool | TuneConfig = False,
+    tensor_parallel: int | Ranks | None = None,
     **options: Any,
 ) -> QuantSpecModel:
     """Pair a Hugging Face decoder with an INT4 draft of itself.
 
     Args:
         model: any loaded transformers causal decoder, float32, float16 or bfloat16, on one device. It stays usable.
+            With ``tensor_parallel`` also the folder of one, of which every rank then reads its pieces alone; ranks are
+            on GPUs where there are as many.
         config: options as a :class:`QuantSpecConfig`.
         tune: whether to :meth:`~QuantSpecModel.tune` the draft, or the options of that.
+        tensor_parallel: ranks to split target, draft and cache over, each on a GPU of its own (or all on the CPU): a
+            number of them, which are started and end with the pair, or :class:`quantspec.Ranks` for several pairs.
         **options: fields of :class:`QuantSpecConfig`, on top of ``config``.
 
     Returns:
@@ -314,12 +337,21 @@ def convert(
         TypeError, ValueError: a bad option, or no transformers model.
         UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
         SelfCheckError: the pair does not reproduce the model's logits.
+        RanksError: a rank failed or was ended.
     """
     resolved = QuantSpecConfig.from_options(config, options)
     if not isinstance(tune, bool | TuneConfig):
         raise TypeError(f"tune must be True, False or a TuneConfig, not {tune!r}")
+    if tensor_parallel is not None:
+        if tune is not False:
+            raise ValueError("a pair that is split over ranks is not tuned; tune it on one GPU and save it")
+        if isinstance(model, str | os.PathLike):
+            split = convert_folder_split(model, resolved, tensor_parallel, _device_type(tensor_parallel))
+        else:
+            split = convert_split(model, resolved, tensor_parallel)
+        return QuantSpecModel(split.pair, split)
     with converting():
-        pair = Pair(model, resolved)
+        pair = Pair(model, resolved)  # type: ignore[arg-type]
         if resolved.self_check:
             self_check(pair)
     converted = QuantSpecModel(pair)
@@ -336,6 +368,7 @@ def from_pretrained(
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    tensor_parallel: int | Ranks | None = None,
     **options: Any,
 ) -> QuantSpecModel:
     """Load what :meth:`QuantSpecModel.save_pretrained` wrote; nothing is quantized.
@@ -350,6 +383,8 @@ def from_pretrained(
         verify: compare every file with its SHA-256 in ``quantspec_config.json``; False compares sizes only. This finds
             damage, not fraud: who changes a file can change its hash. No file is ever unpickled.
         trust_remote_code: as in transformers, for models whose code lies in the folder.
+        tensor_parallel: as in :func:`convert`; every rank reads its pieces of the files alone. ``device`` is then a
+            type, "cuda" or "cpu".
         **options: fields of :class:`QuantSpecConfig` that shall differ from the saved ones; those that the INT4 weights
             were made with cannot.
 
@@ -362,7 +397,19 @@ def from_pretrained(
         TypeError, ValueError: a bad option.
         SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
     """
+    if tensor_parallel is not None:
+        split = load_split(
+            directory, tensor_parallel, torch.device(device or "cpu").type, dtype, verify, trust_remote_code, options
+        )
+        return QuantSpecModel(split.pair, split)
     pair = load_pair(
         directory, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code, options=options
     )
     return QuantSpecModel(pair)
+
+
+def _device_type(ranks: int | Ranks) -> str:
+    """Where ranks that are started for a folder shall be."""
+    if isinstance(ranks, Ranks):
+        return ranks.seat.device.type
+    return "cuda" if isinstance(ranks, int) and torch.cuda.device_count() >= ranks else "cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -50,10 +50,18 @@ def incremental_logits(
     return read_incrementally(qs.pair, ids, prompt_len, steps, role)
 
 
-def self_check(pair: Pair) -> None:
+def _logits_of(pair: Pair) -> Callable[[Tensor], Tensor]:
+    return lambda ids: pair.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def self_check(pair: Pair, logits_of: Callable[[Tensor], Tensor] | None = None) -> None:
     """Compare prefill and incremental decoding with the original model's full forward.
 
     Once with a text shorter than 2G, where nothing is quantized, and once with a longer one, read at INT8.
+
+    Args:
+        pair: what is checked.
+        logits_of: logits ``(1, T, V)`` of ids ``(1, T)`` by the original model; the pair's own model if None.
 
     Raises:
         SelfCheckError: naming which comparison failed and by how much.
@@ -80,10 +88,7 @@ def self_check(pair: Pair) -> None:
             ids = torch.randint(0, pair.vocab_size, (1, total), generator=generator, device="cpu").to(pair.device)
             with torch.no_grad(), pair.rope_held:
                 ours = read_incrementally(pair, ids, prompt_len, _STEPS).float()
-                mask = torch.ones_like(ids)
-                expected = (
-                    pair.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, prompt_len - 1 :].float()
-                )
+                expected = (logits_of or _logits_of(pair))(ids)[:, prompt_len - 1 :].float().to(ours.device)
             error = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
             if not error <= allowed:
                 raise SelfCheckError(

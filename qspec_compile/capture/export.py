@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,7 @@ from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
 from quantspec.passes.counted_positions import FollowPositionIds
 from quantspec.passes.graph import find_calls
+from quantspec.passes.pieces import Piece
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
 
@@ -40,11 +41,15 @@ class Capture:
         layers: its attention calls, in forward order.
         states: what layers keep besides keys and values. The graph then takes further inputs, ``(B, S, ...)`` for each:
             the state before the tokens, and room for that after each of them, which it writes.
+        pieces: what the graph holds of each parameter that is split over ranks, by its name in the graph; else empty.
+        whole: names of the linears that every one of several ranks computes.
     """
 
     graph_module: fx.GraphModule
     layers: tuple[CapturedLayer, ...]
     states: tuple[StateShape, ...] = ()
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+    whole: Sequence[str] = ()
 
 
 class _Logits(nn.Module):

@@ -115,8 +115,8 @@ class Cycles(Protocol):
 class Clock:
     """Seconds, standing still in the caller's streamer and stopping criteria."""
 
-    def __init__(self, device: torch.device, progress: Progress) -> None:
-        self._device = device
+    def __init__(self, pair: Pair, progress: Progress) -> None:
+        self._pair = pair
         self._progress = progress
 
     def now(self) -> float:
@@ -125,9 +125,14 @@ class Clock:
 
     def finished(self) -> float:
         """The clock, once the device has done what was asked of it."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._pair.device.type == "cuda":
+            self.wait_with_ranks()
+            torch.cuda.synchronize(self._pair.device)
         return self.now()
+
+    def wait_with_ranks(self) -> None:
+        """Before the device is read from: do not wait for it where another rank, that it waits for, is gone."""
+        self._pair.wait_with_ranks()
 
 
 def choose(call: Call, scores: Tensor, noise: Tensor | None) -> tuple[Tensor, list[int]]:
@@ -357,7 +362,9 @@ class JudgedCycles(_OnRunner):
         is_new = self._prepare(plan)
         # Capture and change of graphs take their time, but not in the next cycle of the same plan.
         start = self._clock.now()
-        result = CycleResult.read(runner.judged())
+        judged = runner.judged()
+        self._clock.wait_with_ranks()
+        result = CycleResult.read(judged)
         if result.flush_due:
             runner.flush()
         accepted = self._emit(result)
@@ -407,6 +414,7 @@ class LockstepCycles(_OnRunner):
         # On a GPU the replay is under way, and nothing has waited for it yet.
         self._follow()
         # All that the host will ask of the device but the choices, at once.
+        self._clock.wait_with_ranks()
         rows = proposal.packed.tolist()
         walk = self._clock.now()
         accepted, tokens = self._walk(proposal, rows)

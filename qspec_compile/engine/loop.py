@@ -17,6 +17,7 @@ from quantspec.passes import Role
 from .cycles import NAN_LOGITS, Call, Clock, Cycles, choose, cycles_of
 from .draft_count import DraftCount
 from .logits_processors import apply_processors
+from .plan import Plan
 from .prefill import prefill
 from .sampling import Randomness, perturbation
 from .session import Session
@@ -40,7 +41,7 @@ class SpeculativeLoop:
         self.progress = call.progress
         self.draft_count = draft_count
         self.stats = stats
-        self._clock = Clock(session.pair.device, call.progress)
+        self._clock = Clock(session.pair, call.progress)
 
     def run(self) -> None:
         """Generate until every request is done; what the cache holds of the prompts is not prefilled.
@@ -61,7 +62,8 @@ class SpeculativeLoop:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
         start = self._clock.now()
         matched = cycles.advancing(cycles.matched())
-        done = cycles.run(self.draft_count.choose(matched))
+        # Of measured times each rank has its own.
+        done = cycles.run(Plan.of(*self.session.pair.agree(self.draft_count.choose(matched).numbers())))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
         self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds)
         self._judge()
@@ -79,6 +81,7 @@ class SpeculativeLoop:
         else:
             logits = self._prefill(prompts)
             assert logits is not None
+            self._clock.wait_with_ranks()
             if bool(logits.isnan().any()):
                 raise FloatingPointError(NAN_LOGITS)
             prompts_and_padding = self.progress.sequences[:, : self.progress.prompt_len]

@@ -21,5 +21,14 @@ class Plan(NamedTuple):
     num_drafts: int
     source: Source = Source.SELF
 
+    def numbers(self) -> tuple[int, int]:
+        """What one rank tells the others."""
+        return self.num_drafts, list(Source).index(self.source)
+
+    @classmethod
+    def of(cls, num_drafts: int, source: int) -> Plan:
+        """The plan of such :meth:`numbers`."""
+        return cls(num_drafts, list(Source)[source])
+
 
 PLAIN = Plan(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -43,11 +43,13 @@ class Progress:
         streamer: BaseStreamer | None,
         collect_scores: bool = False,
         collect_logits: bool = False,
+        agree: Callable[[Sequence[int]], list[int]] = list,
     ) -> None:
-        """``input_ids (B, S)`` are the prompts with their padding."""
+        """``input_ids (B, S)`` are the prompts with their padding; ``agree`` makes criteria's verdicts rank 0's."""
         batch, self.prompt_len = input_ids.shape
         self.pad_token_id = pad_token_id
         self.streamer = streamer
+        self._agree = agree
         self.user_seconds = 0.0
         self.judged = 0
         self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
@@ -140,7 +142,8 @@ class Progress:
                 # Read inside, so that work they queue on a device is theirs too.
                 by_user = self._user_criteria(*arguments).tolist()
             done = [a or b for a, b in zip(done, by_user, strict=True)]
-        return done
+        # They may follow the time, or whatever the caller's process has.
+        return list(map(bool, self._agree(done)))
 
     @contextlib.contextmanager
     def _user_code(self) -> Iterator[None]:

@@ -167,6 +167,7 @@ def decode_checked(
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
     samples = any(row.config.do_sample for row in rows)
     seeds = row_seeds(seed, generator, len(prompts), pair.device) if samples or seed is not None else [0] * len(prompts)
+    seeds = pair.agree(seeds)
     each = zip(rows, prompts, seeds, strict=True)
     requests = [row.request(prompt, input_ids.shape[1], own) for row, prompt, own in each]
     num_tokens = longest + max(request.max_new_tokens for request in requests)
@@ -185,6 +186,7 @@ def decode_checked(
         streamer,
         collect_scores=returns_dict and bool(config.output_scores),
         collect_logits=returns_dict and bool(config.output_logits),
+        agree=pair.agree,
     )
     call = Call(progress, processors, session.rule, verifier)
     with session.exclusive():

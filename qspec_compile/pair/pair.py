@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from quantspec.capture import Capture, capture, check_model, rope_at, rope_conte
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
+from quantspec.ranks import Seat
 
 from .compile_by_layer import compile_graph
 from .eager_prefill import EagerPrefill
@@ -54,10 +55,11 @@ class Pair:
         config: QuantSpecConfig,
         source: WeightSource | None = None,
         captured: Capture | None = None,
+        seat: Seat | None = None,
     ) -> None:
         """Make the roles of ``model``; ``source`` has ready weights of the draft, else they are quantized.
 
-        It is captured, unless ``captured`` is what that would give.
+        It is captured, unless ``captured`` is what that would give. With a ``seat`` it is one of several ranks' part.
 
         Raises:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
@@ -94,6 +96,7 @@ class Pair:
             role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
             for role, graph in self.graphs.items()
         }
+        self._seat = seat
         self._converted_as = (model.device, model.dtype)
         self.tuned: TuneReport | None = None
 
@@ -117,7 +120,8 @@ class Pair:
         """Token ids the embedding knows."""
         embedding = self.model.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
-        return embedding.weight.shape[0]
+        # A rank may hold some of its rows.
+        return embedding.num_embeddings if self.captured.pieces else embedding.weight.shape[0]  # type: ignore[return-value]
 
     @property
     def compiles_on_gpu(self) -> bool:
@@ -181,6 +185,19 @@ class Pair:
         cache.advance_prefill(num_new)
         return logits
 
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """What rank 0 has for ``numbers``; themselves where one process has the whole model."""
+        return list(numbers) if self._seat is None else self._seat.agree(numbers)
+
+    def wait_with_ranks(self) -> None:
+        """Wait for the device where it waits for other ranks, which may end; else return at once.
+
+        Raises:
+            RanksError: one has ended.
+        """
+        if self._seat is not None and self.device.type == "cuda":
+            self._seat.wait_for_device()
+
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 
@@ -193,7 +210,8 @@ class Pair:
         # Logits are made of one token per prompt, so the language-model head does not count.
         width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
         per_token = batch_size * 6 * width * self.model.dtype.itemsize
-        return max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)
+        (chunk,) = self.agree([max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)])
+        return chunk
 
     @property
     def rope_held(self) -> contextlib.AbstractContextManager[None]:
@@ -229,6 +247,7 @@ class Pair:
         return [
             ("attention layers", f"{len(self.layers)}, KV groups of {self.config.kv_group_size} tokens"),
             *([("states in full precision", str(len(self.captured.states)))] if self.captured.states else []),
+            *([("computed by every rank", ", ".join(self.captured.whole))] if self.captured.whole else []),
             ("weights", f"target {target:.1f} MiB, draft adds {added:.1f} MiB"),
             ("INT4 linears", f"{linears}, group size {sizes} (asked for {self.config.weight_group_size})"),
             *(("full precision in the draft", f"{r.name} ({r.note})") for r in left),
@@ -241,6 +260,8 @@ class Pair:
     @torch.no_grad()
     def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
         """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
+        if self._seat is not None:
+            self._seat.check_at_work()
         return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.inputs))
 
 
