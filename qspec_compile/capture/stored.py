@@ -33,7 +33,7 @@ from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-_FORMAT = 2
+FORMAT = 2
 _NAMESPACES = ("aten", "prims", "quantspec")
 _NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -71,7 +71,7 @@ def key_of(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, str]
         [type(model).__qualname__, str(model.dtype), model.device.type, options], sort_keys=True, default=str
     )
     packages = {package: version(package) for package in ("quantspec", "torch", "transformers")}
-    return {**packages, "format": str(_FORMAT), "model": hashlib.sha256(described.encode()).hexdigest()}
+    return {**packages, "format": str(FORMAT), "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -82,8 +82,8 @@ def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], 
     """
     graph = captured.graph_module.graph
     condition = frozen_condition(graph, torch.iinfo(torch.int32).max)
-    if condition is not None:
-        raise CannotStore(condition)
+    if condition is not None or captured.states:
+        raise CannotStore(condition or "states besides keys and values")
     writer = _Writer(graph, model.device)
     nodes = [writer.node(node) for node in graph.nodes]
     names = {str(node.target): get_tensor(captured.graph_module, node) for node in graph.find_nodes(op="get_attr")}
