@@ -85,7 +85,7 @@ def _read(path: Path, model: PreTrainedModel) -> Capture | None:
     try:
         digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
-            raise ValueError("it is damaged")
+            raise ValueError(digest)
         tensors = safetensors.torch.load(content)
         graph = json.loads(tensors.pop(_GRAPH).numpy().tobytes())
         constants = {name.removeprefix(_CONSTANT): tensor for name, tensor in tensors.items()}
@@ -106,7 +106,7 @@ def _write(path: Path, captured: Capture, model: PreTrainedModel) -> None:
             tensors[_CONSTANT + name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         content = safetensors.torch.save(tensors)
         if len(content) > _MOST_BYTES // 4:
-            raise ValueError(f"it has {len(content)} bytes")
+            raise ValueError(len(content))
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:

@@ -40,7 +40,7 @@ class CannotTell(Exception):
 
 
 def running_code(model: PreTrainedModel, *functions: Callable) -> str:
-    """A digest of what runs when ``functions`` trace the forward of ``model``: code, config, shapes and ties of tensors.
+    """A digest of what runs when ``functions`` trace the forward of ``model``: code, config, tensors but for values.
 
     Raises:
         CannotTell: code of other packages, hooks, modes of torch, or objects that do not tell what they compute.
@@ -70,11 +70,13 @@ class _Reader:
 
     def read_process(self) -> None:
         """What of the process's state an export follows."""
-        modes = _get_current_function_mode_stack()
-        if _get_current_dispatch_mode_stack() or not all(type(mode) is DeviceContext for mode in modes):
-            raise CannotTell("a mode of torch is active")
-        if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-            raise CannotTell("hooks on all modules")
+        modes: list[Any] = _get_current_function_mode_stack()
+        # A default device is such a mode too.
+        modes = [mode for mode in modes if type(mode) is not DeviceContext]
+        modes += _get_current_dispatch_mode_stack()
+        modes += [*module_hooks._global_forward_hooks.values(), *module_hooks._global_forward_pre_hooks.values()]
+        if modes:
+            raise CannotTell(modes)
         self._say(sys.version, torch.get_default_dtype(), torch.get_default_device())
         # They are called by their names, so any may have been replaced.
         for namespace in (vars(torch), vars(torch.nn.functional), vars(Tensor)):
@@ -95,7 +97,7 @@ class _Reader:
         for module, name in self._names.items():
             self._say(name)
             if any(vars(module)[hooks] for hooks in _HOOKS):
-                raise CannotTell(f"a hook of module '{name}'")
+                raise CannotTell(name)
             for attribute, value in vars(module).items():
                 if attribute not in _NOT_READ:
                     self._say(attribute)
@@ -169,7 +171,9 @@ class _Reader:
         if strict and _package(kind.__module__) not in _LIBRARIES:
             raise CannotTell(kind)
         # The capture puts functions of its own in place of those that are registered.
-        if _package(kind.__module__) not in _FOLLOWED and not issubclass(kind, nn.Module) or kind is GeneralInterface:
+        if issubclass(kind, GeneralInterface):
+            return
+        if _package(kind.__module__) not in _FOLLOWED and not issubclass(kind, nn.Module):
             return
         # What every model has is mostly for loading, saving and generating.
         of_all_models = kind in PreTrainedModel.__mro__

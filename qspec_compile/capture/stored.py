@@ -83,7 +83,7 @@ def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], 
     graph = captured.graph_module.graph
     condition = frozen_condition(graph, torch.iinfo(torch.int32).max)
     if condition is not None or captured.states:
-        raise CannotStore(condition or "states besides keys and values")
+        raise CannotStore(condition or captured.states)
     writer = _Writer(graph, model.device)
     nodes = [writer.node(node) for node in graph.nodes]
     names = {str(node.target): get_tensor(captured.graph_module, node) for node in graph.find_nodes(op="get_attr")}
