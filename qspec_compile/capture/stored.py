@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from transformers import PreTrainedModel
 
@@ -114,7 +115,8 @@ def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model:
             raise ValueError(name)
         tensors[name] = tensor
     layers = [layer | {"held": layer["held"] and HeldState(**layer["held"])} for layer in stored["layers"]]
-    return Capture(fx.GraphModule(tensors, graph), tuple(CapturedLayer(**layer) for layer in layers))
+    # Its code is made if it is run, which a pair does not.
+    return Capture(_LazyGraphModule(tensors, graph), tuple(CapturedLayer(**layer) for layer in layers))
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

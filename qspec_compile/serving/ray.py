@@ -1,7 +1,8 @@
 """Replicas on Ray Serve: the same endpoints in front of engines on many GPUs; needs the extra ``ray``.
 
 An ingress reads a request's body, so that its router can send texts that begin alike to one replica, which has cached
-their beginning. A replica answers with the application of :mod:`quantspec.serving.server.app`; its messages are passed on.
+their beginning. A replica answers with the application of :mod:`quantspec.serving.server.app`, whose messages are
+passed on.
 """
 
 from __future__ import annotations
@@ -76,8 +77,13 @@ class ReplicaOptions(BaseModel):
     autoscaling: dict[str, Any] = {}
 
 
-def build(options: ReplicaOptions) -> Application:
-    """The application for ``serve.run``, and for ``serve run quantspec.serving.ray:build model=...``."""
+def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
+    """The application for ``serve.run``; Ray's own tools give the options of a configuration file.
+
+    Raises:
+        pydantic.ValidationError: an option is unknown or out of range.
+    """
+    options = ReplicaOptions.model_validate(options)
     max_sequences = options.engine.get("max_sequences", 8)
     replica = Replica.options(
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
