@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .server.errors import ApiError
 from .server.gate import Gate
 from .server.service import Service
 
-# Characters of a prompt that say where it goes: more than that, and turns of a conversation would part.
+# Characters of a prompt that say where it goes; fewer than the tokens that are cached together.
 _PREFIX_CHARACTERS = 1024
 # Requests that a replica may have beyond the one with fewest before a text goes elsewhere, its beginning cached or not.
 _MOST_AHEAD = 4
@@ -134,8 +135,9 @@ def prefix_of(body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> str:
     """A name for the beginning of the text in a request's ``body``, one for each API key; "" where there is none."""
     try:
         parsed = json.loads(body)
-        text = parsed.get("messages") or parsed.get("prompt")
-    except (ValueError, AttributeError):
+        text = parsed.get("prompt") or _opening(parsed.get("messages") or [])
+    except (ValueError, AttributeError, TypeError):
+        # It is for the endpoints to refuse.
         return ""
     if not text:
         return ""
@@ -143,6 +145,12 @@ def prefix_of(body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> str:
     key = next((value for name, value in headers if name == b"authorization"), b"")
     beginning = json.dumps(text)[:_PREFIX_CHARACTERS].encode()
     return hashlib.sha256(key + b"\0" + beginning).hexdigest()
+
+
+def _opening(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What every turn of a conversation has: its messages up to the first of the user's."""
+    others = list(takewhile(lambda message: message.get("role") != "user", messages))
+    return [*messages[: len(others) + 1]]
 
 
 @serve.deployment(health_check_period_s=10, health_check_timeout_s=60)
