@@ -2,7 +2,8 @@
 
     python -m benchmarks.first_text --device cuda --out benchmarks/results/first-text.json
 
-A first process finds empty folders of compiled code, a later one those of the first; a last one loads the saved pair.
+A first process finds empty folders of compiled code and captures, a later one those of the first; a last one loads the
+saved pair.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ MODELS = {"smollm2": _SMOLLM2, **{name: shape | _LARGE for name, shape in SHAPES
 def measure(model: str, device: str, dtype: str, compile: bool, saves: bool) -> Iterator[dict[str, Any]]:
     """A row for each process, with the seconds of its stages."""
     with tempfile.TemporaryDirectory() as scratch:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
+        folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "QUANTSPEC_CACHE": "quantspec"}
+        caches = {variable: f"{scratch}/{name}" for variable, name in folders.items()}
         settings = {
             "shape": MODELS[model],
             "device": device,

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import torch
 # Without a GPU the Triton kernels run in the interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests that convert the same model share its capture; worker processes inherit the folder of the first.
+if "QUANTSPEC_CACHE" not in os.environ:
+    _captures = tempfile.TemporaryDirectory()
+    os.environ["QUANTSPEC_CACHE"] = _captures.name
 
 from hypothesis import HealthCheck, settings
 from step_by_step import random_prompt

@@ -98,6 +98,11 @@ def test_a_graph_brings_no_code(op, change):
     assert not ran
 
 
+@pytest.fixture(autouse=True)
+def without_kept_captures(monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_CACHE", "")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-_FORMAT = 2
+FORMAT = 2
 _NAMESPACES = ("aten", "prims", "quantspec")
 _NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -71,7 +72,7 @@ def key_of(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, str]
         [type(model).__qualname__, str(model.dtype), model.device.type, options], sort_keys=True, default=str
     )
     packages = {package: version(package) for package in ("quantspec", "torch", "transformers")}
-    return {**packages, "format": str(_FORMAT), "model": hashlib.sha256(described.encode()).hexdigest()}
+    return {**packages, "format": str(FORMAT), "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -82,8 +83,8 @@ def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], 
     """
     graph = captured.graph_module.graph
     condition = frozen_condition(graph, torch.iinfo(torch.int32).max)
-    if condition is not None:
-        raise CannotStore(condition)
+    if condition is not None or captured.states:
+        raise CannotStore(condition or captured.states)
     writer = _Writer(graph, model.device)
     nodes = [writer.node(node) for node in graph.nodes]
     names = {str(node.target): get_tensor(captured.graph_module, node) for node in graph.find_nodes(op="get_attr")}
@@ -114,7 +115,8 @@ def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model:
             raise ValueError(name)
         tensors[name] = tensor
     layers = [layer | {"held": layer["held"] and HeldState(**layer["held"])} for layer in stored["layers"]]
-    return Capture(fx.GraphModule(tensors, graph), tuple(CapturedLayer(**layer) for layer in layers))
+    # Its code is made if it is run, which a pair does not.
+    return Capture(_LazyGraphModule(tensors, graph), tuple(CapturedLayer(**layer) for layer in layers))
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

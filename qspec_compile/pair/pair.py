@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
 from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of
+from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
@@ -59,7 +60,8 @@ class Pair:
     ) -> None:
         """Make the roles of ``model``; ``source`` has ready weights of the draft, else they are quantized.
 
-        It is captured, unless ``captured`` is what that would give. With a ``seat`` it is one of several ranks' part.
+        It is captured, unless ``captured`` is what that would give, or an earlier capture of it was kept. With a
+        ``seat`` it is one of several ranks' part.
 
         Raises:
             UnsupportedModelError: the model cannot be converted without decoding wrongly; names the node or module.
@@ -70,7 +72,7 @@ class Pair:
         self.frozen = FrozenModel(model)
         rope_context = rope_context_of(model, config)
         if captured is None:
-            captured = capture(model, rope_context=rope_context)
+            captured = kept_or_captured(model, rope_context, capture)
         self.model: PreTrainedModel = model
         self.captured = captured
         self.layers = captured.layers

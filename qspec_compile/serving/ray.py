@@ -1,0 +1,300 @@
+"""Replicas on Ray Serve: the same endpoints in front of engines on many GPUs; needs the extra ``ray``.
+
+An ingress reads a request's body, so that its router can send texts that begin alike to one replica, which has cached
+their beginning. A replica answers with the application of :mod:`quantspec.serving.server.app`, whose messages are
+passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quantspec.checkpoint.folder import DESCRIPTION_FILE
+from quantspec.model import QuantSpecModel, convert, from_pretrained
+
+from .engine import Engine
+from .requests import Request
+from .server.app import build_app
+from .server.errors import ApiError
+from .server.gate import Gate
+from .server.service import Service
+
+# Characters of a prompt that say where it goes; fewer than the tokens that are cached together.
+_PREFIX_CHARACTERS = 1024
+# Requests that a replica may have beyond the one with fewest before a text goes elsewhere, its beginning cached or not.
+_MOST_AHEAD = 4
+# Of an ASGI scope, what the endpoints read.
+_SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
+
+
+class ReplicaOptions(BaseModel):
+    """What :func:`build` takes.
+
+    Attributes:
+        model: a saved pair, or what ``AutoModelForCausalLM.from_pretrained`` takes; every node must find it there.
+        name: that clients ask for; ``model`` if None.
+        gpus: of each replica, 0 for the CPU; a share of one puts several replicas on it.
+        cpus: of each replica.
+        min_replicas, max_replicas: between which their number follows the load.
+        requests_per_replica: that autoscaling aims at.
+        api_keys: any of them lets a request in; anybody is let in if there is none.
+        drain_seconds: that a replica which is no longer needed has for the requests it answers.
+        conversion: options of ``convert`` or of a saved pair.
+        engine: options of :class:`quantspec.serving.Engine`.
+        autoscaling: further fields of Ray's ``AutoscalingConfig``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    name: str | None = None
+    gpus: float = Field(1, ge=0)
+    cpus: float = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    requests_per_replica: float = Field(8, gt=0)
+    api_keys: list[str] = []
+    drain_seconds: float = Field(30, ge=0)
+    conversion: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    autoscaling: dict[str, Any] = {}
+
+
+def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
+    """The application for ``serve.run``; Ray's own tools give the options of a configuration file.
+
+    Raises:
+        pydantic.ValidationError: an option is unknown or out of range.
+    """
+    options = ReplicaOptions.model_validate(options)
+    max_sequences = options.engine.get("max_sequences", 8)
+    replica = Replica.options(
+        ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=options.min_replicas,
+            max_replicas=max(options.min_replicas, options.max_replicas),
+            target_ongoing_requests=options.requests_per_replica,
+            **options.autoscaling,
+        ),
+        # Some wait beside those that run, so that a place is taken as soon as it is free.
+        max_ongoing_requests=2 * max_sequences,
+        graceful_shutdown_timeout_s=options.drain_seconds,
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+    )
+    return Ingress.bind(options.api_keys, replica.bind(options))
+
+
+class PrefixRouter(RequestRouter):
+    """Sends texts that begin alike to one replica, as long as that has not many more requests than another.
+
+    Which one follows from the beginning and the replicas alone (rendezvous hashing): every ingress chooses the same,
+    and a replica that comes or goes moves no texts between the others.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks, the best first."""
+        prefix = "" if pending_request is None else pending_request.kwargs.get("prefix", "")
+        loads = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
+        names = [replica.replica_id.unique_id for replica in candidate_replicas]
+        return [[candidate_replicas[index]] for index in ranking(prefix, names, loads)]
+
+
+def ranking(prefix: str, names: Sequence[str], loads: Sequence[int]) -> list[int]:
+    """Indices of replicas with these names and numbers of requests, the best for a text with this prefix first."""
+    least = min(loads, default=0)
+
+    def order(index: int) -> tuple[int, str]:
+        weight = hashlib.sha256(f"{prefix}\0{names[index]}".encode()).hexdigest()
+        is_free = prefix and loads[index] <= least + _MOST_AHEAD
+        return (least if is_free else loads[index], weight)
+
+    return sorted(range(len(names)), key=order)
+
+
+def prefix_of(body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """A name for the beginning of the text in a request's ``body``, one for each API key; "" where there is none."""
+    try:
+        parsed = json.loads(body)
+        text = parsed.get("prompt") or _opening(parsed.get("messages") or [])
+    except (ValueError, AttributeError, TypeError):
+        # It is for the endpoints to refuse.
+        return ""
+    if not text:
+        return ""
+    # Cached prompts are shared by requests of one key only.
+    key = next((value for name, value in headers if name == b"authorization"), b"")
+    beginning = json.dumps(text)[:_PREFIX_CHARACTERS].encode()
+    return hashlib.sha256(key + b"\0" + beginning).hexdigest()
+
+
+def _opening(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What every turn of a conversation has: its messages up to the first of the user's."""
+    others = list(takewhile(lambda message: message.get("role") != "user", messages))
+    return [*messages[: len(others) + 1]]
+
+
+@serve.deployment(health_check_period_s=10, health_check_timeout_s=60)
+class Replica:
+    """A pair, its engine and its endpoints, on a node of the cluster."""
+
+    def __init__(self, options: ReplicaOptions) -> None:
+        qs, tokenizer = _load(options)
+        engine = Engine(qs, tokenizer=tokenizer, **options.engine)
+        # Compiles and captures what requests need.
+        engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
+        self._service = Service(engine, tokenizer, options.name or options.model)
+        self._app = build_app(self._service)
+
+    async def answer(self, scope: dict[str, Any], body: bytes, prefix: str) -> AsyncIterator[Message]:
+        """The messages with which the endpoints answer; whoever leaves early cancels the request."""
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+        left = asyncio.Event()
+
+        async def receive() -> Message:
+            if given:
+                return given.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, messages.put)
+            finally:
+                messages.put_nowait(None)
+
+        running = asyncio.create_task(run())
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            await running
+        finally:
+            left.set()
+            running.cancel()
+
+    def check_health(self) -> None:
+        """Have Ray replace a replica whose engine takes no steps.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if self._service.is_stuck:
+            raise RuntimeError("the engine has taken no step for minutes")
+
+    def __del__(self) -> None:
+        """End the engine, once the requests are answered or given up."""
+        if hasattr(self, "_service"):
+            self._service.close()
+
+
+@serve.deployment(max_ongoing_requests=1000)
+class Ingress:
+    """Keys and limits, and the way to a replica."""
+
+    def __init__(self, api_keys: Sequence[str], replicas: DeploymentHandle) -> None:
+        self._gate = Gate(_Forwarding(replicas), api_keys)
+
+    async def __call__(self, request: HttpRequest) -> Response:
+        """The answer, which asks a replica as it is sent."""
+        return _Answer(self._gate)
+
+
+class _Answer(Response):
+    """An ASGI application as a response, which is what Ray Serve takes from a deployment."""
+
+    def __init__(self, app: Gate) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as ASGI has it."""
+        await self._app(dict(scope), receive, send)
+
+
+class _Forwarding:
+    """An ASGI application that has a replica answer."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas.options(stream=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as ASGI has it."""
+        if scope["path"] == "/metrics":
+            raise ApiError(404, "metrics of replicas are Ray's: ask the metrics endpoint of its nodes")
+        body = await _body(receive)
+        if body is None:
+            return
+        described = {name: scope[name] for name in _SCOPE if name in scope} | {"state": _state(scope)}
+        prefix = prefix_of(body, scope["headers"])
+        working = asyncio.ensure_future(self._relay(described, body, prefix, send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            working.cancel()
+            leaving.cancel()
+
+    async def _relay(self, scope: dict[str, Any], body: bytes, prefix: str, send: Send) -> None:
+        answer = self._replicas.answer.remote(scope, body, prefix=prefix)
+        try:
+            async for message in answer:
+                await send(message)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+
+def _state(scope: Scope) -> Mapping[str, Any]:
+    return {name: scope["state"][name] for name in ("is_draining", "tenant") if name in scope["state"]}
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """What the client sent; None if it has gone."""
+    parts = []
+    while True:
+        try:
+            message = await receive()
+        except HTTPException as error:
+            raise ApiError(error.status_code, str(error.detail)) from error
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _load(options: ReplicaOptions) -> tuple[QuantSpecModel, Any]:
+    """The pair and its tokenizer, on the GPU that Ray gave to this replica."""
+    device = "cuda" if options.gpus else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if (Path(options.model) / DESCRIPTION_FILE).is_file():
+        return from_pretrained(options.model, device=device, **options.conversion), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device).eval()
+    return convert(model, **options.conversion), tokenizer
