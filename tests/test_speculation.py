@@ -12,7 +12,8 @@ from quantspec.cache import HierarchicalCache
 from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.draft_count import ON_CPU, ON_GPU, AutoDraftCount, FixedDraftCount
+from quantspec.engine.draft_count import AutoDraftCount, FixedDraftCount
+from quantspec.engine.durations import ON_CPU, ON_GPU, Durations
 from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
 
@@ -136,18 +137,33 @@ def test_a_first_cycle_and_one_without_a_time_are_not_timed():
     count = AutoDraftCount()
     for seconds in (100.0, None, 2.0, None, 2.2, 2.1):
         count.record(Plan(4), [0], [4], seconds)
-    assert count.seconds(Plan(4)) == 2.0
-    # Others are expected in proportion until two are known, and then on the line through them.
-    assert count.seconds(Plan(2)) == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
-    for seconds in (100.0, 1.2, 1.0):
-        count.record(PLAIN, [0], [0], seconds)
-    assert count.seconds(Plan(8)) == pytest.approx(3.0)
+    assert count.durations[Plan(4)] == 2.0
+
+
+def test_durations_of_other_plans_are_expected_by_those_measured():
+    plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
+    durations = Durations(plans, ON_GPU)
+    assert [durations[plan] for plan in plans] == [ON_GPU.of(plan) for plan in plans]
+    # In proportion until two are known, and then on the line through them.
+    for seconds in (2.1, 2.0):
+        durations.add(Plan(4), seconds)
+    assert durations[Plan(2)] == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
+    for seconds in (1.2, 1.0):
+        durations.add(PLAIN, seconds)
+    assert durations[Plan(8)] == pytest.approx(3.0)
     # A single one may have been delayed.
-    for seconds in (100.0, 50.0):
-        count.record(Plan(8), [0], [0], seconds)
-    assert count.seconds(Plan(8)) == pytest.approx(3.0)
-    count.record(Plan(8), [0], [0], 40.0)
-    assert count.seconds(Plan(8)) == 40.0
+    durations.add(Plan(8), 50.0)
+    assert durations[Plan(8)] == pytest.approx(3.0)
+    durations.add(Plan(8), 40.0)
+    assert durations[Plan(8)] == 40.0
+
+
+def test_durations_of_an_earlier_process_are_scaled_to_what_is_measured():
+    plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
+    durations = Durations(plans, ON_GPU, {PLAIN: 1.0, Plan(4): 3.0})
+    assert [durations[plan] for plan in plans] == [1.0, 2.0, 3.0, 5.0]
+    durations.add(Plan(4), 6.0)
+    assert [durations[plan] for plan in plans] == [2.0, 4.0, 6.0, 10.0]
 
 
 def test_odds_are_those_of_the_newest_trials():
@@ -199,10 +215,10 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
             super().__init__(2)
             self.seconds: list[tuple[int, float | None]] = []
 
-        def choose(self, matched) -> Plan:
+        def choose(self, *_) -> Plan:
             return Plan(1 + len(self.seconds) % 2)
 
-        def record(self, plan, matched, accepted, seconds) -> None:
+        def record(self, plan, matched, accepted, seconds, capturing) -> None:
             self.seconds.append((plan.num_drafts, seconds))
 
     graphs: dict[Plan, Replayed] = {}
