@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ _PRIOR = 0.9
 _PRIOR_OF_LOOKUPS = 0.8
 # Trials of a row that count as much as those of all rows.
 _LIKE_OTHERS = 8.0
+# Rates that are told apart.
+_STEPS = 400
 # Longer matches than this are as good as each other.
 _LONG_MATCH = 4
 
@@ -31,6 +34,12 @@ def cycle_tokens(rate: float, num_drafts: int) -> float:
         num_drafts: tokens drafted (n).
     """
     return (1 - rate ** (num_drafts + 1)) / (1 - rate) if rate < 1 else float(num_drafts + 1)
+
+
+@functools.cache
+def _yields(num_drafts: int) -> list[float]:
+    """:func:`cycle_tokens` of evenly spaced rates, since the host computes many in every cycle."""
+    return [cycle_tokens(step / _STEPS, num_drafts) for step in range(_STEPS + 1)]
 
 
 class Chance:
@@ -49,12 +58,14 @@ class Chance:
         return (self.rate * self._trials + everyone.rate * _LIKE_OTHERS) / (self._trials + _LIKE_OTHERS)
 
     def record(self, successes: int, failures: int) -> None:
-        """Count trials, successes first."""
-        for success in [1.0] * successes + [0.0] * failures:
-            self._trials = min(self._trials + 1, _MANY)
-            self._newest_trials = min(self._newest_trials + 1, _FEW)
-            self.rate += (success - self.rate) / self._trials
-            self._newest += (success - self._newest) / self._newest_trials
+        """Count trials."""
+        count = successes + failures
+        if not count:
+            return
+        self._trials = min(self._trials + count, _MANY)
+        self._newest_trials = min(self._newest_trials + count, _FEW)
+        self.rate += (successes - count * self.rate) / self._trials
+        self._newest += (successes - count * self._newest) / self._newest_trials
         if abs(self._newest - self.rate) > _CHANGE * math.sqrt(self.rate * (1 - self.rate) / (2 * _FEW)):
             self.rate, self._trials = self._newest, self._newest_trials
 
@@ -92,10 +103,11 @@ class Outlook(NamedTuple):
     def tokens(self, plan: Plan) -> float:
         """Of a cycle of this plan, over all rows."""
         if plan.source is Source.SELF:
-            return sum(cycle_tokens(rate, plan.num_drafts) for rate in self.own)
+            yields = _yields(plan.num_drafts)
+            return sum(yields[int(rate * _STEPS)] for rate in self.own)
         # The first token says whether the place was the right one.
-        more = sum(first * cycle_tokens(later, plan.num_drafts - 1) for first, later in self.lookups)
-        return len(self.own) + more
+        yields = _yields(plan.num_drafts - 1)
+        return len(self.own) + sum(first * yields[int(later * _STEPS)] for first, later in self.lookups)
 
 
 class Odds:
