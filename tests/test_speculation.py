@@ -17,9 +17,9 @@ from quantspec.engine.durations import ON_CPU, ON_GPU, Durations
 from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
 
-# Milliseconds of an 8B shape on an H100 (docs/benchmarks.md), of a small model there, and of one on a CPU.
-SHORT, LONG, BATCH = Machine(7.29, 0.03, 2.4), Machine(10.7, 0.05, 2.05), Machine(9.0, 0.35, 2.5)
-SMALL, CPU = Machine(1.1, 0.02, 0.55), Machine(25.0, 4.0, 27.0)
+# An 8B shape at 4k and 128k tokens and SmolLM2-135M on an H100 (docs/benchmarks.md), and a small model on a CPU.
+SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22, 12), Machine(9.8, 0.04, 4.0, 12), Machine(9.0, 0.35, 2.5, 12)
+SMALL, CPU = Machine(1.31, 0.02, 0.76, 8), Machine(25.0, 4.0, 27.0)
 # Machine, kind of text, acceptance, rows.
 WORKLOADS = {
     "code, long": (LONG, "new", 0.97, 1),

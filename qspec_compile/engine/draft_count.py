@@ -32,7 +32,7 @@ _PLAIN_AGE = 100
 # Cycles whose tokens per second a cycle's time is valued by.
 _NEWEST = 24
 # Seconds to capture a pass of the model, before one was.
-_CAPTURE = 0.04
+_CAPTURE = 0.012
 # Tokens before the end of a text from which on nothing is captured.
 _LITTLE = 32
 # Of all time, what it may take to learn how long plain decoding takes, where nobody knows.

@@ -14,16 +14,16 @@ from .plan import Plan, Source
 _MANY, _FEW = 96.0, 24.0
 # Standard deviations of the few by which they must differ.
 _CHANGE = 3.0
-# Trials that stand for what is expected before any, and the rate of most of them, and of long matches.
+# Trials that stand for what is expected before any: the draft's own tokens', a lookup's first ones' by the length of the
+# match, of which longer ones are as good as each other, and its later ones'.
 _PRIOR_TRIALS = 4.0
-_PRIOR = 0.9
-_PRIOR_OF_LOOKUPS = 0.8
+_OWN = 0.9
+_FIRST = (0.0, 0.1, 0.3, 0.5, 0.7)
+_LATER = 0.8
 # Trials of a row that count as much as those of all rows.
 _LIKE_OTHERS = 8.0
 # Rates that are told apart.
 _STEPS = 400
-# Longer matches than this are as good as each other.
-_LONG_MATCH = 4
 
 
 def cycle_tokens(rate: float, num_drafts: int) -> float:
@@ -75,8 +75,8 @@ class _Rates:
 
     def __init__(self, trials: float = 0.0) -> None:
         """``trials``: that what is expected before any counts as."""
-        self.own, self.later = Chance(_PRIOR, trials), Chance(_PRIOR_OF_LOOKUPS, trials)
-        self.first = [Chance(_PRIOR_OF_LOOKUPS * matched / _LONG_MATCH, trials) for matched in range(_LONG_MATCH + 1)]
+        self.own, self.later = Chance(_OWN, trials), Chance(_LATER, trials)
+        self.first = [Chance(rate, trials) for rate in _FIRST]
 
     def record(self, plan: Plan, found: int, accepted: int) -> None:
         """Each token up to the first rejected one is one trial."""
@@ -84,7 +84,7 @@ class _Rates:
         if plan.source is Source.SELF:
             self.own.record(accepted, rejected)
         elif found:
-            self.first[min(found, _LONG_MATCH)].record(accepted > 0, accepted == 0)
+            self.first[min(found, len(_FIRST) - 1)].record(accepted > 0, accepted == 0)
             if accepted:
                 self.later.record(accepted - 1, rejected)
 
@@ -127,7 +127,7 @@ class Odds:
         for row, found in enumerate(matched):
             if found is None:
                 continue
-            rates, length = self._rows[row], min(found, _LONG_MATCH)
+            rates, length = self._rows[row], min(found, len(_FIRST) - 1)
             own.append(rates.own.among(self._all.own))
             if found:
                 first = rates.first[length].among(self._all.first[length])
