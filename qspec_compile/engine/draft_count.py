@@ -35,8 +35,8 @@ _NEWEST = 24
 _CAPTURE = 0.012
 # Tokens before the end of a text from which on nothing is captured.
 _LITTLE = 32
-# Of all time, what it may take to learn how long plain decoding takes, where nobody knows.
-_SHARE_FOR_PLAIN = 0.015
+# Of all time, what capturing a plan may take that is not expected to be fastest.
+_SHARE_OF_CAPTURES = 0.01
 
 
 class DraftCount(Protocol):
@@ -199,25 +199,21 @@ class AutoDraftCount:
             plan: count - speed * seconds[plan] * (1.0 if seconds.knows(plan) else _WORTH_TRYING)
             for plan, count in tokens.items()
         }
+        self._trial = None
         best = max(gains, key=gains.__getitem__)
         ready = gains if captured is None else [plan for plan in gains if plan in captured]
         if ready and best not in ready:
             wish, best = best, max(ready, key=gains.__getitem__)
-            self._missed[wish] = self._missed.get(wish, 0.0) + (gains[wish] - gains[best]) / speed
-            more = 1 + min(1.0, remaining / max(1, self._steps))
-            if seconds.in_seconds and remaining > _LITTLE and self._missed[wish] * more >= self._capturing(wish):
-                best = wish
+            if self._is_due(wish, (gains[wish] - gains[best]) / speed, remaining):
+                return wish
         # Cycles that lose would not know it by their own speed.
         speed = max(speed, tokens[best] / seconds[best])
-        self._trial = None
-        trial = self._next_trial(best, finds, ready)
-        if trial is None or (best not in ready and ready):
-            return best
-        lost = seconds[trial] - rows / speed + (0.0 if trial in ready else self._capturing(trial))
-        spare = self._spare
-        if trial == PLAIN and not seconds.knows(PLAIN):
-            spare = _SHARE_FOR_PLAIN * (self._elapsed + min(remaining, self._steps) * rows / speed)
-        if lost > spare:
+        # A text goes on for as long as it has, as far as anybody knows.
+        time = self._elapsed + min(remaining, self._steps) * rows / speed
+        affordable = [plan for plan in gains if plan in ready or self._capturing(plan) < _SHARE_OF_CAPTURES * time]
+        trial = self._next_trial(best, affordable)
+        pays = trial is not None and seconds[trial] - rows / speed <= self._spare
+        if trial is None or not (pays or (trial == PLAIN and not seconds.knows(PLAIN))):
             return best
         self._trial = (trial, speed)
         return trial
@@ -244,12 +240,13 @@ class AutoDraftCount:
             plan = min(self._plans, key=lambda other: abs(other.num_drafts - plan.num_drafts))
         taken, tokens = self.durations[plan], len(accepted) + sum(accepted)
         self._missed.pop(plan, None)
-        self._elapsed += taken
+        if self.durations.in_seconds:
+            self._elapsed += taken
         self._steps += tokens // len(accepted)
         if self._trial is not None:
             tried, speed = self._trial
             lost = taken - tokens / speed
-            self._spare -= lost + capturing
+            self._spare -= lost
             self._gained = tried if lost < 0 else None
         self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
         self._newest.append((plan, tokens))
@@ -265,16 +262,23 @@ class AutoDraftCount:
         """Seconds that it takes to capture a plan."""
         return self._capture * _passes(plan)
 
-    def _next_trial(self, best: Plan, any_matched: bool, ready: Collection[Plan]) -> Plan | None:
+    def _is_due(self, wish: Plan, saved: float, remaining: int) -> bool:
+        """Whether to capture a plan that would have ``saved`` so many seconds of this cycle."""
+        if not self.durations.in_seconds:
+            return False
+        self._missed[wish] = self._missed.get(wish, 0.0) + saved
+        more = 1 + min(1.0, remaining / max(1, self._steps))
+        return remaining > _LITTLE and self._missed[wish] * more >= self._capturing(wish)
+
+    def _next_trial(self, best: Plan, affordable: Collection[Plan]) -> Plan | None:
         """What was not run for longest, or what just gained."""
         candidates = []
         for plan in self._trials:
-            if (plan.source is not best.source or not best.num_drafts) and (any_matched or plan.source is Source.SELF):
-                alike = [other for other in ready if other.source is plan.source and other.num_drafts]
-                candidates.append(
-                    min(alike, key=lambda other: other.num_drafts) if plan not in ready and alike else plan
-                )
-        if best != PLAIN and self._cycle - self._last.get(PLAIN, 0) >= _PLAIN_AGE:
+            alike = [other for other in affordable if other.source is plan.source and other.num_drafts]
+            if alike and (plan.source is not best.source or not best.num_drafts):
+                candidates.append(min(alike, key=lambda other: abs(other.num_drafts - plan.num_drafts)))
+        is_old = not self.durations.knows(PLAIN) or self._cycle - self._last.get(PLAIN, 0) >= _PLAIN_AGE
+        if best != PLAIN and is_old and PLAIN in affordable:
             candidates.append(PLAIN)
         if self._gained in candidates:
             return self._gained
