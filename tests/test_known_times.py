@@ -35,7 +35,12 @@ def test_what_was_measured_is_known_to_the_next_process(qs):
 def test_calls_of_another_kind_have_times_of_their_own(qs):
     KnownTimes(qs.pair, 1, 1024, False).keep(SECONDS)
     half = quantspec.convert(tiny_model("llama", torch.bfloat16), kv_group_size=16, self_check=False)
-    others = [(qs.pair, 2, 1024, False), (qs.pair, 1, 2048, False), (qs.pair, 1, 1024, True), (half.pair, 1, 1024, False)]
+    others = [
+        (qs.pair, 2, 1024, False),
+        (qs.pair, 1, 2048, False),
+        (qs.pair, 1, 1024, True),
+        (half.pair, 1, 1024, False),
+    ]
     assert not any(KnownTimes(*other).seconds for other in others)
 
 
@@ -47,7 +52,9 @@ def test_nothing_is_written_that_says_nothing_new(qs):
     assert not times_file().exists()
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "3", '{"KEY": 3}', '{"KEY": {"self": 1}}', '{"KEY": {"self 4": "x"}}'])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "3", '{"KEY": 3}', '{"KEY": {"self": 1}}', '{"KEY": {"self 4": "x"}}']
+)
 def test_a_file_that_cannot_be_read_is_none(qs, damage):
     times = KnownTimes(qs.pair, 1, 1024, False)
     times.keep(SECONDS)

@@ -19,8 +19,10 @@ from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
 
 # An 8B shape at 4k and 128k tokens and SmolLM2-135M on an H100 (docs/benchmarks.md), and a small model on a CPU.
-SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22, 90), Machine(9.8, 0.04, 4.0, 90), Machine(9.0, 0.35, 2.5, 90)
-SMALL, CPU = Machine(1.31, 0.02, 0.76, 90), Machine(25.0, 4.0, 27.0)
+SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22), Machine(9.8, 0.04, 4.0), Machine(9.0, 0.35, 2.5)
+SMALL, CPU = Machine(1.31, 0.02, 0.76), Machine(25.0, 4.0, 27.0)
+# Of SmolLM2's 30 layers there, to capture a pass that was compiled before.
+CAPTURE = 90.0
 # Machine, kind of text, acceptance, rows.
 WORKLOADS = {
     "code, long": (LONG, "new", 0.97, 1),
@@ -45,55 +47,46 @@ def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_auto_is_as_fast_as_the_best_fixed_number(name):
-    """Within 3% of it, with and without lookups, and of plain decoding where that is best.
-
-    The first text of a machine that nobody knows, in which everything is captured, may lose a tenth to the one fixed
-    number that would have been right, and next to nothing to plain decoding.
-    """
+    """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best."""
     machine, kind, acceptance, rows = WORKLOADS[name]
-    tokens = 4000 if rows == 1 else 1500
+    tokens = 4000 if rows == 1 else 1000
     decoding = Decoding(machine, [row(kind, tokens, acceptance, seed) for seed in range(rows)])
-
-    def speeds(count: DraftCount) -> list[float]:
-        captured: set[Plan] = set()
-        return [decoding.run(count, captured).speed() for _ in range(2)]
-
     fixed = {
-        (draft, gamma): speeds(FixedDraftCount(gamma, draft))
+        (draft, gamma): decoding.run(FixedDraftCount(gamma, draft)).speed()
         for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 15)), (Draft.BOTH, (4, 8)))
         for gamma in gammas
     }
-    ours = {draft: speeds(auto(machine, draft)) for draft in Draft}
-    for call, enough in enumerate((0.9, 0.97)):
-        assert ours[Draft.SELF][call] > enough * max(fixed[Draft.SELF, gamma][call] for gamma in GAMMAS)
-        assert ours[Draft.BOTH][call] > enough * max(each[call] for each in fixed.values())
-        assert min(each[call] for each in ours.values()) > 0.97 * fixed[Draft.SELF, 0][call]
+    speeds = {draft: decoding.run(auto(machine, draft)).speed() for draft in Draft}
+    assert speeds[Draft.SELF] > 0.97 * max(fixed[Draft.SELF, gamma] for gamma in GAMMAS)
+    assert speeds[Draft.BOTH] > 0.97 * max(fixed.values())
+    assert min(speeds.values()) > 0.97 * fixed[Draft.SELF, 0]
 
 
 @pytest.mark.parametrize("name", ["prose, short", "a small model", "copying", "a broken draft"])
-def test_captures_do_not_make_short_texts_lose(name):
-    """Of 300 tokens the first loses little to the best fixed number, and the third next to nothing."""
+def test_captures_are_paid_once(name):
+    """Texts of 1,500 tokens: what a machine captures shows in the first, and hardly in the third."""
     machine, kind, acceptance, _ = WORKLOADS[name]
-    decoding = Decoding(machine, [row(kind, 300, acceptance, 5)])
-    best: list[float] = [0.0, 0.0]
-    for gamma in (0, 4, 6):
+    decoding = Decoding(machine._replace(capture=CAPTURE), [row(kind, 1500, acceptance, 5)])
+
+    def speeds(count: DraftCount) -> list[float]:
         captured: set[Plan] = set()
-        runs = [decoding.run(FixedDraftCount(gamma), captured).speed() for _ in range(2)]
-        best = [max(pair) for pair in zip(best, runs, strict=True)]
-    count, captured = auto(machine, Draft.BOTH), set()
-    speeds = [decoding.run(count, captured).speed() for _ in range(3)]
-    assert speeds[0] > 0.9 * best[0]
-    assert speeds[2] > 0.95 * best[1]
+        return [decoding.run(count, captured).speed() for _ in range(3)]
+
+    ours, plain = speeds(auto(machine, Draft.BOTH)), speeds(FixedDraftCount(0))
+    best = max(speeds(FixedDraftCount(gamma))[2] for gamma in GAMMAS)
+    assert ours[0] > 0.93 * plain[0]
+    assert ours[2] > 0.97 * plain[2]
+    assert ours[2] > 0.92 * best
 
 
 def test_what_is_captured_pays_for_it():
     """Another plan is captured once it would have saved what that takes, and no later than twice that."""
-    machine = SHORT._replace(capture=40.0)
+    machine = SHORT._replace(capture=CAPTURE)
     decoding = Decoding(machine, [row("new", 4000, 0.3, 0)])
     run = decoding.run(AutoDraftCount(ON_GPU))
-    fewer = next(place for place, (*_, plan_seconds, _) in enumerate(run.cycles) if place and plan_seconds > 40.0)
-    lost = sum(cycle[2] - machine.plain * cycle[3] for cycle in run.cycles[1:fewer])
-    assert 0.3 * machine.capture < lost < 3 * machine.capture
+    captures = [place for place, (_, plan, taken, _) in enumerate(run.cycles) if taken > machine.seconds(plan)]
+    lost = sum(taken - machine.plain * tokens for _, _, taken, tokens in run.cycles[1 : captures[1]])
+    assert 0.3 * CAPTURE < lost < 3 * CAPTURE
     assert run.speed() > 0.95 / machine.plain
 
 
@@ -178,14 +171,12 @@ def test_each_source_is_used_only_where_it_is_asked_for():
 
 
 def test_few_plans_are_run():
-    """On a GPU each is captured; the first hundred tokens of a text capture six at the most, most texts' four."""
-    captured = []
+    """The first four hundred tokens of a text capture three at the most."""
     for machine, kind, acceptance, rows in WORKLOADS.values():
         if machine is not CPU and rows == 1:
-            run = Decoding(machine, [row(kind, 400, acceptance, 3)]).run(AutoDraftCount(ON_GPU, Draft.BOTH))
-            captured.append(len({plan for place, plan, *_ in run.cycles if place < 100}))
-    assert sorted(captured)[-2:] <= [6, 6]
-    assert sum(captured) <= 4 * len(captured)
+            decoding = Decoding(machine._replace(capture=CAPTURE), [row(kind, 400, acceptance, 3)])
+            run = decoding.run(AutoDraftCount(ON_GPU, Draft.BOTH))
+            assert len({plan for _, plan, *_ in run.cycles}) <= 3
 
 
 @pytest.mark.parametrize("stalls", [1, 2])

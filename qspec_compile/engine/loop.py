@@ -58,6 +58,7 @@ class SpeculativeLoop:
         while any(self.progress.running):
             self.step(cycles)
         self.draft_count.end()
+        self.stats.pages_read = self.cache.pages_read()
 
     def step(self, cycles: Cycles) -> None:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""

@@ -14,8 +14,8 @@ from .plan import Plan, Source
 _MANY, _FEW = 200.0, 24.0
 # Standard deviations of the few by which they must differ.
 _CHANGE = 3.5
-# Trials that stand for what is expected before any: the draft's own tokens', a lookup's first ones' by the length of the
-# match, of which longer ones are as good as each other, and its later ones'.
+# Trials that stand for what is expected before any, and their rates: of the draft's own tokens, of a lookup's first by
+# the length of the match (longer ones are as good as each other), and of its later ones.
 _PRIOR_TRIALS = 4.0
 _OWN = 0.9
 _FIRST = (0.0, 0.1, 0.3, 0.5, 0.7)
