@@ -25,8 +25,8 @@ class GenerationStats:
         drafted_per_position, accepted_per_position: the same by place in the block.
         acceptance_histogram: ``[n]`` is how often exactly n draft tokens of a block were accepted.
         flushes: cycles that moved a group into the planes.
-        pages_read: pages of all layers, sequences and KV heads that a draft step behind the last cycle reads, and how many
-            there are; None where drafts read everything.
+        pages_read: pages of all layers, sequences and KV heads that a draft step behind the last cycle reads, and how
+            many there are; None where drafts read everything.
         prefill_seconds: wall-clock until the first token of every prompt is chosen.
         decode_seconds: wall-clock of the cycles, with sampling, logits processors, transformers' stopping criteria and
             the copies for a streamer. Of the caller's own code, the streamer and criteria that are not transformers'
