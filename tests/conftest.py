@@ -49,6 +49,14 @@ def _convert(architecture: str, dtype: torch.dtype = torch.float32, **overrides)
     return quantspec.convert(tiny_model(architecture, dtype, **overrides), kv_group_size=GROUP, self_check=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """Durations that tests measure are not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def qs() -> quantspec.QuantSpecModel:
     """A converted two-layer llama, float32, vocabulary of 96, 512 positions."""

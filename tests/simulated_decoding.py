@@ -12,16 +12,21 @@ from quantspec.engine.plan import Plan, Source
 
 
 class Machine(NamedTuple):
-    """Seconds of plain decoding, of each further token that is verified, and of a draft step."""
+    """Milliseconds of plain decoding, of each further token that is verified, of a draft step, of capturing a pass."""
 
     plain: float
     verified: float
     step: float
+    capture: float = 0.0
 
     def seconds(self, plan: Plan) -> float:
         """Of a cycle."""
         steps = plan.num_drafts if plan.source is Source.SELF else 0
         return self.plain + plan.num_drafts * self.verified + steps * self.step
+
+    def capturing(self, plan: Plan) -> float:
+        """To capture it."""
+        return self.capture * (1 + (plan.num_drafts if plan.source is Source.SELF else 0))
 
 
 class Row(NamedTuple):
@@ -33,12 +38,12 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What came of it: ``(tokens of the first row, plan, seconds, tokens)`` of each cycle."""
+    """What came of it: ``(tokens of the first row, plan, milliseconds, tokens)`` of each cycle."""
 
     cycles: list[tuple[int, Plan, float, int]]
 
     def speed(self, first: int = 0, last: int = 10**9) -> float:
-        """Tokens per second between two places of the first row."""
+        """Tokens per millisecond between two places of the first row."""
         part = [cycle for cycle in self.cycles if first <= cycle[0] < last]
         return sum(cycle[3] for cycle in part) / sum(cycle[2] for cycle in part)
 
@@ -55,18 +60,28 @@ class Decoding:
             for place, token in enumerate(row.text):
                 places.setdefault(token, []).append(place)
 
-    def run(self, count: DraftCount) -> Run:
-        """Decode until one row is at its end; what the machine tells of its times is off by some percent."""
+    def run(self, count: DraftCount, captured: set[Plan] | None = None) -> Run:
+        """Decode until one row is at its end; what the machine tells of its times is off by some percent.
+
+        ``captured``: plans that an earlier call captured; on a machine that captures, those of this one join them.
+        """
         noise, cycles = random.Random(0), []
+        captured = set() if captured is None else captured
         ends = [row.prompt + 1 for row in self._rows]
-        while all(end < len(row.text) - 16 for end, row in zip(ends, self._rows, strict=True)):
+        lasts = [len(row.text) - 16 for row in self._rows]
+        count.begin()
+        while all(end < last for end, last in zip(ends, lasts, strict=True)):
             found = [self._find(index, end) for index, end in enumerate(ends)]
             matched = [match for match, _ in found]
-            plan = count.choose(matched)
+            remaining = max(last - end for end, last in zip(ends, lasts, strict=True))
+            plan = count.choose(matched, remaining, captured if self._machine.capture else None)
             accepted = [self._accepted(index, end, plan, found[index]) for index, end in enumerate(ends)]
-            seconds = self._machine.seconds(plan)
-            count.record(plan, matched, accepted, seconds * (1 + abs(noise.gauss(0, 0.02))))
-            cycles.append((ends[0] - self._rows[0].prompt, plan, seconds, len(ends) + sum(accepted)))
+            capturing = 0.0 if plan in captured else self._machine.capturing(plan)
+            captured.add(plan)
+            taken = self._machine.seconds(plan)
+            told = None if capturing else taken * (1 + abs(noise.gauss(0, 0.02))) / 1000
+            count.record(plan, matched, accepted, told, capturing / 1000)
+            cycles.append((ends[0] - self._rows[0].prompt, plan, taken + capturing, len(ends) + sum(accepted)))
             ends = [end + more + 1 for end, more in zip(ends, accepted, strict=True)]
         return Run(cycles)
 

@@ -17,7 +17,8 @@ from quantspec.cache import HierarchicalCache
 from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle, LockstepCycle
-from quantspec.engine.draft_count import ON_CPU, FixedDraftCount
+from quantspec.engine.draft_count import FixedDraftCount
+from quantspec.engine.durations import ON_CPU
 from quantspec.engine.plan import PLAIN, Plan, Source
 from quantspec.passes import Role
 

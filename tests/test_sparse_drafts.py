@@ -282,6 +282,30 @@ def test_a_draft_with_an_op_of_its_own_is_not_sparse() -> None:
         quantspec.convert(tiny_model("llama"), draft_recipe="by an op", draft_attention="sparse")
 
 
+def test_statistics_tell_the_pages_that_drafts_read(short_pages) -> None:
+    """Of a long row a share, of a short one all; nothing where drafts read everything."""
+    long, short = random_prompt(6 * PAGE_TOKENS, 1), random_prompt(3 * GROUP, 2)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+    pair = sparse_pair("llama")
+    counts = []
+    for prompt in (long, short):
+        pair.generate(torch.tensor([prompt]), **options)
+        counts.append(pair.last_stats.pages_read)
+    (read, pages), of_short = counts
+    heads = sum(layer.kv_heads for layer in pair.layers)
+    # The buffer holds G tokens and more, and the planes the rest.
+    assert 5 * heads <= pages <= 6 * heads
+    assert 0 < read < pages
+    assert of_short[0] == of_short[1] > 0
+    ids, mask = pad_batch([long, short], [0, 0], 6 * PAGE_TOKENS)
+    pair.generate(ids, mask, **options)
+    assert pair.last_stats.pages_read == (read + of_short[0], pages + of_short[1])
+    assert f"{read + of_short[0]} of {pages + of_short[1]}" in str(pair.last_stats)
+    full = sparse_pair("llama", "full")
+    full.generate(torch.tensor([long]), **options)
+    assert full.last_stats.pages_read is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a GPU machine")
 def test_replays_choose_as_launches_one_by_one_do(short_pages, monkeypatch) -> None:
     # In bfloat16 a replay's drafts may part from those of single launches where two are nearly tied.

@@ -1,6 +1,7 @@
 """The count of drafts: what "auto" makes of simulated machines and texts, and what it is told of real cycles."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from quantspec.cache import HierarchicalCache
 from quantspec.config import Draft
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
-from quantspec.engine.draft_count import ON_CPU, ON_GPU, AutoDraftCount, FixedDraftCount
+from quantspec.engine.draft_count import SELF_COUNTS, AutoDraftCount, DraftCount, FixedDraftCount
+from quantspec.engine.durations import ON_CPU, ON_GPU, Durations
 from quantspec.engine.odds import Odds
 from quantspec.engine.plan import PLAIN, Plan, Source
 
-# Milliseconds of an 8B shape on an H100 (docs/benchmarks.md), of a small model there, and of one on a CPU.
-SHORT, LONG, BATCH = Machine(7.29, 0.03, 2.4), Machine(10.7, 0.05, 2.05), Machine(9.0, 0.35, 2.5)
-SMALL, CPU = Machine(1.1, 0.02, 0.55), Machine(25.0, 4.0, 27.0)
+# An 8B shape at 4k and 128k tokens and SmolLM2-135M on an H100 (docs/benchmarks.md), and a small model on a CPU.
+SHORT, LONG, BATCH = Machine(6.35, 0.03, 2.22), Machine(9.8, 0.04, 4.0), Machine(9.0, 0.35, 2.5)
+SMALL, CPU = Machine(1.31, 0.02, 0.76), Machine(25.0, 4.0, 27.0)
+# Of SmolLM2's 30 layers there, to capture a pass that was compiled before.
+CAPTURE = 90.0
 # Machine, kind of text, acceptance, rows.
 WORKLOADS = {
     "code, long": (LONG, "new", 0.97, 1),
@@ -34,7 +38,7 @@ WORKLOADS = {
     "four rows that copy": (SHORT, "copy", 0.9, 4),
     "both in turns": (SHORT, "turns", 0.9, 1),
 }
-GAMMAS = (0, 1, 2, 3, 4, 6, 8, 10, 13)
+GAMMAS = (0, 1, 2, 4, 6, 8, 12)
 
 
 def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
@@ -45,17 +49,74 @@ def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
 def test_auto_is_as_fast_as_the_best_fixed_number(name):
     """Within 3% of it, from its first cycle on, with and without lookups, and of plain decoding where that is best."""
     machine, kind, acceptance, rows = WORKLOADS[name]
-    tokens = 4000 if rows == 1 else 1000
+    tokens = {1: 4000, 4: 2500, 16: 1000}[rows]
     decoding = Decoding(machine, [row(kind, tokens, acceptance, seed) for seed in range(rows)])
     fixed = {
         (draft, gamma): decoding.run(FixedDraftCount(gamma, draft)).speed()
-        for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 7, 15)), (Draft.BOTH, (4, 8)))
+        for draft, gammas in ((Draft.SELF, GAMMAS), (Draft.LOOKUP, (3, 15)), (Draft.BOTH, (4, 8)))
         for gamma in gammas
     }
     speeds = {draft: decoding.run(auto(machine, draft)).speed() for draft in Draft}
     assert speeds[Draft.SELF] > 0.97 * max(fixed[Draft.SELF, gamma] for gamma in GAMMAS)
     assert speeds[Draft.BOTH] > 0.97 * max(fixed.values())
     assert min(speeds.values()) > 0.97 * fixed[Draft.SELF, 0]
+
+
+@pytest.mark.parametrize("name", ["prose, short", "a small model", "copying", "a broken draft"])
+def test_captures_are_paid_once(name):
+    """Texts of 1,500 tokens: what a machine captures shows in the first, and hardly in the third."""
+    machine, kind, acceptance, _ = WORKLOADS[name]
+    decoding = Decoding(machine._replace(capture=CAPTURE), [row(kind, 1500, acceptance, 5)])
+
+    def speeds(count: DraftCount) -> list[float]:
+        captured: set[Plan] = set()
+        return [decoding.run(count, captured).speed() for _ in range(3)]
+
+    ours, plain = speeds(auto(machine, Draft.BOTH)), speeds(FixedDraftCount(0))
+    best = max(speeds(FixedDraftCount(gamma))[2] for gamma in GAMMAS)
+    assert ours[0] > 0.93 * plain[0]
+    assert ours[2] > 0.97 * plain[2]
+    assert ours[2] > 0.92 * best
+
+
+def test_what_is_captured_pays_for_it():
+    """Another plan is captured once it would have saved what that takes, and no later than twice that."""
+    machine = SHORT._replace(capture=CAPTURE)
+    decoding = Decoding(machine, [row("new", 4000, 0.3, 0)])
+    run = decoding.run(AutoDraftCount(ON_GPU))
+    captures = [place for place, (_, plan, taken, _) in enumerate(run.cycles) if taken > machine.seconds(plan)]
+    lost = sum(taken - machine.plain * tokens for _, _, taken, tokens in run.cycles[1 : captures[1]])
+    assert 0.3 * CAPTURE < lost < 3 * CAPTURE
+    assert run.speed() > 0.95 / machine.plain
+
+
+def test_a_known_machine_is_begun_with_at_its_best():
+    """Where a draft's steps cost as much as the target's, nothing is drafted from the first cycle on."""
+    machine = Machine(10.0, 0.1, 12.0, 20.0)
+    plans = [PLAIN, *map(Plan, SELF_COUNTS)]
+    known = SimpleNamespace(seconds={plan: machine.seconds(plan) / 1000 for plan in (PLAIN, Plan(4))})
+    decoding = Decoding(machine, [row("new", 1000, 0.9, 0)])
+    run = decoding.run(AutoDraftCount(ON_GPU, known_times=known))
+    assert {plan for _, plan, *_ in run.cycles[:40]} == {PLAIN}
+    assert run.speed() > 0.97 * decoding.run(FixedDraftCount(0)).speed()
+    # Nobody knows: a fiftieth of the time may go into learning what plain decoding takes.
+    first = decoding.run(AutoDraftCount(ON_GPU))
+    assert PLAIN in {plan for _, plan, *_ in first.cycles}
+    assert set(plans) >= {plan for _, plan, *_ in first.cycles}
+
+
+def test_rows_that_differ_are_not_taken_for_their_average():
+    """One row that accepts everything and one that accepts nothing yield less of long drafts than two of the middle."""
+    odds = Odds()
+    for _ in range(60):
+        odds.record(Plan(6), [0, 0], [6, 0])
+    outlook = odds.of([0, 0])
+    assert outlook.tokens(Plan(6)) == pytest.approx(7 + 1, abs=0.9)
+    assert odds.of([0, None]).tokens(Plan(6)) > 6
+    odds.begin()
+    # Other texts: each is like all of those before.
+    rates = odds.of([0, 0]).own
+    assert rates[0] == rates[1]
 
 
 def changing(machine: Machine, first: float, then: float) -> tuple[Decoding, int]:
@@ -94,7 +155,7 @@ def test_a_broken_draft_is_tried_for_a_hundredth_of_the_time():
     run = decoding.run(AutoDraftCount(ON_GPU))
     drafting = [plan.num_drafts for _, plan, *_ in run.cycles[100:] if plan != PLAIN]
     assert 0 < len(drafting) < 0.02 * len(run.cycles)
-    assert set(drafting) == {2}
+    assert set(drafting) <= {1, 2}
     assert run.speed() > 0.98 / SHORT.plain
 
 
@@ -110,14 +171,12 @@ def test_each_source_is_used_only_where_it_is_asked_for():
 
 
 def test_few_plans_are_run():
-    """On a GPU each is captured; the first hundred tokens of a text capture six at the most, most texts' four."""
-    captured = []
+    """The first four hundred tokens of a text capture three at the most."""
     for machine, kind, acceptance, rows in WORKLOADS.values():
         if machine is not CPU and rows == 1:
-            run = Decoding(machine, [row(kind, 400, acceptance, 3)]).run(AutoDraftCount(ON_GPU, Draft.BOTH))
-            captured.append(len({plan for place, plan, *_ in run.cycles if place < 100}))
-    assert sorted(captured)[-2:] <= [6, 6]
-    assert sum(captured) <= 4 * len(captured)
+            decoding = Decoding(machine._replace(capture=CAPTURE), [row(kind, 400, acceptance, 3)])
+            run = decoding.run(AutoDraftCount(ON_GPU, Draft.BOTH))
+            assert len({plan for _, plan, *_ in run.cycles}) <= 3
 
 
 @pytest.mark.parametrize("stalls", [1, 2])
@@ -129,25 +188,40 @@ def test_auto_forgets_slow_cycles(stalled, stalls):
     count = AutoDraftCount(ON_GPU, Draft.BOTH)
     for _ in range(stalls):
         count.record(stalled, [4], [stalled.num_drafts], 30_000.0)
-    assert decoding.run(count).speed() > 0.95 * expected
+    assert decoding.run(count).speed() > 0.9 * expected
 
 
 def test_a_first_cycle_and_one_without_a_time_are_not_timed():
     count = AutoDraftCount()
     for seconds in (100.0, None, 2.0, None, 2.2, 2.1):
         count.record(Plan(4), [0], [4], seconds)
-    assert count.seconds(Plan(4)) == 2.0
-    # Others are expected in proportion until two are known, and then on the line through them.
-    assert count.seconds(Plan(2)) == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
-    for seconds in (100.0, 1.2, 1.0):
-        count.record(PLAIN, [0], [0], seconds)
-    assert count.seconds(Plan(8)) == pytest.approx(3.0)
+    assert count.durations.seconds[Plan(4)] == 2.0
+
+
+def test_durations_of_other_plans_are_expected_by_those_measured():
+    plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
+    durations = Durations(plans, ON_GPU)
+    assert [durations.seconds[plan] for plan in plans] == [ON_GPU.of(plan) for plan in plans]
+    # In proportion until two are known, and then on the line through them.
+    for seconds in (2.1, 2.0):
+        durations.add(Plan(4), seconds)
+    assert durations.seconds[Plan(2)] == pytest.approx(2.0 * ON_GPU.of(Plan(2)) / ON_GPU.of(Plan(4)))
+    for seconds in (1.2, 1.0):
+        durations.add(PLAIN, seconds)
+    assert durations.seconds[Plan(8)] == pytest.approx(3.0)
     # A single one may have been delayed.
-    for seconds in (100.0, 50.0):
-        count.record(Plan(8), [0], [0], seconds)
-    assert count.seconds(Plan(8)) == pytest.approx(3.0)
-    count.record(Plan(8), [0], [0], 40.0)
-    assert count.seconds(Plan(8)) == 40.0
+    durations.add(Plan(8), 50.0)
+    assert durations.seconds[Plan(8)] == pytest.approx(3.0)
+    durations.add(Plan(8), 40.0)
+    assert durations.seconds[Plan(8)] == 40.0
+
+
+def test_durations_of_an_earlier_process_are_scaled_to_what_is_measured():
+    plans = [PLAIN, Plan(2), Plan(4), Plan(8)]
+    durations = Durations(plans, ON_GPU, {PLAIN: 1.0, Plan(4): 3.0})
+    assert [durations.seconds[plan] for plan in plans] == [1.0, 2.0, 3.0, 5.0]
+    durations.add(Plan(4), 6.0)
+    assert [durations.seconds[plan] for plan in plans] == [2.0, 4.0, 6.0, 10.0]
 
 
 def test_odds_are_those_of_the_newest_trials():
@@ -199,10 +273,10 @@ def test_a_cycle_whose_graph_was_captured_is_not_timed(qs, monkeypatch):
             super().__init__(2)
             self.seconds: list[tuple[int, float | None]] = []
 
-        def choose(self, matched) -> Plan:
+        def choose(self, *_) -> Plan:
             return Plan(1 + len(self.seconds) % 2)
 
-        def record(self, plan, matched, accepted, seconds) -> None:
+        def record(self, plan, matched, accepted, seconds, capturing) -> None:
             self.seconds.append((plan.num_drafts, seconds))
 
     graphs: dict[Plan, Replayed] = {}

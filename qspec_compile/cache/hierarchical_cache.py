@@ -297,6 +297,10 @@ class HierarchicalCache:
         if self._pages is not None:
             self._pages.choose(self.quantized_len)
 
+    def pages_read(self) -> tuple[int, int] | None:
+        """Pages of all layers, sequences and KV heads that a sparse draft step reads now, and how many there are."""
+        return None if self._pages is None else self._pages.read(self.quantized_len)
+
     def forget_pages(self) -> None:
         """Have draft steps read everything until pages are chosen again."""
         if self._pages is not None:

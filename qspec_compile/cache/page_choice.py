@@ -98,6 +98,13 @@ class PageChoice:
             tensors = (self._tensors[part.name] for part in PAGE_PARTS)
             choose_pages(*tensors, self._sequence, quantized_len, *self._budget)
 
+    def read(self, quantized_len: Tensor) -> tuple[int, int]:
+        """Pages that a draft step reads now, over all rows, and pages that they have; waits for the device."""
+        pages = (-(-quantized_len // PAGE_TOKENS))[self._sequence]
+        chosen, judged = self._tensors["num_chosen"].unbind(1)
+        read, total = torch.stack(((pages - judged + chosen).sum(), pages.sum())).tolist()
+        return read, total
+
     def forget(self) -> None:
         """Have draft steps read everything until the next choice."""
         for count in self._counts:

@@ -6,7 +6,7 @@ Lengths, texts, the processors' parameters and the rows' seeds live in tensors t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,13 +144,22 @@ class ProposalReplay(CycleReplay):
         self._moved = self.cycle.move_on(self._accepted, self._next_tokens)
 
 
+class _KindOfCycle(NamedTuple):
+    """What replays differ in besides their plan."""
+
+    kind: type[CycleReplay]
+    do_sample: bool
+    program: Hashable
+    looks_up: bool
+
+
 class CycleReplays:
     """The replays of one pair's cache, the latest used kept."""
 
     def __init__(self, pair: Pair, rule: Rule) -> None:
         self._pair = pair
         self._rule = rule
-        self._kept: dict[Hashable, CycleReplay] = {}
+        self._kept: dict[tuple[Plan, _KindOfCycle], CycleReplay] = {}
         self._storage: tuple[int, int] | None = None
         self._text: Text | None = None
         self._lookup: Lookup | None = None
@@ -158,6 +167,13 @@ class CycleReplays:
     def kept(self) -> tuple[CycleReplay, ...]:
         """Those that are kept, the one used last at the end."""
         return tuple(self._kept.values())
+
+    def plans(
+        self, processors: LogitsProcessorList, do_sample: bool, looks_up: bool, kind: type[CycleReplay]
+    ) -> set[Plan]:
+        """Of which :meth:`of` has a replay."""
+        wanted = _KindOfCycle(kind, do_sample, program_key(processors), looks_up)
+        return {plan for plan, kept in self._kept if kept == wanted}
 
     def suit(self) -> bool:
         """Whether cycles can be replayed: compiled, and on a GPU."""
@@ -174,7 +190,7 @@ class CycleReplays:
         kind: type[CycleReplay] = CycleReplay,
     ) -> tuple[CycleReplay, bool]:
         """The replay of such a cycle on the storage that :meth:`texts` gave, and whether it is new."""
-        key = (kind, plan, do_sample, program_key(processors), lookup is not None)
+        key = (plan, _KindOfCycle(kind, do_sample, program_key(processors), lookup is not None))
         is_new = key not in self._kept
         replay = self._kept.pop(key, None) or kind(
             self._pair, cache, plan, processors, do_sample, self._rule, text, lookup

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -91,22 +91,31 @@ class Outcome(NamedTuple):
     """What one cycle did: by its ``plan`` it drafted, and each running sequence ``accepted`` so many.
 
     ``seconds`` is what every cycle of this plan takes, whatever is accepted; None if this one is unlike others.
+    ``capturing`` took seconds before it that later cycles do without.
     """
 
     plan: Plan
     accepted: list[int]
     flushed: bool
     seconds: float | None
+    capturing: float
 
 
 class Cycles(Protocol):
-    """A way to run cycles: drafts, verifies, emits what is accepted, flushes."""
+    """A way to run cycles: drafts, verifies, emits what is accepted, flushes.
 
-    def advancing(self, running: Sequence[int]) -> list[int]:
-        """Of what is given for each running sequence, that of each that advances by itself: the least of the others."""
+    Sequences that advance together count as one.
+    """
 
-    def matched(self) -> list[int]:
-        """Tokens of each running sequence's end that a lookup finds earlier in its text; zeros without one."""
+    @property
+    def captured(self) -> Collection[Plan] | None:
+        """Plans that run without being captured first; None where none is captured."""
+
+    def advancing(self, accepted: Sequence[int]) -> list[int]:
+        """By how many drafts each advances, of what was accepted in every running sequence."""
+
+    def matched(self) -> list[int | None]:
+        """Tokens of each sequence's end that a lookup finds earlier in its text; None of those that are done."""
 
     def run(self, plan: Plan) -> Outcome:
         """Run one cycle of up to the plan's drafts."""
@@ -170,6 +179,10 @@ class Runner(Protocol):
     def cycle(self) -> Cycle:
         """The one that :meth:`prepare` prepared."""
 
+    @property
+    def captured(self) -> Collection[Plan] | None:
+        """As :attr:`Cycles.captured`."""
+
     def prepare(self, plan: Plan) -> bool:
         """Make ready for a cycle of up to the plan's drafts; returns whether that took what later ones do without."""
 
@@ -199,6 +212,8 @@ def _text_width(batch: Rows, cache: HierarchicalCache) -> int:
 
 class EagerRunner:
     """Launches cycles kernel by kernel."""
+
+    captured = None
 
     def __init__(
         self,
@@ -279,13 +294,21 @@ class ReplayRunner:
         if self.lookup is not None:
             self.lookup.begin(batch.requests)
 
+        self._samples = any(request.do_sample for request in batch.requests)
+        self._note_captured()
+
+    @property
+    def captured(self) -> Collection[Plan]:
+        return self._captured
+
     def prepare(self, plan: Plan) -> bool:
-        samples = any(request.do_sample for request in self._batch.requests)
         replay, is_new = self._replays.of(
-            self._cache, plan, self._processors, samples, self._text, self.lookup, self._kind
+            self._cache, plan, self._processors, self._samples, self._text, self.lookup, self._kind
         )
         if replay is not self._current:
             self._take(replay)
+        if is_new:
+            self._note_captured()
         return is_new
 
     def judged(self) -> Tensor:
@@ -316,6 +339,10 @@ class ReplayRunner:
         assert self._current is not None
         return self._current
 
+    def _note_captured(self) -> None:
+        looks_up = self.lookup is not None
+        self._captured = self._replays.plans(self._processors, self._samples, looks_up, self._kind)
+
     def _take(self, replay: CycleReplay) -> None:
         """Go on with another replay, from where the current one stopped."""
         replay.begin(self._processors, self._batch.requests)
@@ -335,31 +362,42 @@ class _OnRunner:
         rows = len(call.progress.requests)
         self._matched: list[int] = [0] * rows if runner.lookup is None else runner.lookup.matched.tolist()
 
-    def matched(self) -> list[int]:
-        """Tokens of each running sequence's end that a lookup finds earlier in its text; zeros without one."""
-        return [count for count, runs in zip(self._matched, self._call.progress.running, strict=True) if runs]
+    @property
+    def captured(self) -> Collection[Plan] | None:
+        """As :attr:`Cycles.captured`."""
+        return self._runner.captured
 
-    def _prepare(self, plan: Plan) -> bool:
-        """Make ready, and tell the device which sequences are running, if it does not know; as ``Runner.prepare``."""
-        is_new = self._runner.prepare(plan)
+    def matched(self) -> list[int | None]:
+        """Tokens of each sequence's end that a lookup finds earlier in its text; None of those that are done."""
+        running = self._call.progress.running
+        return [count if runs else None for count, runs in zip(self._matched, running, strict=True)]
+
+    def _prepare(self, plan: Plan) -> float:
+        """Make ready, and tell the device which sequences are running, if it does not know.
+
+        Returns:
+            Seconds that it took to do what later cycles of the plan do without.
+        """
+        start = self._clock.now()
+        capturing = self._clock.finished() - start if self._runner.prepare(plan) else 0.0
         told = (self._runner.cycle, self._call.progress.running)
         if self._told != told:
             told[0].running.copy_(torch.tensor(told[1], device="cpu"))
             self._told = told
-        return is_new
+        return capturing
 
 
 class JudgedCycles(_OnRunner):
     """Cycles whose processors run on the device, which judges the drafts too."""
 
-    def advancing(self, running: Sequence[int]) -> list[int]:
+    def advancing(self, accepted: Sequence[int]) -> list[int]:
         """All of them."""
-        return list(running)
+        return list(accepted)
 
     def run(self, plan: Plan) -> Outcome:
         """Run one cycle of up to the plan's drafts."""
         runner = self._runner
-        is_new = self._prepare(plan)
+        capturing = self._prepare(plan)
         # Capture and change of graphs take their time, but not in the next cycle of the same plan.
         start = self._clock.now()
         judged = runner.judged()
@@ -370,7 +408,8 @@ class JudgedCycles(_OnRunner):
         accepted = self._emit(result)
         self._matched = result.matched
         plan = plan._replace(num_drafts=len(result.drafts[0]))
-        return Outcome(plan, accepted, result.flush_due, None if is_new else self._clock.finished() - start)
+        seconds = None if capturing else self._clock.finished() - start
+        return Outcome(plan, accepted, result.flush_due, seconds, capturing)
 
     def _emit(self, result: CycleResult) -> list[int]:
         """Emit each running sequence's accepted tokens and the one that follows; returns how many each accepted.
@@ -401,14 +440,18 @@ class LockstepCycles(_OnRunner):
     which costs acceptance and leaves the text as it is.
     """
 
-    def advancing(self, running: Sequence[int]) -> list[int]:
+    def advancing(self, accepted: Sequence[int]) -> list[int]:
         """All rows are as one."""
-        return [min(running)]
+        return [min(accepted)]
+
+    def matched(self) -> list[int | None]:
+        """The least of all that are running."""
+        return [min(count for count in super().matched() if count is not None)]
 
     def run(self, plan: Plan) -> Outcome:
         """Run one cycle of up to the plan's drafts."""
         runner, running = self._runner, self._call.progress.running
-        is_new = self._prepare(plan)
+        capturing = self._prepare(plan)
         start = self._clock.now()
         proposal = runner.proposed()
         # On a GPU the replay is under way, and nothing has waited for it yet.
@@ -424,8 +467,8 @@ class LockstepCycles(_OnRunner):
             runner.flush()
         plan = plan._replace(num_drafts=proposal.drafts.shape[1])
         # A walk takes as long per token whatever was drafted.
-        seconds = None if is_new else self._clock.now() - start - walk
-        return Outcome(plan, [accepted] * sum(running), bool(flush_due), seconds)
+        seconds = None if capturing else self._clock.now() - start - walk
+        return Outcome(plan, [accepted] * sum(running), bool(flush_due), seconds, capturing)
 
     def _walk(self, proposal: Proposal, rows: Sequence[Sequence[int]]) -> tuple[int, Tensor]:
         """Emit the tokens of a block one by one until one sequence rejects its draft, or all are done.

@@ -6,21 +6,21 @@ The text does not depend on it, only how soon it is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from quantspec.config import Draft
 
+from .durations import ON_GPU, Costs, Durations
+from .known_times import KnownTimes
 from .odds import Odds
 from .plan import PLAIN, Plan, Source
 
 # Each plan has a CUDA graph of its own, so there are few.
 SELF_COUNTS = (1, 2, 4, 6, 8, 12)
-LOOKUP_COUNTS = (3, 7, 15)
+LOOKUP_COUNTS = (3, 15)
 # Cycles without drafts after which one is drafted, where drafts did not pay: it tells whether they do by now.
 _TRY_AGAIN = 32
-# Newest durations of a plan that count, so that growing contexts are followed.
-_TIMES_KEPT = 5
 # Tokens per second by which a plan that was never run must look better: it may have to be captured.
 _WORTH_TRYING = 1.02
 # Of all time, what may be lost by trying other plans than the one that looks fastest.
@@ -31,27 +31,14 @@ _MOST_SPARE = 2.0
 _PLAIN_AGE = 100
 # Cycles whose tokens per second a cycle's time is valued by.
 _NEWEST = 24
-
-
-class Costs(NamedTuple):
-    """What parts of a cycle take, before anything is measured, in units of decoding one token.
-
-    Attributes:
-        step: a step of the draft.
-        verified: each token that is verified besides the first.
-    """
-
-    step: float
-    verified: float
-
-    def of(self, plan: Plan) -> float:
-        """Of a cycle."""
-        return 1 + plan.num_drafts * (self.verified + (self.step if plan.source is Source.SELF else 0.0))
-
-
-ON_GPU = Costs(step=0.35, verified=0.01)
-# A CPU computes what a GPU reads, and the planes at 4 bits take longer to read than the decoded copy.
-ON_CPU = Costs(step=1.2, verified=0.2)
+# Seconds to capture a pass of the model, before one was: 30 layers on an H100, compiled before, take 0.09.
+_CAPTURE = 0.09
+# Tokens that are expected of a text at least, if it may have so many.
+_SHORT = 256
+# Tokens before the end of a text from which on nothing is captured.
+_LITTLE = 32
+# Of all time, what capturing a plan may take that is not expected to be fastest.
+_SHARE_OF_CAPTURES = 0.01
 
 
 class DraftCount(Protocol):
@@ -65,11 +52,38 @@ class DraftCount(Protocol):
     most: int
     looks_up: bool
 
-    def choose(self, matched: Sequence[int]) -> Plan:
-        """The plan of the next cycle; ``matched`` as in :meth:`Odds.of`."""
+    def begin(self) -> None:
+        """Other texts are decoded from now on."""
 
-    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
-        """Learn from a cycle: drafts accepted by each running sequence, and its duration if that is like others'."""
+    def end(self) -> None:
+        """They are done."""
+
+    def choose(self, matched: Sequence[int | None], remaining: int, captured: Collection[Plan] | None) -> Plan:
+        """The plan of the next cycle.
+
+        Args:
+            matched: as in :meth:`Odds.of`.
+            remaining: most tokens that any sequence may still emit.
+            captured: plans that run without being captured first; None where none is captured.
+        """
+
+    def record(
+        self,
+        plan: Plan,
+        matched: Sequence[int | None],
+        accepted: Sequence[int],
+        seconds: float | None,
+        capturing: float = 0.0,
+    ) -> None:
+        """Learn from a cycle.
+
+        Args:
+            plan: of the cycle.
+            matched: as it was chosen by.
+            accepted: drafts of each running sequence.
+            seconds: its duration, if that is like others'.
+            capturing: seconds that it took to capture it.
+        """
 
 
 class FixedDraftCount:
@@ -100,7 +114,14 @@ class FixedDraftCount:
         self._odds = Odds()
         self._undrafted = 0
 
-    def choose(self, matched: Sequence[int]) -> Plan:
+    def begin(self) -> None:
+        """Other texts are decoded from now on."""
+        self._odds.begin()
+
+    def end(self) -> None:
+        """They are done."""
+
+    def choose(self, matched: Sequence[int | None], remaining: int, captured: Collection[Plan] | None) -> Plan:
         """The number given; less in lockstep, and where there is nothing to look up and no other source."""
         plans = [*(self._lookups if any(matched) else ()), *self._own] or [PLAIN]
         if self._undrafted >= _TRY_AGAIN:
@@ -110,7 +131,14 @@ class FixedDraftCount:
         outlook = self._odds.of(matched)
         return max(plans, key=lambda plan: outlook.tokens(plan) / self._costs.of(plan))
 
-    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+    def record(
+        self,
+        plan: Plan,
+        matched: Sequence[int | None],
+        accepted: Sequence[int],
+        seconds: float | None,
+        capturing: float = 0.0,
+    ) -> None:
         """Acceptance is learnt."""
         self._odds.record(plan, matched, accepted)
         self._undrafted = 0 if plan.num_drafts else self._undrafted + 1
@@ -122,8 +150,8 @@ class AutoDraftCount:
     It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
     """
 
-    def __init__(self, costs: Costs = ON_GPU, draft: Draft = Draft.SELF) -> None:
-        """``costs``: what to expect of plans that have not been timed."""
+    def __init__(self, costs: Costs = ON_GPU, draft: Draft = Draft.SELF, known_times: KnownTimes | None = None) -> None:
+        """``costs``: what to expect of plans that nobody has timed; ``known_times``: of earlier processes."""
         self.looks_up = draft is not Draft.SELF
         sources = {Draft.SELF: (Source.SELF,), Draft.LOOKUP: (Source.LOOKUP,), Draft.BOTH: (*Source,)}[draft]
         counts = {Source.SELF: SELF_COUNTS, Source.LOOKUP: LOOKUP_COUNTS}
@@ -131,10 +159,10 @@ class AutoDraftCount:
         # What tells most cheaply whether drafts of a source are accepted.
         self._trials = [Plan(2 if source is Source.SELF else 3, source) for source in sources]
         self.most = max(plan.num_drafts for plan in self._plans)
-        self._costs = costs
+        self._known_times = known_times
+        earlier = {} if known_times is None else known_times.seconds
+        self.durations = Durations(self._plans, costs, {p: s for p, s in earlier.items() if p in self._plans})
         self._odds = Odds()
-        self._times: dict[Plan, deque[float]] = {}
-        self._seconds = {plan: costs.of(plan) for plan in self._plans}
         self._warm: set[Plan] = set()
         self._cycle = 0
         self._last: dict[Plan, int] = {}
@@ -142,89 +170,129 @@ class AutoDraftCount:
         self._spare = 0.0
         self._trial: tuple[Plan, float] | None = None
         self._gained: Plan | None = None
-        self._newest: deque[tuple[Plan, int]] = deque(maxlen=_NEWEST)
+        self._plans_run: deque[Plan] = deque(maxlen=_NEWEST)
+        self._tokens_run: deque[int] = deque(maxlen=_NEWEST)
+        # Seconds that a pass took to capture, all cycles took, and plans would have saved if they had been captured.
+        self._capture = _CAPTURE
+        self._elapsed = 0.0
+        self._missed: dict[Plan, float] = {}
+        self._steps = 0
 
-    def choose(self, matched: Sequence[int]) -> Plan:
-        """The fastest plan, or another one as long as the time lost by such trials is a small share."""
+    def begin(self) -> None:
+        """Other texts are decoded from now on."""
+        self._odds.begin()
+        self._steps = 0
+
+    def end(self) -> None:
+        """Let later processes know what was measured."""
+        if self._known_times is not None:
+            self._known_times.keep(self.durations.measured())
+
+    def choose(self, matched: Sequence[int | None], remaining: int, captured: Collection[Plan] | None) -> Plan:
+        """The fastest plan, or another one as long as the time lost by such trials is a small share.
+
+        One that is not captured yet is taken once it would have saved what capturing it takes, or half of that where as
+        much text follows as there was.
+        """
         outlook, finds = self._odds.of(matched), any(matched)
+        seconds, rows = self.durations.seconds, len(outlook.own)
         tokens = {plan: outlook.tokens(plan) for plan in self._plans if finds or plan.source is Source.SELF}
-        speed = self._speed() or max(tokens[plan] / self._seconds[plan] for plan in tokens)
-
-        def gain(plan: Plan) -> float:
-            known = plan in self._times or not self._times
-            return tokens[plan] - speed * self._seconds[plan] * (1.0 if known else _WORTH_TRYING)
-
-        best = max(tokens, key=gain)
-        # Cycles that lose would not know it by their own speed.
-        speed = max(speed, tokens[best] / self._seconds[best])
+        speed = self._speed() or max(tokens[plan] / seconds[plan] for plan in tokens)
+        gains = {
+            plan: count - speed * seconds[plan] * (1.0 if self.durations.knows(plan) else _WORTH_TRYING)
+            for plan, count in tokens.items()
+        }
         self._trial = None
-        trial = self._next_trial(best, finds)
-        if trial is None or self._seconds[trial] - len(matched) / speed > self._spare:
+        best = max(gains, key=gains.__getitem__)
+        ready = gains if captured is None else [plan for plan in gains if plan in captured]
+        if not ready and self.durations.in_seconds:
+            # What is captured first must pay for it in this text.
+            left = min(remaining, max(_SHORT, self._steps)) * rows
+            return min(gains, key=lambda plan: self._capturing(plan) + left * seconds[plan] / tokens[plan])
+        if ready and best not in ready:
+            wish, best = best, max(ready, key=gains.__getitem__)
+            if self._is_due(wish, (gains[wish] - gains[best]) / speed, remaining):
+                return wish
+        # Cycles that lose would not know it by their own speed.
+        speed = max(speed, tokens[best] / seconds[best])
+        # A text goes on for as long as it has, as far as anybody knows.
+        time = self._elapsed + min(remaining, self._steps) * rows / speed
+        affordable = [plan for plan in gains if plan in ready or self._capturing(plan) < _SHARE_OF_CAPTURES * time]
+        trial = self._next_trial(best, affordable)
+        pays = trial is not None and seconds[trial] - rows / speed <= self._spare
+        if trial is None or not (pays or (trial == PLAIN and not self.durations.knows(PLAIN))):
             return best
         self._trial = (trial, speed)
         return trial
 
-    def seconds(self, plan: Plan) -> float:
-        """Expected duration of a cycle: the shortest of its newest ones, since others may have been delayed.
-
-        A single one may be such; then it is no longer than what :meth:`_expected` says by others.
-        """
-        times: Sequence[float] = self._times.get(plan, ())
-        if not self._times:
-            return self._costs.of(plan)
-        if len(times) > 1:
-            return min(times)
-        others = {other: min(own) for other, own in self._times.items() if other != plan}
-        sure = {other: own for other, own in others.items() if len(self._times[other]) > 1}
-        return min((*times, self._expected(plan, sure or others))) if others else times[0]
-
-    def record(self, plan: Plan, matched: Sequence[int], accepted: Sequence[int], seconds: float | None) -> None:
+    def record(
+        self,
+        plan: Plan,
+        matched: Sequence[int | None],
+        accepted: Sequence[int],
+        seconds: float | None,
+        capturing: float = 0.0,
+    ) -> None:
         """Update what is known; the first cycle of a plan, which may compile, is not timed."""
-        if seconds is not None and plan in self._warm and plan in self._seconds:
-            self._add_time(plan, max(seconds, 1e-9))
+        known = plan in self._plans
+        if seconds is not None and plan in self._warm and known:
+            self.durations.add(plan, max(seconds, 1e-9))
+        if capturing and self._warm:
+            # The first one compiles what all share.
+            self._capture = capturing / _passes(plan)
         self._warm.add(plan)
         self._odds.record(plan, matched, accepted)
-        if plan not in self._seconds:
+        if not known:
             # At the end of a text less is drafted.
-            plan = min(self._plans, key=lambda known: abs(known.num_drafts - plan.num_drafts))
-        taken, tokens = self._seconds[plan], len(accepted) + sum(accepted)
+            plan = min(self._plans, key=lambda other: abs(other.num_drafts - plan.num_drafts))
+        taken, tokens = self.durations.seconds[plan], len(accepted) + sum(accepted)
+        self._missed.pop(plan, None)
+        if self.durations.in_seconds:
+            self._elapsed += taken
+        self._steps += tokens // len(accepted)
         if self._trial is not None:
             tried, speed = self._trial
             lost = taken - tokens / speed
             self._spare -= lost
             self._gained = tried if lost < 0 else None
         self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
-        self._newest.append((plan, tokens))
+        self._plans_run.append(plan)
+        self._tokens_run.append(tokens)
         self._cycle += 1
         self._last[plan] = self._cycle
 
     def _speed(self) -> float:
         """Tokens per second of the newest cycles, by what is known of durations now."""
-        time = sum(self._seconds[plan] for plan, _ in self._newest)
-        return sum(tokens for _, tokens in self._newest) / time if time else 0.0
+        time = sum(map(self.durations.seconds.__getitem__, self._plans_run))
+        return sum(self._tokens_run) / time if time else 0.0
 
-    def _add_time(self, plan: Plan, seconds: float) -> None:
-        times = self._times.setdefault(plan, deque(maxlen=_TIMES_KEPT))
-        times.append(seconds)
-        # Most cycles take as long as those before them, and then nothing else is expected.
-        if len(times) < 3 or min(times) != self._seconds[plan]:
-            self._seconds = {known: self.seconds(known) for known in self._plans}
+    def _capturing(self, plan: Plan) -> float:
+        """Seconds that it takes to capture a plan."""
+        return self._capture * _passes(plan)
 
-    def _expected(self, plan: Plan, known: Mapping[Plan, float]) -> float:
-        """On the line through plain decoding and the plan that is most like it, or in proportion to what costs were."""
-        alike = [other for other in known if other.source is plan.source and other.num_drafts]
-        nearest = min(alike or known, key=lambda other: abs(other.num_drafts - plan.num_drafts))
-        if not alike or PLAIN not in known or plan == PLAIN:
-            return known[nearest] * self._costs.of(plan) / self._costs.of(nearest)
-        more = max(0.0, known[nearest] - known[PLAIN])
-        return known[PLAIN] + plan.num_drafts / nearest.num_drafts * more
+    def _is_due(self, wish: Plan, saved: float, remaining: int) -> bool:
+        """Whether to capture a plan that would have ``saved`` so many seconds of this cycle."""
+        if not self.durations.in_seconds:
+            return False
+        self._missed[wish] = self._missed.get(wish, 0.0) + saved
+        more = 1 + min(1.0, remaining / max(1, self._steps))
+        return remaining > _LITTLE and self._missed[wish] * more >= self._capturing(wish)
 
-    def _next_trial(self, best: Plan, any_matched: bool) -> Plan | None:
+    def _next_trial(self, best: Plan, affordable: Collection[Plan]) -> Plan | None:
         """What was not run for longest, or what just gained."""
-        candidates = [plan for plan in self._trials if plan.source is not best.source or not best.num_drafts]
-        candidates = [plan for plan in candidates if plan.source is Source.SELF or any_matched]
-        if best != PLAIN and self._cycle - self._last.get(PLAIN, 0) >= _PLAIN_AGE:
+        candidates = []
+        for plan in self._trials:
+            alike = [other for other in affordable if other.source is plan.source and other.num_drafts]
+            if alike and (plan.source is not best.source or not best.num_drafts):
+                candidates.append(min(alike, key=lambda other: abs(other.num_drafts - plan.num_drafts)))
+        is_old = not self.durations.knows(PLAIN) or self._cycle - self._last.get(PLAIN, 0) >= _PLAIN_AGE
+        if best != PLAIN and is_old and PLAIN in affordable:
             candidates.append(PLAIN)
         if self._gained in candidates:
             return self._gained
         return min(candidates, key=lambda plan: self._last.get(plan, 0), default=None)
+
+
+def _passes(plan: Plan) -> int:
+    """Of the model, in a cycle."""
+    return 1 + (plan.num_drafts if plan.source is Source.SELF else 0)

@@ -55,17 +55,21 @@ class SpeculativeLoop:
         session = self.session
         looks_up = self.draft_count.looks_up
         cycles = cycles_of(session.pair, session.replays, self.cache, self.call, self._clock, pending, looks_up)
+        self.draft_count.begin()
         while any(self.progress.running):
             self.step(cycles)
+        self.draft_count.end()
+        self.stats.pages_read = self.cache.pages_read()
 
     def step(self, cycles: Cycles) -> None:
         """Run one cycle, show what it emitted to streamer and criteria, and count it."""
         start = self._clock.now()
-        matched = cycles.advancing(cycles.matched())
+        matched = cycles.matched()
+        plan = self.draft_count.choose(matched, self.progress.remaining, cycles.captured)
         # Of measured times each rank has its own.
-        done = cycles.run(Plan.of(*self.session.pair.agree(self.draft_count.choose(matched).numbers())))
+        done = cycles.run(Plan.of(*self.session.pair.agree(plan.numbers())))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
-        self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds)
+        self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds, done.capturing)
         self._judge()
         self.stats.flushes += done.flushed
         self.stats.record_cycle(done.plan, done.accepted, self._clock.now() - start)

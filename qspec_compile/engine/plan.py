@@ -14,6 +14,9 @@ class Source(StrEnum):
     LOOKUP = "lookup"
     """What followed the newest tokens earlier in the row's own text."""
 
+    # Plans are keys of what the host looks up in every cycle; an enum's own hash takes Python code.
+    __hash__ = str.__hash__
+
 
 class Plan(NamedTuple):
     """A cycle of ``num_drafts`` tokens from ``source``; of none it is plain decoding with the target."""

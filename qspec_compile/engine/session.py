@@ -17,7 +17,9 @@ from quantspec.pair import Pair
 
 from .acceptance import Rule
 from .cycle_graph import CycleReplays
-from .draft_count import ON_CPU, ON_GPU, AutoDraftCount, DraftCount, FixedDraftCount
+from .draft_count import AutoDraftCount, DraftCount, FixedDraftCount
+from .durations import ON_CPU, ON_GPU
+from .known_times import KnownTimes
 from .sampling import accept
 from .stats import GenerationStats
 
@@ -125,7 +127,12 @@ class Session:
         if not isinstance(num_speculative_tokens, str):
             return FixedDraftCount(num_speculative_tokens, draft, costs, in_lockstep and batch_size > 1)
         key = (draft, batch_size, in_lockstep, prompt_len.bit_length())
-        return self._auto_counts.setdefault(key, AutoDraftCount(costs, draft))
+        if key not in self._auto_counts:
+            # Where nothing is captured a plan costs nothing to try.
+            kept = self.replays.suit()
+            times = KnownTimes(self.pair, batch_size, 1 << prompt_len.bit_length(), in_lockstep) if kept else None
+            self._auto_counts[key] = AutoDraftCount(costs, draft, times)
+        return self._auto_counts[key]
 
 
 def _common_prefix(text: Tensor, prompt: Tensor) -> Tensor:

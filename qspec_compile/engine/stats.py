@@ -17,7 +17,7 @@ class GenerationStats:
 
     Attributes:
         num_speculative_tokens: most tokens drafted per cycle: the number asked for; with "auto"
-            ``AutoDraftCount.most``, 8.
+            ``AutoDraftCount.most``, 12, or 15 where texts are looked up.
         num_sequences: batch size.
         prompt_tokens, generated_tokens: over all sequences.
         continued_tokens: prompt tokens that were in the cache already and not prefilled again.
@@ -27,6 +27,8 @@ class GenerationStats:
         drafted_per_position, accepted_per_position: the same by place in the block.
         acceptance_histogram: ``[n]`` is how often exactly n draft tokens of a block were accepted.
         flushes: cycles that moved a group into the planes.
+        pages_read: pages of all layers, sequences and KV heads that a draft step behind the last cycle reads, and how
+            many there are; None where drafts read everything.
         prefill_seconds: wall-clock until the first token of every prompt is chosen.
         decode_seconds: wall-clock of the cycles, with sampling, logits processors, transformers' stopping criteria and
             the copies for a streamer. Of the caller's own code, the streamer and criteria that are not transformers'
@@ -50,6 +52,7 @@ class GenerationStats:
     accepted_per_position: list[int] = field(default_factory=list)
     acceptance_histogram: list[int] = field(default_factory=list)
     flushes: int = 0
+    pages_read: tuple[int, int] | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     cache_bytes: dict[str, int] = field(default_factory=dict)
@@ -136,6 +139,8 @@ class GenerationStats:
                 ("mean_acceptance_length", f"{self.mean_acceptance_length:.2f} tokens a cycle"),
                 ("acceptance_histogram", " ".join(map(str, self.acceptance_histogram))),
             ]
+        if self.pages_read is not None:
+            rows.append(("pages_read", "{} of {}, by a draft step at the end".format(*self.pages_read)))
         rows += [
             ("flushes", str(self.flushes)),
             ("cache", mebibytes(self.cache_bytes)),
