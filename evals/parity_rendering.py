@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantspec.versions import install_command
+
 # Tokens over which a curve of divergences is averaged before it is drawn.
 _SMOOTHING = 32
 NOT_FINITE = "not finite"
@@ -88,7 +90,7 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
     if not report["text"]:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        logging.getLogger(__name__).warning("no plot: matplotlib is not installed (pip install 'quantspec[eval]')")
+        logging.getLogger(__name__).warning("no plot: matplotlib is not installed (%s)", install_command("eval"))
         return
     from matplotlib.figure import Figure
 

@@ -17,6 +17,7 @@ from .config import QuantSpecConfig
 from .cycle_times import CycleTimes, time_cycle
 from .engine.stats import GenerationStats
 from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
+from .versions import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,7 +256,7 @@ def _new_figure(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures are drawn with matplotlib: pip install 'quantspec[plot]'") from error
+        raise ImportError(f"pictures are drawn with matplotlib: {install_command('plot')}") from error
     # Without pyplot: no window, and nothing to close.
     return Figure(figsize=size, layout="constrained", dpi=150)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 from typing import Any, NamedTuple
 
 import torch
 
 from quantspec.config import Draft, check_num_speculative_tokens
-from quantspec.memory import expected_memory
+from quantspec.memory import expected_memory, most_that_fits
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
 
@@ -113,7 +112,7 @@ def fitting_length(pair: Pair, max_sequences: int, num_drafts: int, room: float)
     """Most tokens that each of so many sequences can have in ``room`` bytes; 0 if not even a group fits."""
     group = pair.config.kv_group_size
 
-    def is_too_long(groups: int) -> bool:
+    def bytes_of(groups: int) -> int:
         needed = expected_memory(
             pair.layers,
             min(groups * group, pair.max_len),
@@ -125,7 +124,6 @@ def fitting_length(pair: Pair, max_sequences: int, num_drafts: int, room: float)
             device=pair.device,
             states=pair.captured.states,
         )
-        return sum(needed.values()) > room
+        return sum(needed.values())
 
-    groups = bisect.bisect_left(range(1, -(-pair.max_len // group) + 1), True, key=is_too_long)
-    return min(groups * group, pair.max_len)
+    return min(most_that_fits(bytes_of, room, -(-pair.max_len // group)) * group, pair.max_len)
