@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, tiny_model
 from quantspec import QuantSpecConfig
 from quantspec.pair import preview
 
-LAYERS = 6
+LAYERS = 4
 
 
 def deep_config(architecture: str, **changes):
