@@ -39,7 +39,10 @@ def _root(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error, and the warnings of libraries.")
     ] = False,
 ) -> None:
-    """Quantized self-speculative decoding for Hugging Face decoders."""
+    """Quantized self-speculative decoding for Hugging Face decoders.
+
+    Options may also be set in quantspec.toml, by their names, or in the environment, as QUANTSPEC_MAX_NEW_TOKENS.
+    """
 
 
 def build_app() -> typer.Typer:

@@ -23,6 +23,8 @@ def read_environment(commands: Mapping[str, Any]) -> None:
         for parameter in command.params:
             if names := _names(parameter):
                 parameter.envvar = [f"QUANTSPEC_{name.replace('-', '_').upper()}" for name in names]
+                # They follow from the names, and would fill the help.
+                parameter.show_envvar = False
 
 
 def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -190,16 +190,15 @@ def _verdict(fit: dict[str, Any]) -> str:
 
 
 def _ways_table(memory: dict[str, Any], fit: dict[str, Any] | None) -> Table:
-    """quantspec and the alternatives: what each takes and, on a card, how much of it fits."""
-    table = _table("", "weights", "cache", "total")
+    """A column for quantspec and for each alternative: what it takes and, on a card, how much of it fits."""
+    ways = memory["ways"] if fit is None else fit["ways"]
+    table = _table("", *(way["name"] for way in ways))
+    for part in ("weights", "cache", "total"):
+        table.add_row(part, *(_bytes(way[part]) for way in ways))
     if fit is not None:
-        for title in ("fits", "longest context", "largest batch"):
-            table.add_column(title, overflow="fold", justify="right")
-    for way in memory["ways"] if fit is None else fit["ways"]:
-        cells = [way["name"], *(_bytes(way[part]) for part in ("weights", "cache", "total"))]
-        if fit is not None:
-            cells += ["yes" if way["fits"] else "no", _tokens(way["largest_context"]), str(way["largest_batch_size"])]
-        table.add_row(*cells)
+        table.add_row("fits", *("yes" if way["fits"] else "no" for way in ways), style="bold")
+        table.add_row("longest context", *(_tokens(way["largest_context"]) for way in ways))
+        table.add_row("largest batch", *(str(way["largest_batch_size"]) for way in ways))
     return table
 
 
