@@ -108,7 +108,7 @@ def _acceptance(pair: Pair, stats: GenerationStats | None) -> str:
     if stats is not None and stats.drafted:
         lines.append(
             f"Acceptance: of {stats.drafted} drafts {stats.draft_acceptance_rate:.1%} were accepted in the last call "
-            f"before saving, which made {stats.generated_tokens} tokens of {stats.prompt_tokens}."
+            f"before saving, which wrote {stats.generated_tokens} tokens after {stats.prompt_tokens}."
         )
     return "\n\n".join(lines) or "Acceptance was not measured: nothing was generated before saving."
 

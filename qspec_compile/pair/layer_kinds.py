@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 _T = TypeVar("_T")
 # Values that tell layers apart; tensors do by their shape and dtype, modules by their class.
 _PLAIN = (bool, int, float, str, type(None))
+# An attribute that counts layers, such as layer_idx.
+_COUNTS = re.compile(r"idx|index|layer_id|number")
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,19 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
     count = getattr(config, "num_hidden_layers", None)
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     lists = [(name, layers) for name, layers in lists if len(layers) == count]
+    is_read = any(getattr(module, "config", None) is config for module in model.modules())
     # Layers that read what others have cached mean them by their number.
-    if len(lists) != 1 or getattr(config, "num_kv_shared_layers", None) or _share_modules(lists[0][1]):
+    depend = getattr(config, "num_kv_shared_layers", None)
+    if not is_read or depend or len(lists) != 1 or _share_modules(lists[0][1]):
         return None
     path, layers = lists[0]
     described = [dict(_describe(layer)) for layer in layers]
     shared = [key for key in described[0] if all(key in one for one in described)]
-    numbers = {key for key in shared if all(_is_number(one[key], index) for index, one in enumerate(described))}
+    numbers = {
+        key
+        for key in shared
+        if _COUNTS.search(key[1]) and all(one[key] == index for index, one in enumerate(described))
+    }
     kept: list[int] = []
     kinds = []
     for one in described:
@@ -97,11 +105,9 @@ def _describe(layer: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
     for name, module in layer.named_modules():
         yield (name, ""), type(module)
         for key, value in vars(module).items():
-            if isinstance(value, _PLAIN):
+            if isinstance(value, _PLAIN) or (
+                isinstance(value, list | tuple) and all(isinstance(part, _PLAIN) for part in value)
+            ):
                 yield (name, key), value
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield (name, key), (tuple(tensor.shape), tensor.dtype)
-
-
-def _is_number(value: Any, index: int) -> bool:
-    return type(value) is int and value == index
