@@ -10,7 +10,7 @@ import typer
 from quantspec.versions import install_command
 
 from .errors import CommandError
-from .help import print_panel, print_usage
+from .help import print_examples, print_panel, print_usage
 
 _ROLES = (
     ("speculative", "Drafting and verifying, as `generate` does. [default]"),
@@ -33,10 +33,9 @@ _OPTIONS = (
     ("--include_path", "Folder with further tasks, as YAML files; those above stay known."),
     ("--limit", "Documents of each task, the first ones."),
 )
-_EXAMPLES = (
-    ("quantspec eval --model_args pretrained=MODEL --tasks reference_choice", ""),
-    ("quantspec eval --model_args pretrained=MODEL,role=target --tasks my_task --include_path my_tasks", ""),
-)
+_EXAMPLES = """\
+quantspec eval --model_args pretrained=MODEL --tasks reference_choice
+quantspec eval --model_args pretrained=MODEL,role=target --tasks my_task --include_path my_tasks"""
 
 SETTINGS = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
@@ -68,4 +67,4 @@ def _print_help(context: typer.Context) -> None:
     print_panel("Roles: --model_args pretrained=MODEL,role=ROLE", _ROLES)
     print_panel("Tasks that need no network", _TASKS)
     print_panel("Most used options of lm-eval; the others follow", _OPTIONS)
-    print_panel("Examples", _EXAMPLES)
+    print_examples(_EXAMPLES)

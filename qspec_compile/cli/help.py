@@ -31,7 +31,7 @@ class Command(TyperCommand):
         for title, rows in panels.items():
             print_panel(title, rows)
         if self.epilog:
-            _print_in_panel("Examples", Text(self.epilog))
+            print_examples(self.epilog)
 
 
 class Group(TyperGroup):
@@ -66,6 +66,11 @@ def print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
         names = name if len(name) <= _WIDEST_NAMES else name.replace(", ", "\n").replace(" / ", "\n")
         table.add_row(names, Text(" ".join(text.split())))
     _print_in_panel(title, table)
+
+
+def print_examples(lines: str) -> None:
+    """Command lines, each of which may take several of the screen."""
+    _print_in_panel("Examples", Text(lines))
 
 
 def _print_in_panel(title: str, content: Table | Text) -> None:
