@@ -51,6 +51,10 @@ def command(context: typer.Context) -> int:
             return 0
         arguments = ["run", "--help"]
     check_lm_eval()
+    # lm-eval would print its own help.
+    if arguments in ([], ["run"]):
+        hint = "give --model_args pretrained=MODEL --tasks NAME; `quantspec eval --help` lists roles and tasks"
+        raise CommandError("eval has no model", hint)
     module = importlib.import_module("quantspec.evals.lm_eval_command")
     return module.run_lm_eval(arguments)
 
