@@ -75,7 +75,7 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
         if _COUNTS.search(key[1]) and all(one[key] == index for index, one in enumerate(described))
     }
     kept: list[int] = []
-    kinds = []
+    kinds: list[int] = []
     for one in described:
         own = {key: value for key, value in one.items() if key not in numbers}
         signatures = [{key: value for key, value in described[index].items() if key not in numbers} for index in kept]
