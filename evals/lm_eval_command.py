@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from quantspec.versions import install_command
+
 TASKS = Path(__file__).parent / "tasks"
 
 
@@ -18,7 +20,7 @@ def require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("lm-eval is not installed: run `pip install 'quantspec[eval]'`") from error
+        raise ModuleNotFoundError(f"lm-eval is not installed: run `{install_command('eval')}`") from error
 
 
 def run_lm_eval(arguments: list[str]) -> int:
@@ -29,6 +31,7 @@ def run_lm_eval(arguments: list[str]) -> int:
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
+        ValueError: no model is named.
     """
     require_lm_eval()
     from lm_eval._cli import HarnessCLI
@@ -45,12 +48,19 @@ def run_lm_eval(arguments: list[str]) -> int:
             if "include_path" in options:
                 folders = options.include_path or config.get("include_path") or []
                 options.include_path = [str(TASKS), *([folders] if isinstance(folders, str) else folders)]
-            if options.command == "run" and not (options.model or config.get("model")):
-                options.model = "quantspec"
+            if options.command == "run":
+                options.model = options.model or config.get("model") or "quantspec"
+                _check_model(options, config)
             cli.execute(options)
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
+
+
+def _check_model(options: Namespace, config: dict[str, Any]) -> None:
+    """Refuse to begin without a model, which lm-eval would tell of much later."""
+    if options.model == "quantspec" and "pretrained" not in str(options.model_args or config.get("model_args") or ""):
+        raise ValueError("eval has no model: give --model_args pretrained=MODEL, with ,role=ROLE for one of its roles")
 
 
 def _config_file(options: Namespace) -> dict[str, Any]:

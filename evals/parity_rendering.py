@@ -17,6 +17,8 @@ from quantspec.picture_style import Label, caption, label_lines, new_figure, sty
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+from quantspec.versions import install_command
+
 # Tokens over which a curve of divergences is averaged before it is drawn.
 _SMOOTHING = 32
 NOT_FINITE = "not finite"
@@ -126,7 +128,7 @@ def render_plot(report: dict[str, Any], path: Path) -> None:
     if not report["text"]:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        logging.getLogger(__name__).warning("no plot: matplotlib is not installed (pip install 'quantspec[eval]')")
+        logging.getLogger(__name__).warning("no plot: matplotlib is not installed (%s)", install_command("eval"))
         return
     _draw(report, path)
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
+from quantspec.logging import counting
 
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
@@ -102,10 +103,12 @@ class QuantizeWeights(PassBase):
             self.report.append(LinearReport(name, in_features, out_features, size, note))
             if size is not None:
                 plans.append((node, name, tensor, size))
-        for index, (node, name, tensor, size) in enumerate(plans):
-            progress = {"done": index, "total": len(plans)}
-            _LOGGER.info("quantizing to %s", self.weight_format.name.upper(), extra=progress)
-            self._rewrite(graph_module, node, name, tensor, size)
+        weights = self.weight_format.name.upper()
+        doing = f"quantizing to {weights}" if self.source is None else f"reading {weights} weights"
+        with counting(_LOGGER, doing, len(plans)) as advance:
+            for node, name, tensor, size in plans:
+                self._rewrite(graph_module, node, name, tensor, size)
+                advance(1)
         if plans:
             finish(graph_module)
         self._report_others(graph_module, {str(weight.target) for _, weight, _ in linears})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from . import logging
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .config import QuantSpecConfig, TuneConfig
     from .engine.stats import GenerationStats
     from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from .pair.tuned import TuneReport
     from .ranks import Ranks, RanksError
     from .serving import Engine
-
-__version__ = version("quantspec")
 
 __all__ = [
     "CacheFullError",
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "convert",
     "from_pretrained",
+    "logging",
     "tune",
 ]
 
@@ -62,6 +63,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("quantspec")
     if name not in _MODULES:
         raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
     with noting_untested_versions():

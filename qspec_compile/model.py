@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .capture import converting
+from .checkpoint.hub import push
 from .checkpoint.loading import load_pair
 from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig, TuneConfig
@@ -35,6 +36,7 @@ from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 
 class QuantSpecModel:
@@ -235,26 +237,73 @@ class QuantSpecModel:
         if self.split is not None:
             self.split.close()
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        parity: Any = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
         """Save the pair to a folder that :func:`quantspec.from_pretrained` loads without quantizing again.
 
         The model's own weights and configuration are saved as transformers does, so that
         ``AutoModelForCausalLM.from_pretrained(directory)`` loads the original model; the draft's INT4 weights are
-        beside them, packed and the same for every device. All weights are safetensors. A tokenizer is saved to the same
-        folder by itself, afterwards: ``tokenizer.save_pretrained(directory)``; saving again leaves it there.
+        beside them, packed and the same for every device. All weights are safetensors. A model card, ``README.md``,
+        says what the pair is, how it was made and what was measured: the acceptance of the latest call and of tuning,
+        and parity. A card that somebody wrote stays.
 
         Files are written beside their place and moved when all are complete. Host memory holds the INT4 weights once
         more meanwhile.
 
         Args:
             directory: a new or empty folder, or one with an earlier save, which is replaced.
+            tokenizer: saved with the pair; without one, a tokenizer that is in the folder stays.
+            parity: the report of ``quantspec.evals.parity``, for the card.
             max_shard_size: most bytes of a file, or as text such as ``"5GB"``.
 
         Raises:
             SavedModelError: the folder holds anything else, cannot be written to, or has too little room; or the model
                 was changed since its conversion, or would be loaded as another one.
         """
-        save_pretrained(self.pair, directory, max_shard_size)
+        save_pretrained(self.pair, directory, max_shard_size, tokenizer=tokenizer, stats=self.last_stats, parity=parity)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        parity: Any = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a quantspec pair",
+        max_shard_size: int | str = "5GB",
+    ) -> str:
+        """Save the pair, as :meth:`save_pretrained` does, and upload it to the Hugging Face Hub.
+
+        Args:
+            repo_id: of the repository, as OWNER/NAME; made if it is not there. Files of an earlier pair are replaced.
+            tokenizer: uploaded with the pair.
+            parity: as of :meth:`save_pretrained`.
+            private: whether a repository that is made shall be.
+            token: of the Hub; what ``hf auth login`` has stored if None.
+            revision: the branch.
+            commit_message: of the one commit.
+            max_shard_size: as of :meth:`save_pretrained`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            SavedModelError: as of :meth:`save_pretrained`.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+
+        def save(folder: os.PathLike[str]) -> None:
+            self.save_pretrained(folder, tokenizer=tokenizer, parity=parity, max_shard_size=max_shard_size)
+
+        return push(save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the latest ``generate`` call: acceptance, where a cycle's time goes, and the cache's memory.
@@ -369,6 +418,8 @@ def from_pretrained(
     verify: bool = True,
     trust_remote_code: bool = False,
     tensor_parallel: int | Ranks | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     **options: Any,
 ) -> QuantSpecModel:
     """Load what :meth:`QuantSpecModel.save_pretrained` wrote; nothing is quantized.
@@ -377,7 +428,7 @@ def from_pretrained(
     for bit the one that was saved.
 
     Args:
-        directory: a local folder.
+        directory: a local folder, or the Hub id of a pair that :meth:`QuantSpecModel.push_to_hub` uploaded.
         device: where the weights and the cache shall live; the CPU if None.
         dtype: of the target's weights, the saved one if None. Models saved in float32 or bfloat16 load in either.
         verify: compare every file with its SHA-256 in ``quantspec_config.json``; False compares sizes only. This finds
@@ -385,6 +436,8 @@ def from_pretrained(
         trust_remote_code: as in transformers, for models whose code lies in the folder.
         tensor_parallel: as in :func:`convert`; every rank reads its pieces of the files alone. ``device`` is then a
             type, "cuda" or "cpu".
+        revision: of a pair on the Hub: branch, tag or commit.
+        token: for a private one; what ``hf auth login`` has stored if None.
         **options: fields of :class:`QuantSpecConfig` that shall differ from the saved ones; those that the INT4 weights
             were made with cannot.
 
@@ -403,7 +456,14 @@ def from_pretrained(
         )
         return QuantSpecModel(split.pair, split)
     pair = load_pair(
-        directory, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code, options=options
+        directory,
+        device=device,
+        dtype=dtype,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        token=token,
+        options=options,
     )
     return QuantSpecModel(pair)
 

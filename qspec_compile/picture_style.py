@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .picture_sheet import INK, STYLE
+from .versions import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ def styled(draw: _Draw) -> _Draw:
         try:
             from matplotlib import rc_context
         except ImportError as error:
-            raise ImportError("pictures are drawn with matplotlib: pip install 'quantspec[plot]'") from error
+            raise ImportError(f"pictures are drawn with matplotlib: {install_command('plot')}") from error
         with rc_context(STYLE):
             return draw(*args, **options)
 

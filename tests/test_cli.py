@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -27,6 +28,7 @@ from quantspec.cli.loading import Kind, find_source
 from quantspec.config import WeightQuantizer
 from quantspec.engine.loop import SpeculativeLoop
 from quantspec.memory import expected_memory
+from quantspec.versions import install_command
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
@@ -343,7 +345,7 @@ def test_conversation_on_a_kept_cache(run, pair, folder, tokenizer):
     cached = [line for line in err.splitlines() if line.startswith("tokens ")]
     assert "cached" not in cached[0]
     assert "of them cached" in cached[1]
-    assert "no such command" in err
+    assert "there is no command '/what'" in err
 
 
 def test_end_of_stdin_ends_a_chat_and_system_message_counts(run, pair, folder, tokenizer):
@@ -443,7 +445,7 @@ def test_inspect_shows_a_saved_pair_as_it_was_saved(run, pair):
 
 def test_inspect_prints_tables(run, tmp_path):
     tiny_model("gemma2").config.save_pretrained(tmp_path)
-    status, out, _ = run("inspect", tmp_path)
+    status, out, _ = run("inspect", tmp_path, "--layers")
     assert status == 0
     for text in (
         "Gemma2ForCausalLM",
@@ -546,6 +548,37 @@ def test_eval_hands_everything_to_lm_eval(run, monkeypatch):
     assert seen == [["--tasks", "a,b", "--help", "-x", "y"]]
 
 
+def test_help_of_eval_begins_with_what_is_quantspecs_own(run, monkeypatch):
+    """Roles and offline tasks come before lm-eval's options, and alone where that is missing."""
+    module = ModuleType("quantspec.evals.lm_eval_command")
+    module.run_lm_eval = lambda arguments: print("HERE", arguments) or 0
+    monkeypatch.setitem(sys.modules, "quantspec.evals.lm_eval_command", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for width in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        status, out, err = run("eval", "--help")
+        assert (status, err) == (0, "")
+        own, theirs = out.split("HERE")
+        assert "['run', '--help']" in theirs
+        for role in ("speculative", "target", "draft", "reference"):
+            assert role in own
+        for task in (Path(__file__).parents[1] / "evals" / "tasks").glob("*.yaml"):
+            assert task.stem in own
+        assert "--include_path" in own
+        assert "--model_args pretrained=MODEL" in own
+        assert "…" not in own
+        assert all(len(line) <= width for line in own.splitlines())
+        assert run("eval", "-h")[1] == out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("eval", "--help") == (0, own, "")
+
+
+def test_eval_without_a_model_says_so(run):
+    pytest.importorskip("lm_eval")
+    for arguments in (["--tasks", "reference_choice"], [], ["run"], ["--model_args", "role=target"]):
+        assert_error(run("eval", *arguments), "eval has no model", "give --model_args pretrained=MODEL")
+
+
 def test_eval_without_lm_eval(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_error(run("eval", "--tasks", "a"), "lm-eval is not installed", "quantspec[eval]")
+    assert_error(run("eval", "--tasks", "a"), "lm-eval is not installed", install_command("eval"))

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from benchmarks.common import RESULTS
 from quantspec.benchmarks import decode, generate, kernels
 from quantspec.cli.bench import BenchModel
+from quantspec.versions import install_command
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU; runs where there is one")
 
@@ -282,7 +283,7 @@ def verify_rows() -> list[dict]:
 def test_a_plot_that_cannot_be_drawn_is_refused_first(run, gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "measured_rows", lambda cases: pytest.fail("something was measured"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_error(run("bench", "kernels", "--full", "--out", tmp_path), "matplotlib", "quantspec[plot]")
+    assert_error(run("bench", "kernels", "--full", "--out", tmp_path), "matplotlib", install_command("plot"))
 
 
 @NEEDS_GPU

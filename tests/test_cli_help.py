@@ -13,7 +13,7 @@ import typer
 from quantspec.cli import app
 from quantspec.cli.generate import read_prompt
 
-COMMANDS = ("bench", "chat", "convert", "generate", "inspect", "parity", "serve")
+COMMANDS = ("bench", "chat", "convert", "generate", "inspect", "parity", "serve", "tune")
 
 
 def options(name: str) -> list[str]:

@@ -19,6 +19,7 @@ import quantspec
 from quantspec.cli.loading import Kind, Source, find_source
 from quantspec.cli.parity import ComparisonOptions
 from quantspec.evals.parity import ParityOptions
+from quantspec.versions import install_command
 
 TEXT = characters(random_prompt(400))
 OPTIONS = [
@@ -213,5 +214,5 @@ def test_parity_needs_lm_eval_for_tasks_before_it_loads_a_model(run, monkeypatch
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     else:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
-    expected = "./no-such-model" if installed else "pip install 'quantspec[eval]'"
+    expected = "./no-such-model" if installed else install_command("eval")
     assert_error(run("parity", "./no-such-model", "--tasks", "reference_choice"), expected)

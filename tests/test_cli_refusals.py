@@ -22,10 +22,8 @@ from transformers import (
 
 import quantspec
 from quantspec.benchmarks import generate
-from quantspec.cache import check_cache_len
 from quantspec.cli import errors, main
 from quantspec.cli import options as cli_options
-from quantspec.cli.chat import talk
 from quantspec.evals.parity import ParityOptions
 
 COMMANDS = ("generate", "chat", "convert", "parity", "inspect")
@@ -363,30 +361,6 @@ def test_figures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         errors.write_whole(file, "new figures")
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert file.read_bytes() == b"old"
-
-
-# --- A full conversation ---------------------------------------------------------------------------------------------
-
-
-class Crowded:
-    """A conversation whose cache is full, after as many answers as it is told."""
-
-    def __init__(self, has_turns: bool) -> None:
-        self.has_turns = has_turns
-
-    def answer(self, text: str) -> None:
-        check_cache_len(600, 512)
-
-
-@pytest.mark.parametrize("has_turns", [True, False])
-def test_a_full_conversation_names_reset(monkeypatch, capsys, has_turns):
-    """Forgetting helps only where there is something to forget."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
-    talk(Crowded(has_turns))
-    err = capsys.readouterr().err
-    assert "600 tokens are more than max_cache_len=512" in err
-    assert ("/reset forgets the conversation" in err) == has_turns
-    assert ("a shorter message" in err) == (not has_turns)
 
 
 # --- What else the checkpoint says -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "config", "versions", "locks", "html"),
+    ("errors", "config", "versions", "locks", "logging", "html"),
     ("kernels",),
     ("passes",),
     ("capture", "cache", "ranks"),

@@ -221,7 +221,7 @@ def test_folder_loads_as_a_hugging_face_model(saved, qs):
 def test_folder_holds_json_and_safetensors_only(saved):
     """Several shards of both kinds, none far above its limit, and nothing that pickle could read."""
     names = sorted(path.name for path in saved.iterdir())
-    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in saved.iterdir()} == {".json", ".safetensors", ".md"}
     assert {"config.json", "generation_config.json", DESCRIPTION_FILE} <= set(names)
     for prefix in ("model-00002-of-", "quantspec-00002-of-"):
         assert any(name.startswith(prefix) for name in names)
@@ -459,7 +459,7 @@ def test_what_dead_processes_left_goes(qs, tmp_path):
     for path in live:
         os.utime(path, (0, time.time() - 25 * 3600))
     qs.save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}
 
 
 def test_saving_to_a_file(qs, tmp_path):

@@ -28,6 +28,7 @@ from quantspec.serving.server.penalties import CountPenalty
 from quantspec.serving.server.run import Server, bind
 from quantspec.serving.server.service import Service
 from quantspec.serving.server.stop_strings import StopStrings
+from quantspec.versions import install_command
 
 LETTERS = st.text("ab", max_size=6)
 
@@ -241,7 +242,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run):
 def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "quantspec.serving.server.run", raising=False)
-    assert_error(run("serve", saved_model), "uvicorn", 'pip install "quantspec[serve]"')
+    assert_error(run("serve", saved_model), "uvicorn", install_command("serve"))
 
 
 def test_the_rest_of_the_library_does_without_the_extra():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
 import quantspec
@@ -14,8 +16,8 @@ TESTED = {"transformers": "5.24.0", "torchao": "0.18.0", "torch": "2.13.0+cpu", 
 
 def install(monkeypatch, **others: str) -> None:
     """As if these versions were installed, which the environment's need not be."""
-    actual = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: {**TESTED, **others}.get(name) or actual(name))
+    actual = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: {**TESTED, **others}.get(name) or actual(name))
 
 
 @pytest.fixture

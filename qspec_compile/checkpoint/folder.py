@@ -18,19 +18,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from quantspec.capture import DTYPES
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
+from quantspec.logging import counting
 from quantspec.pair.tuned import TuneReport
 from quantspec.passes import LinearReport
+
+_LOGGER = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "quantspec_config.json"
@@ -168,11 +170,11 @@ def fingerprints(folder: Path, names: Iterable[str]) -> dict[str, Fingerprint]:
     prints = {}
     with (
         ThreadPoolExecutor(_HASH_THREADS) as pool,
-        tqdm(total=sum(sizes), desc="hashing", unit="B", unit_scale=True, leave=False, disable=None) as bar,
+        counting(_LOGGER, "hashing (MiB)", sum(sizes) >> 20) as advance,
     ):
         for path, size, digest in zip(paths, sizes, pool.map(_sha256, paths), strict=True):
             prints[path.name] = Fingerprint(size, digest)
-            bar.update(size)
+            advance(size >> 20)
     return prints
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from quantspec.capture import DTYPES, converting
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
+from quantspec.logging import without_bars_of_libraries
 from quantspec.pair import Pair
 from quantspec.pair.recipes import recipes_for
 from quantspec.passes import Role, WeightFormat
@@ -35,7 +37,10 @@ from .folder import (
     check_files,
 )
 from .graph_file import read_capture
+from .hub import local_folder
 from .identity import distance, target_logits
+
+_LOGGER = logging.getLogger(__name__)
 
 # The saved weights and logits were made with these.
 _FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head", "rope_context")
@@ -52,15 +57,12 @@ def load_pair(
     dtype: str | torch.dtype | None,
     verify: bool,
     trust_remote_code: bool,
+    revision: str | None,
+    token: str | bool | None,
     options: dict[str, Any],
 ) -> Pair:
     """The pair of :func:`quantspec.from_pretrained`, which says what is what."""
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise SavedModelError(
-            f"'{folder}' is no folder; pass a local one that save_pretrained() wrote (from a hub, download it first "
-            "with huggingface_hub.snapshot_download)"
-        )
+    folder = local_folder(directory, revision, token)
     description = Description.read(folder)
     config = changed_options(description.options, options)
     target_dtype = resolve_dtype(description, dtype)
@@ -131,14 +133,16 @@ def _load_model(folder: Path, description: Description, dtype: torch.dtype, trus
     # What is no causal language model by name (multimodal ones) has a class of its own.
     named: Any = getattr(transformers, description.model_class, None)
     loader: Any = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModelForCausalLM
-    model, problems = loader.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    _LOGGER.info("reading the model's weights")
+    with without_bars_of_libraries():
+        model, problems = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems[kind]:
             raise SavedModelError(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from quantspec.engine.stats import GenerationStats
 from quantspec.errors import SavedModelError
 from quantspec.pair import Pair
 from quantspec.passes import Role, plain_weights
@@ -32,11 +34,20 @@ from .folder import (
 )
 from .graph_file import write_capture
 from .identity import check_can_be_loaded, fixed_tokens, target_logits
+from .model_card import CARD_FILE, is_of_somebody, model_card
 from .new_folder import removed_on_failure
 from .staging import is_staged, locked, publish, staged
 
 
-def save_pretrained(pair: Pair, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
+def save_pretrained(
+    pair: Pair,
+    directory: str | os.PathLike[str],
+    max_shard_size: int | str,
+    *,
+    tokenizer: Any = None,
+    stats: GenerationStats | None = None,
+    parity: Any = None,
+) -> None:
     """See :meth:`QuantSpecModel.save_pretrained`."""
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -53,7 +64,15 @@ def save_pretrained(pair: Pair, directory: str | os.PathLike[str], max_shard_siz
                 _files_to_replace(folder)
             with staged(folder) as written:
                 _check_space(pair, folder)
-                _write(pair, written, max_shard_size, check)
+                description = _write(pair, written, max_shard_size, check)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(written)
+                if not is_of_somebody(folder / CARD_FILE):
+                    card = model_card(pair, description, folder.resolve().name, tokenizer is not None, stats, parity)
+                    (written / CARD_FILE).write_text(card, encoding="utf-8")
+                for path in written.iterdir():
+                    # safetensors makes its files readable by their owner only.
+                    shutil.copymode(written / DESCRIPTION_FILE, path)
                 publish(written, folder, _files_to_replace)
     except (OSError, SafetensorError) as error:
         raise SavedModelError(
@@ -76,13 +95,14 @@ def check_generation_config(config: GenerationConfig | None) -> None:
         ) from error
 
 
-def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> None:
+def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> Description:
+    """The files of a save, without a tokenizer's and the card, which are for people to edit."""
     with _as_dense(pair.model):
         pair.model.save_pretrained(written, max_shard_size=max_shard_size)
         constants = write_capture(pair, written)
     tensors = _in_host_memory(_tensors(pair) | constants | check)
     save_torch_state_dict(tensors, written, filename_pattern=TENSOR_FILES, max_shard_size=max_shard_size)
-    Description(
+    description = Description(
         format_version=FORMAT_VERSION,
         versions={package: version(package) for package in ("quantspec", "torch", "transformers")},
         model_class=type(pair.model).__name__,
@@ -91,10 +111,9 @@ def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str
         linears=pair.linears,
         files=fingerprints(written, sorted(path.name for path in written.iterdir())),
         tuned=pair.tuned,
-    ).write(written)
-    for path in written.iterdir():
-        # safetensors makes its files readable by their owner only.
-        shutil.copymode(written / DESCRIPTION_FILE, path)
+    )
+    description.write(written)
+    return description
 
 
 def _files_to_replace(folder: Path) -> list[str]:
@@ -106,7 +125,7 @@ def _files_to_replace(folder: Path) -> list[str]:
         found = f"{names[0]!r} and {len(names) - 1} more files" if names[1:] else repr(names[0])
         raise SavedModelError(
             f"cannot save to '{folder}': it holds {found}, and no model saved by quantspec; choose an empty folder "
-            "(a tokenizer is saved to it afterwards)"
+            "(a tokenizer is saved with tokenizer=..., or to it afterwards)"
         )
     try:
         return [DESCRIPTION_FILE, *Description.read(folder).files]

@@ -8,24 +8,26 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quantspec import __version__
-
 from .console import quiet_libraries
+from .defaults import origin, read_environment, read_file
 from .errors import print_error
 from .help import Command, Group
 from .options import expand_options
 
 _DEBUG = "--debug"
-_HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+_HELP_NAMES = ["-h", "--help"]
+_HELP_OPTIONS = {"help_option_names": _HELP_NAMES}
 
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"quantspec {__version__}")
+        import quantspec
+
+        print(f"quantspec {quantspec.__version__}")
         raise typer.Exit
 
 
@@ -37,7 +39,10 @@ def _root(
         bool, typer.Option(_DEBUG, help="Show the traceback of an error, and the warnings of libraries.")
     ] = False,
 ) -> None:
-    """Quantized self-speculative decoding for Hugging Face decoders."""
+    """Quantized self-speculative decoding for Hugging Face decoders.
+
+    Options may also be set in quantspec.toml, by their names, or in the environment, as QUANTSPEC_MAX_NEW_TOKENS.
+    """
 
 
 def build_app() -> typer.Typer:
@@ -70,12 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         quiet_libraries()
     try:
-        command = typer.main.get_command(build_app())
-        return int(command.main(remaining or ["--help"], prog_name="quantspec", standalone_mode=False) or 0)
+        program: Any = typer.main.get_command(build_app())
+        read_environment(program.commands)
+        # Help is given whatever the file says.
+        helps = not remaining or not set(_HELP_NAMES).isdisjoint(options)
+        defaults = {} if helps else read_file(program.commands)
+        status = program.main(
+            remaining or ["--help"], prog_name="quantspec", standalone_mode=False, default_map=defaults
+        )
+        return int(status or 0)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print_error(error)
+        print_error(error, origin(error))
         return 2

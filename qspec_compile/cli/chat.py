@@ -11,12 +11,19 @@ from .console import stderr
 from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
 from .loading import find_pair
+from .messages import MessageReader
 from .options import ModelOptions, RunOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from ._conversation import Conversation
 
-_COMMANDS = "/reset forgets the conversation, /stats tells of the last answer, /exit ends"
+_COMMANDS = """\
+/help       this list
+/reset      forget the conversation
+/save FILE  write it to FILE: as messages where that ends with .json, else as Markdown
+/stats      statistics of the last answer
+/exit       end, as Ctrl-D does
+Ctrl-C ends an answer. A line that ends with a backslash goes on; lines between \"\"\" and \"\"\" are one message."""
 _HELLO = {"role": "user", "content": "Hello"}
 
 
@@ -29,7 +36,7 @@ def command(
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
-    """Talk with a model; Ctrl-C interrupts an answer, /exit or Ctrl-D ends."""
+    """Talk with a model; /help lists what else may be typed, /exit or Ctrl-D ends."""
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()
@@ -52,47 +59,36 @@ def command(
 
 
 def talk(conversation: Conversation) -> None:
-    """Read lines from stdin until its end or ``/exit``: messages and commands."""
-    from quantspec import CacheFullError
-
-    if sys.stdin.isatty():
-        stderr().print(f"[dim]{_COMMANDS}[/]")
-    while True:
-        try:
-            line = _read_line()
-            if line is None or line == "/exit":
-                return
-            if line:
-                _obey(conversation, line)
-        except KeyboardInterrupt:
-            stderr().print("\n[dim]interrupted; /exit ends[/]")
-        except CacheFullError as error:
-            hint = "a shorter message, fewer --max-new-tokens or a larger --max-cache-len fit"
-            if conversation.has_turns:
-                hint = "/reset forgets the conversation and makes room"
-            print_error(CommandError(str(error), hint))
-        except Exception as error:
-            print_error(error)
+    """Read messages and commands from stdin until its end or ``/exit``."""
+    with MessageReader.for_stdin() as reader:
+        if sys.stdin.isatty():
+            stderr().print("[dim]/help lists commands, /exit ends[/]")
+        while True:
+            try:
+                message = reader.read()
+                if message is None or message == "/exit":
+                    return
+                if message:
+                    _obey(conversation, message)
+            except KeyboardInterrupt:
+                stderr().print("\n[dim]interrupted; /exit ends[/]")
+            except Exception as error:
+                print_error(error)
 
 
-def _obey(conversation: Conversation, line: str) -> None:
-    if line == "/reset":
+def _obey(conversation: Conversation, message: str) -> None:
+    command, _, rest = message.partition(" ")
+    if command == "/help":
+        stderr().print(_COMMANDS, markup=False)
+    elif command == "/reset":
         conversation.reset()
-    elif line == "/stats":
+    elif command == "/save":
+        conversation.save(rest.strip())
+    elif command == "/stats":
         stats = conversation.qs.last_stats
         stderr().print("nothing said yet" if stats is None else str(stats), markup=False)
-    elif line.startswith("/"):
-        stderr().print(f"[dim]no such command; {_COMMANDS}[/]")
+    # A path may begin a message, and no command has a slash within.
+    elif command.startswith("/") and "/" not in command[1:]:
+        raise CommandError(f"there is no command '{command}'", "/help lists them")
     else:
-        conversation.answer(line)
-
-
-def _read_line() -> str | None:
-    """The next line without surrounding space; None at the end of stdin. A terminal gets a prompt, on stderr."""
-    if sys.stdin.isatty():
-        try:
-            return stderr().input("[bold]> [/]").strip()
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+        conversation.answer(message)

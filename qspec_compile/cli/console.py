@@ -8,9 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from quantspec.logging import without_bars_of_libraries
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 # Columns of a table that no terminal limits.
 _PIPED_WIDTH = 160
@@ -22,8 +27,9 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    """For tables; wide enough for them where it is a file or a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    """For tables; wide enough for them where it is a file or a pipe, unless COLUMNS says how wide."""
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if fits else _PIPED_WIDTH)
 
 
 def quiet_libraries() -> None:
@@ -50,8 +56,11 @@ def working(description: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+    # One display: what libraries draw would tear it.
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with without_bars_of_libraries(), Progress(*columns, console=console, transient=True) as progress:
         handler = _ProgressHandler(progress, progress.add_task(description, total=None))
         logger = logging.getLogger("quantspec")
         level = logger.level

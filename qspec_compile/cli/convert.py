@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,10 +49,12 @@ def save_pair(
         # A tokenizer that cannot be saved says so before the weights are read.
         found.tokenizer.save_pretrained(tokenizer)
         qs = found.load()
-        report: Any = None if tune is None else qs.tune(tune, texts=texts, tokenizer=found.tokenizer)
+        report: Any = None
+        if tune is not None:
+            with working("tuning"):
+                report = qs.tune(tune, texts=texts, tokenizer=found.tokenizer)
         with working("saving"):
-            qs.save_pretrained(out)
-            shutil.copytree(tokenizer, out, dirs_exist_ok=True)
+            qs.save_pretrained(out, tokenizer=found.tokenizer)
     if report is not None:
         stderr().print(str(report), markup=False, soft_wrap=True)
     dtype = str(qs.model.dtype).removeprefix("torch.")

@@ -138,7 +138,8 @@ def write_whole(file: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def print_error(error: Exception) -> None:
-    """One line on stderr."""
+def print_error(error: Exception, origin: str = "") -> None:
+    """One line on stderr, whose hint is ``origin`` where that is known."""
     message, hint = describe(error)
+    hint = escape(origin) or hint
     stderr().print(f"[bold red]error:[/] {message}{f' [dim]({hint})[/]' if hint else ''}", soft_wrap=True)

@@ -174,8 +174,12 @@ def _generate(
     """Token ids after the prompt; printed as they come if ``stream``."""
     from ._streaming import AnswerStreamer
 
-    streamer = AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    output = qs.generate(**arguments, streamer=streamer)
+    if stream:
+        with AnswerStreamer.showing_progress(tokenizer) as streamer:
+            output = qs.generate(**arguments, streamer=streamer)
+    else:
+        with working("generating"):
+            output = qs.generate(**arguments)
     return output[0, arguments["input_ids"].shape[1] :].tolist()
 
 

@@ -29,9 +29,9 @@ class Command(TyperCommand):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
             panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
         for title, rows in panels.items():
-            _print_panel(title, rows)
+            print_panel(title, rows)
         if self.epilog:
-            _print_in_panel("Examples", Text(self.epilog))
+            print_examples(self.epilog)
 
 
 class Group(TyperGroup):
@@ -41,18 +41,23 @@ class Group(TyperGroup):
         """Print usage, description, options and commands."""
         _print_start(self, ctx)
         records = (parameter.get_help_record(ctx) for parameter in self.get_params(ctx))
-        _print_panel("Options", [record for record in records if record is not None])
+        print_panel("Options", [record for record in records if record is not None])
         commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
-        _print_panel("Commands", [(name, command.help or "") for name, command in commands if command is not None])
+        print_panel("Commands", [(name, command.help or "") for name, command in commands if command is not None])
 
 
 def _print_start(command: Any, ctx: Any) -> None:
+    print_usage(command.get_usage(ctx), command.help or "")
+
+
+def print_usage(usage: str, description: str) -> None:
+    """How a command is called, and what it does."""
     console = Console(highlight=False)
-    console.print(Text(command.get_usage(ctx), style="bold"), soft_wrap=True)
-    console.print(Text(f"\n{command.help or ''}\n"))
+    console.print(Text(usage, style="bold"), soft_wrap=True)
+    console.print(Text(f"\n{description}\n"))
 
 
-def _print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
+def print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Names in a column as wide as the longest; the text beside them takes the rest."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, style="cyan")
@@ -61,6 +66,11 @@ def _print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
         names = name if len(name) <= _WIDEST_NAMES else name.replace(", ", "\n").replace(" / ", "\n")
         table.add_row(names, Text(" ".join(text.split())))
     _print_in_panel(title, table)
+
+
+def print_examples(lines: str) -> None:
+    """Command lines, each of which may take several of the screen."""
+    _print_in_panel("Examples", Text(lines))
 
 
 def _print_in_panel(title: str, content: Table | Text) -> None:

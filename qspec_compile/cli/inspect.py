@@ -1,4 +1,4 @@
-"""``quantspec inspect``: what would be converted, and the memory it takes, from the model's config alone."""
+"""``quantspec inspect``: whether a model fits a card, and what would be converted, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, dtype_to_load, find_model, load_config
-from .options import ModelOptions, tokens, whole
+from .loading import Kind, dtype_to_load, fetched, find_model, load_config
+from .options import ModelOptions, real, tokens, whole
 
 if TYPE_CHECKING:
     from quantspec.capture import CapturedLayer
@@ -25,7 +25,7 @@ _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
 
 
-SETTINGS = {"epilog": "quantspec inspect MODEL --context 128k\nquantspec inspect MODEL --json > structure.json"}
+SETTINGS = {"epilog": "quantspec inspect MODEL --gpu h100-80 --context 128k\nquantspec inspect MODEL --layers"}
 
 
 def command(
@@ -39,9 +39,24 @@ def command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Texts generated together.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Card to fit, such as h100-80, or its GiB. [default: the one that is here, if any]"
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            parser=real(0, 1), metavar="X", help="Share of the card's memory for weights and cache, as of `serve`."
+        ),
+    ] = 0.9,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show attention layers, linears and the cache's parts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
-    """Show attention layers, linears and the memory of a conversion or a saved pair, without loading weights."""
+    """Tell whether a model fits a card and how long a context, without loading weights; what would be converted."""
     source = find_model(model)
     with working("importing"):
         from quantspec.cache import check_cache_len
@@ -50,6 +65,10 @@ def command(
         from quantspec.config import QuantSpecConfig
         from quantspec.pair.preview import structure_of
 
+        from ._fit import Card, fit
+
+    card = Card.here() if gpu is None else Card.named(gpu)
+    source = fetched(source, whole=False)
     dtype = dtype_to_load(source, model.dtype, None)
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))
@@ -64,29 +83,21 @@ def command(
     if limit is not None:
         check_cache_len(num_tokens, limit)
     facts = _as_dict(structure, options, num_tokens, batch_size)
+    if card is not None:
+        facts["fit"] = fit(structure, options, card, gpu_memory_utilization, num_tokens, batch_size)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_tables(structure, facts)
+        _print_tables(structure, facts, layers)
 
 
 def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, batch_size: int) -> dict[str, Any]:
     """All facts, JSON-ready; bytes everywhere."""
-    from quantspec.engine.draft_count import AutoDraftCount
-    from quantspec.memory import expected_memory, full_precision_bytes
+    from quantspec.memory import full_precision_bytes
 
-    gamma = options.num_speculative_tokens
-    cache = expected_memory(
-        structure.layers,
-        num_tokens,
-        batch_size,
-        kv_group_size=options.kv_group_size,
-        num_speculative_tokens=gamma if isinstance(gamma, int) else AutoDraftCount().most,
-        dtype=structure.dtype,
-        max_cache_len=options.max_cache_len or structure.max_len,
-        device="cpu",
-        states=structure.states,
-    )
+    from ._fit import cache_parts, ways
+
+    cache = cache_parts(structure, options, num_tokens, batch_size)
     decoded = cache.pop("decoded")
     weights = structure.weight_bytes
     dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype, structure.states)
@@ -129,17 +140,38 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
             "decoded_copy_on_cpu": decoded,
             "total": sum(weights.values()) + sum(cache.values()),
             "unconverted": {"weights": weights["target"], "cache": dense, "total": weights["target"] + dense},
+            "ways": [
+                {
+                    "name": way.name,
+                    "weights": way.weights,
+                    "cache": way.cache(num_tokens, batch_size),
+                    "total": way.total(num_tokens, batch_size),
+                }
+                for way in ways(structure, options)
+            ],
         },
     }
 
 
-def _print_tables(structure: Structure, facts: dict[str, Any]) -> None:
+def _print_tables(structure: Structure, facts: dict[str, Any], layers: bool) -> None:
     console = stdout()
-    console.print(f"{facts['model']}, {facts['dtype']}, KV groups of {facts['kv_group_size']} tokens\n")
-    console.print(_attention_table(structure))
-    console.print(_linears_table(structure))
-    console.print(_memory_table(facts["memory"]))
-    own, theirs = sum(facts["memory"]["cache"].values()), facts["memory"]["unconverted"]["cache"]
+    memory, fit = facts["memory"], facts.get("fit")
+    size = _tokens(memory["context"])
+    if memory["batch_size"] > 1:
+        size = f"{memory['batch_size']} x {size}"
+    console.print(f"{facts['model']}, {facts['dtype']}, {size} tokens", markup=False)
+    if fit is None:
+        console.print("There is no GPU here; --gpu h100-80 says what fits one.")
+    else:
+        console.print(_verdict(fit), markup=False)
+    console.print(_ways_table(memory, fit))
+    if fit is not None and fit["server"]:
+        console.print(_server_table(fit))
+    if layers:
+        console.print(_attention_table(structure))
+        console.print(_linears_table(structure))
+        console.print(_memory_table(memory))
+    own, theirs = sum(memory["cache"].values()), memory["unconverted"]["cache"]
     if own > theirs:
         console.print(
             f"The cache takes {own / theirs:.1f} times what transformers' own does: it holds the keys and values of "
@@ -147,9 +179,48 @@ def _print_tables(structure: Structure, facts: dict[str, Any]) -> None:
         )
 
 
+def _verdict(fit: dict[str, Any]) -> str:
+    own = fit["ways"][0]
+    share = f"{fit['gpu_memory_utilization']:.0%} of {fit['gpu']}, {_bytes(fit['room'])}"
+    if own["fits"]:
+        return f"It fits: {_bytes(own['total'])} of weights and cache in {share}."
+    longest = own["largest_context"]
+    instead = f"{_tokens(longest)} tokens would" if longest else "no length of text would"
+    return f"It does not fit: {_bytes(own['total'])} of weights and cache in {share}; {instead}."
+
+
+def _ways_table(memory: dict[str, Any], fit: dict[str, Any] | None) -> Table:
+    """A column for quantspec and for each alternative: what it takes and, on a card, how much of it fits."""
+    ways = memory["ways"] if fit is None else fit["ways"]
+    table = _table("", *(way["name"] for way in ways))
+    for part in ("weights", "cache", "total"):
+        table.add_row(part, *(_bytes(way[part]) for way in ways))
+    if fit is not None:
+        table.add_row("fits", *("yes" if way["fits"] else "no" for way in ways), style="bold")
+        table.add_row("longest context", *(_tokens(way["largest_context"]) for way in ways))
+        table.add_row("largest batch", *(str(way["largest_batch_size"]) for way in ways))
+    return table
+
+
+def _server_table(fit: dict[str, Any]) -> Table:
+    """How long requests may be, by how many run at once."""
+    table = _table("quantspec serve: requests at once", "tokens of each")
+    for row in fit["server"]:
+        table.add_row(str(row["max_sequences"]), _tokens(row["max_length"]))
+    return table
+
+
+def _table(*titles: str) -> Table:
+    """Numbers to the right of what they are of; nothing is cut where there is little room."""
+    table = Table()
+    for number, title in enumerate(titles):
+        table.add_column(title, overflow="fold", justify="right" if number else "left")
+    return table
+
+
 def _attention_table(structure: Structure) -> Table:
     """Consecutive layers that are alike share a row."""
-    table = Table("layers", "attention", "query heads", "KV heads", "head dim K/V", "soft cap", "sinks")
+    table = _table("layers", "attention", "query heads", "KV heads", "head dim K/V", "soft cap", "sinks")
     numbered = enumerate(structure.layers)
     described = [
         (
@@ -179,7 +250,7 @@ def _reach(layer: CapturedLayer) -> str:
 
 def _linears_table(structure: Structure) -> Table:
     """Linears that differ in the layer's number alone share a row."""
-    table = Table("linears", "count", "in", "out", "INT4 groups of", "model", "draft adds", "note")
+    table = _table("linears", "count", "in", "out", "INT4 groups of", "model", "draft adds", "note")
     for name, alike in _alike(structure.linears):
         report = alike[0].report
         table.add_row(
@@ -188,8 +259,8 @@ def _linears_table(structure: Structure) -> Table:
             str(report.in_features),
             str(report.out_features),
             "full precision" if report.group_size is None else str(report.group_size),
-            _mebibytes(sum(linear.model_bytes for linear in alike)),
-            _mebibytes(sum(linear.draft_bytes for linear in alike)),
+            _bytes(sum(linear.model_bytes for linear in alike)),
+            _bytes(sum(linear.draft_bytes for linear in alike)),
             report.note,
         )
     return table
@@ -208,17 +279,24 @@ def _alike(linears: tuple[LinearSize, ...]) -> Iterator[tuple[str, list[LinearSi
 
 def _memory_table(memory: dict[str, Any]) -> Table:
     size = f"{memory['batch_size']} x {memory['context']} tokens"
-    table = Table("memory", f"quantspec, {size}", "unconverted")
+    table = _table("memory", f"quantspec, {size}", "unconverted")
     unconverted = memory["unconverted"]
-    table.add_row("weights", _mebibytes(memory["weights"]["target"]), _mebibytes(unconverted["weights"]))
-    table.add_row("draft's INT4 weights", _mebibytes(memory["weights"]["draft_int4"]), "-")
+    table.add_row("weights", _bytes(memory["weights"]["target"]), _bytes(unconverted["weights"]))
+    table.add_row("draft's INT4 weights", _bytes(memory["weights"]["draft_int4"]), "-")
     for part, count in memory["cache"].items():
-        table.add_row(f"cache: {part}", _mebibytes(count), "-")
-    table.add_row("cache", _mebibytes(sum(memory["cache"].values())), _mebibytes(unconverted["cache"]))
-    table.add_row("total", _mebibytes(memory["total"]), _mebibytes(unconverted["total"]), style="bold")
-    table.add_row("on a CPU also: decoded copy of the cache", _mebibytes(memory["decoded_copy_on_cpu"]), "-")
+        table.add_row(f"cache: {part}", _bytes(count), "-")
+    table.add_row("cache", _bytes(sum(memory["cache"].values())), _bytes(unconverted["cache"]))
+    table.add_row("total", _bytes(memory["total"]), _bytes(unconverted["total"]), style="bold")
+    table.add_row("on a CPU also: decoded copy of the cache", _bytes(memory["decoded_copy_on_cpu"]), "-")
     return table
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count else "-"
+def _bytes(count: int) -> str:
+    if not count:
+        return "-"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**28 else f"{count / 2**20:,.1f} MiB"
+
+
+def _tokens(count: int) -> str:
+    """As they may be written: 128k for 131,072."""
+    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else f"{count:,}"

@@ -142,6 +142,26 @@ def find_model(model: ModelOptions, gguf_file: str | None = None) -> Source:
     return replace(source, access=access)
 
 
+def fetched(source: Source, *, whole: bool) -> Source:
+    """``source``, or the folder that a saved pair on the Hub is fetched into: ``whole``, or what describes it."""
+    if source.kind is not Kind.HUB or source.gguf_file is not None:
+        return source
+    from transformers.utils import cached_file
+
+    from quantspec.checkpoint.hub import local_folder
+
+    # None where the repository holds no such file; what else is wrong is told where its config is read.
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = cached_file(source.name, _PAIR_CONFIG, _raise_exceptions_for_missing_entries=False, **source.place)
+    if found is None:
+        return source
+    place = {"revision": None, "token": None, **source.place}
+    folder = local_folder(source.name, files=None if whole else "*.json", **place)
+    access = {name: value for name, value in source.access.items() if name not in place}
+    return Source(Kind.PAIR, str(folder), access=access)
+
+
 @contextlib.contextmanager
 def _reading(source: Source) -> Iterator[None]:
     """Turns what libraries make of missing and damaged files into an error that names the file or folder."""
@@ -280,8 +300,9 @@ class FoundPair:
                 return quantspec.from_pretrained(
                     self.source.name, device=self.device, dtype=self.dtype, **self.source.access, **self.options
                 )
-        # transformers draws the bars of downloading and loading itself.
-        loaded = load_model(self.source, self.dtype, self.device)
+        # Of a download transformers draws the bars itself.
+        with contextlib.nullcontext() if self.source.kind is Kind.HUB else working("reading the model's weights"):
+            loaded = load_model(self.source, self.dtype, self.device)
         with working("converting"):
             return quantspec.convert(loaded, **self.options)
 
@@ -314,6 +335,7 @@ def find_pair(
         from quantspec.checkpoint.folder import Description
         from quantspec.checkpoint.loading import changed_options, resolve_dtype
 
+    source = fetched(source, whole=True)
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from quantspec.versions import install_command
+
 from .console import stderr, working
 from .errors import CommandError
 from .loading import find_pair
@@ -75,7 +77,7 @@ def command(
             from quantspec.serving.server.run import Server, bind
         except ImportError as error:
             message = f"serving needs packages that are not installed: {error}"
-            raise CommandError(message, 'pip install "quantspec[serve]"') from error
+            raise CommandError(message, install_command("serve")) from error
         from quantspec.serving.engine import Engine
         from quantspec.serving.requests import Request
         from quantspec.serving.server.service import Service
@@ -89,7 +91,9 @@ def command(
         found.check_fit(server.max_length)
     qs = found.load()
     if tune:
-        stderr().print(str(qs.tune(tokenizer=found.tokenizer)), markup=False, soft_wrap=True)
+        with working("tuning"):
+            report = qs.tune(tokenizer=found.tokenizer)
+        stderr().print(str(report), markup=False, soft_wrap=True)
     engine = Engine(
         qs,
         tokenizer=found.tokenizer,

@@ -5,15 +5,16 @@ Lengths, texts, the processors' parameters and the rows' seeds live in tensors t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from quantspec.cache import HierarchicalCache
+from quantspec.logging import counting
 from quantspec.pair import Pair
 
 from .acceptance import Acceptance, Rule
@@ -24,6 +25,8 @@ from .plan import Plan
 from .request import Request
 from .sampling import Randomness, accept
 from .text import Text
+
+_LOGGER = logging.getLogger(__name__)
 
 # Cycles before capture: compilation, autotuning and workspace allocation happen in the first.
 _WARM_UPS = 2
@@ -75,20 +78,19 @@ class CycleReplay:
         self._graphs = tuple(torch.cuda.CUDAGraph() for _ in works)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        description = f"compiling ({plan.num_drafts} drafts)"
         with (
             torch.cuda.stream(stream),
-            tqdm(total=_WARM_UPS + 1, desc=description, unit="run", leave=False, disable=None) as bar,
+            counting(_LOGGER, f"compiling ({plan.num_drafts} drafts)", _WARM_UPS + 1) as advance,
         ):
             for _ in range(_WARM_UPS):
                 for work in works:
                     work()
-                bar.update()
+                advance(1)
             torch.cuda.synchronize(device)
             for graph, work in zip(self._graphs, works, strict=True):
                 with torch.cuda.graph(graph, stream=stream):
                     work()
-            bar.update()
+            advance(1)
         torch.cuda.current_stream(device).wait_stream(stream)
         # Warm-ups choose by what no text says.
         cache.forget_pages()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from quantspec.cache import HierarchicalCache
+from quantspec.logging import counting
 from quantspec.pair import Pair
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def _quietly(count: int) -> None:
+    pass
 
 
 @torch.no_grad()
@@ -25,14 +33,15 @@ def prefill(pair: Pair, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> 
     tokens = ids.shape[1]
     chunk = pair.fill_chunk(*ids.shape)
     logits = None
-    hidden = None if chunk < tokens else True
-    with tqdm(total=tokens, desc="prefill", unit="token", leave=False, disable=hidden) as bar:
+    # A single chunk has no progress to tell of.
+    told = counting(_LOGGER, "reading the prompt", tokens) if chunk < tokens else contextlib.nullcontext(_quietly)
+    with told as advance:
         for first in range(0, tokens, chunk):
             part = ids[:, first : first + chunk]
             num_new = (lens - first).clamp(0, part.shape[1])
             scored = pair.fill(part, num_new, cache)
             # The last token of a shorter prompt lies in an earlier chunk.
             logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
-            bar.update(part.shape[1])
+            advance(part.shape[1])
     assert logits is not None
     return logits

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quantspec.engine.logits_processors import FollowingProcessor
+from quantspec.versions import install_command
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -108,7 +109,7 @@ def grammar_processor(
     try:
         from llguidance import LLMatcher, LLParserLimits
     except ImportError as error:
-        raise ImportError(f"{name} is followed by llguidance: pip install 'quantspec[structured]'") from error
+        raise ImportError(f"{name} is followed by llguidance: {install_command('structured')}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TypeError(
             f"{name} needs a fast tokenizer, such as AutoTokenizer.from_pretrained(...) returns for most models, not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from quantspec.cache.geometry import StateShape
 from quantspec.capture import CapturedLayer, capture, converting, rope_context_of
 from quantspec.config import QuantSpecConfig, WeightQuantizer
+from quantspec.errors import UnsupportedModelError
 from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
 from quantspec.passes.graph import clone
 
+from .layer_kinds import shorten
 from .recipes import recipes_for, run_passes, weight_passes
 
 
@@ -63,34 +66,69 @@ def structure_of(
         UnsupportedModelError: the model cannot be captured.
         ValueError: not a causal decoder that transformers knows.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype or config.dtype or config.get_text_config().dtype or torch.float32,
-            trust_remote_code=trust_remote_code,
-        )
-    with converting():
-        captured = capture(model, structure_only=True, rope_context=rope_context_of(model, options))
-    weight_format = recipes_for(options)[Role.DRAFT].weight_format
-    linears: tuple[LinearSize, ...] = ()
-    if weight_format is not None:
-        # HQQ looks at the data, and its codes and scales take the same room.
-        quantize, _ = weight_passes(weight_format, replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
-        run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
-        linears = tuple(_size(model, report, weight_format) for report in quantize.report)
+    model = _built(config, dtype, trust_remote_code)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    target = sum(tensor.nbytes for tensor in tensors.values())
+    kinds = shorten(model)
+    try:
+        layers, linears, states = _captured(model, options)
+    except UnsupportedModelError:
+        if kinds is None:
+            raise
+        # The message names a layer of the whole model, and some layers need the others.
+        kinds = None
+    if kinds is None or any(layer.held is None for layer in layers):
+        layers, linears, states = _captured(_built(config, dtype, trust_remote_code), options)
+    else:
+        layers = tuple(
+            kinds.expand(layers, lambda layer: layer.module, lambda layer, name: replace(layer, module=name))
+        )
+        linears = tuple(kinds.expand(linears, lambda linear: linear.report.name, _renamed))
+        states = tuple(
+            replace(state, layer=number)
+            for number, kind in enumerate(kinds.kinds)
+            for state in states
+            if state.layer == kind
+        )
     return Structure(
         type(model).__name__,
         model.dtype,
-        captured.layers,
+        layers,
         linears,
-        {
-            "target": sum(tensor.nbytes for tensor in tensors.values()),
-            "draft_int4": sum(linear.draft_bytes for linear in linears),
-        },
-        captured.states,
+        {"target": target, "draft_int4": sum(linear.draft_bytes for linear in linears)},
+        states,
         getattr(config.get_text_config(), "max_position_embeddings", None),
     )
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without data, with a configuration of its own."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=dtype or config.dtype or config.get_text_config().dtype or torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _captured(
+    model: PreTrainedModel, options: QuantSpecConfig
+) -> tuple[tuple[CapturedLayer, ...], tuple[LinearSize, ...], tuple[StateShape, ...]]:
+    """Attention layers, the draft's weights and the states of a model."""
+    with converting():
+        captured = capture(model, structure_only=True, rope_context=rope_context_of(model, options))
+    weight_format = recipes_for(options)[Role.DRAFT].weight_format
+    if weight_format is None:
+        return captured.layers, (), captured.states
+    # HQQ looks at the data, and its codes and scales take the same room.
+    quantize, _ = weight_passes(weight_format, replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
+    run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
+    linears = tuple(_size(model, report, weight_format) for report in quantize.report)
+    return captured.layers, linears, captured.states
+
+
+def _renamed(linear: LinearSize, name: str) -> LinearSize:
+    return replace(linear, report=replace(linear.report, name=name))
 
 
 def _size(model: PreTrainedModel, report: LinearReport, weight_format: WeightFormat) -> LinearSize:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from quantspec.capture import converting
 from quantspec.config import TuneConfig
+from quantspec.logging import counting
 from quantspec.pair import Pair
 from quantspec.pair.tuned import DraftQuality, TuneReport
 from quantspec.passes import Role
@@ -127,18 +127,17 @@ class _Tuning:
         config = self._config
         every = max(1, config.steps // _LOOKS)
         batches = _batches(texts, config)
-        with tqdm(total=config.steps, desc="tuning", disable=None) as bar:
+        with counting(_LOGGER, "tuning", config.steps) as advance:
             try:
                 while self.done < config.steps:
                     progress = self._step(next(batches))
-                    bar.update()
-                    bar.set_postfix(KL=f"{progress.kl:.4f}", acceptance=f"{progress.acceptance:.3f}")
+                    advance(1, f": KL {progress.kl:.4f}, acceptance {progress.acceptance:.3f}")
                     if callback is not None and callback(progress):
                         break
                     if self.done % every == 0 and self.done < config.steps:
                         self._keep_best()
             except KeyboardInterrupt:
-                bar.write("tuning stops: the best so far is kept")
+                _LOGGER.warning("tuning stops: the best so far is kept")
         self._keep_best()
         with torch.no_grad():
             for parameter, kept in zip(self._student.parameters, self._kept, strict=True):

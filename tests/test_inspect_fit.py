@@ -1,0 +1,95 @@
+"""Whether a model fits a card, how long a context, and what other ways to run it would take."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_errors import assert_error
+from tiny_models import tiny_model
+
+from quantspec import QuantSpecConfig
+from quantspec.cli._fit import Card, cache_parts, fit, ways
+from quantspec.cli.errors import CommandError
+from quantspec.memory import full_precision_bytes, most_that_fits
+from quantspec.pair.preview import structure_of
+
+OPTIONS = QuantSpecConfig(kv_group_size=16)
+
+
+@pytest.fixture(scope="module")
+def structure():
+    return structure_of(tiny_model("llama").config, OPTIONS, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("sizes", "room", "found"), [([3, 5, 9], 5, 2), ([3, 5, 9], 2, 0), ([3, 5, 9], 99, 3)])
+def test_most_that_fits(sizes, room, found):
+    assert most_that_fits(lambda number: sizes[number - 1], room, len(sizes)) == found
+
+
+def test_alternatives(structure):
+    """Their caches are transformers' own, in 16 and in 8 bits; of INT4 weights alone the model's are not kept."""
+    own, model, fp8, int4 = ways(structure, OPTIONS)
+    dense = full_precision_bytes(structure.layers, 300, 2, torch.bfloat16)
+    parts = cache_parts(structure, OPTIONS, 300, 2)
+    assert own.total(300, 2) == sum(structure.weight_bytes.values()) + sum(parts.values()) - parts["decoded"]
+    assert (model.weights, model.cache(300, 2)) == (structure.weight_bytes["target"], dense)
+    assert (fp8.weights, fp8.cache(300, 2)) == (structure.weight_bytes["target"], dense // 2)
+    quantized = sum(linear.model_bytes for linear in structure.linears if linear.draft_bytes)
+    assert int4.cache(300, 2) == dense
+    assert int4.weights == structure.weight_bytes["target"] - quantized + structure.weight_bytes["draft_int4"]
+    assert 0 < int4.weights < model.weights < own.weights
+
+
+def test_largest_context_and_batch_fit_and_one_more_does_not(structure):
+    every = list(ways(structure, OPTIONS))
+    card = Card("toy", every[0].total(200, 3) * 2)
+    found = fit(structure, OPTIONS, card, 0.5, 200, 3)
+    assert found["ways"][0]["fits"]
+    assert found["ways"][0]["largest_batch_size"] == 3
+    for way, row in zip(every, found["ways"], strict=True):
+        assert way.total(row["largest_context"], 3) <= found["room"]
+        assert row["largest_context"] == 512 or way.total(row["largest_context"] + 1, 3) > found["room"]
+        assert (
+            way.total(200, row["largest_batch_size"]) <= found["room"] < way.total(200, row["largest_batch_size"] + 1)
+        )
+    for row in found["server"]:
+        assert every[0].total(row["max_length"], row["max_sequences"]) <= found["room"]
+    lengths = [row["max_length"] for row in found["server"]]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_cards():
+    assert Card.named("H100-80").bytes == 81559 * 2**20
+    assert Card.named("24") == Card.named("24GB") == Card("24 GiB", 24 * 2**30)
+    with pytest.raises(CommandError, match="--gpu 'voodoo' is not known"):
+        Card.named("voodoo")
+
+
+def test_the_command_says_whether_it_fits(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = tiny_model("llama").config
+    config.save_pretrained(tmp_path)
+    assert "It fits: " in run("inspect", tmp_path, "--gpu", "h100-80")[1]
+    status, out, err = run("inspect", tmp_path, "--gpu", "0.0001")
+    assert (status, err) == (0, "")
+    assert "It does not fit: " in out
+    assert "no length of text would" in out
+    status, out, _ = run("inspect", tmp_path)
+    assert "There is no GPU here" in out
+    assert "float32 weights, FP8 cache" in out
+    facts = json.loads(run("inspect", tmp_path, "--gpu", "24", "--json")[1])
+    assert [way["fits"] for way in facts["fit"]["ways"]] == [True] * 4
+    assert [way["name"] for way in facts["memory"]["ways"]] == [way["name"] for way in facts["fit"]["ways"]]
+    assert_error(run("inspect", tmp_path, "--gpu", "voodoo"), "--gpu 'voodoo' is not known", "h100-80")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_nothing_is_cut(run, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    status, out, _ = run("inspect", tmp_path, "--gpu", "24", "--layers")
+    assert status == 0
+    assert "…" not in out
+    assert all(len(line) <= width for line in out.splitlines())

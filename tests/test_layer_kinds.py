@@ -1,0 +1,45 @@
+"""What inspect tells of a deep model from one layer of each kind is what a capture of all its layers tells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_model
+
+from quantspec import QuantSpecConfig
+from quantspec.pair import preview
+
+LAYERS = 4
+
+
+def deep_config(architecture: str, **changes):
+    """The tiny model's config with more layers, those of two kinds taking turns."""
+    config = tiny_model(architecture, **changes).config
+    text = config.get_text_config()
+    kinds = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == kinds and name != "eos_token_id":
+            setattr(text, name, value * (LAYERS // kinds))
+    text.num_hidden_layers = LAYERS
+    return config
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_layer_of_each_kind_tells_of_all(architecture, monkeypatch):
+    config = deep_config(architecture)
+    options = QuantSpecConfig(kv_group_size=16)
+    short = preview.structure_of(config, options, torch.float32)
+    monkeypatch.setattr(preview, "shorten", lambda model: None)
+    assert short == preview.structure_of(config, options, torch.float32)
+
+
+def test_captured_layers_do_not_grow_with_the_model(monkeypatch):
+    """A model of many layers takes as long as one of few: one layer of each kind is captured."""
+    seen = []
+    captured = preview._captured
+    monkeypatch.setattr(preview, "_captured", lambda model, options: seen.append(model) or captured(model, options))
+    config = deep_config("gemma2")
+    structure = preview.structure_of(config, QuantSpecConfig(kv_group_size=16))
+    assert [model.config.num_hidden_layers for model in seen] == [2]
+    assert len(structure.layers) == LAYERS
+    assert config.num_hidden_layers == LAYERS
