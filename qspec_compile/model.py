@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .capture import converting
-from .checkpoint.hub import push
+from .checkpoint.hub import local_folder, push
 from .checkpoint.loading import load_pair
 from .checkpoint.saving import save_pretrained
 from .config import QuantSpecConfig, TuneConfig
@@ -451,8 +451,9 @@ def from_pretrained(
         SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
     """
     if tensor_parallel is not None:
+        folder = local_folder(directory, revision, token)
         split = load_split(
-            directory, tensor_parallel, torch.device(device or "cpu").type, dtype, verify, trust_remote_code, options
+            folder, tensor_parallel, torch.device(device or "cpu").type, dtype, verify, trust_remote_code, options
         )
         return QuantSpecModel(split.pair, split)
     pair = load_pair(
