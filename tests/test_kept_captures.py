@@ -273,6 +273,14 @@ def test_the_files_used_last_stay(monkeypatch, folder):
     assert [captures_of(model()) for model in (old, new, older)] == [0, 0, 1]
 
 
+def test_the_values_that_a_held_rope_is_made_of_are_read():
+    model = tiny_model("llama")
+    before = kept._path(model, 64)
+    assert kept._path(model, 64) == before
+    model.model.rotary_emb.inv_freq.mul_(2)
+    assert kept._path(model, 64) != before
+
+
 def test_what_is_refused_is_refused_again():
     with mock.patch.object(modeling_llama.LlamaMLP, "forward", lambda self, x: x.flip(1)):
         for _ in range(2):

@@ -31,8 +31,10 @@ KEY = "secret"
 def address(saved_model) -> Iterator[str]:
     """Of two replicas."""
     with pytest.MonkeyPatch.context() as patch:
-        # Else a busy machine's proxy is given up as it starts.
+        # On a busy machine Ray gives up what is slow to start.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "300")
+        patch.setenv("RAY_agent_register_timeout_ms", "300000")
+        patch.setenv("RAY_raylet_start_wait_time_s", "300")
         yield from _serving(saved_model)
 
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -69,7 +70,11 @@ def _path(model: PreTrainedModel, rope_context: int | None) -> Path | None:
         if folder is None:
             return None
         versions = [version(package) for package in ("quantspec", "torch", "transformers")]
-        key = (FORMAT, versions, rope_context, running_code(model, capture, from_json))
+        key: tuple[Any, ...] = (FORMAT, versions, rope_context, running_code(model, capture, from_json))
+        if rope_context is not None:
+            # The graph has frequencies of its own, made from the model's.
+            buffers = {name: buffer.cpu().contiguous().clone() for name, buffer in model.named_buffers()}
+            key = (*key, hashlib.sha256(safetensors.torch.save(buffers)).hexdigest())
         return folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}{_SUFFIX}"
     except Exception as error:
         # Whatever keeps a capture from being kept, it can be made.

@@ -18,8 +18,10 @@ from typing import Any
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.requests import Request as HttpRequest
@@ -239,9 +241,16 @@ class _Forwarding:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
+        try:
+            await self._forward(scope, receive, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics":
             raise ApiError(404, "metrics of replicas are Ray's: ask the metrics endpoint of its nodes")
-        body = await _body(receive)
+        # Nothing else has a body, nor a limit to it.
+        body = await _body(receive) if scope["path"].startswith("/v1/") else b""
         if body is None:
             return
         described = {name: scope[name] for name in _SCOPE if name in scope} | {"state": _state(scope)}
@@ -258,12 +267,19 @@ class _Forwarding:
 
     async def _relay(self, scope: dict[str, Any], body: bytes, prefix: str, send: Send) -> None:
         answer = self._replicas.answer.remote(scope, body, prefix=prefix)
+        has_begun = False
         try:
             async for message in answer:
+                has_begun = True
                 await send(message)
         except asyncio.CancelledError:
             answer.cancel()
             raise
+        except (RayError, RayServeException) as error:
+            # The connection breaks where a status has been sent.
+            if has_begun:
+                raise
+            raise ApiError(503, "the replica did not answer: try again", "no_replica") from error
 
 
 def _state(scope: Scope) -> Mapping[str, Any]:
