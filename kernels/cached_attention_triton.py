@@ -181,7 +181,7 @@ def _attend_planes(
     step: tl.constexpr = 0.0625 if HAS_LOWER else 1.0
     # Looked up a tile ahead, a table costs a verification of eight sequences of 32k tokens 4.5% instead of 13 (one
     # H100); draft steps, of which more run at once, gain nothing.
-    AHEAD: tl.constexpr = PAGED and HAS_LOWER
+    AHEAD: tl.constexpr = (PAGED and HAS_LOWER) and HALF >= BLOCK
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     c = tl.arange(0, BLOCK_PART)

@@ -624,6 +624,14 @@ def op_cases() -> dict[str, tuple]:
             cases[f"tuning_attention {name}"] = kernels.tuning_attention, (*new, *text, none, none, *options)
             cases[f"prefill_attention {name}"] = kernels.prefill_attention, (*new, *target, *state, num_new, *options)
         cases[f"flush {dims[0]}/{dims[1]}"] = kernels.flush, (*target, *state)
+        groups = target[2].shape[2]
+        table = torch.arange(2 * groups, dtype=torch.int32).flip(0).view(2, groups)
+        recent, blocks = target[:2], [part.transpose(0, 1).flatten(1, 2).flip(1)[None] for part in target[2:]]
+        pool, unrotated = (*recent, *blocks, *state), (0.3, 0, 0.0, None, None, None, 0, False)
+        name = f"out of a pool {dims[0]}/{dims[1]}"
+        cases[f"cached_attention {name}"] = cached_attention, (*new, *pool, *unrotated, table)
+        cases[f"prefill_attention {name}"] = kernels.prefill_attention, (*new, *pool, num_new, *unrotated[:4], table)
+        cases[f"flush {name}"] = kernels.flush, (*pool, table)
     qdata, params, _ = int4_weight(6, 64, 32, seed=1, dtype=torch.float32)
     x, ids = randn(5, 64, seed=2, dtype=torch.float32), torch.tensor([0, 1, 1, 0, 1])
     weight, bias = randn(2, 6, 64, seed=3, dtype=torch.float32), randn(2, 6, seed=4, dtype=torch.float32)
