@@ -117,6 +117,9 @@ def test_what_cannot_be_split_is_refused_by_name(ranks):
     message = ranks.run(refused, "llama", options)
     assert "its 3 query heads are no multiple" in message
     assert "of module 'model.layers.0.self_attn'" in message
+    message = ranks.run(refused, "gpt2", {"n_inner": 97})
+    assert "its 97 input channels are no multiple" in message
+    assert "of module 'transformer.h.0.mlp.c_proj'" in message
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 97}, {"vocab_size": 98, "tie_word_embeddings": True}])
