@@ -150,6 +150,8 @@ def test_texts_are_those_of_one_process_on_all_ranks(ranks, architecture):
     for options in ({"do_sample": True}, {"do_sample": True, "num_speculative_tokens": "auto", "draft": "both"}):
         texts = ranks.run(texts_of_all, ids, {**CALL, **options})
         assert all(text == texts[0] for text in texts)
+    part.close()
+    assert not ranks.seat.kept
 
 
 def test_custom_criteria_and_streamers_are_rank_0s(ranks):
