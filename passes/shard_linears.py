@@ -91,10 +91,10 @@ class ShardLinears(PassBase):
         self._of_all: set[fx.Node] = set()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        JoinWrittenParts()(graph_module)
         graph = graph_module.graph
         if self.place.world == 1 or any(find_calls(graph, _REDUCE)):
             return PassResult(graph_module, False)
+        JoinWrittenParts()(graph_module)
         linears = [node for node in find_calls(graph, *_LINEARS) if _weight(node).op == "get_attr"]
         self._choose(graph, linears)
         for node, ranges in list(self._columns.items()):
@@ -149,11 +149,12 @@ class ShardLinears(PassBase):
                 self._take(found)
         for node in linears:
             width = shape_of(_weight(node))[_column_axis(node)]
-            if node in self._columns or width % world:
+            if node in self._columns:
                 continue
             found = {}
-            asked = self._ask(_operand(node), -1, even(width, rank, world), found)
-            if asked is None and found:
+            ranges = ((0, width),) if width % world else even(width, rank, world)
+            if self._ask(_operand(node), -1, ranges, found) is None and found:
+                self._check_size(node, width, "input channels")
                 self._take(found)
                 self._rows.add(node)
 

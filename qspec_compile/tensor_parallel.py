@@ -72,9 +72,11 @@ class Split:
         self.ranks.run(_reset, session, others=(self._key,))
 
     def close(self) -> None:
-        """End the ranks, if they were started for this pair alone."""
+        """End the ranks if they were started for this pair alone; else let them forget it."""
         if self._owns_ranks:
             self.ranks.close()
+        else:
+            self.ranks.run(_forget, self._key)
 
 
 def convert_split(
@@ -217,3 +219,7 @@ def _reset(seat: Seat, session: int | Session) -> None:
     session = seat.kept[session] if isinstance(session, int) else session
     with session.exclusive():
         session.release()
+
+
+def _forget(seat: Seat, key: int) -> None:
+    seat.kept.pop(key, None)
