@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,13 +16,14 @@ from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
 from quantspec.passes.counted_positions import FollowPositionIds
-from quantspec.passes.graph import find_calls
+from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
+from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 
 from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
 from .held_state import held_states
-from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
+from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, Recorder, StateError, capture_interfaces
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
 
@@ -85,9 +87,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     """
     check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
-    ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
@@ -97,10 +97,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
                 recorder.forget()
                 program = _export_token(model, states)
             else:
-                with RefuseConvolutions():
-                    program = torch.export.export(
-                        _Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False
-                    )
+                program = _export_tokens(model, recorder)
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -118,6 +115,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             check_own_positions(model, recorder, positions)
             # Rules that hold tensors can be asked only where those are real.
             masks = recorder.masks[len(layers) : 2 * len(layers)]
+        graph_module = program.module(check_guards=False)
+        if not layers:
+            layers = _written_layers(model, graph_module, recorder.max_window)
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
@@ -128,7 +128,6 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     check_precision(model, program, recorder)
     check_head_dims(layers, model.device)
     chunked = chunked_layers(recorder, masks, model.device)
-    graph_module = program.module(check_guards=False)
     if states:
         try:
             StepStates(len(states))(graph_module)
@@ -149,6 +148,37 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         ),
         states,
     )
+
+
+def _written_layers(
+    model: PreTrainedModel, graph_module: fx.GraphModule, max_window: int
+) -> tuple[CapturedLayer, ...]:
+    """Mark what ``model`` attends by itself, and tell of it as of calls of the interface."""
+    RemoveNoOps()(graph_module)
+    try:
+        MarkWrittenAttention(max_window)(graph_module)
+    except WrittenAttentionError as error:
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
+    layers = []
+    for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+        (_, heads, _, key_dim), (_, kv_heads, _, value_dim) = (marker.args[at].meta["val"].shape for at in (0, 2))  # type: ignore[union-attr]
+        window: Any = marker.args[5]
+        layers.append(CapturedLayer(module_path(marker), heads, kv_heads, key_dim, value_dim, window, 0.0, False))
+    return tuple(layers)
+
+
+def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:
+    """``model`` as a function of the tokens of each sequence; with masks as tensors where it attends by itself."""
+    ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
+    inputs = (ids, torch.arange(7, device=model.device).expand(2, 7).clone())
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with RefuseConvolutions():
+        try:
+            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+        except MaskReadError:
+            recorder.forget()
+            recorder.writes_masks = True
+            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
 
 
 def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> torch.export.ExportedProgram:
