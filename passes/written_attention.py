@@ -198,10 +198,19 @@ class _Trial(fx.Interpreter):
             positions: torch.arange(tokens, device=device)[None],
         }
         self.device = device
+        self.sizes = {size.node.expr: known for size, known in zip(ids.meta["val"].shape, (1, tokens), strict=True)}
         with torch.no_grad():
             for node in upstream:
+                if node.target in _LIKE:
+                    self.env.setdefault(node.args[0], self._of_shape(node.args[0]))  # type: ignore[arg-type]
                 if node not in self.env:
                     self.env[node] = self.run_node(node)
+
+    def _of_shape(self, node: fx.Node) -> Tensor:
+        """In place of a value that only its shape is read of."""
+        value = node.meta["val"]
+        shape = [size if isinstance(size, int) else int(size.node.expr.subs(self.sizes)) for size in value.shape]
+        return torch.zeros(shape, dtype=value.dtype, device=self.device)
 
     @torch.no_grad()
     def of(self, scores: Tensor) -> Tensor:

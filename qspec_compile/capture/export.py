@@ -21,7 +21,7 @@ from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 
-from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
+from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
 from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, Recorder, StateError, capture_interfaces
 from .rope import follows_length, rope_at
@@ -110,9 +110,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             if "Constraints violated" in reason:
                 reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
             raise recorder.unsupported(model if module is None else module, reason) from error
-        layers, masks = tuple(recorder.layers), recorder.masks.copy()
+        layers, masks, first = tuple(recorder.layers), recorder.masks.copy(), 0
         if not structure_only:
-            check_own_positions(model, recorder, positions)
+            first = first_position(model, recorder, positions)
             # Rules that hold tensors can be asked only where those are real.
             masks = recorder.masks[len(layers) : 2 * len(layers)]
         graph_module = program.module(check_guards=False)
@@ -136,6 +136,8 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     else:
         RemoveNoOps()(graph_module)
         FollowPositionIds()(graph_module)
+    if first:
+        _count_from(graph_module, first)
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])
@@ -148,6 +150,16 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         ),
         states,
     )
+
+
+def _count_from(graph_module: fx.GraphModule, first: int) -> None:
+    """Let the graph's positions be those of texts whose first is ``first``."""
+    graph = graph_module.graph
+    positions = graph.find_nodes(op="placeholder")[1]
+    with graph.inserting_after(positions):
+        shifted = graph.call_function(torch.ops.aten.add.Tensor, (positions, first))
+    shifted.meta.update(positions.meta)
+    positions.replace_all_uses_with(shifted, delete_user_cb=lambda user: user is not shifted)
 
 
 def _written_layers(
