@@ -24,9 +24,11 @@ _SHAPES = (
     aten.clone.default,
     aten.to.dtype,
     aten._to_copy.default,
+    aten.type_as.default,
 )
-# Read of their input its shape alone.
+# Read of an input its shape and dtype alone: of the only one, or of the second.
 _LIKE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.sym_size.int)
+_AS = (aten.expand_as.default, aten.reshape_as.default, aten.view_as.default, aten.type_as.default)
 # A score this far below the best has no probability left in any dtype.
 _HIDDEN = 5e3
 _FEWEST_TOKENS, _MOST_TOKENS = 40, 4096
@@ -98,23 +100,32 @@ def _free_of_tokens(graph: fx.Graph) -> set[fx.Node]:
         if node.op in ("placeholder", "output"):
             if node.target == "position_ids":
                 free.add(node)
-        elif node.target in _LIKE or all(source in free for source in node.all_input_nodes):
+        elif all(source in free for source in _read(node)):
             free.add(node)
     return free
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """Inputs whose values are read."""
+    unread = node.args[0] if node.target in _LIKE else node.args[1] if node.target in _AS else None
+    return [source for source in node.all_input_nodes if source is not unread]
 
 
 def _match(softmax: fx.Node, free: set[fx.Node]) -> _Found | None:
     if softmax.op != "call_function" or softmax.target not in _SOFTMAXES or softmax in free:
         return None
     rank = softmax.meta["val"].dim()
-    if softmax.args[1] not in (-1, rank - 1):
+    if softmax.args[1] not in (-1, rank - 1) or not _is_of_scores(softmax):
         return None
     rule: list[fx.Node] = []
     node = softmax.args[0]
     while isinstance(node, fx.Node) and node.target not in _PRODUCTS:
-        sources = [source for source in node.all_input_nodes if source not in free]
+        sources = [source for source in _read(node) if source not in free]
         if len(sources) != 1 or not (_is_elementwise(node) or node.target in _SHAPES):
-            return None
+            raise WrittenAttentionError(
+                f"{describe(softmax)} is of scores in which there is more than queries times keys and constants, as in "
+                f"attention by relative positions: {describe(node)}"
+            )
         rule.insert(0, node)
         node = sources[0]
     after: list[fx.Node] = []
@@ -123,13 +134,19 @@ def _match(softmax: fx.Node, free: set[fx.Node]) -> _Found | None:
         if output is not softmax:
             after.append(output)
         users = [user for user in output.users if user.target is not aten.sym_size.int]
-        if len(users) != 1:
-            return None
         output = users[0]
-    is_weighted = output.target in _PRODUCTS[:2] and output.args[0] is (after or [softmax])[-1]
-    if not (isinstance(node, fx.Node) and is_weighted) or node.meta["val"].dim() < 3:
-        return None
+        if len(users) != 1 or (output.target in _PRODUCTS and output.args[0] is not (after or [softmax])[-1]):
+            break
+    if output.target not in _PRODUCTS[:2]:
+        raise WrittenAttentionError(f"{describe(softmax)} weighs something else than values")
     return _Found(node, rule, softmax, after, output)
+
+
+def _is_of_scores(node: fx.Node) -> bool:
+    """Whether a node has an axis of all tokens, and another of all."""
+    tokens = node.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1]
+    sizes = [str(size) for size in node.meta["val"].shape]
+    return len(sizes) > 2 and sizes[-2:] == [str(tokens)] * 2
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -181,7 +198,7 @@ class _Rules:
         found: set[fx.Node] = set()
         for node in reversed(list(self.graph_module.graph.nodes)):
             if node in needed or node in found:
-                found.update(source for source in node.all_input_nodes if source in self.free)
+                found.update(source for source in _read(node) if source in self.free)
         return [node for node in self.graph_module.graph.nodes if node in found]
 
 
@@ -201,8 +218,9 @@ class _Trial(fx.Interpreter):
         self.sizes = {size.node.expr: known for size, known in zip(ids.meta["val"].shape, (1, tokens), strict=True)}
         with torch.no_grad():
             for node in upstream:
-                if node.target in _LIKE:
-                    self.env.setdefault(node.args[0], self._of_shape(node.args[0]))  # type: ignore[arg-type]
+                for source in node.all_input_nodes:
+                    if source not in self.env:
+                        self.env[source] = self._of_shape(source)
                 if node not in self.env:
                     self.env[node] = self.run_node(node)
 
@@ -337,6 +355,4 @@ def _with_positions(
     own = add_call(graph, aten.mul.Tensor, (bits, part), origin)
     own = add_call(graph, aten.unsqueeze.default, (own, 1), origin)
     own = add_call(graph, aten.expand.default, (own, [sizes[0], heads, sizes[1], _POSITION_BITS]), origin)
-    return tuple(
-        add_call(graph, aten.cat.default, ([x, more], -1), origin) for x, more in ((query, worth), (key, own))
-    )
+    return tuple(add_call(graph, aten.cat.default, ([x, more], -1), origin) for x, more in ((query, worth), (key, own)))

@@ -107,8 +107,14 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
                 reason = f"torch.export cannot capture it: {reason}"
             if module in follow_length:
                 reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
-            if "Constraints violated" in reason:
-                reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
+            if "Constraints violated" in reason and ".size()[1]" in reason:
+                reason = "its forward fixes the number of tokens, as a loop over tokens does (recurrent state, a bias of each)"
+            elif "Constraints violated" in reason:
+                reason = "its forward fixes the number of sequences of a batch"
+            elif "data-dependent" in reason:
+                reason = (
+                    "what its forward runs depends on the tokens' values, as a loop over the experts they choose does"
+                )
             raise recorder.unsupported(model if module is None else module, reason) from error
         layers, masks, first = tuple(recorder.layers), recorder.masks.copy(), 0
         if not structure_only:
@@ -162,9 +168,7 @@ def _count_from(graph_module: fx.GraphModule, first: int) -> None:
     positions.replace_all_uses_with(shifted, delete_user_cb=lambda user: user is not shifted)
 
 
-def _written_layers(
-    model: PreTrainedModel, graph_module: fx.GraphModule, max_window: int
-) -> tuple[CapturedLayer, ...]:
+def _written_layers(model: PreTrainedModel, graph_module: fx.GraphModule, max_window: int) -> tuple[CapturedLayer, ...]:
     """Mark what ``model`` attends by itself, and tell of it as of calls of the interface."""
     RemoveNoOps()(graph_module)
     try:
