@@ -181,7 +181,7 @@ class _Rules:
         tables = [node for node in upstream if node.op == "get_attr"]
         sizes = [get_tensor(self.graph_module, node).shape for node in tables]
         # A table of which tokens see each other tells of windows up to its size.
-        square = [size[-1] for size in sizes if len(size) > 1 and size[-1] == size[-2]]
+        square = [size[-1] for size in sizes if len(size) > 1 and size[-1] == size[-2] > 1]
         tokens = min(square) if square else max(_FEWEST_TOKENS, 2 * self.max_window + 1)
         if tokens > _MOST_TOKENS:
             raise WrittenAttentionError(f"{describe(match.softmax)} attends in a window of {self.max_window} tokens")

@@ -189,7 +189,7 @@ def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor
     """
     embedding: Any = model.get_input_embeddings()
     ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    padding = {embedding.padding_idx, model.config.get_text_config().pad_token_id} - {None}
+    padding = {getattr(embedding, "padding_idx", None), getattr(model.config, "pad_token_id", None)} - {None}
     tokens = torch.tensor([token for token in range(embedding.weight.shape[0]) if token not in padding], device="cpu")
     ids = tokens[ids % len(tokens)].to(positions.device)
 

@@ -23,7 +23,7 @@ from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAtte
 
 from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
-from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, Recorder, StateError, capture_interfaces
+from .interfaces import CapturedLayer, MaskReadError, Recorder, RefuseConvolutions, StateError, capture_interfaces
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
 
@@ -108,7 +108,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             if module in follow_length:
                 reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
             if "Constraints violated" in reason and ".size()[1]" in reason:
-                reason = "its forward fixes the number of tokens, as a loop over tokens does (recurrent state, a bias of each)"
+                reason = "its forward fixes the number of tokens, as a loop over tokens does (recurrent state)"
             elif "Constraints violated" in reason:
                 reason = "its forward fixes the number of sequences of a batch"
             elif "data-dependent" in reason:
