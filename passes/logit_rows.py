@@ -13,13 +13,13 @@ LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.
 
 
 def logits_linear(graph: fx.Graph) -> fx.Node | None:
-    """The language-model head: the linear that the output reaches through elementwise ops of it and constants, or None."""
+    """The language-model head: the linear that the output reaches elementwise, with constants at most; or None."""
     node = _before_elementwise(graph)
     return node if node.target in LINEAR_TARGETS else None
 
 
 def _before_elementwise(graph: fx.Graph) -> fx.Node:
-    """The last node that is no elementwise op of one tensor and constants; the output itself where that is several tensors."""
+    """The last node that is not elementwise in one tensor; the output itself where that is several tensors."""
     node = graph.output_node().args[0]
     while isinstance(node, tuple | list) and len(node) == 1:
         node = node[0]

@@ -15,8 +15,8 @@ from .graph import aten, finish
 class RemoveNoOps(PassBase):
     """Matches nodes that return their input unchanged, writes that input.
 
-    Pattern: ``aten.slice(x, d, 0, maxint)`` or any of x's own shape, ``aten.to(x, ...)`` to the dtype and device x has, ``aten.dropout(x, p,
-    False)``, and assertions.
+    Pattern: ``aten.slice(x, d, 0, maxint)`` and others of x's own shape, ``aten.to(x, ...)`` to the dtype and device x
+    has, ``aten.dropout(x, p, False)``, and assertions.
 
     Requires value metadata to decide on ``aten.to``; nodes without it are kept. Ensures the same outputs, bit for
     bit, and that no such node is left.

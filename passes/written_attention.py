@@ -53,7 +53,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What becomes of the score ``s`` of query i and key j: ``scale * s + slopes[h] * (j - i)``, visible in ``window``."""
+    """Makes ``scale * s + slopes[h] * (j - i)`` of the score ``s`` of query i and key j, which sees ``window`` keys."""
 
     scale: float
     window: int
@@ -65,7 +65,7 @@ class MarkWrittenAttention(PassBase):
 
     What stands between the product and the softmax is not read but tried: of scores that are 0, 1 and random it has to
     make ``scale * s + slope[h] * (j - i)`` for a causal j with an optional window, and hide the rest. A slope (ALiBi)
-    becomes further dims of queries and keys: a key's are the bits of its position, which any number of bits holds
+    becomes further dims of queries and keys: a key's are the bits of its position, which both planes of the cache hold
     exactly, and a query's are what each is worth.
 
     Requires value metadata and no no-ops (:class:`RemoveNoOps`). Raises :class:`WrittenAttentionError` for a rule that
@@ -340,10 +340,11 @@ def _with_positions(
     graph = graph_module.graph
     assert rule.slopes is not None
     like = query.meta["val"]
-    # Half of a bit's worth stands in the key, where a large one is as exact, so that none overflows in float16.
+    # A step of the key's codes, of which there are 15, is a power of 2 and exact. Half of a bit's worth stands in the key,
+    # so that nothing overflows in float16.
     powers = torch.arange(_POSITION_BITS)
-    in_query = rule.slopes[:, None].double() / rule.scale * 2.0 ** (powers - powers // 2)
-    in_key = 2.0 ** (powers // 2)
+    in_query = rule.slopes[:, None].double() / rule.scale * 2.0 ** (powers - powers // 2) / 15
+    in_key = 15 * 2.0 ** (powers // 2)
     worth, part = (
         add_buffer(graph_module, f"position_{name}_{origin.name}", x.to(like.device, like.dtype))
         for name, x in (("worth", in_query[None, :, None]), ("part", in_key))
