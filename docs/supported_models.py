@@ -31,9 +31,9 @@ def render(census: dict[str, Any]) -> str:
     right = [_right(name, found) for name, found in types.items() if found["verdict"] == "right"]
     head = f"""# Supported models
 
-There is no code per model: any decoder whose attention goes through transformers' attention interface, or is written out
-as `softmax(scale * q k + slope * distance) v`, is captured, with what states transformers' cache holds besides keys and
-values, and what cannot be decoded from them is refused by name.
+There is no code per model: any decoder whose attention goes through transformers' attention interface, or is written
+out as `softmax(scale * q k + slope * distance) v`, is captured, with what states transformers' cache holds besides keys
+and values, and what cannot be decoded from them is refused by name.
 
 Of **every** causal type that transformers registers, `python -m benchmarks.census` makes a tiny random model (float32,
 on a CPU) with each kind of layer of the type's default config, converts it and compares: greedy text of a prompt and of

@@ -340,8 +340,8 @@ def _with_positions(
     graph = graph_module.graph
     assert rule.slopes is not None
     like = query.meta["val"]
-    # A step of the key's codes, of which there are 15, is a power of 2 and exact. Half of a bit's worth stands in the key,
-    # so that nothing overflows in float16.
+    # A step of the key's codes, of which there are 15, is a power of 2 and exact. Half of a bit's worth stands in the
+    # key, so that nothing overflows in float16.
     powers = torch.arange(_POSITION_BITS)
     in_query = rule.slopes[:, None].double() / rule.scale * 2.0 ** (powers - powers // 2) / 15
     in_key = 15 * 2.0 ** (powers // 2)

@@ -16,6 +16,7 @@ from quantspec.passes.graph import aten, find_calls
 from quantspec.passes.logit_rows import logits_linear
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
+from quantspec.passes.written_linears import MarkWrittenLinears
 
 HEADS, DIM = 4, 8
 TOKENS = 11
@@ -190,3 +191,32 @@ def test_logits_may_be_scaled_by_token():
     for other in (False, True):
         graph = torch.export.export(Scaled(), (torch.ones(2, 3, 8), other)).module().graph
         assert (logits_linear(graph) is None) == other
+
+
+def test_linears_may_be_written_as_products():
+    """Falcon's: its draft has INT4 weights like any other's."""
+    gm = capture(tiny_model("falcon")).graph_module
+    assert not list(find_calls(gm.graph, aten.numpy_T.default, aten.matmul.default))
+    assert len(list(find_calls(gm.graph, aten.linear.default))) == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("other", ["another axis", "twice read", "a matrix"])
+def test_other_products_are_left(other):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6, 6))
+            self.bias = nn.Parameter(torch.ones(6))
+            self.rows = nn.Parameter(torch.ones(3, 6))
+
+        def forward(self, hidden):
+            if other == "another axis":
+                return hidden @ self.weight + self.bias
+            product = hidden @ self.weight.T
+            return product + self.rows if other == "a matrix" else (product + self.bias) * product
+
+    gm = torch.export.export(Product(), (torch.ones(2, 3, 6),)).module()
+    expected = gm(torch.ones(2, 3, 6))
+    assert MarkWrittenLinears()(gm).modified == (other != "another axis")
+    assert all(len(node.args) < 3 or node.args[2] is None for node in find_calls(gm.graph, aten.linear.default))
+    torch.testing.assert_close(gm(torch.ones(2, 3, 6)), expected)

@@ -20,6 +20,7 @@ from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
+from quantspec.passes.written_linears import MarkWrittenLinears
 
 from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
@@ -141,6 +142,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
     else:
         RemoveNoOps()(graph_module)
+        MarkWrittenLinears()(graph_module)
         FollowPositionIds()(graph_module)
     if first:
         _count_from(graph_module, first)
