@@ -42,6 +42,8 @@ drafts, a conversation on a kept cache, a saved pair. *Right* is what passes all
 equal logits; *not built* is what transformers does not make or run by itself from such a config.
 
 {_table(["transformers", "types", *verdicts], rows)}
+With transformers {version}, rows by the commit that was run: {_commits(types)}.
+
 ## Converted
 
 With transformers {version}. *Prefill* and *decoding* are the largest differences of the target's logits from the
@@ -60,6 +62,12 @@ quantized.
         if found:
             parts.append(f"\n## {verdict.capitalize()}\n\n{text}\n\n{_table(['model type', 'message'], found)}")
     return "".join(parts)
+
+
+def _commits(types: dict[str, Any]) -> str:
+    """How many rows each commit made; the earliest runs did not record theirs."""
+    counts = Counter(found.get("commit", "")[:7] for found in types.values())
+    return ", ".join(f"{count} {commit or 'of earlier ones'}" for commit, count in sorted(counts.items(), reverse=True))
 
 
 def _table(head: Any, rows: list[Any]) -> str:

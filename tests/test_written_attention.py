@@ -220,3 +220,15 @@ def test_other_products_are_left(other):
     assert MarkWrittenLinears()(gm).modified == (other != "another axis")
     assert all(len(node.args) < 3 or node.args[2] is None for node in find_calls(gm.graph, aten.linear.default))
     torch.testing.assert_close(gm(torch.ones(2, 3, 6)), expected)
+
+
+def test_a_slice_of_the_whole_is_no_op():
+    class Sliced(nn.Module):
+        def forward(self, x):
+            torch._check(x.shape[1] > 1)
+            return x[:, -x.shape[1] :] + x[:, 1:].sum()
+
+    axes = ({1: torch.export.Dim.DYNAMIC},)
+    gm = torch.export.export(Sliced(), (torch.ones(2, 5),), dynamic_shapes=axes).module(check_guards=False)
+    RemoveNoOps()(gm)
+    assert len(list(find_calls(gm.graph, aten.slice.Tensor))) == 1

@@ -33,7 +33,7 @@ from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-_FORMAT = 2
+_FORMAT = 3
 _NAMESPACES = ("aten", "prims", "quantspec")
 _NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
