@@ -144,14 +144,6 @@ def _bidirectional() -> PreTrainedModel:
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention that no marker computes.
-    "xlnet": _architecture(
-        "xlnet",
-        "as in attention by relative positions",
-        "transformer.layer.0.rel_attn",
-        d_model=64,
-        n_layer=1,
-        n_head=4,
-    ),
     "doge": _architecture("doge", "an attention mask or position bias of its own", "model.layers.0.self_attn"),
     # Convolutions and recurrences.
     "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
