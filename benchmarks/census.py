@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import quantspec
 from quantspec import QuantSpecModel, UnsupportedModelError
 from quantspec.errors import SavedModelError
+from quantspec.evals.environment import current_commit
 from quantspec.self_check import incremental_logits
 
 from .census_models import VOCABULARY, tiny_model
@@ -267,10 +268,11 @@ def main() -> None:
     torch.set_num_threads(1)
     census = json.loads(given.out.read_text()) if given.out.exists() else {}
     types = census.setdefault(transformers.__version__, {})
+    commit = current_commit()
     for name, found in run(
         given.types or [name for name in registered() if name not in types], given.jobs, given.time_limit
     ):
-        types[name] = found
+        types[name] = found | {"commit": commit}
         census[transformers.__version__] = dict(sorted(types.items()))
         given.out.write_text(json.dumps(census, indent=1) + "\n")
         _LOG.info("%s: %s %s (%s s)", name, found["verdict"], found.get("reason", ""), found["seconds"])

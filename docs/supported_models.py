@@ -31,8 +31,9 @@ def render(census: dict[str, Any]) -> str:
     right = [_right(name, found) for name, found in types.items() if found["verdict"] == "right"]
     head = f"""# Supported models
 
-There is no code per model: any decoder whose attention goes through transformers' attention interface is captured, with
-what states transformers' cache holds besides keys and values, and what cannot be decoded from them is refused by name.
+There is no code per model: any decoder whose attention goes through transformers' attention interface, or is written
+out as `softmax(scale * q k + slope * distance) v`, is captured, with what states transformers' cache holds besides keys
+and values, and what cannot be decoded from them is refused by name.
 
 Of **every** causal type that transformers registers, `python -m benchmarks.census` makes a tiny random model (float32,
 on a CPU) with each kind of layer of the type's default config, converts it and compares: greedy text of a prompt and of
@@ -41,6 +42,8 @@ drafts, a conversation on a kept cache, a saved pair. *Right* is what passes all
 equal logits; *not built* is what transformers does not make or run by itself from such a config.
 
 {_table(["transformers", "types", *verdicts], rows)}
+With transformers {version}, rows by the commit that was run: {_commits(types)}.
+
 ## Converted
 
 With transformers {version}. *Prefill* and *decoding* are the largest differences of the target's logits from the
@@ -59,6 +62,12 @@ quantized.
         if found:
             parts.append(f"\n## {verdict.capitalize()}\n\n{text}\n\n{_table(['model type', 'message'], found)}")
     return "".join(parts)
+
+
+def _commits(types: dict[str, Any]) -> str:
+    """How many rows each commit made; the earliest runs did not record theirs."""
+    counts = Counter(found.get("commit", "")[:7] for found in types.values())
+    return ", ".join(f"{count} {commit or 'of earlier ones'}" for commit, count in sorted(counts.items(), reverse=True))
 
 
 def _table(head: Any, rows: list[Any]) -> str:

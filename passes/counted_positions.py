@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from .graph import add_call, aten, finish
 _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _LOOKUPS = (aten.embedding.default,)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default)
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.reshape_as.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+)
+# Ops along one axis, with the place of it among their arguments.
+_ALONG = {aten.chunk.default: 2, aten.split.Tensor: 2, aten.stack.default: 1, aten.cat.default: 1}
 
 
 class _CannotFollow(Exception):
@@ -119,7 +128,9 @@ class _Followed:
         return region, users
 
     def _check_followed(self, node: fx.Node) -> None:
-        counted = [source for source in node.all_input_nodes if source not in self.constant and _rank(source)]
+        # A shape alone is read of the second.
+        sources = node.all_input_nodes[:1] if node.target is aten.reshape_as.default else node.all_input_nodes
+        counted = [source for source in sources if source not in self.constant and _rank(source)]
         kinds = {(_rank(source), self._has_batch(source)) for source in counted}
         if len(kinds) != 1 or not self._has_known_sizes(node):
             raise _CannotFollow
@@ -131,6 +142,13 @@ class _Followed:
             known = adds or (keeps and _rank(node) == rank)
         elif node.target in _LOOKUPS:
             known = node.args[1] in counted
+        elif node.target in _ALONG:
+            # Behind the first axis, counted from the end where the batch's is added in front.
+            place = _ALONG[node.target]
+            axis: Any = node.args[place] if len(node.args) > place else 0
+            known = -_rank(node) < axis < 0 or (has_batch and axis > 0)
+        elif node.target is operator.getitem:
+            known = True
         else:
             # A constant joins from the right, and may not reach the batch's axis.
             constants = [source for source in node.all_input_nodes if source in self.constant]
@@ -150,13 +168,13 @@ class _Followed:
 
     def _has_batch(self, node: fx.Node) -> bool:
         """Whether the first axis of a value, all alike for the rows of a batch, takes theirs."""
-        first = node.meta["val"].shape[0] if _rank(node) > 1 else None
+        first = _value(node).shape[0] if _rank(node) > 1 else None
         batch = self.ids.meta["val"].shape[0]
         return first == 1 if isinstance(first, int) else first is not None and first.node.expr == batch.node.expr
 
     def _has_known_sizes(self, node: fx.Node) -> bool:
         expressions = [size.node.expr for size in self.ids.meta["val"].shape]
-        sizes = node.meta["val"].shape
+        sizes = _value(node).shape
         return all(isinstance(size, int) or size.node.expr in expressions for size in sizes)
 
     def _size(self, axis: int) -> fx.Node:
@@ -184,8 +202,14 @@ class _Followed:
         return made
 
 
-def _rank(node: fx.Node) -> int:
+def _value(node: fx.Node) -> Any:
+    """A node's value; the first of several, which have one rank."""
     value = node.meta.get("val")
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _rank(node: fx.Node) -> int:
+    value = _value(node)
     return value.dim() if isinstance(value, Tensor) else 0
 
 

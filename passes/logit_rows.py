@@ -15,18 +15,18 @@ LINEAR_TARGETS = (aten.linear.default, torch.nn.functional.linear, torch._C._nn.
 
 
 def logits_linear(graph: fx.Graph) -> fx.Node | None:
-    """The language-model head: the linear that the output reaches through one-tensor elementwise ops, or None."""
+    """The language-model head: the linear that the output reaches elementwise, with constants at most; or None."""
     node = _before_elementwise(graph)
     return node if node.target in LINEAR_TARGETS else None
 
 
 def _before_elementwise(graph: fx.Graph) -> fx.Node:
-    """The last node that is no one-tensor elementwise op; the output itself where that is several tensors."""
+    """The last node that is not elementwise in one tensor; the output itself where that is several tensors."""
     node = graph.output_node().args[0]
     while isinstance(node, tuple | list) and len(node) == 1:
         node = node[0]
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target not in LINEAR_TARGETS:
-        inputs = node.all_input_nodes
+        inputs = [source for source in node.all_input_nodes if not _is_of_vocabulary(source)]
         pointwise = isinstance(node.target, torch._ops.OpOverload) and (
             torch.Tag.pointwise in node.target.tags or node.target in _THROUGH
         )
@@ -34,6 +34,13 @@ def _before_elementwise(graph: fx.Graph) -> fx.Node:
             break
         node = inputs[0]
     return node if isinstance(node, fx.Node) else graph.output_node()
+
+
+def _is_of_vocabulary(node: fx.Node) -> bool:
+    """Whether a node is a constant of each token id, or one of all."""
+    if node.op == "get_attr":
+        return node.meta["val"].dim() <= 1
+    return node.op == "call_function" and bool(node.args) and all(map(_is_of_vocabulary, node.all_input_nodes))
 
 
 class SelectLogitRows(PassBase):

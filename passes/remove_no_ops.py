@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,8 +15,8 @@ from .graph import aten, finish
 class RemoveNoOps(PassBase):
     """Matches nodes that return their input unchanged, writes that input.
 
-    Pattern: ``aten.slice(x, d, 0, maxint)``, ``aten.to(x, ...)`` to the dtype and device x has, ``aten.dropout(x, p,
-    False)``, and metadata assertions.
+    Pattern: ``aten.slice(x, d, 0, maxint)`` and others of x's own shape, ``aten.to(x, ...)`` to the dtype and device x
+    has, ``aten.dropout(x, p, False)``, and assertions.
 
     Requires value metadata to decide on ``aten.to``; nodes without it are kept. Ensures the same outputs, bit for
     bit, and that no such node is left.
@@ -26,7 +27,7 @@ class RemoveNoOps(PassBase):
         for node in list(graph_module.graph.nodes):
             if node.op != "call_function":
                 continue
-            if node.target is aten._assert_tensor_metadata.default:
+            if node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
                 graph_module.graph.erase_node(node)
                 removed += 1
             elif self._returns_input(node):
@@ -46,7 +47,8 @@ class RemoveNoOps(PassBase):
         if node.target is aten.slice.Tensor:
             given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False)) | node.kwargs
             start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
-            return bool(start in (0, None) and (end is None or end == sys.maxsize) and step == 1)
+            whole = start in (0, None) and (end is None or end == sys.maxsize)
+            return bool(step == 1 and (whole or _has_the_same_shape(node, node.args[0])))
         if node.target is aten.dropout.default:
             return node.args[2] is False
         if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
@@ -57,3 +59,12 @@ class RemoveNoOps(PassBase):
                 and (before.dtype, before.device) == (after.dtype, after.device)
             )
         return False
+
+
+def _has_the_same_shape(node: fx.Node, other: Any) -> bool:
+    values = [one.meta.get("val") for one in (node, other)]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    # Compared as they are written, since a comparison of sizes would be a condition on them.
+    shapes = [list(map(str, value.shape)) for value in values]
+    return shapes[0] == shapes[1]

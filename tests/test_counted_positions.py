@@ -59,6 +59,9 @@ FOLLOWED = {
     "looked up, a row each": lambda x, t: x + nn.functional.embedding(
         torch.arange(3, 3 + x.shape[1]).expand(x.shape[0], -1), t
     ),
+    "in halves": lambda x, t: x + torch.cat(
+        nn.functional.embedding(torch.arange(x.shape[1]), t)[None].chunk(2, -1)[::-1], -1
+    ),
     "times frequencies": lambda x, table: x + (torch.arange(x.shape[1]).float()[:, None] * table[0]).sin(),
 }  # fmt: skip
 LEFT = {

@@ -12,7 +12,6 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, LlamaForCausalLM, Pre
 
 _STATE = "is not in the key/value cache"
 _NO_ATTENTION = "no attention layer, so no key/value cache"
-_MASK = "reads its attention mask itself"
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,8 @@ def _bidirectional() -> PreTrainedModel:
 
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
-    # Attention outside transformers' interface.
-    "gpt_neo": _architecture(
-        "gpt_neo", _MASK, "transformer.h.0.attn", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-    ),
-    "bloom": _architecture("bloom", _MASK, "transformer.h.0.self_attention", n_layer=2, n_head=4),
-    "mpt": _architecture("mpt", _MASK, "transformer", d_model=64, n_heads=4, n_layers=2),
-    "falcon": _architecture("falcon", _MASK, "transformer.h.0.self_attention"),
-    "xglm": _architecture("xglm", _MASK, "model.layers.0.self_attn", d_model=64, ffn_dim=96, num_layers=2),
-    "doge": _architecture("doge", _MASK, "model.layers.0.self_attn"),
+    # Attention that no marker computes.
+    "doge": _architecture("doge", "an attention mask or position bias of its own", "model.layers.0.self_attn"),
     # Convolutions and recurrences.
     "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
     "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),

@@ -179,35 +179,54 @@ def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
     )
 
 
-def check_own_positions(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> None:
-    """Refuse a model that, left to itself, counts positions otherwise than ``positions (B, T)``, 0, 1, 2, ..."""
+def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> int:
+    """What a model, left to itself, gives the first token of a text, where the others follow one by one: 0 for most.
+
+    Token ids that are padding are not asked for, since some models do not count them.
+
+    Raises:
+        UnsupportedModelError: it counts ``positions (B, T)``, 0, 1, 2, ..., otherwise.
+    """
+    embedding: Any = model.get_input_embeddings()
     ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    ids = (ids % model.get_input_embeddings().weight.shape[0]).to(positions.device)  # type: ignore[index]
+    padding = {getattr(embedding, "padding_idx", None), getattr(model.config, "pad_token_id", None)} - {None}
+    tokens = torch.tensor([token for token in range(embedding.weight.shape[0]) if token not in padding], device="cpu")
+    ids = tokens[ids % len(tokens)].to(positions.device)
 
-    def outputs(**position_ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
-        made: list[tuple[nn.Module, Tensor]] = []
+    def calls(**position_ids: Tensor) -> list[tuple[nn.Module, tuple[Any, ...], Tensor]]:
+        made: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
 
-        def keep(module: nn.Module, inputs: object, output: object) -> None:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
             if isinstance(output, Tensor):
-                made.append((module, output))
+                made.append((module, inputs, output))
 
         with contextlib.ExitStack() as hooks:
             for module in recorder.module_names:
                 hooks.enter_context(module.register_forward_hook(keep))
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **position_ids)
-        return [*made, (model, output.logits)]
+        return [*made, (model, (), output.logits)]
 
-    given, own = outputs(position_ids=positions), outputs()
-    logits = given[-1][1].float()
-    if not (own[-1][1].float() - logits).norm() > 1e-2 * logits.norm():
-        return
-    for (module, expected), (_, output) in zip(given, own, strict=False):
+    given, own = calls(position_ids=positions), calls()
+    if _are_alike(given, own):
+        return 0
+    for (module, inputs, expected), (_, own_inputs, output) in zip(given, own, strict=False):
         if expected.shape != output.shape or not torch.equal(expected, output):
+            if isinstance(module, nn.Embedding) and inputs[0].shape == own_inputs[0].shape:
+                first = int((own_inputs[0] - inputs[0]).flatten()[0])
+                if first >= 0 and _are_alike(calls(position_ids=positions + first), own):
+                    return first
             raise recorder.unsupported(
                 module,
-                "given no position_ids, the model does not count positions from 0 (an offset, or token ids that are "
-                "not counted); the positions of a text are the cache's to give",
+                "given no position_ids, the model does not count positions one by one; the positions of a text are the "
+                "cache's to give",
             )
+    return 0
+
+
+def _are_alike(given: list[tuple[nn.Module, tuple[Any, ...], Tensor]], own: list[Any]) -> bool:
+    """Whether two runs end in the same logits, but for rounding."""
+    logits, others = (calls[-1][2].float() for calls in (given, own))
+    return not (others - logits).norm() > 1e-2 * logits.norm()
 
 
 def chunked_layers(recorder: Recorder, masks: Sequence[tuple[MaskSpec, nn.Module]], device: torch.device) -> set[int]:

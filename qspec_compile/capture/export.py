@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,14 +16,16 @@ from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
 from quantspec.passes.counted_positions import FollowPositionIds
-from quantspec.passes.graph import find_calls
+from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.pieces import Piece
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
+from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
+from quantspec.passes.written_linears import MarkWrittenLinears
 
-from .checks import check_head_dims, check_model, check_own_positions, check_precision, chunked_layers
+from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
-from .interfaces import CapturedLayer, MaskReadError, RefuseConvolutions, StateError, capture_interfaces
+from .interfaces import CapturedLayer, MaskReadError, Recorder, RefuseConvolutions, StateError, capture_interfaces
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
 
@@ -90,9 +93,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     """
     check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
-    ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
@@ -102,10 +103,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
                 recorder.forget()
                 program = _export_token(model, states)
             else:
-                with RefuseConvolutions():
-                    program = torch.export.export(
-                        _Logits(model), (ids, positions), dynamic_shapes=(axes, axes), strict=False
-                    )
+                program = _export_tokens(model, recorder)
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -115,14 +113,23 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
                 reason = f"torch.export cannot capture it: {reason}"
             if module in follow_length:
                 reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
-            if "Constraints violated" in reason:
-                reason += " Its forward fixes the number of tokens, as a loop over tokens (recurrent state) does."
+            if "Constraints violated" in reason and ".size()[1]" in reason:
+                reason = "its forward fixes the number of tokens, as a loop over tokens does (recurrent state)"
+            elif "Constraints violated" in reason:
+                reason = "its forward fixes the number of sequences of a batch"
+            elif "data-dependent" in reason:
+                reason = (
+                    "what its forward runs depends on the tokens' values, as a loop over the experts they choose does"
+                )
             raise recorder.unsupported(model if module is None else module, reason) from error
-        layers, masks = tuple(recorder.layers), recorder.masks.copy()
+        layers, masks, first = tuple(recorder.layers), recorder.masks.copy(), 0
         if not structure_only:
-            check_own_positions(model, recorder, positions)
+            first = first_position(model, recorder, positions)
             # Rules that hold tensors can be asked only where those are real.
             masks = recorder.masks[len(layers) : 2 * len(layers)]
+        graph_module = program.module(check_guards=False)
+        if not layers:
+            layers = _written_layers(model, graph_module, recorder.max_window)
         held = held_states(model, len(layers))
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
@@ -133,7 +140,6 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     check_precision(model, program, recorder)
     check_head_dims(layers, model.device)
     chunked = chunked_layers(recorder, masks, model.device)
-    graph_module = program.module(check_guards=False)
     if states:
         try:
             StepStates(len(states))(graph_module)
@@ -141,7 +147,10 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
             raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
     else:
         RemoveNoOps()(graph_module)
+        MarkWrittenLinears()(graph_module)
         FollowPositionIds()(graph_module)
+    if first:
+        _count_from(graph_module, first)
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])
@@ -154,6 +163,45 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         ),
         states,
     )
+
+
+def _count_from(graph_module: fx.GraphModule, first: int) -> None:
+    """Let the graph's positions be those of texts whose first is ``first``."""
+    graph = graph_module.graph
+    positions = graph.find_nodes(op="placeholder")[1]
+    with graph.inserting_after(positions):
+        shifted = graph.call_function(torch.ops.aten.add.Tensor, (positions, first))
+    shifted.meta.update(positions.meta)
+    positions.replace_all_uses_with(shifted, delete_user_cb=lambda user: user is not shifted)
+
+
+def _written_layers(model: PreTrainedModel, graph_module: fx.GraphModule, max_window: int) -> tuple[CapturedLayer, ...]:
+    """Mark what ``model`` attends by itself, and tell of it as of calls of the interface."""
+    RemoveNoOps()(graph_module)
+    try:
+        MarkWrittenAttention(max_window)(graph_module)
+    except WrittenAttentionError as error:
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
+    layers = []
+    for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+        (_, heads, _, key_dim), (_, kv_heads, _, value_dim) = (marker.args[at].meta["val"].shape for at in (0, 2))  # type: ignore[union-attr]
+        window: Any = marker.args[5]
+        layers.append(CapturedLayer(module_path(marker), heads, kv_heads, key_dim, value_dim, window, 0.0, False))
+    return tuple(layers)
+
+
+def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:
+    """``model`` as a function of the tokens of each sequence; with masks as tensors where it attends by itself."""
+    ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
+    inputs = (ids, torch.arange(7, device=model.device).expand(2, 7).clone())
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with RefuseConvolutions():
+        try:
+            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+        except MaskReadError:
+            recorder.forget()
+            recorder.writes_masks = True
+            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
 
 
 def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> torch.export.ExportedProgram:

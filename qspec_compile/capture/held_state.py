@@ -24,7 +24,9 @@ def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | 
     One for each attention call; layers of that cache that hold nothing are left out, and calls beyond the rest hold
     nothing. None for all where the model does not run so.
     """
-    lengths = (2, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    lengths = (2, next(filter(None, limits), 2**20))
     try:
         short, long = (_held_elements(model, num_tokens) for num_tokens in lengths)
     except Exception as error:

@@ -121,6 +121,9 @@ class Recorder:
         self.layers: list[CapturedLayer] = []
         # Of each of them, and the module that attends.
         self.masks: list[tuple[MaskSpec, nn.Module]] = []
+        # Whether masks are tensors, for a model that attends by itself, and the largest of their windows and chunks.
+        self.writes_masks = False
+        self.max_window = 0
 
     def forget(self) -> None:
         """Begin anew."""
@@ -185,11 +188,16 @@ def _marker_attention(
     if recorder is None:
         raise RuntimeError(f"'{IMPLEMENTATION}' is an attention implementation for quantspec's capture only")
     if isinstance(attention_mask, Tensor):
-        raise _unsupported(module, "it builds its own attention mask or position bias instead of using the interface")
+        raise _unsupported(
+            module, "it computes an attention mask or position bias of its own, such as an indexer's choice of tokens"
+        )
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         raise _unsupported(module, "its attention is not causal")
     if key.shape[2] != query.shape[2]:
-        raise _unsupported(module, "its keys are not those of the same tokens as its queries (cross-attention)")
+        raise _unsupported(
+            module,
+            "its keys are not those of the same tokens as its queries (cross-attention, or one key for several tokens)",
+        )
     for name, argument in kwargs.items():
         if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
             raise _unsupported(module, f"the attention argument '{name}' is not supported")
@@ -212,8 +220,14 @@ def _marker_attention(
     return recorder.attend(query, key, value, scale, window, float(softcap or 0.0), s_aux), None
 
 
-def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> MaskSpec:
+def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> Any:
     """The mask function of a capture: keeps the mask's rule instead of building the tensor."""
+    recorder = _ACTIVE.get()
+    if recorder is not None and recorder.writes_masks:
+        recorder.max_window = max(recorder.max_window, local_size or 0)
+        return ALL_MASK_ATTENTION_FUNCTIONS["eager"](
+            *args, mask_function=mask_function, local_size=local_size, **kwargs
+        )
     return MaskSpec(window=local_size or 0, mask_function=mask_function)
 
 

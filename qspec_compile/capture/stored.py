@@ -34,7 +34,7 @@ from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-FORMAT = 2
+FORMAT = 3
 _NAMESPACES = ("aten", "prims", "quantspec")
 _NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
