@@ -43,6 +43,7 @@ from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.cached_attention import rotate
 from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.passes import Role
+from quantspec.passes.attention_lowering import ACCESSES
 from quantspec.passes.graph import add_call, clone, find_calls
 
 from .common import LOG, RESULTS, print_progress, write_results
@@ -287,7 +288,7 @@ class Baseline:
         inputs = []
         for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
             dense = dict(zip(part_names("recent"), (k_cache, v_cache), strict=True))
-            inputs += [dense.get(name, unused) for name in part_names()]
+            inputs += [dense.get(name, unused) for name in ACCESSES[Role.TARGET].inputs]
         ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
         length = torch.tensor([context], device="cuda")
         return lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs)
