@@ -62,9 +62,8 @@ class RemoveNoOps(PassBase):
 
 
 def _has_the_same_shape(node: fx.Node, other: Any) -> bool:
-    values = [one.meta.get("val") for one in (node, other)]
-    if not all(isinstance(value, torch.Tensor) for value in values):
+    value, other_value = (one.meta.get("val") for one in (node, other))
+    if not (isinstance(value, torch.Tensor) and isinstance(other_value, torch.Tensor)):
         return False
     # Compared as they are written, since a comparison of sizes would be a condition on them.
-    shapes = [list(map(str, value.shape)) for value in values]
-    return shapes[0] == shapes[1]
+    return list(map(str, value.shape)) == list(map(str, other_value.shape))

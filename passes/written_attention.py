@@ -118,8 +118,8 @@ def _match(softmax: fx.Node, free: set[fx.Node]) -> _Found | None:
     if softmax.args[1] not in (-1, rank - 1) or not _is_of_scores(softmax):
         return None
     rule: list[fx.Node] = []
-    node = softmax.args[0]
-    while isinstance(node, fx.Node) and node.target not in _PRODUCTS:
+    node: Any = softmax.args[0]
+    while node.target not in _PRODUCTS:
         sources = [source for source in _read(node) if source not in free]
         if len(sources) != 1 or not (_is_elementwise(node) or node.target in _SHAPES):
             raise WrittenAttentionError(
@@ -356,4 +356,7 @@ def _with_positions(
     own = add_call(graph, aten.mul.Tensor, (bits, part), origin)
     own = add_call(graph, aten.unsqueeze.default, (own, 1), origin)
     own = add_call(graph, aten.expand.default, (own, [sizes[0], heads, sizes[1], _POSITION_BITS]), origin)
-    return tuple(add_call(graph, aten.cat.default, ([x, more], -1), origin) for x, more in ((query, worth), (key, own)))
+    return (
+        add_call(graph, aten.cat.default, ([query, worth], -1), origin),
+        add_call(graph, aten.cat.default, ([key, own], -1), origin),
+    )
