@@ -185,7 +185,7 @@ def plans(count: FixedDraftCount, agree: Iterator[bool], cycles: int, matched: i
     """What is chosen, where all rows accept a draft as ``agree`` says."""
     chosen = []
     for _ in range(cycles):
-        plan = count.choose([matched])
+        plan = count.choose([matched], cycles, None)
         accepted = sum(1 for _ in itertools.takewhile(bool, itertools.islice(agree, plan.num_drafts)))
         count.record(plan, [matched], [accepted], None)
         chosen.append(plan)
