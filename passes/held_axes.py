@@ -13,13 +13,34 @@ from torch import Tensor, fx
 from .graph import aten
 from .pieces import Ranges, scaled, within
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-_VIEWS += (aten.unflatten.int,)
-_SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.dropout.default)
-_SAME += (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default)
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+_SAME = (
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
-_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction)
-_REDUCTIONS += (aten.linalg_vector_norm.default,)
+_REDUCTIONS = (
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.linalg_vector_norm.default,
+)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.cumsum.default)
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _END = 2**62
@@ -53,7 +74,7 @@ def is_pointwise(node: fx.Node) -> bool:
 def links(node: fx.Node) -> Iterator[Link] | None:
     """The links of a call's axes; None where the op is not known, and nothing can be said."""
     target: Any = node.target
-    if target is operator.getitem and node.args[0].target in _SPLITS:  # type: ignore[union-attr]
+    if target is operator.getitem and _input(node).target in _SPLITS:
         return _of_part(node)
     if target in _VIEWS:
         return _of_view(node)
@@ -86,15 +107,19 @@ def split_of(part: fx.Node) -> tuple[int, int, int]:
     split: Any = part.args[0]
     axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
     parts = [value.shape[axis] for value in split.meta["val"]]
-    start = sum(parts[: part.args[1]])
-    return axis % _input(split).meta["val"].dim(), start, start + parts[part.args[1]]  # type: ignore[index]
+    number: Any = part.args[1]
+    start = sum(parts[:number])
+    return axis % _input(split).meta["val"].dim(), start, start + parts[number]
 
 
 def slice_of(node: fx.Node) -> tuple[int, int, int, int]:
     """Axis, start, stop and step of a slice; bounds that are symbols are those of the whole axis."""
     source = _input(node)
-    given = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False)) | node.kwargs
-    axis = given.get("dim", 0) % source.meta["val"].dim()  # type: ignore[operator]
+    given: dict[str, Any] = {
+        **dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    axis = given.get("dim", 0) % source.meta["val"].dim()
     size = shape_of(source)[axis]
     start, stop, step = given.get("start") or 0, given.get("end", _END), given.get("step", 1)
     if not all(isinstance(number, int) for number in (start, stop, step, size)):
@@ -109,10 +134,10 @@ def reduced_axes(node: fx.Node) -> tuple[list[int], bool]:
     if node.target in _NORMS:
         return list(range(dim - len(node.args[1]), dim)), True  # type: ignore[arg-type]
     position = 2 if node.target is aten.linalg_vector_norm.default else 1
-    axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    axes: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
     axes = list(range(dim)) if axes is None else [axes] if isinstance(axes, int) else axes
     keeps = node.meta["val"].dim() == dim
-    return [axis % dim for axis in axes], keeps  # type: ignore[operator, union-attr]
+    return [axis % dim for axis in axes], keeps
 
 
 def _input(node: fx.Node) -> fx.Node:
@@ -120,7 +145,8 @@ def _input(node: fx.Node) -> fx.Node:
 
 
 def _axis(node: fx.Node, position: int) -> int:
-    return node.args[position] % _input(node).meta["val"].dim()  # type: ignore[operator]
+    axis: Any = node.args[position]
+    return axis % _input(node).meta["val"].dim()
 
 
 def _same(ranges: Ranges) -> Ranges:
@@ -138,12 +164,14 @@ def _order(node: fx.Node) -> list[int]:
     dim = _input(node).meta["val"].dim()
     order = list(range(dim))
     if node.target is aten.permute.default:
-        return [axis % dim for axis in node.args[1]]  # type: ignore[operator, union-attr]
+        axes: Any = node.args[1]
+        return [axis % dim for axis in axes]
     if node.target is aten.transpose.int:
         a, b = _axis(node, 1), _axis(node, 2)
         order[a], order[b] = b, a
     elif node.target is aten.unsqueeze.default:
-        order.insert(node.args[1] % (dim + 1), -1)  # type: ignore[operator]
+        at: Any = node.args[1]
+        order.insert(at % (dim + 1), -1)
     elif node.meta["val"].dim() < dim:
         del order[_axis(node, 1)]
     return order
@@ -203,7 +231,8 @@ def _shifted(source: fx.Node, axis: int, start: int, stop: int) -> Link:
 
 def _of_cat(node: fx.Node) -> Iterator[Link]:
     dim = node.meta["val"].dim()
-    joined = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % dim  # type: ignore[operator]
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    joined = given % dim
     is_new = node.target is aten.stack.default
     for one in node.args[0]:  # type: ignore[union-attr]
         for axis in range(dim):

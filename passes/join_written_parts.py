@@ -28,8 +28,9 @@ class JoinWrittenParts(PassBase):
             with graph.inserting_after(max(copies, key=order.__getitem__)):
                 sources = [copy.args[1] for copy in copies]
                 whole = add_call(graph, aten.cat.default, (sources, axis), empty, value=empty.meta["val"])
-            parts = [copy.args[0] for copy in copies]
-            empty.replace_all_uses_with(whole, delete_user_cb=lambda user, parts=parts: user not in parts)
+            parts = {copy.args[0] for copy in copies}
+            for user in set(empty.users) - parts:
+                user.replace_input_with(empty, whole)
             for copy in copies:
                 part = copy.args[0]
                 graph.erase_node(copy)

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -349,7 +349,8 @@ class ShardLinears(PassBase):
                 sizes[held.axis] = length(held.ranges)
             node.update_arg(1, sizes)
         elif target is aten.unflatten.int:
-            at = node.args[1] % node.args[0].meta["val"].dim()  # type: ignore[operator, union-attr]
+            source, axis = cast(Any, node.args)[:2]
+            at = axis % source.meta["val"].dim()
             sizes = list(node.args[2])  # type: ignore[arg-type]
             if at <= held.axis < at + len(sizes) and sizes[held.axis - at] > 0:
                 sizes[held.axis - at] = length(held.ranges)
@@ -438,7 +439,7 @@ def _weight(node: fx.Node) -> fx.Node:
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
-    place = {aten.addmm.default: 0, _EXPERTS: 3}.get(node.target, 2)  # type: ignore[arg-type]
+    place = 0 if node.target is aten.addmm.default else 3 if node.target is _EXPERTS else 2
     return node.args[place] if len(node.args) > place else node.kwargs.get("bias")  # type: ignore[return-value]
 
 
