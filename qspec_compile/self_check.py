@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .capture.checks import random_text
 from .engine.forced_text import read_incrementally
 from .errors import SelfCheckError
 from .pair import Pair
@@ -85,7 +86,7 @@ def self_check(pair: Pair, logits_of: Callable[[Tensor], Tensor] | None = None) 
             total = prompt_len + sum(_STEPS)
             if total > limit:
                 continue
-            ids = torch.randint(0, pair.vocab_size, (1, total), generator=generator, device="cpu").to(pair.device)
+            ids = random_text(pair.model, pair.vocab_size, (1, total), generator).to(pair.device)
             with torch.no_grad(), pair.rope_held:
                 ours = read_incrementally(pair, ids, prompt_len, _STEPS).float()
                 expected = (logits_of or _logits_of(pair))(ids)[:, prompt_len - 1 :].float().to(ours.device)

@@ -32,11 +32,12 @@ import quantspec
 from quantspec import QuantSpecConfig, QuantSpecModel, SavedModelError, SelfCheckError
 from quantspec.checkpoint import loading, saving
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, EDITABLE_FILE, GRAPH_FILE, Description
+from quantspec.checkpoint.model_card import CARD_FILE
 from quantspec.passes import WeightFormat, int4_weights, plain_weights
 from quantspec.passes.prepack_int4 import unpack_cpu_layout
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
-# Of a save without shards, beside its description.
+# Of a save without shards, beside its description and the card.
 FILES = ["config.json", "generation_config.json", "model.safetensors", "quantspec.safetensors", GRAPH_FILE]
 
 
@@ -317,7 +318,8 @@ def test_self_check_runs(saved, monkeypatch):
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != DESCRIPTION_FILE)
+    """Without the description, and without the card, which anybody may edit or remove."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (DESCRIPTION_FILE, CARD_FILE))
 
 
 def test_any_missing_file(copy):
@@ -534,7 +536,8 @@ def test_an_error_at_any_move(copy, qs, tokenizer, error):
     tokenizer.save_pretrained(copy)
     before = contents(copy)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SavedModelError
-    for step in range(len(Description.read(copy).files) + len(FILES) + 2):
+    # The card and the description are moved too, the earlier ones and the new ones.
+    for step in range(len(Description.read(copy).files) + len(FILES) + 4):
         with failing_moves(step, 1, error), pytest.raises(expected):
             qs.save_pretrained(copy)
         assert contents(copy) == before, step
@@ -543,23 +546,48 @@ def test_an_error_at_any_move(copy, qs, tokenizer, error):
     assert_same_pair(qs, quantspec.from_pretrained(copy))
 
 
-def test_an_error_at_any_move_of_a_first_save(qs, tmp_path):
-    for step in range(len(FILES) + 1):
+def first_save_moves(qs: QuantSpecModel, tokenizer, folder: Path) -> range:
+    """A number for each file of a save with a tokenizer and a card."""
+    qs.save_pretrained(folder, tokenizer=tokenizer)
+    names = {path.name for path in folder.iterdir()}
+    assert names > {*FILES, DESCRIPTION_FILE, CARD_FILE, "tokenizer.json"}
+    return range(len(names))
+
+
+def test_an_error_at_any_move_of_a_first_save(qs, tokenizer, tmp_path):
+    """Nothing is left, the card and the tokenizer included, which the description does not name."""
+    folder = tmp_path / "new"
+    for step in first_save_moves(qs, tokenizer, tmp_path / "whole"):
         with (
             failing_moves(step, 1, OSError(errno.EIO, "Input/output error")),
             pytest.raises(SavedModelError, match="Inp"),
         ):
-            qs.save_pretrained(tmp_path)
-        assert not list(tmp_path.iterdir())
-    qs.save_pretrained(tmp_path)
-    assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
+            qs.save_pretrained(folder, tokenizer=tokenizer)
+        assert not folder.exists()
+    qs.save_pretrained(folder, tokenizer=tokenizer)
+    assert_same_pair(qs, quantspec.from_pretrained(folder))
+
+
+def test_a_first_save_killed_at_any_move(qs, tokenizer, tmp_path):
+    """The next save takes away all that had been moved before it begins."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for step in first_save_moves(qs, tokenizer, tmp_path / "whole"):
+        with failing_moves(step, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            qs.save_pretrained(folder, tokenizer=tokenizer)
+        with mock.patch.object(saving, "_write", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            qs.save_pretrained(folder)
+        assert not list(folder.iterdir()), step
+    qs.save_pretrained(folder)
+    assert_same_pair(qs, quantspec.from_pretrained(folder))
+    assert "tokenizer.json" not in contents(folder)
 
 
 def test_killed_at_any_move(copy, qs, tokenizer):
     """A mixture of old and new files does not load; the next save puts the earlier one back before it begins."""
     tokenizer.save_pretrained(copy)
     before = contents(copy)
-    for step in range(1, len(Description.read(copy).files) + len(FILES) + 2):
+    for step in range(1, len(Description.read(copy).files) + len(FILES) + 4):
         with failing_moves(step, 1000, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             qs.save_pretrained(copy)
         with pytest.raises(SavedModelError, match=f"has no {DESCRIPTION_FILE}"):
@@ -591,6 +619,7 @@ def test_a_save_while_another_writes(qs, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "fingerprints", save_another_first)
     qs.save_pretrained(tmp_path)
     assert files_of(tmp_path) == FILES
+    assert (tmp_path / CARD_FILE).is_file()
     assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
 
 
@@ -619,8 +648,8 @@ def test_a_save_while_another_moves(qs, tmp_path, monkeypatch):
     other.join()
     ours = moved_by.count(threading.current_thread().name)
     assert set(moved_by[:ours]) == {threading.current_thread().name}
-    # The description is moved too.
-    assert len(moved_by) > ours == len(FILES) + 1
+    # The card and the description are moved too.
+    assert len(moved_by) > ours == len(FILES) + 2
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert_same_pair(qs, quantspec.from_pretrained(tmp_path))
     assert not any(path.is_dir() for path in tmp_path.iterdir())

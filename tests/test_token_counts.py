@@ -127,9 +127,26 @@ def test_what_follows_the_furthest_position_of_a_call_is_refused():
 
 @pytest.mark.parametrize("self_check", [False, True])
 @pytest.mark.parametrize("architecture", ["roberta", "camembert", "data2vec-text", "xlm-roberta"])
-def test_a_model_that_counts_positions_by_itself_is_refused_by_module(architecture, self_check):
+def test_a_model_that_begins_positions_by_itself_keeps_its_own(architecture, self_check):
+    """Also the self-check, although token ids of padding, which such a model does not count, are many of so few."""
     model = tiny_model(architecture, is_decoder=True)
-    with pytest.raises(UnsupportedModelError, match=r"module '.*' \(.*\): given no position_ids, .* from 0"):
+    qs = converted(model, self_check=self_check)
+    assert not any(module._forward_hooks for module in model.modules())
+    prompt = [token for token in random_prompt(20, 1) if token != model.config.pad_token_id]
+    ids = torch.tensor([prompt])
+    decoded = incremental_logits(qs, ids, len(prompt) - 4, (1, 3))
+    with torch.no_grad():
+        assert torch.allclose(decoded, model(ids, use_cache=False).logits[:, len(prompt) - 5 :], atol=1e-4)
+
+
+@pytest.mark.parametrize("self_check", [False, True])
+@pytest.mark.parametrize("architecture", ["roberta", "camembert", "data2vec-text", "xlm-roberta"])
+def test_a_model_that_counts_positions_in_its_own_way_is_refused_by_module(architecture, self_check):
+    model = tiny_model(architecture, is_decoder=True)
+    embeddings = model.base_model.embeddings
+    counted = embeddings.create_position_ids_from_input_ids
+    embeddings.create_position_ids_from_input_ids = lambda *arguments: counted(*arguments) * 2
+    with pytest.raises(UnsupportedModelError, match=r"module '.*' \(.*\): given no position_ids, .* one by one"):
         converted(model, self_check=self_check)
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -179,19 +179,22 @@ def _is_chunked(spec: MaskSpec, device: torch.device) -> bool:
     )
 
 
+def random_text(model: PreTrainedModel, vocab_size: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Token ids of ``shape``, int64 on the CPU, none of them padding, which some models do not count as a position."""
+    padding = {getattr(model.get_input_embeddings(), "padding_idx", None), getattr(model.config, "pad_token_id", None)}
+    tokens = torch.tensor([token for token in range(vocab_size) if token not in padding], device="cpu")
+    return tokens[torch.randint(0, len(tokens), tuple(shape), generator=generator, device="cpu")]
+
+
 def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor) -> int:
     """What a model, left to itself, gives the first token of a text, where the others follow one by one: 0 for most.
-
-    Token ids that are padding are not asked for, since some models do not count them.
 
     Raises:
         UnsupportedModelError: it counts ``positions (B, T)``, 0, 1, 2, ..., otherwise.
     """
     embedding: Any = model.get_input_embeddings()
-    ids = torch.randint(0, 2**31, positions.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    padding = {getattr(embedding, "padding_idx", None), getattr(model.config, "pad_token_id", None)} - {None}
-    tokens = torch.tensor([token for token in range(embedding.weight.shape[0]) if token not in padding], device="cpu")
-    ids = tokens[ids % len(tokens)].to(positions.device)
+    ids = random_text(model, embedding.weight.shape[0], positions.shape, torch.Generator("cpu").manual_seed(0))
+    ids = ids.to(positions.device)
 
     def calls(**position_ids: Tensor) -> list[tuple[nn.Module, tuple[Any, ...], Tensor]]:
         made: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []

@@ -1,6 +1,7 @@
 """A save's files come to their place whole or not at all, also where several processes save to one folder.
 
     .quantspec-saving-HOST-PID-*/            the new files, until they are moved to their place, the description last
+    .quantspec-saving-HOST-PID-*/.names      names of the new files, one a line, also of those that were moved
     .quantspec-saving-HOST-PID-*/earlier/    the files that they replace, from the first move to the last
     .quantspec-saving.lock                   held while files are moved
 
@@ -20,11 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .folder import DESCRIPTION_FILE, Description
+from .folder import DESCRIPTION_FILE
 
 _PREFIX = ".quantspec-saving"
 _LOCK_FILE = f"{_PREFIX}.lock"
 _EARLIER = "earlier"
+_NAMES_FILE = ".names"
 _DAY = 24 * 3600
 
 
@@ -77,6 +79,7 @@ def publish(staging: Path, folder: Path, files_to_replace: Callable[[Path], list
     names = [*sorted(path.name for path in staging.iterdir() if path.name != DESCRIPTION_FILE), DESCRIPTION_FILE]
     with locked(folder):
         replaced = [*files_to_replace(folder), *names]
+        (staging / _NAMES_FILE).write_text("\n".join(names), encoding="utf-8")
         (staging / _EARLIER).mkdir()
         try:
             for name in dict.fromkeys(replaced):
@@ -96,7 +99,7 @@ def _is_half_moved(staging: Path) -> bool:
 
 def _put_back(staging: Path, folder: Path) -> None:
     """Undo the moves of :func:`publish`, wherever they ended; can itself be given up and done again."""
-    for name in Description.read(staging).files:
+    for name in (staging / _NAMES_FILE).read_text(encoding="utf-8").splitlines():
         if not (staging / name).exists() and (folder / name).exists():
             (folder / name).replace(staging / name)
     earlier = staging / _EARLIER
