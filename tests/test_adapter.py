@@ -53,7 +53,7 @@ def test_without_lm_eval_models_and_texts_are_still_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     evals = importlib.reload(quantspec.evals)
     assert "Python" in evals.python_reference("objects")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'quantspec\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[eval\]'"):
         run_lm_eval(["--tasks", "reference_choice"])
 
 
@@ -278,7 +278,8 @@ def configured(monkeypatch, tmp_path):
 
     def configure(file: dict, *arguments: str) -> EvaluatorConfig:
         # JSON is YAML.
-        (tmp_path / "config.yaml").write_text(json.dumps({"tasks": ["tiny_choice"], **file}))
+        given = {"tasks": ["tiny_choice"], "model_args": {"pretrained": "a-model"}, **file}
+        (tmp_path / "config.yaml").write_text(json.dumps(given))
         assert run_lm_eval(["--config", str(tmp_path / "config.yaml"), *arguments]) == 0
         return configurations[-1]
 
@@ -298,6 +299,35 @@ def configured(monkeypatch, tmp_path):
 )
 def test_the_model_is_quantspec_unless_a_config_file_or_option_names_another(configured, file, arguments, model):
     assert configured(file, *arguments).model == model
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ({"model_args": None}, ()),
+        ({"model_args": {"role": "target"}}, ("--model", "quantspec")),
+        # lm-eval takes the option in place of the file's entry.
+        ({}, ("--model_args", "role=target")),
+    ],
+    ids=str,
+)
+def test_without_pretrained_in_file_or_option_there_is_no_model(configured, file, arguments):
+    with pytest.raises(ValueError, match="eval has no model: give --model_args pretrained=MODEL"):
+        configured(file, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ({"model_args": "pretrained=a-model,role=target"}, ()),
+        ({"model_args": None}, ("--model_args", "pretrained=a-model")),
+        ({"model": "hf", "model_args": None}, ()),
+        ({"model_args": None}, ("--model", "hf")),
+    ],
+    ids=str,
+)
+def test_a_model_of_the_file_or_of_an_option_is_enough(configured, file, arguments):
+    configured(file, *arguments)
 
 
 @pytest.mark.parametrize(

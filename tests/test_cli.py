@@ -111,7 +111,7 @@ def test_options_and_errors_import_neither_torch_nor_the_rest_of_quantspec():
         "print(*sorted(name for name in loaded if not name.startswith('quantspec.cli')))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert found == ["quantspec.config", "quantspec.errors", "quantspec.versions"]
+    assert found == ["quantspec.config", "quantspec.errors", "quantspec.logging", "quantspec.versions"]
 
 
 def test_unknown_command_and_option(run, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -87,6 +88,9 @@ def test_the_command_says_whether_it_fits(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_nothing_is_cut(run, tmp_path, monkeypatch, width):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    # The width of a terminal without its colours.
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
     monkeypatch.setenv("COLUMNS", str(width))
     tiny_model("llama").config.save_pretrained(tmp_path)
     status, out, _ = run("inspect", tmp_path, "--gpu", "24", "--layers")

@@ -33,7 +33,7 @@ def test_inspect_tells_chunks(run, tmp_path):
     assert (status, err) == (0, "")
     told = [(layer["kind"], layer["window"], layer["chunk"]) for layer in json.loads(out)["attention"]]
     assert told == [("chunks", None, CHUNK), ("full", None, None)]
-    assert f"chunks of {CHUNK}" in run("inspect", tmp_path)[1]
+    assert f"chunks of {CHUNK}" in run("inspect", tmp_path, "--layers")[1]
 
 
 @pytest.mark.parametrize("gamma", [0, 4])

@@ -96,5 +96,5 @@ def _shape(row: dict[str, Any]) -> str:
 def _table(title: str, environment: dict[str, Any], *columns: str) -> Table:
     table = Table(title=f"{title}\n{environment['device']}, torch {environment['torch']}", title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     return table

@@ -27,9 +27,8 @@ def stderr() -> Console:
 
 
 def stdout() -> Console:
-    """For tables; wide enough for them where it is a file or a pipe, unless COLUMNS says how wide."""
-    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if fits else _PIPED_WIDTH)
+    """For tables; wide enough for them where it is a file or a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 
 
 def quiet_libraries() -> None:
