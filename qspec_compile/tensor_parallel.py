@@ -210,9 +210,9 @@ def _logits(pair: Pair, original: PreTrainedModel | None, ids: Tensor) -> Tensor
 
 def _generate(seat: Seat, session: int | Session, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if isinstance(session, int):
-        session = seat.kept[session]
         args, options = tree_map_only(Tensor, lambda x: x.to(seat.device), (args, options))
-    return generate(session, session.pair.model, *args, **options)
+    own: Session = seat.kept[session] if isinstance(session, int) else session
+    return generate(own, own.pair.model, *args, **options)
 
 
 def _reset(seat: Seat, session: int | Session) -> None:

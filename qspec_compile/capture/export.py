@@ -184,8 +184,9 @@ def _written_layers(model: PreTrainedModel, graph_module: fx.GraphModule, max_wi
         raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {error}") from error
     layers = []
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
-        (_, heads, _, key_dim), (_, kv_heads, _, value_dim) = (marker.args[at].meta["val"].shape for at in (0, 2))  # type: ignore[union-attr]
-        window: Any = marker.args[5]
+        arguments: Any = marker.args
+        (_, heads, _, key_dim), (_, kv_heads, _, value_dim) = (arguments[at].meta["val"].shape for at in (0, 2))
+        window = arguments[5]
         layers.append(CapturedLayer(module_path(marker), heads, kv_heads, key_dim, value_dim, window, 0.0, False))
     return tuple(layers)
 

@@ -223,7 +223,7 @@ def _parts(value: Any) -> list[Any] | None:
     """What an object consists of, in an order that is the same in every process; None if it is no container."""
     if isinstance(value, dict):
         # Some of transformers' make what they are asked for.
-        items = list(dict.items(value))
+        items: list[tuple[Any, Any]] = list(dict.items(value))
         return list(chain.from_iterable(sorted(items, key=lambda item: str(item[0])) if _are_named(value) else items))
     if isinstance(value, set | frozenset):
         return sorted(value, key=lambda item: getattr(item, "__name__", str(item)))

@@ -96,7 +96,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_without_data  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_without_data  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

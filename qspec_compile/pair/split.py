@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
     markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
     layers = []
     for layer, marker in zip(captured.layers, markers, strict=True):
-        heads, kv_heads = (marker.args[number].meta["val"].shape[1] for number in (0, 1))  # type: ignore[union-attr]
+        query, key = cast(Any, marker.args)[:2]
+        heads, kv_heads = (states.meta["val"].shape[1] for states in (query, key))
         layers.append(replace(layer, query_heads=heads, kv_heads=kv_heads))
     return replace(captured, graph_module=graph_module, layers=tuple(layers), pieces=shard.pieces, whole=shard.whole)
 

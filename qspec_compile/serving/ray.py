@@ -13,7 +13,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
@@ -88,7 +88,7 @@ def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
     """
     options = ReplicaOptions.model_validate(options)
     max_sequences = options.engine.get("max_sequences", 8)
-    replica = Replica.options(
+    replica = cast(Any, Replica).options(
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas,
@@ -101,7 +101,7 @@ def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=options.drain_seconds,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
     )
-    return Ingress.bind(options.api_keys, replica.bind(options))
+    return cast(Any, Ingress).bind(options.api_keys, replica.bind(options))
 
 
 class PrefixRouter(RequestRouter):
@@ -312,5 +312,6 @@ def _load(options: ReplicaOptions) -> tuple[QuantSpecModel, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if (Path(options.model) / DESCRIPTION_FILE).is_file():
         return from_pretrained(options.model, device=device, **options.conversion), tokenizer
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model.to(device).eval()
     return convert(model, **options.conversion), tokenizer
