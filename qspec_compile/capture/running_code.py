@@ -224,7 +224,9 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, dict):
         # Some of transformers' make what they are asked for.
         items: list[tuple[Any, Any]] = list(dict.items(value))
-        return list(chain.from_iterable(sorted(items, key=lambda item: str(item[0])) if _are_named(value) else items))
+        if _are_named(value):
+            items.sort(key=lambda item: str(item[0]))
+        return list(chain.from_iterable(items))
     if isinstance(value, set | frozenset):
         return sorted(value, key=lambda item: getattr(item, "__name__", str(item)))
     if isinstance(value, list | tuple):
