@@ -18,7 +18,7 @@ def deep_config(architecture: str, **changes):
     text = config.get_text_config()
     kinds = text.num_hidden_layers
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == kinds and name != "eos_token_id":
+        if isinstance(value, list) and len(value) == kinds and "layer" in name:
             setattr(text, name, value * (LAYERS // kinds))
     text.num_hidden_layers = LAYERS
     return config
