@@ -8,6 +8,7 @@ from tiny_models import ARCHITECTURES, STATEFUL, tiny_model
 
 from quantspec import QuantSpecConfig
 from quantspec.pair import preview
+from quantspec.pair.layer_kinds import shorten
 
 LAYERS = 4
 
@@ -15,15 +16,12 @@ LAYERS = 4
 def deep_config(architecture: str, **changes):
     """The tiny model's config with more layers, those of two kinds taking turns.
 
-    Capturing states takes long, so few layers have any: the last of three, or each of two where no layer is without.
+    Capturing states takes long, so of such models there are three layers: the last has states, or (falcon_h1) all have.
     """
     config = tiny_model(architecture, **changes).config
     text = config.get_text_config()
     kinds = text.num_hidden_layers
-    if architecture not in STATEFUL:
-        order = [*range(kinds)] * (LAYERS // kinds)
-    else:
-        order = [1, 1, 0] if hasattr(text, "layer_types") else [0, 0]
+    order = [1, 1, 0] if architecture in STATEFUL else [*range(kinds)] * (LAYERS // kinds)
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == kinds and "layer" in name:
             setattr(text, name, [value[kind] for kind in order])
@@ -50,3 +48,12 @@ def test_captured_layers_do_not_grow_with_the_model(monkeypatch):
     assert [model.config.num_hidden_layers for model in seen] == [2]
     assert len(structure.layers) == LAYERS
     assert config.num_hidden_layers == LAYERS
+
+
+def test_lists_as_long_as_there_are_layers_by_chance_stay():
+    config = tiny_model("falcon_h1").config
+    assert len(config.time_step_limit) == config.num_hidden_layers
+    model = tiny_model("falcon_h1")
+    assert shorten(model) is not None
+    assert model.config.time_step_limit == config.time_step_limit
+    assert model.config.num_hidden_layers == 1

@@ -84,7 +84,8 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
             signatures.append(own)
         kinds.append(signatures.index(own))
     for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == count:
+        # Others may be as long by chance.
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, type(value)(value[index] for index in kept))
     for place, index in enumerate(kept):
         for name, attribute in numbers:
