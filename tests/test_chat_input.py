@@ -67,7 +67,7 @@ def typed(keys: str, home: str) -> str:
 
 
 def test_lines_are_edited_and_remembered(tmp_path):
-    pytest.importorskip("readline")
+    pytest.importorskip("readline", reason="this Python was built without readline")
     left, up = "\x02", "\x1b[A"
     # Typed without an l, which is put in two places to the left.
     assert "got ['hello', 'hello']" in typed(f"heo{left}ll\n{up}\n", str(tmp_path))

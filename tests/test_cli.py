@@ -574,7 +574,7 @@ def test_help_of_eval_begins_with_what_is_quantspecs_own(run, monkeypatch):
 
 
 def test_eval_without_a_model_says_so(run):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     for arguments in (["--tasks", "reference_choice"], [], ["run"], ["--model_args", "role=target"]):
         assert_error(run("eval", *arguments), "eval has no model", "give --model_args pretrained=MODEL")
 
