@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -56,12 +57,10 @@ def typed(keys: str, home: str) -> str:
         os.execve(sys.executable, [sys.executable, "-c", READ_TWO], environment)
     os.write(terminal, keys.encode())
     shown = b""
-    with open(terminal, "rb", buffering=0) as screen:
-        while b"got" not in shown or not shown.rstrip().endswith(b"]"):
-            try:
-                shown += screen.read(1024)
-            except OSError:
-                break
+    # To its end, where the program has written its history too; Linux tells of that by an error.
+    with open(terminal, "rb", buffering=0) as screen, contextlib.suppress(OSError):
+        while read := screen.read(1024):
+            shown += read
     os.waitpid(child, 0)
     return shown.decode()
 
