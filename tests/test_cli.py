@@ -30,6 +30,8 @@ from quantspec.engine.loop import SpeculativeLoop
 from quantspec.memory import expected_memory
 from quantspec.versions import install_command
 
+pytestmark = pytest.mark.xdist_group("cli")
+
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"

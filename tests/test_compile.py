@@ -8,6 +8,8 @@ from torch._dynamo.utils import counters
 import quantspec
 from quantspec.passes import Role, cache_parts
 
+pytestmark = pytest.mark.xdist_group("compile")
+
 
 @pytest.fixture(scope="module")
 def pair():
