@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from test_kernels_triton import (
     ATTENTION_CASES,
     DEVICE,
@@ -91,6 +91,7 @@ def test_attention_reads_the_blocks_that_the_table_names(case: Case) -> None:
     check_attention(case)
 
 
+@settings(max_examples=4)
 @given(case=drawn_cases())
 def test_attention_reads_them_for_drawn_shapes(case: Case) -> None:
     check_attention(case)

@@ -11,6 +11,8 @@ from quantspec.pair import preview
 from quantspec.pair.layer_kinds import shorten
 
 LAYERS = 4
+# Captures of states take longest: one model has layers with states beside others, one has both in every layer.
+KINDS = [name for name in ARCHITECTURES if name not in STATEFUL or name in ("lfm2", "falcon_h1")]
 
 
 def deep_config(architecture: str, **changes):
@@ -29,7 +31,7 @@ def deep_config(architecture: str, **changes):
     return config
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_one_layer_of_each_kind_tells_of_all(architecture, monkeypatch):
     config = deep_config(architecture)
     options = QuantSpecConfig(kv_group_size=16)

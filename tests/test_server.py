@@ -13,8 +13,6 @@ import pytest
 from serving_model import save_model
 from serving_process import Server, serving
 
-from quantspec.evals.smollm2 import gguf_path
-
 # One server for all tests of the file.
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -294,21 +292,3 @@ def test_metrics(server, client):
     assert all(server.metric(name) > before[name] for name in names)
     assert 0 <= server.metric("kv_cache_usage_perc") <= 1
     assert server.metric("num_preemptions_total") >= 0
-
-
-def test_a_real_model():
-    """SmolLM2-135M."""
-    options = ["--name", MODEL, "--dtype", "float32", "--no-self-check", "--max-length", "256", "--gamma", "2"]
-    with serving(gguf_path(), *options) as server:
-        client = server.client()
-        assert "Paris" in complete(client, prompt="The capital of France is", max_tokens=2).choices[0].text
-        asked = {"messages": [{"role": "user", "content": "Name three colours."}], "max_tokens": 12}
-        plain = chat(client, **asked, logprobs=True).choices[0]
-        assert "".join(token.token for token in plain.logprobs.content) == plain.message.content
-        # It begins and ends in the midst of words.
-        stop = plain.message.content[9:14]
-        texts, reasons, _ = streamed(chat(client, **asked, stop=stop, stream=True))
-        assert (texts, reasons) == ([plain.message.content.partition(stop)[0]], ["stop"])
-        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-        person = json.loads(chat(client, **asked | {"max_tokens": 40}, response_format=form).choices[0].message.content)
-        assert person.keys() == {"name", "age"}

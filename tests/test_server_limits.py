@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -132,13 +133,16 @@ def test_impossible_structures_end_alone(server):
 
 
 def test_load(server):
-    """60 requests over 8 connections, a tenth left early and a tenth malformed: every other one is answered."""
+    """200 requests over 8 connections, a tenth left early and a tenth malformed: every other one is answered.
+
+    Nothing is kept of them: the last half of them takes no memory.
+    """
     client = server.client(KEYS[0])
-    expected = {size: complete(client, prompt="x" * size, max_tokens=20).choices[0].text for size in (1, 17, 40)}
+    expected = {size: complete(client, prompt="x" * size, max_tokens=8).choices[0].text for size in (1, 17, 40)}
 
     def one(number: int) -> str:
         size = (1, 17, 40)[number % 3]
-        options = {"prompt": "x" * size, "max_tokens": 20}
+        options = {"prompt": "x" * size, "max_tokens": 8}
         if number % 10 == 0:
             stream = complete(client, **options | {"logit_bias": ENDLESS, "max_tokens": 50}, stream=True)
             next(iter(stream))
@@ -155,13 +159,23 @@ def test_load(server):
         assert text == expected[size]
         return "answered"
 
-    numbers = list(range(60))
+    numbers = list(range(200))
     random.Random(0).shuffle(numbers)
     with ThreadPoolExecutor(8) as pool:
-        done = Counter(pool.map(one, numbers))
-    assert done == {"left": 6, "malformed": 6, "answered": 48}
+        done = Counter(pool.map(one, numbers[:100]))
+        held = resident_bytes(server.process.pid)
+        done += Counter(pool.map(one, numbers[100:]))
+    assert done == {"left": 20, "malformed": 20, "answered": 160}
     server.wait_until_idle()
     assert server.metric("kv_cache_usage_perc") < 1
+    assert resident_bytes(server.process.pid) - held < 8 * 2**20
+
+
+def resident_bytes(process: int) -> int:
+    """Memory that a process holds, as Linux tells it; 0 elsewhere."""
+    status = Path(f"/proc/{process}/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
