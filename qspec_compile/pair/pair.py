@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
-from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of
+from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
@@ -75,7 +75,8 @@ class Pair:
             captured = kept_or_captured(model, rope_context, capture)
         self.model: PreTrainedModel = model
         self.captured = captured
-        self.layers = captured.layers
+        latent = with_latents(captured)
+        self.layers = latent.layers
         if captured.states and config.compile:
             raise ValueError(
                 f"compile=True: layers of {type(model).__name__} keep state, whose steps are not compiled; leave it "
@@ -83,7 +84,7 @@ class Pair:
             )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
-        self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
+        self.common: fx.GraphModule = common_graph(latent, config, self.vocab_size)
         graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
