@@ -94,7 +94,7 @@ def encode_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     x = values if values.dtype == torch.float64 else values.float()
     groups = num_value_groups(x.shape[-1])
-    x = x.unflatten(-1, (groups, x.shape[-1] // max(1, groups)))
+    x = x.unflatten(-1, (groups, x.shape[-1] // groups if groups else 1))
     scale, zero = _scale_and_zero(x, dim=-1)
     upper, lower = (codes.flatten(-2) for codes in _codes(x, scale, zero))
     return pack_tokens(upper), pack_tokens(lower), scale.squeeze(-1), zero.squeeze(-1)

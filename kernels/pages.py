@@ -67,9 +67,7 @@ def score_pages(
     if sinks is not None:
         total = torch.logaddexp(total, sinks.to(dtype)[:, None, None])
     most = (scores - total)[..., :quantized].unflatten(0, (kv_heads, -1)).amax((1, 2))
-    # Values that are in the keys have no scales of their own.
-    if v_scale.shape[3]:
-        most += v_scale[:, : quantized // group_size].flatten(1, 2).to(dtype).amax(-1).log()
+    most += v_scale[:, : quantized // group_size].flatten(1, 2).to(dtype).amax(-1).log()
     page = page_of_token(quantized, group_size, query.device).expand(kv_heads, -1)
     by_page = most.new_full((kv_heads, -(-quantized // PAGE_TOKENS)), float("-inf"))
     return by_page.scatter_reduce(1, page, most, "amax")

@@ -26,6 +26,8 @@ _MOVES = frozenset(
         aten.expand.default,
         aten.flatten.using_ints,
         aten.permute.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
         aten.reshape.default,
         aten.select.int,
         aten.slice.Tensor,
@@ -230,7 +232,7 @@ class _Origins:
                         if copy.target is aten.copy_.default and copy.args[0] is part:
                             region.update((part, copy))
                             waiting.append(copy.args[1])  # type: ignore[arg-type]
-            elif node.target in _MOVES and not self._is_vector(node):
+            elif node.target in _MOVES and (not self._is_vector(node) or self._is_part_of_vector(node)):
                 region.add(node)
                 waiting += [source for source in node.all_input_nodes if not _is_size(source)]
             else:
@@ -263,6 +265,14 @@ class _Origins:
 
     def _shape(self, node: fx.Node) -> torch.Size:
         return torch.Size(map(self._size, node.meta["val"].shape))
+
+    def _is_part_of_vector(self, node: fx.Node) -> bool:
+        """Whether a node has numbers of one other node with a vector of each token."""
+        sources = [source for source in node.all_input_nodes if not _is_size(source)]
+        # What splits has several outputs.
+        if node.target is operator.getitem:
+            sources = sources[0].all_input_nodes[:1]
+        return len(sources) == 1 and self._is_vector(sources[0])
 
     def _is_vector(self, node: fx.Node) -> bool:
         """Whether a node has one vector of each token, one after the other."""

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 
+from quantspec.config import DraftAttention, QuantSpecConfig
+from quantspec.kernels.cached_attention import MAX_LATENT_DIMS
 from quantspec.passes.absorb_latents import AbsorbLatents, values_in_keys
 from quantspec.passes.graph import clone, find_calls
 
 from .export import Capture
 
 
-def with_latents(captured: Capture, max_dims: int | None = None) -> Capture:
+def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.device | str) -> Capture:
     """``captured`` with latents absorbed where they are smaller than keys and values; it is left as it is.
 
-    ``max_dims`` are most channels of a latent and its RoPE part together, None for any number.
+    None are where the draft's attention is sparse, which judges pages by the scales of values, where layers keep state,
+    since prefill then is the model's own forward, or beyond what the kernels of ``device`` read.
     """
-    # Prefill of those is the model's own forward, which hands out expanded heads.
-    if captured.states:
+    if captured.states or config.draft_attention is not DraftAttention.FULL:
         return captured
+    max_dims = MAX_LATENT_DIMS if torch.device(device).type == "cuda" else None
     graph_module = AbsorbLatents(max_dims)(clone(captured.graph_module)).graph_module
     markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
     layers = []
