@@ -284,9 +284,16 @@ class _Origins:
 
 
 def _is_changed(region: set[fx.Node]) -> bool:
-    """Whether something else writes to a node in place."""
-    users = {user for node in region for user in node.users} - region
-    return any(isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable for user in users)
+    """Whether something else writes in place to a node, or to a part of it."""
+    seen, waiting = set(region), list(region)
+    while waiting:
+        for user in waiting.pop().users.keys() - seen:
+            if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+                return True
+            if user.target in _MOVES:
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -89,7 +89,7 @@ class Grouped(Attends):
     kv_heads = 2
 
 
-class NothingShared(Attends):
+class Padded(Attends):
     def expanded(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.up(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2).split((NOPE, VALUE), -1)
         return F.pad(key, (0, ROPE)), value
@@ -167,7 +167,7 @@ def test_latents_are_absorbed_however_heads_are_made_of_them(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [WithBias, RopeByHead, ValuesOfAnother, RowsMixed, Changed, OneHead, NothingShared]
+    "kind", [WithBias, RopeByHead, ValuesOfAnother, RowsMixed, Changed, OneHead, Padded]
 )
 def test_other_keys_and_values_are_left_as_they_are(kind):
     gm = exported(kind)
