@@ -133,9 +133,7 @@ def _attend_planes(
         at = (stored * HALF + row)[:, None] * D
         scale_at = stored[:, None] * D
         mask = inside[:, None] & (c < DV)
-        k_low, k_high = _decoded(
-            upper, lower, scale, zero, at + c, scale_at + c, mask, dtype, HAS_LOWER, USE_ASM
-        )
+        k_low, k_high = _decoded(upper, lower, scale, zero, at + c, scale_at + c, mask, dtype, HAS_LOWER, USE_ASM)
         s_low = tl.dot(k_low, q_t, input_precision="ieee")
         s_high = tl.dot(k_high, q_t, input_precision="ieee")
         if REST > 0:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -56,7 +57,7 @@ class _Piece(NamedTuple):
     count: int
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """Rows ``base + head * stride`` and on, ``count`` of them for each of ``heads``, of a weight ``(N, r)``."""
 
     weight: fx.Node
@@ -65,16 +66,30 @@ class _Factor(NamedTuple):
     stride: int
     count: int
 
+    @property
+    def name(self) -> str:
+        """The graph's for the weight."""
+        return str(self.weight.target)
 
-@dataclass
-class _Found:
+    def of(self, weight: Any, call: Callable[..., Any]) -> Any:
+        """``(heads, count, r)``, a view of ``weight``, by ``call(op, *args)``."""
+        base = self.base
+        if self.stride == self.count:
+            weight = call(aten.slice.Tensor, weight, 0, base, base + self.heads * self.count)
+            base = 0
+        by_head = call(aten.view.default, weight, [self.heads, self.stride, self.weight.meta["val"].shape[1]])
+        return call(aten.slice.Tensor, by_head, 1, base, base + self.count)
+
+
+@dataclass(frozen=True)
+class Latent:
     """``key[h] = [shared, key_up[h] @ latent]`` with the product at channel ``first``, ``value[h] = value_up[h] @
     latent``; ``before`` and ``after`` are the shared channels on both sides of the product."""
 
     marker: fx.Node
     latent: fx.Node
-    key_up: _Factor
-    value_up: _Factor
+    key_up: Factor
+    value_up: Factor
     first: int
     before: list[_Piece]
     after: list[_Piece]
@@ -101,32 +116,39 @@ class AbsorbLatents(PassBase):
     the numbers of k and v come from is not read off a pattern: they are followed through views, splits, joins and
     copies on a small example.
 
-    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_dims``.
+    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_dims``, and where
+    ``c`` is as wide as keys or values: it may be the hidden state then, of a layer without RoPE, which all heads would
+    have to attend to.
 
     Requires value metadata. Ensures the same outputs but for rounding.
+
+    Attributes:
+        absorbed: what was found, by the markers' layer index; filled by the call.
     """
 
     def __init__(self, max_dims: int | None = None) -> None:
         """``max_dims``: most channels of ``[c, r]``; None for any number."""
         super().__init__()
         self.max_dims = max_dims
+        self.absorbed: dict[int, Latent] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
         found = [match for marker in markers if (match := _match(marker)) is not None]
         found = [match for match in found if self.max_dims is None or _width(match) <= self.max_dims]
         for match in found:
+            self.absorbed[match.marker.args[3]] = match  # type: ignore[index]
             _rewrite(graph_module.graph, match)
         if found:
             finish(graph_module)
         return PassResult(graph_module, bool(found))
 
 
-def _width(match: _Found) -> int:
+def _width(match: Latent) -> int:
     return match.latent.meta["val"].shape[-1] + sum(piece.count for piece in (*match.before, *match.after))
 
 
-def _match(marker: fx.Node) -> _Found | None:
+def _match(marker: fx.Node) -> Latent | None:
     inputs: Any = marker.args[:3]
     if inputs[1].meta["val"].shape[1] == 1 or len({node.meta["val"].dtype for node in inputs}) > 1:
         return None
@@ -144,8 +166,10 @@ def _match(marker: fx.Node) -> _Found | None:
     key_up = keys.factor(first, last)
     if key_up is None or _unshaped(_linear_input(keys.leaf(first))) is not _unshaped(latent):
         return None
-    match = _Found(marker, latent, key_up, value_up, first, keys.pieces(0, first), keys.pieces(last, keys.channels))
-    return match if _width(match) < keys.heads * (keys.channels + values.channels) else None
+    match = Latent(marker, latent, key_up, value_up, first, keys.pieces(0, first), keys.pieces(last, keys.channels))
+    made_of_it = keys.heads * (key_up.count + value_up.count)
+    is_narrow = 2 * latent.meta["val"].shape[-1] < made_of_it
+    return match if is_narrow and _width(match) < keys.heads * (keys.channels + values.channels) else None
 
 
 class _Origins:
@@ -186,7 +210,9 @@ class _Origins:
 
     def is_shared(self, d: int) -> bool:
         """Whether channel ``d`` is the same in all heads."""
-        return bool((self._which[:, d] == self._which[0, d]).all() and (self._channel[:, d] == self._channel[0, d]).all())
+        return bool(
+            (self._which[:, d] == self._which[0, d]).all() and (self._channel[:, d] == self._channel[0, d]).all()
+        )
 
     def pieces(self, first: int, last: int) -> list[_Piece]:
         """The shared channels ``first`` to ``last``."""
@@ -199,7 +225,7 @@ class _Origins:
                 pieces.append(_Piece(leaf, channel, 1))
         return pieces
 
-    def factor(self, first: int, last: int) -> _Factor | None:
+    def factor(self, first: int, last: int) -> Factor | None:
         """The rows of one linear's weight that make channels ``first`` to ``last``, if they are evenly laid out."""
         linear, rows = self.leaf(first), self._channel[:, first:last]
         if linear.target is not aten.linear.default or len(linear.args) != 2 or linear.kwargs:
@@ -214,7 +240,7 @@ class _Origins:
         whole = stride * heads == weight.meta["val"].shape[0] and base + count <= stride
         if not torch.equal(rows, even) or not (whole or stride == count):
             return None
-        return _Factor(weight, heads, base, stride, count)
+        return Factor(weight, heads, base, stride, count)
 
     def _region(self, node: fx.Node) -> set[fx.Node]:
         """Nodes that move numbers of leaves to ``node``, itself included; collects the leaves."""
@@ -314,7 +340,7 @@ def _unshaped(node: fx.Node) -> fx.Node:
     return node
 
 
-def _rewrite(graph: fx.Graph, match: _Found) -> None:
+def _rewrite(graph: fx.Graph, match: Latent) -> None:
     marker = match.marker
     query, key, _, *options = cast(Any, marker.args)
     heads, dims = query.meta["val"].shape[1], query.meta["val"].shape[3]
@@ -335,25 +361,18 @@ def _rewrite(graph: fx.Graph, match: _Found) -> None:
             # What was copied into a key took its dtype.
             return call(aten.to.dtype, part, key.meta["val"].dtype)
 
-        def rows(factor: _Factor) -> fx.Node:
-            """``(K, count, r)``, a view."""
-            weight, base, stride, count = factor.weight, factor.base, factor.stride, factor.count
-            if stride == count:
-                weight = call(aten.slice.Tensor, weight, 0, base, base + kv_heads * count)
-                base = 0
-            by_head = call(aten.view.default, weight, [kv_heads, stride, width])
-            return call(aten.slice.Tensor, by_head, 1, base, base + count)
-
         # One product for each head, whatever the batch.
         own = call(aten.slice.Tensor, query, 3, first, last)
         own = call(aten.reshape.default, own, [batch, kv_heads, repeat, tokens, match.key_up.count])
         own = call(aten.permute.default, own, [1, 0, 2, 3, 4])
         own = call(aten.reshape.default, own, [kv_heads, -1, match.key_up.count])
-        own = call(aten.bmm.default, own, rows(match.key_up))
+        own = call(aten.bmm.default, own, match.key_up.of(match.key_up.weight, call))
         own = call(aten.reshape.default, own, [kv_heads, batch, repeat, tokens, width])
         own = call(aten.permute.default, own, [1, 0, 2, 3, 4])
         queries = [call(aten.reshape.default, own, [batch, heads, tokens, width])]
-        queries += [call(aten.slice.Tensor, query, 3, *ends) for ends in ((0, first), (last, dims)) if ends[0] < ends[1]]
+        queries += [
+            call(aten.slice.Tensor, query, 3, *ends) for ends in ((0, first), (last, dims)) if ends[0] < ends[1]
+        ]
         keys = [call(aten.reshape.default, match.latent, [batch, 1, tokens, width])]
         keys += map(vectors, (*match.before, *match.after))
         new_query, new_key = (call(aten.cat.default, parts, -1) for parts in (queries, keys))
@@ -362,7 +381,8 @@ def _rewrite(graph: fx.Graph, match: _Found) -> None:
         out = call(aten.reshape.default, out, [batch, tokens, kv_heads, repeat, width])
         out = call(aten.permute.default, out, [2, 0, 1, 3, 4])
         out = call(aten.reshape.default, out, [kv_heads, -1, width])
-        out = call(aten.bmm.default, out, call(aten.transpose.int, rows(match.value_up), 1, 2))
+        up = match.value_up.of(match.value_up.weight, call)
+        out = call(aten.bmm.default, out, call(aten.transpose.int, up, 1, 2))
         out = call(aten.reshape.default, out, [kv_heads, batch, tokens, repeat, match.value_up.count])
         out = call(aten.permute.default, out, [1, 2, 0, 3, 4])
         out = call(aten.reshape.default, out, [batch, tokens, heads, match.value_up.count])

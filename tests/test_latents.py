@@ -60,7 +60,9 @@ class Attends(nn.Module):
 
 class CopiedInPlace(Attends):
     def expanded(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        nope, value = self.up(latent[:, None]).view(*latent.shape[:2], HEADS, -1).transpose(1, 2).split((NOPE, VALUE), -1)
+        nope, value = (
+            self.up(latent[:, None]).view(*latent.shape[:2], HEADS, -1).transpose(1, 2).split((NOPE, VALUE), -1)
+        )
         key = nope.new_empty(*nope.shape[:3], NOPE + ROPE)
         key[..., :NOPE] = nope
         key[..., NOPE:] = rope
@@ -128,6 +130,19 @@ class Changed(Attends):
         return key, value
 
 
+class AsWideAsKeys(Attends):
+    """As the hidden state is, of a layer whose keys have no RoPE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_up, self.v_up = (nn.Linear(LATENT, LATENT, bias=False) for _ in range(2))
+
+    def expanded(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        made, value = (up(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2) for up in (self.k_up, self.v_up))
+        shared = torch.cat((rope, latent[:, None, :, : NOPE - LATENT // HEADS]), -1)
+        return torch.cat((made, shared.expand(-1, HEADS, -1, -1)), -1), value
+
+
 class OneHead(Attends):
     """Whose key and value are smaller than the latent."""
 
@@ -167,7 +182,7 @@ def test_latents_are_absorbed_however_heads_are_made_of_them(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [WithBias, RopeByHead, ValuesOfAnother, RowsMixed, Changed, OneHead, Padded]
+    "kind", [WithBias, RopeByHead, ValuesOfAnother, RowsMixed, Changed, AsWideAsKeys, OneHead, Padded]
 )
 def test_other_keys_and_values_are_left_as_they_are(kind):
     gm = exported(kind)
@@ -330,9 +345,7 @@ def arguments_of(case: Case) -> dict:
 
 
 def widened(arguments: dict) -> dict:
-    return {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()
-    }
+    return {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -355,7 +368,9 @@ def test_values_in_keys_are_those_channels():
     """With full-precision tokens alone, the same as with values that are stored."""
     arguments = widened(arguments_of(Case(lengths=((0, 40),), tokens=2)))
     stored = arguments["k_recent"][..., :32].clone()
-    expected = cached_attention_reference(**{**arguments_of_copy(arguments), "v_recent": stored, **value_planes(arguments)})
+    expected = cached_attention_reference(
+        **{**arguments_of_copy(arguments), "v_recent": stored, **value_planes(arguments)}
+    )
     torch.testing.assert_close(cached_attention_reference(**arguments), expected)
 
 
@@ -370,7 +385,18 @@ def value_planes(arguments: dict) -> dict:
 
 def test_groups_of_latents_are_encoded():
     arguments = arguments_of(Case(lengths=((32, 65), (0, 31)), lower=True))
-    names = ("k_recent", "v_recent", "k_upper", "k_lower", "k_scale", "k_zero", "v_upper", "v_lower", "v_scale", "v_zero")
+    names = (
+        "k_recent",
+        "v_recent",
+        "k_upper",
+        "k_lower",
+        "k_scale",
+        "k_zero",
+        "v_upper",
+        "v_lower",
+        "v_scale",
+        "v_zero",
+    )
     cache = [arguments[name] for name in names]
     oldest = arguments["k_recent"][0, :, :GROUP].clone()
     rest = arguments["k_recent"][:, :, :31].clone()

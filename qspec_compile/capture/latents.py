@@ -18,13 +18,14 @@ from .export import Capture
 def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.device | str) -> Capture:
     """``captured`` with latents absorbed where they are smaller than keys and values; it is left as it is.
 
-    None are where the draft's attention is sparse, which judges pages by the scales of values, where layers keep state,
-    since prefill then is the model's own forward, or beyond what the kernels of ``device`` read.
+    None are where the draft's attention is sparse, which judges pages by the scales of values, or beyond what the
+    kernels of ``device`` read.
     """
-    if captured.states or config.draft_attention is not DraftAttention.FULL:
+    if config.draft_attention is not DraftAttention.FULL:
         return captured
     max_dims = MAX_LATENT_DIMS if torch.device(device).type == "cuda" else None
-    graph_module = AbsorbLatents(max_dims)(clone(captured.graph_module)).graph_module
+    absorb = AbsorbLatents(max_dims)
+    graph_module = absorb(clone(captured.graph_module)).graph_module
     markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
     layers = []
     for layer, marker in zip(captured.layers, markers, strict=True):
@@ -32,4 +33,4 @@ def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.devic
         (_, kv_heads, _, key_dim), (*_, value_dim) = (node.meta["val"].shape for node in inputs)
         shape = {"kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
         layers.append(replace(layer, **shape, values_in_keys=values_in_keys(marker)))
-    return replace(captured, graph_module=graph_module, layers=tuple(layers))
+    return replace(captured, graph_module=graph_module, layers=tuple(layers), latents=absorb.absorbed)

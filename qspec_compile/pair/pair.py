@@ -93,7 +93,7 @@ class Pair:
         if captured.states:
             self.compiles = False
             with rope_at(model, rope_context):
-                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, captured)}
+                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, cached)}
         self._recipes = recipes
         self._forwards = {
             role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
