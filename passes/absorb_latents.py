@@ -116,9 +116,9 @@ class AbsorbLatents(PassBase):
     the numbers of k and v come from is not read off a pattern: they are followed through views, splits, joins and
     copies on a small example.
 
-    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_dims``, and where
-    ``c`` is as wide as keys or values: it may be the hidden state then, of a layer without RoPE, which all heads would
-    have to attend to.
+    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_dims``, and
+    where ``c`` is as wide as keys or values: of a layer without RoPE it may be the hidden state, which no head could
+    attend to as fast.
 
     Requires value metadata. Ensures the same outputs but for rounding.
 
@@ -313,8 +313,10 @@ def _is_changed(region: set[fx.Node]) -> bool:
     """Whether something else writes in place to a node, or to a part of it."""
     seen, waiting = set(region), list(region)
     while waiting:
-        for user in waiting.pop().users.keys() - seen:
-            if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+        node = waiting.pop()
+        for user in node.users.keys() - seen:
+            mutates = isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+            if mutates and user.args[0] is node:
                 return True
             if user.target in _MOVES:
                 seen.add(user)
