@@ -1099,8 +1099,9 @@ def _attend_latents(
     if paged:
         groups = table.shape[1]
     pairs, rows, slots = batch * kv_heads, heads // kv_heads * tokens, k_recent.shape[2]
-    limits = device_limits(query.device)
-    config = latent_config(*limits, pairs, rows, groups * half, query.element_size())
+    config = latent_config(
+        device_limits(query.device).multiprocessors, pairs, rows, groups * half, query.element_size()
+    )
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
     query, key = _last_contiguous(query), _last_contiguous(key)

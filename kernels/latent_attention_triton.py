@@ -27,20 +27,17 @@ class LatentConfig(NamedTuple):
     splits: int
 
 
-def latent_config(
-    multiprocessors: int, shared_bytes: int, pairs: int, rows: int, num_bytes: int, element_size: int
-) -> LatentConfig:
-    """Configuration by allocated size; not tuned. Blocks of rows are as large as shared memory lets them be.
+def latent_config(multiprocessors: int, pairs: int, rows: int, num_bytes: int, element_size: int) -> LatentConfig:
+    """Configuration by allocated size; not tuned. Shared memory of 99 KB has room for so many rows of 576 channels.
 
     Args:
-        multiprocessors, shared_bytes: of the device.
+        multiprocessors: of the device.
         pairs: batch * KV heads.
         rows: query heads of a KV head * tokens.
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    most = 32 if shared_bytes >= 160 * 1024 and element_size == 2 else 16
-    block_rows = min(most, max(8, triton.next_power_of_2(rows)))
+    block_rows = min(64 // element_size, max(8, triton.next_power_of_2(rows)))
     block = 16
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)

@@ -247,6 +247,15 @@ def test_texts_and_conversations_beyond_what_stays_in_full_precision():
         assert layer.v_upper.numel() == layer.v_recent.numel() == layer.v_decoded.numel() == 0
 
 
+def test_latents_beside_layers_that_keep_state():
+    """Their prefill is the model's own forward, whose heads are expanded."""
+    qs = quantspec.convert(tiny_model("kimi_linear"), kv_group_size=16, weight_group_size=32)
+    assert {(at.kv_heads, at.key_dim, at.value_dim, at.values_in_keys) for at in qs.layers} == {(1, 40, 32, True)}
+    ids = torch.randint(3, 96, (1, 22), generator=torch.Generator().manual_seed(3))
+    expected = qs.model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(qs.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
 def test_a_saved_pair_has_the_same_latents(tmp_path):
     qs = converted()
     ids = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(2))
