@@ -236,8 +236,8 @@ CASES: dict[str, Callable[[], Callable]] = {
     "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
     "draft 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 1, False, BFLOAT, latent=512),
     "verification 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 6, True, BFLOAT, latent=512),
-    "verification 16/1 of a latent of 512 and 64, float32": lambda: attention(
-        16, 1, 576, 6, True, torch.float32, latent=512, pool=True
+    "verification 16/1 of a latent of 224 and 64, float32": lambda: attention(
+        16, 1, 288, 6, True, torch.float32, latent=224, pool=True
     ),
     "encoding of latents": lambda: encode(576, latent=True),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .block_table import launched, strides
-from .cached_attention import MAX_HEAD_DIM, MAX_LATENT_DIMS, cached_attention, rotate
+from .cached_attention import MAX_HEAD_DIM, MAX_LATENT_BYTES, cached_attention, rotate
 from .current_device import on_tensors_device
 from .inline_asm import (
     centred_bytes,
@@ -1092,8 +1092,9 @@ def _attend_latents(
     """:func:`cached_attention_triton` where values are the first ``value_dim`` channels of keys."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, rest = key.shape[1], head_dim - value_dim
-    if head_dim > MAX_LATENT_DIMS:
-        raise ValueError(f"latents of {head_dim} dims: at most {MAX_LATENT_DIMS} are supported on CUDA")
+    most = MAX_LATENT_BYTES // query.element_size()
+    if head_dim > most:
+        raise ValueError(f"latents of {head_dim} dims: at most {most} are supported on CUDA in {query.dtype}")
     groups, half = k_upper.shape[2:4]
     table, stride_table, paged = launched(block_table, quantized_len)
     if paged:

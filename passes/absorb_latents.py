@@ -116,7 +116,7 @@ class AbsorbLatents(PassBase):
     the numbers of k and v come from is not read off a pattern: they are followed through views, splits, joins and
     copies on a small example.
 
-    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_dims``, and
+    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_bytes``, and
     where ``c`` is as wide as keys or values: of a layer without RoPE it may be the hidden state, which no head could
     attend to as fast.
 
@@ -126,16 +126,16 @@ class AbsorbLatents(PassBase):
         absorbed: what was found, by the markers' layer index; filled by the call.
     """
 
-    def __init__(self, max_dims: int | None = None) -> None:
-        """``max_dims``: most channels of ``[c, r]``; None for any number."""
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """``max_bytes``: of ``[c, r]``, in the model's dtype; None for any number."""
         super().__init__()
-        self.max_dims = max_dims
+        self.max_bytes = max_bytes
         self.absorbed: dict[int, Latent] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
         found = [match for marker in markers if (match := _match(marker)) is not None]
-        found = [match for match in found if self.max_dims is None or _width(match) <= self.max_dims]
+        found = [match for match in found if self.max_bytes is None or _bytes(match) <= self.max_bytes]
         for match in found:
             self.absorbed[match.marker.args[3]] = match  # type: ignore[index]
             _rewrite(graph_module.graph, match)
@@ -146,6 +146,10 @@ class AbsorbLatents(PassBase):
 
 def _width(match: Latent) -> int:
     return match.latent.meta["val"].shape[-1] + sum(piece.count for piece in (*match.before, *match.after))
+
+
+def _bytes(match: Latent) -> int:
+    return _width(match) * match.latent.meta["val"].dtype.itemsize
 
 
 def _match(marker: fx.Node) -> Latent | None:

@@ -194,8 +194,8 @@ def test_other_keys_and_values_are_left_as_they_are(kind):
 
 def test_latents_wider_than_the_kernels_read_are_left_as_they_are():
     gm = exported(Attends)
-    assert not AbsorbLatents(max_dims=LATENT + ROPE - 1)(gm).modified
-    assert AbsorbLatents(max_dims=LATENT + ROPE)(gm).modified
+    assert not AbsorbLatents(max_bytes=(LATENT + ROPE) * 8 - 1)(gm).modified
+    assert AbsorbLatents(max_bytes=(LATENT + ROPE) * 8)(gm).modified
 
 
 _DIMS = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}

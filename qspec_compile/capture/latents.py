@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantspec.config import DraftAttention, QuantSpecConfig
-from quantspec.kernels.cached_attention import MAX_LATENT_DIMS
+from quantspec.kernels.cached_attention import MAX_LATENT_BYTES
 from quantspec.passes.absorb_latents import AbsorbLatents, values_in_keys
 from quantspec.passes.graph import clone, find_calls
 
@@ -23,8 +23,8 @@ def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.devic
     """
     if config.draft_attention is not DraftAttention.FULL:
         return captured
-    max_dims = MAX_LATENT_DIMS if torch.device(device).type == "cuda" else None
-    absorb = AbsorbLatents(max_dims)
+    max_bytes = MAX_LATENT_BYTES if torch.device(device).type == "cuda" else None
+    absorb = AbsorbLatents(max_bytes)
     graph_module = absorb(clone(captured.graph_module)).graph_module
     markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
     layers = []
