@@ -111,6 +111,12 @@ def attention(
     if options.pop("sparse", False):
         options["chosen_pages"] = empty(1, kv_heads, 52, dtype=torch.int32)
         options["num_chosen"] = empty(1, kv_heads, 2, dtype=torch.int32)
+    latent = options.pop("latent", 0)
+    if latent:
+        # Values are the first channels of keys.
+        stored = ("v_recent", "v_upper", "v_lower", "v_scale", "v_zero")
+        arguments |= {name: x[..., :0] for name in stored if (x := arguments[name]) is not None}
+        arguments["value"] = arguments["key"][..., :latent]
     if options.pop("pool", False):
         options["block_table"] = empty(1, groups, dtype=torch.int32)
     return lambda: cached_attention_triton(**(arguments | options))
@@ -154,14 +160,17 @@ def gates() -> Callable:
     return call
 
 
-def encode(dim: int) -> Callable:
-    """A flush, and a prefill, of two heads."""
+def encode(dim: int, latent: bool = False) -> Callable:
+    """A flush, and a prefill, of two heads; of a latent, values are not stored."""
     heads, groups, parts = 2, 8, num_value_groups(dim)
     plane = empty(1, heads, groups, GROUP // 2, dim, dtype=torch.uint8)
     scales = empty(1, heads, groups, dim, dtype=torch.float16)
     token_scales = empty(1, heads, groups, GROUP, parts, dtype=torch.float16)
     recent, lengths = empty(1, heads, 2 * GROUP + 8, dim), empty(1, dtype=torch.int64)
-    cache = (recent, recent, plane, plane, scales, scales, plane, plane, token_scales, token_scales)
+    values = (plane, plane, token_scales, token_scales)
+    if latent:
+        values = tuple(x[..., :0] for x in values)
+    cache = (recent, recent[..., :0] if latent else recent, plane, plane, scales, scales, *values)
     new = empty(1, heads, 500, dim)
 
     def call() -> None:
@@ -225,6 +234,12 @@ CASES: dict[str, Callable[[], Callable]] = {
     ),
     "verification 8/4 of 256": lambda: attention(8, 4, 256, 6, True, BFLOAT, rotary=256),
     "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
+    "draft 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 1, False, BFLOAT, latent=512),
+    "verification 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 6, True, BFLOAT, latent=512),
+    "verification 16/1 of a latent of 224 and 64, float32": lambda: attention(
+        16, 1, 288, 6, True, torch.float32, latent=224, pool=True
+    ),
+    "encoding of latents": lambda: encode(576, latent=True),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
     "linear 16 rows, 4096 to 4096": lambda: linear(16, 4096, 4096, 128, BFLOAT),
     "linear 8 rows, 4096 to 1024, group 32": lambda: linear(8, 1024, 4096, 32, HALF),

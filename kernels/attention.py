@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+# Of flash attention.
+_MOST_FLASH_DIMS = 256
 # Query rows that are scored at a time where scores or masks are written out; at least, for windows.
 QUERY_BLOCK = 256
 # At most, for windows: the mask of a block has this many rows and as many columns more than the window.
@@ -96,16 +98,21 @@ def _fused_attention(
         k[:, :, 0, -2:] = 1
     # Flash attention wants one head dim, a multiple of 8.
     dim = max(q.shape[-1], value_dim)
+    if dim > _MOST_FLASH_DIMS and q.device.type == "cuda":
+        # The kernel that takes so many wants as many key heads as query heads; one head is not copied for that.
+        repeat = q.shape[1] // k.shape[1]
+        k, v = (x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2) for x in (k, v))
     if not q.shape[-1] == k.shape[-1] == value_dim:
         dim += -dim % 8
     q, k, v = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
     if window:
         out = _windowed(q, k, v, offset, scale, window, sinks is not None)
     elif num_tokens == k.shape[2]:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         mask: Any = causal_lower_right(num_tokens, k.shape[2])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out[..., :value_dim].transpose(1, 2).to(query.dtype).contiguous()
 
 

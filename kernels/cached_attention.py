@@ -31,11 +31,13 @@ from torch import Tensor
 from .attention import compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .block_table import groups_of
 from .cache_layout import part_names
-from .hierarchical import dense_key_value
+from .hierarchical import dense_key_value, stored_values
 from .pages import read_tokens
 
 # Of keys and values, on CUDA: a program holds two value groups at most.
 MAX_HEAD_DIM = 256
+# Of a latent and its RoPE part together, on CUDA: 576 channels in half precision.
+MAX_LATENT_BYTES = 1152
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
@@ -58,9 +60,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bo
 def append_recent(
     key: Tensor, value: Tensor, k_recent: Tensor, v_recent: Tensor, quantized_len: Tensor, length: Tensor
 ) -> None:
-    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward, in place."""
+    """Write ``(B, K, T, D)`` new tokens at recent slots ``length - quantized_len`` onward, in place; values as far as
+    they are stored."""
     slots = (length - quantized_len)[:, None] + torch.arange(key.shape[2], device=key.device)
-    for new, recent in ((key, k_recent), (value, v_recent)):
+    for new, recent in ((key, k_recent), (value[..., : v_recent.shape[3]], v_recent)):
         index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         recent.scatter_(2, index, new.to(recent.dtype))
 
@@ -117,6 +120,7 @@ def cached_attention_reference(
         row: list[Any] = [None if part is None else groups.of(part) for part in planes]
         row += [k_recent[b], v_recent[b]]
         keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
+        values = stored_values(values, keys, value.shape[3])
         rows = query[b : b + 1].to(dtype)
         outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
     return torch.cat(outputs).to(query.dtype)
@@ -154,9 +158,10 @@ def _attend_sequence(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    value_dim: int,
     read: Tensor | None = None,
 ) -> Tensor:
-    """One sequence, scaled queries ``(K, R, T, D)`` (R query heads per KV head); returns ``(K, R, T, Dv)``.
+    """One sequence, scaled queries ``(K, R, T, D)`` (R query heads per KV head); returns ``(K, R, T, value_dim)``.
 
     ``planes`` hold the groups from position ``first_key`` on, whole; the recent buffer follows them directly. Tokens of
     the planes are hidden from a KV head where ``read (K, tokens)`` is False.
@@ -169,9 +174,9 @@ def _attend_sequence(
 
     scores = q.new_empty(kv_heads, rows, quantized + k_recent.shape[1])
     if groups:
-        s, z = _folded_scale(k_scale, k_zero, k_lower is not None, q.dtype)
-        codes = _group_codes(k_upper, k_lower, q.dtype)
-        grouped = (q * s.unsqueeze(-2)) @ codes.transpose(-1, -2) + q @ z.unsqueeze(-1)
+        key_s, key_z = _folded_scale(k_scale, k_zero, k_lower is not None, q.dtype)
+        key_codes = _group_codes(k_upper, k_lower, q.dtype)
+        grouped = (q * key_s.unsqueeze(-2)) @ key_codes.transpose(-1, -2) + q @ key_z.unsqueeze(-1)
         scores[..., :quantized] = grouped.transpose(1, 2).flatten(2)
     scores[..., quantized:] = q.squeeze(1) @ k_recent.to(q.dtype).transpose(-1, -2)
 
@@ -190,8 +195,12 @@ def _attend_sequence(
         scores = scores.masked_fill(unread[:, None], float("-inf"))
     probs = softmax_with_sinks(scores, sinks).view(kv_heads, rows, -1)
 
-    out = probs[..., quantized:] @ v_recent.to(q.dtype)
-    if groups:
+    out = probs[..., quantized:] @ stored_values(v_recent, k_recent, value_dim).to(q.dtype)
+    if groups and v_recent.shape[-1] == 0:
+        old = probs[..., :quantized].unflatten(-1, (groups, group_size)).transpose(1, 2)
+        s, z, codes = (x[..., :value_dim] for x in (key_s.unsqueeze(-2), key_z.unsqueeze(-2), key_codes))
+        out += ((old @ codes) * s + old.sum(-1, keepdim=True) * z).sum(1)
+    elif groups:
         s, z = (x.flatten(1, 2) for x in _folded_scale(v_scale, v_zero, v_lower is not None, q.dtype))
         codes = _group_codes(v_upper, v_lower, q.dtype).flatten(1, 2).unflatten(-1, (s.shape[-1], -1))
         for part in range(s.shape[-1]):
@@ -210,6 +219,7 @@ def attend_plainly(
     length: Tensor,
     options: tuple[float, int, float, Tensor | None],
     block_table: Tensor | None,
+    value_dim: int,
     choice: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``quantspec::cached_attention`` of rotated queries whose keys and values are in the recent buffers already.
@@ -221,7 +231,7 @@ def attend_plainly(
     batch, heads, tokens, head_dim = query.shape
     kv_heads, group_size = k_recent.shape[1], 2 * planes[0].shape[3]
     scaled = (query.to(compute_dtype(query.dtype)) * scale).view(batch, kv_heads, -1, tokens, head_dim)
-    out = query.new_empty(batch, tokens, heads, v_recent.shape[3])
+    out = query.new_empty(batch, tokens, heads, value_dim)
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
         # Groups that lie wholly before every query's window are not read.
         oldest = first_visible(start, window)
@@ -243,6 +253,7 @@ def attend_plainly(
             window,
             softcap,
             sinks,
+            value_dim,
             read,
         )
         out[b] = attended.flatten(0, 1).transpose(0, 1)
@@ -289,7 +300,8 @@ def cached_attention(
         k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
         k_scale, k_zero: ``(B, K, N, D)`` float16.
         v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes; ``v_lower`` is None where ``k_lower`` is.
-        v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16.
+        v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16. Where these and ``v_recent`` have no channels,
+            values are the first Dv channels of the keys, as latents are.
         quantized_len, length: ``(B,)`` int64, tokens in the planes and tokens cached before this call.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
         cos, sin: ``(B or 1, T, rotary_dim)``, or with half as many channels, one for each pair: factors of the rotation
@@ -305,14 +317,16 @@ def cached_attention(
         ``(B, T, H, Dv)`` in the query's dtype.
 
     Raises:
-        ValueError: on CUDA, heads of more than 256 dims.
+        ValueError: on CUDA, heads of more than 256 dims, or latents of more than 576 with their RoPE part (288 in
+            float32).
     """
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     options = (scale, window, softcap, sinks)
-    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table)
+    recent = (k_recent, v_recent)
+    return attend_plainly(query, recent, planes, quantized_len, length, options, block_table, value.shape[3])
 
 
 @cached_attention.register_fake

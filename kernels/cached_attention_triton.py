@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .block_table import launched, strides
-from .cached_attention import MAX_HEAD_DIM, cached_attention
+from .cached_attention import MAX_HEAD_DIM, MAX_LATENT_BYTES, cached_attention, rotate
 from .current_device import on_tensors_device
 from .inline_asm import (
     centred_bytes,
@@ -35,6 +35,7 @@ from .inline_asm import (
     launches_overlap,
     use_inline_asm,
 )
+from .latent_attention_triton import attend_latents_kernel, latent_config
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 from .pages import PAGE_BYTES
 
@@ -924,6 +925,11 @@ def cached_attention_triton(
     With ``page_scores`` it does what ``quantspec::scored_attention`` does besides, with the other two it reads as
     ``quantspec::sparse_attention``; those without elements stand for None.
     """
+    if v_recent.shape[3] == 0:
+        if cos is not None and sin is not None:
+            query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
+        cache = (k_recent, k_upper, k_lower, k_scale, k_zero, quantized_len, length, block_table)
+        return _attend_latents(query, key, value.shape[3], *cache, scale, window, softcap, sinks)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
@@ -1062,5 +1068,115 @@ def cached_attention_triton(
         OVERLAP=overlap,
         num_warps=4,
         **options,
+    )
+    return out
+
+
+def _attend_latents(
+    query: Tensor,
+    key: Tensor,
+    value_dim: int,
+    k_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """:func:`cached_attention_triton` where values are the first ``value_dim`` channels of keys."""
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, rest = key.shape[1], head_dim - value_dim
+    most = MAX_LATENT_BYTES // query.element_size()
+    if head_dim > most:
+        raise ValueError(f"latents of {head_dim} dims: at most {most} are supported on CUDA in {query.dtype}")
+    groups, half = k_upper.shape[2:4]
+    table, stride_table, paged = launched(block_table, quantized_len)
+    if paged:
+        groups = table.shape[1]
+    pairs, rows, slots = batch * kv_heads, heads // kv_heads * tokens, k_recent.shape[2]
+    config = latent_config(
+        device_limits(query.device).multiprocessors, pairs, rows, groups * half, query.element_size()
+    )
+    recent_splits = triton.cdiv(slots, config.block)
+    splits = recent_splits + config.splits
+    query, key = _last_contiguous(query), _last_contiguous(key)
+    partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    log2e = 1 / math.log(2)
+    attend_latents_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
+        query,
+        key,
+        k_recent,
+        k_upper,
+        k_upper if k_lower is None else k_lower,
+        k_scale,
+        k_zero,
+        table,
+        quantized_len,
+        length,
+        partial,
+        partial_lse,
+        scale * log2e,
+        softcap * log2e,
+        window,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *k_recent.stride()[:2],
+        *strides(k_upper, block_table)[:2],
+        *strides(k_scale, block_table)[:2],
+        stride_table,
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        BLOCK_TOKENS=triton.next_power_of_2(tokens),
+        BLOCK_ROWS=config.rows,
+        DV=value_dim,
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        REST=rest,
+        BLOCK_REST=max(16, triton.next_power_of_2(rest)),
+        HALF=half,
+        BLOCK=config.block,
+        RECENT_SPLITS=recent_splits,
+        HAS_LOWER=k_lower is not None,
+        HAS_WINDOW=window != 0,
+        HAS_SOFTCAP=softcap > 0,
+        PAGED=paged,
+        USE_ASM=use_inline_asm(query.device),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
+        partial,
+        partial_lse,
+        out if sinks is None else sinks,
+        out,
+        partial_lse,
+        out,
+        quantized_len,
+        length,
+        window,
+        0,
+        0,
+        splits,
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        DV=value_dim,
+        BLOCK_C=32,
+        BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
+        HALF=half,
+        PAGE=PAGE_BYTES,
+        HAS_SINKS=sinks is not None,
+        HAS_WINDOW=window != 0,
+        SCORES=False,
+        OVERLAP=False,
+        num_warps=4,
     )
     return out

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import first_visible, masked_attention
+from .hierarchical import stored_values
 
 
 def _attend(
@@ -102,8 +103,10 @@ def attend_decoded(
     for row, (quantized, start) in zip(rows, state, strict=False):
         first, last = start - quantized, start - quantized + query.shape[2]
         k_recent[row, :, first:last] = k_decoded[row, :, start : start + query.shape[2]] = key[row]
-        v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
-        outputs.append(_attend(query[row], k_decoded[row], v_decoded[row], start, *options))
+        if v_recent.shape[3]:
+            v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
+        values = stored_values(v_decoded[row], k_decoded[row], value.shape[3])
+        outputs.append(_attend(query[row], k_decoded[row], values, start, *options))
     return torch.cat(outputs)
 
 

@@ -340,11 +340,12 @@ def encode_oldest_groups(
     key, value, num_new = (k_recent, v_recent, length) if new is None else new
     batch, kv_heads, slots, head_dim = k_recent.shape
     half, value_dim, parts = k_upper.shape[3], v_recent.shape[3], v_scale.shape[-1]
-    group, part = 2 * half, value_dim // parts
+    # Values that are in the keys have no channels.
+    group, part = 2 * half, value_dim // max(1, parts)
     max_groups = 1 if new is None else max(1, (slots + key.shape[2]) // group)
     pairs = batch * kv_heads
     table, stride_table, paged = launched(block_table, quantized_len)
-    _encode_kernel[(max_groups, pairs, 2)](
+    _encode_kernel[(max_groups, pairs, 2 if parts else 1)](
         key,
         value,
         k_recent,
@@ -374,10 +375,10 @@ def encode_oldest_groups(
         D=head_dim,
         BLOCK_D=min(triton.next_power_of_2(head_dim), max(16, BLOCK_ELEMENTS // half)),
         PART=part,
-        BLOCK_PART=triton.next_power_of_2(part),
+        BLOCK_PART=triton.next_power_of_2(max(1, part)),
         PARTS=parts,
         HALF=half,
-        ROWS=min(half, max(1, BLOCK_ELEMENTS // triton.next_power_of_2(part))),
+        ROWS=min(half, max(1, BLOCK_ELEMENTS // triton.next_power_of_2(max(1, part)))),
         MAX_GROUPS=max_groups,
         HAS_NEW=new is not None,
         PAGED=paged,
@@ -385,6 +386,8 @@ def encode_oldest_groups(
     )
     for fresh, recent in ((key, k_recent), (value, v_recent)):
         width = recent.shape[3]
+        if width == 0:
+            continue
         _move_kernel[(pairs,)](
             fresh,
             recent,
@@ -397,7 +400,7 @@ def encode_oldest_groups(
             WIDTH=width,
             BLOCK_WIDTH=triton.next_power_of_2(width),
             GROUP=group,
-            BLOCK=min(64, group),
+            BLOCK=min(64, group, 16384 // triton.next_power_of_2(width)),
             MAX_GROUPS=max_groups,
             HAS_NEW=new is not None,
             num_warps=8,

@@ -31,9 +31,9 @@ _DECODED_TOKENS = 8192
 
 
 def num_value_groups(head_dim: int) -> int:
-    """Quantization groups per token of a value head: the fewest equal parts of at most 128 channels."""
+    """Quantization groups per token of a value head: the fewest equal parts of at most 128 channels, 0 without any."""
     parts = -(-head_dim // MAX_VALUE_CHANNELS)
-    while head_dim % parts:
+    while parts and head_dim % parts:
         parts += 1
     return parts
 
@@ -93,7 +93,8 @@ def encode_values(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ``upper, lower``: ``(..., G/2, D)`` uint8; ``scale, zero``: ``(..., G, num_value_groups(D))`` float16.
     """
     x = values if values.dtype == torch.float64 else values.float()
-    x = x.unflatten(-1, (num_value_groups(x.shape[-1]), -1))
+    groups = num_value_groups(x.shape[-1])
+    x = x.unflatten(-1, (groups, x.shape[-1] // groups if groups else 1))
     scale, zero = _scale_and_zero(x, dim=-1)
     upper, lower = (codes.flatten(-2) for codes in _codes(x, scale, zero))
     return pack_tokens(upper), pack_tokens(lower), scale.squeeze(-1), zero.squeeze(-1)
@@ -148,6 +149,8 @@ def write_groups(
     tokens: Tensor, groups: Groups, encode, upper: Tensor, lower: Tensor, scale: Tensor, zero: Tensor
 ) -> None:
     """Encode ``(K, n*G, D)`` tokens of one sequence into n ``groups`` of the planes, in place."""
+    if tokens.numel() == 0:
+        return
     coded = encode(tokens.unflatten(1, (-1, 2 * upper.shape[-2])))
     for part, new in zip((upper, lower, scale, zero), coded, strict=True):
         part[groups.row][:, groups.places] = new
@@ -201,11 +204,17 @@ def dense_key_value(
 ) -> tuple[Tensor, Tensor]:
     """The first ``length`` cached tokens of one sequence (no batch axis) as dense ``(K, length, D)`` tensors.
 
+    Values that are in the keys have no channels, see :func:`stored_values`.
     Decoded in float32 at least, some groups at a time, so that little more memory is taken than the result's.
     """
     keys = _dense(decode_keys, (k_upper, k_lower, k_scale, k_zero), k_recent, quantized_len, length, dtype)
     values = _dense(decode_values, (v_upper, v_lower, v_scale, v_zero), v_recent, quantized_len, length, dtype)
     return keys, values
+
+
+def stored_values(values: Tensor, keys: Tensor, value_dim: int) -> Tensor:
+    """``values (..., D)``, or where none are stored by themselves the first ``value_dim`` channels of ``keys``."""
+    return values if values.shape[-1] else keys[..., :value_dim]
 
 
 def _dense(
@@ -230,6 +239,8 @@ def _write_dense(
     quantized_len: int,
 ) -> None:
     """Write the tokens from position ``first`` on, a group boundary, to ``out (K, tokens, D)``."""
+    if out.numel() == 0:
+        return
     group_size = 2 * planes[0].shape[-2]
     step = max(1, _DECODED_TOKENS // group_size) * group_size
     for start in range(first, quantized_len, step):

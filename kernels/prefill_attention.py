@@ -16,7 +16,7 @@ from .attention import attention_dtype, masked_attention
 from .block_table import groups_of
 from .cache_layout import part_names
 from .encode import encode_oldest_groups
-from .hierarchical import dense_key_value, encode_keys, encode_values, num_flushed_groups, write_groups
+from .hierarchical import dense_key_value, encode_keys, encode_values, num_flushed_groups, stored_values, write_groups
 
 
 def _attend_prompts(
@@ -48,7 +48,8 @@ def _attend_prompts(
         if start:
             groups = groups_of(block_table, b, 0, quantized // (2 * planes[0].shape[3]))
             row = [*map(groups.of, planes), k_recent[b], v_recent[b]]
-            cached = dense_key_value(quantized, start, dtype, *row)
+            old_keys, old_values = dense_key_value(quantized, start, dtype, *row)
+            cached = (old_keys, stored_values(old_values, old_keys, value.shape[3]))
             pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
             keys, values = (torch.cat(pair, 1) for pair in pairs)
         rows = query[b : b + 1, :, :new].to(keys.dtype)
@@ -104,7 +105,7 @@ def prefill_attention(
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, start, new) in enumerate(state):
         k_tail = torch.cat((k_recent[b, :, : start - quantized], key[b, :, :new]), 1)
-        v_tail = torch.cat((v_recent[b, :, : start - quantized], value[b, :, :new]), 1)
+        v_tail = torch.cat((v_recent[b, :, : start - quantized], value[b, :, :new, : v_recent.shape[3]]), 1)
         flushed = num_flushed_groups(k_tail.shape[1], group_size) * group_size
         oldest = groups_of(block_table, b, quantized // group_size, (quantized + flushed) // group_size)
         write_groups(k_tail[:, :flushed], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)

@@ -71,7 +71,8 @@ def scored_attention(
     if cos is not None and sin is not None:
         query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
-    out = attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table)
+    recent = (k_recent, v_recent)
+    out = attend_plainly(query, recent, planes, quantized_len, length, options, block_table, value.shape[3])
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))

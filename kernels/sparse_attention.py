@@ -70,7 +70,8 @@ def sparse_attention(
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     options = (scale, window, softcap, sinks)
     choice = (chosen_pages, num_chosen) if chosen_pages.shape[2] else None
-    return attend_plainly(query, (k_recent, v_recent), planes, quantized_len, length, options, block_table, choice)
+    recent = (k_recent, v_recent)
+    return attend_plainly(query, recent, planes, quantized_len, length, options, block_table, value.shape[3], choice)
 
 
 @sparse_attention.register_fake

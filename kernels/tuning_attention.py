@@ -89,10 +89,12 @@ def _blocks(
 ) -> Iterator[_Block]:
     """A text cut after every ``_ROWS`` tokens. ``planes`` are ``upper, scale, zero`` of keys, then of values."""
     k_upper, k_scale, k_zero, v_upper, v_scale, v_zero = planes
-    old = (
-        decode_keys(k_upper, None, k_scale, k_zero, key.dtype),
-        decode_values(v_upper, None, v_scale, v_zero, key.dtype),
-    )
+    old_keys = decode_keys(k_upper, None, k_scale, k_zero, key.dtype)
+    if v_upper.shape[-1]:
+        old = (old_keys, decode_values(v_upper, None, v_scale, v_zero, key.dtype))
+    else:
+        old = (old_keys, old_keys[..., : value.shape[3]])
+        recent = (recent[0], recent[0][..., : value.shape[3]])
     group_size, num_tokens = 2 * k_upper.shape[-2], key.shape[2]
     for start in range(0, num_tokens, _ROWS):
         stop = min(start + _ROWS, num_tokens)

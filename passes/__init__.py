@@ -2,6 +2,7 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
+from .absorb_latents import AbsorbLatents, values_in_keys
 from .attention_lowering import (
     ACCESSES,
     DECODED_ACCESS,
@@ -39,6 +40,7 @@ __all__ = [
     "SCORED_ACCESS",
     "SCORED_DECODED_ACCESS",
     "SPARSE_ACCESS",
+    "AbsorbLatents",
     "CacheAccess",
     "CannotShardError",
     "CheckTokenMixing",
@@ -70,4 +72,5 @@ __all__ = [
     "cpu_lacks_half_matmul",
     "plain_weights",
     "register",
+    "values_in_keys",
 ]

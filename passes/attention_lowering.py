@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.kernels.cache_layout import CACHE_PARTS, DECODED_PARTS, PAGE_PARTS, TABLE_PART, CachePart, part_names
 
+from .absorb_latents import values_in_keys
 from .graph import add_call, add_placeholder, describe, fake_mode_of, find_calls, finish
 
 
@@ -143,6 +144,8 @@ class LowerAttention(PassBase):
     def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
         query, key, value, layer, *options = marker.args
         dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
+        if values_in_keys(marker):
+            dense["values"] = dense["values"][..., :0]
         parts = {part.name: part for part in (*CACHE_PARTS, *DECODED_PARTS, *PAGE_PARTS, TABLE_PART)}
         inputs: dict[str, fx.Node] = {}
         for name in self.access.inputs:

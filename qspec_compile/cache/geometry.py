@@ -43,7 +43,10 @@ class StateShape:
 
 
 class AttentionShape(Protocol):
-    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
+    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none).
+
+    If it has a true ``values_in_keys``, values are the first channels of keys and not cached by themselves.
+    """
 
     @property
     def kv_heads(self) -> int: ...
@@ -90,5 +93,6 @@ def part_shape(
 
     ``pages`` are those that have scores and those that may be chosen.
     """
-    head_dim = layer.key_dim if part.holds == "keys" else layer.value_dim
+    value_dim = 0 if getattr(layer, "values_in_keys", False) else layer.value_dim
+    head_dim = layer.key_dim if part.holds == "keys" else value_dim
     return part.shape(batch, layer.kv_heads, head_dim, groups, group_size, recent, pages)

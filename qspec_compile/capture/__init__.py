@@ -3,6 +3,7 @@
 from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
+from .latents import with_latents
 from .rope import follows_length, rope_at, rope_context_of
 from .state import WithState
 
@@ -22,4 +23,5 @@ __all__ = [
     "follows_length",
     "rope_at",
     "rope_context_of",
+    "with_latents",
 ]

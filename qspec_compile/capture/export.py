@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
+from quantspec.passes.absorb_latents import Latent
 from quantspec.passes.counted_positions import FollowPositionIds
 from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.pieces import Piece
@@ -44,6 +45,7 @@ class Capture:
         layers: its attention calls, in forward order.
         states: what layers keep besides keys and values. The graph then takes further inputs, ``(B, S, ...)`` for each:
             the state before the tokens, and room for that after each of them, which it writes.
+        latents: of which latents the heads of attention calls are made that the graph attends to, by their number.
         pieces: what the graph holds of each parameter that is split over ranks, by its name in the graph; else empty.
         whole: names of the linears that every one of several ranks computes.
     """
@@ -51,6 +53,7 @@ class Capture:
     graph_module: fx.GraphModule
     layers: tuple[CapturedLayer, ...]
     states: tuple[StateShape, ...] = ()
+    latents: Mapping[int, Latent] = field(default_factory=dict)
     pieces: Mapping[str, Piece] = field(default_factory=dict)
     whole: Sequence[str] = ()
 

@@ -99,6 +99,7 @@ class CapturedLayer:
         has_sinks: whether a learned logit per query head joins the softmax.
         held: what transformers' own cache holds for it; None where that is not known.
         chunk: tokens of a chunk, where those of one see no other's; 0 for none.
+        values_in_keys: whether values are the first channels of keys, which alone are cached then.
     """
 
     module: str
@@ -111,6 +112,7 @@ class CapturedLayer:
     has_sinks: bool
     held: HeldState | None = None
     chunk: int = 0
+    values_in_keys: bool = False
 
 
 class Recorder:

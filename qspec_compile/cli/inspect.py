@@ -115,6 +115,7 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
                 "kv_heads": layer.kv_heads,
                 "key_dim": layer.key_dim,
                 "value_dim": layer.value_dim,
+                "values_in_keys": layer.values_in_keys,
                 "softcap": layer.softcap or None,
                 "sinks": layer.has_sinks,
             }
@@ -229,7 +230,7 @@ def _attention_table(structure: Structure) -> Table:
                 _reach(layer),
                 str(layer.query_heads),
                 str(layer.kv_heads),
-                f"{layer.key_dim}/{layer.value_dim}",
+                f"{layer.key_dim}/{layer.value_dim}{', latent' if layer.values_in_keys else ''}",
                 f"{layer.softcap:g}" if layer.softcap else "-",
                 "yes" if layer.has_sinks else "-",
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
@@ -11,6 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from quantspec.capture import IMPLEMENTATION, Capture, Recorder, WithState, attending
 from quantspec.kernels import prefill_attention
+from quantspec.passes.absorb_latents import Latent
+
+
+def _own_name(name: str) -> str:
+    """What the model calls a parameter of the graph, which has it in a wrapper."""
+    return name.removeprefix("model.")
 
 
 class EagerPrefill(nn.Module):
@@ -33,6 +40,11 @@ class EagerPrefill(nn.Module):
                     part._experts_implementation_internal = IMPLEMENTATION
         self.forward_with_state = WithState(model, captured.states)
         self.captured = captured
+        # Inputs of the linears that make heads of latents, as they are called.
+        self._latents: dict[str, Tensor] = {}
+        for name in {latent.value_up.name for latent in captured.latents.values()}:
+            linear = model.get_submodule(_own_name(name).removesuffix(".weight"))
+            linear.register_forward_pre_hook(lambda _, inputs, name=name: self._latents.update({name: inputs[0]}))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *inputs: Tensor) -> Tensor:
         """Logits ``(B, 1, V)`` of each sequence's last new token; ``inputs`` are those of the graph it stands for.
@@ -54,6 +66,7 @@ class EagerPrefill(nn.Module):
                 self.captured,
                 [part[row] for part in parts],
                 (quantized_len[row], length[row], num_new[row]),
+                self._latents,
             )
             with attending(recorder):
                 made, *after = self.forward_with_state(
@@ -70,12 +83,19 @@ class _PrefillRecorder(Recorder):
     """Attends on the cache instead of leaving markers."""
 
     def __init__(
-        self, model: nn.Module, captured: Capture, parts: list[Tensor], lengths: tuple[Tensor, Tensor, Tensor]
+        self,
+        model: nn.Module,
+        captured: Capture,
+        parts: list[Tensor],
+        lengths: tuple[Tensor, Tensor, Tensor],
+        latents: Mapping[str, Tensor],
     ) -> None:
         super().__init__(model)
         self._captured = captured
         self._parts = parts
         self._lengths = lengths
+        self._latents = latents
+        self._weights = dict(model.named_parameters())
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
@@ -86,6 +106,27 @@ class _PrefillRecorder(Recorder):
         # A mask says how far it reaches, and the capture whether that is a chunk.
         window = -self._captured.layers[number].chunk or window
         *cache, table = parts
-        return prefill_attention(
-            query, key, value, *cache, *self._lengths, scale, window, softcap, sinks, block_table=table
+
+        def read(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return prefill_attention(
+                query, key, value, *cache, *self._lengths, scale, window, softcap, sinks, block_table=table
+            )
+
+        latent = self._captured.latents.get(number)
+        return read(query, key, value) if latent is None else self._absorbed(latent, query, key, read)
+
+    def _absorbed(self, latent: Latent, query: Tensor, key: Tensor, read: Callable[..., Tensor]) -> Tensor:
+        """What :class:`AbsorbLatents` makes of a marker, for heads that the model has made already."""
+        first, last = latent.first, latent.first + latent.key_up.count
+        up, down = (
+            part.of(self._weights[_own_name(part.name)], lambda op, *args: op(*args))
+            for part in (latent.key_up, latent.value_up)
         )
+        heads = query.unflatten(1, (len(up), -1))
+        absorbed = (heads[..., first:last] @ up.unsqueeze(1)).flatten(1, 2)
+        vector = self._latents[latent.value_up.name]
+        own = vector.reshape(len(key), 1, key.shape[2], -1)
+        query = torch.cat((absorbed, query[..., :first], query[..., last:]), -1)
+        key = torch.cat((own, key[:, :1, :, :first], key[:, :1, :, last:]), -1)
+        out = read(query, key, key[..., : own.shape[-1]]).unflatten(2, (len(up), -1))
+        return (out @ down.transpose(1, 2)).flatten(2, 3)

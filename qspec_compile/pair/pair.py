@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
-from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of
+from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
@@ -40,7 +40,7 @@ class Pair:
         model: the Hugging Face model, untouched; its tensors are the target's.
         config: the options in force, group sizes as adapted.
         captured: what the graphs were made of.
-        layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order.
+        layers: one :class:`quantspec.capture.CapturedLayer` per attention call, in forward order, as it is cached.
         common: what the graphs of all roles were made of, with attention markers still.
         graphs: the FX graph of each role.
         linears: what became of each of the draft's weights.
@@ -75,7 +75,8 @@ class Pair:
             captured = kept_or_captured(model, rope_context, capture)
         self.model: PreTrainedModel = model
         self.captured = captured
-        self.layers = captured.layers
+        cached = with_latents(captured, config, model.device)
+        self.layers = cached.layers
         if captured.states and config.compile:
             raise ValueError(
                 f"compile=True: layers of {type(model).__name__} keep state, whose steps are not compiled; leave it "
@@ -83,7 +84,7 @@ class Pair:
             )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
-        self.common: fx.GraphModule = common_graph(captured, config, self.vocab_size)
+        self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
         graphs, self.linears = build_graphs(self.common, config, recipes, source)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
@@ -92,7 +93,7 @@ class Pair:
         if captured.states:
             self.compiles = False
             with rope_at(model, rope_context):
-                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, captured)}
+                self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, cached)}
         self._recipes = recipes
         self._forwards = {
             role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
@@ -203,7 +204,8 @@ class Pair:
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 
-        A token's activations are taken to be six of the widest linear's inputs and outputs in the model's dtype.
+        A token's activations are taken to be six of the widest linear's or attention's inputs and outputs in the
+        model's dtype.
         """
         if self.device.type != "cuda":
             return max(1, num_tokens)
@@ -211,6 +213,8 @@ class Pair:
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         # Logits are made of one token per prompt, so the language-model head does not count.
         width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
+        # Every head of a latent is as wide as it.
+        width = max(width, *(layer.query_heads * (layer.key_dim + layer.value_dim) for layer in self.layers))
         per_token = batch_size * 6 * width * self.model.dtype.itemsize
         (chunk,) = self.agree([max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)])
         return chunk

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantspec.cache.geometry import StateShape
-from quantspec.capture import CapturedLayer, capture, converting, rope_context_of
+from quantspec.capture import CapturedLayer, capture, converting, rope_context_of, with_latents
 from quantspec.config import QuantSpecConfig, WeightQuantizer
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
@@ -117,6 +117,7 @@ def _captured(
     """Attention layers, the draft's weights and the states of a model."""
     with converting():
         captured = capture(model, structure_only=True, rope_context=rope_context_of(model, options))
+    captured = with_latents(captured, options, "cuda")
     weight_format = recipes_for(options)[Role.DRAFT].weight_format
     if weight_format is None:
         return captured.layers, (), captured.states

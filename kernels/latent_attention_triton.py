@@ -1,0 +1,392 @@
+"""Attention on CUDA over one key head whose first channels are its values, as latents are cached.
+
+A program reads a tile of keys once, for the scores and then as the values. It attends to one stretch of one sequence's
+cache, for some rows (tokens of query heads); ``cached_attention_triton`` merges the stretches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .inline_asm import centred_bytes, centred_nibbles, exact_dot, fast_exp2
+from .optional_triton import tl, triton
+
+# Score of a key that a query must not see; finite, so that a column of them gives no NaN.
+_HIDDEN = tl.constexpr(-1.0e30)
+# Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
+_WEIGHT_SHIFT = tl.constexpr(15.0)
+
+
+class LatentConfig(NamedTuple):
+    """How the planes are attended: rows per program, bytes per tile, warps, pipeline stages, splits."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def latent_config(multiprocessors: int, pairs: int, rows: int, num_bytes: int, element_size: int) -> LatentConfig:
+    """Configuration by allocated size; not tuned. Shared memory of 99 KB has room for so many rows of 576 channels.
+
+    Args:
+        multiprocessors: of the device.
+        pairs: batch * KV heads.
+        rows: query heads of a KV head * tokens.
+        num_bytes: byte rows of one head's planes (half its tokens).
+        element_size: bytes of a query's number.
+    """
+    block_rows = min(64 // element_size, max(8, triton.next_power_of_2(rows)))
+    block = 16
+    columns = pairs * triton.cdiv(rows, block_rows)
+    tiles = triton.cdiv(num_bytes, block)
+    splits = max(1, min(2 * multiprocessors // columns, tiles, 64))
+    return LatentConfig(block_rows, block, 8, 2, splits)
+
+
+@triton.jit
+def _soft_cap(score_log2, cap_log2, USE_ASM: tl.constexpr):
+    """``cap tanh(score / cap)`` of scores and cap in units of log2; tanh(x) = 1 - 2 / (e^2x + 1)."""
+    double = fast_exp2(score_log2 / cap_log2 * 2.8853900817779268, USE_ASM)
+    return cap_log2 * (1 - 2 / (double + 1))
+
+
+@triton.jit
+def _decoded(
+    upper,
+    lower,
+    scale,
+    zero,
+    at,
+    scale_at,
+    mask,
+    dtype: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Keys of the low and of the high nibbles at byte offsets ``at``."""
+    packed = tl.load(upper + at, mask, other=0)
+    s = tl.load(scale + scale_at, mask, other=0).to(dtype)
+    z = tl.load(zero + scale_at, mask, other=0).to(dtype) + 8 * s
+    if HAS_LOWER:
+        low, high = centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
+        s = s * 0.0625
+    else:
+        low, high = centred_nibbles(packed, dtype, USE_ASM)
+    return low * s + z, high * s + z
+
+
+@triton.jit
+def _attend_planes(
+    q_t,
+    q_rest,
+    upper,
+    lower,
+    scale,
+    zero,
+    table,
+    first_tile,
+    last_tile,
+    num_bytes,
+    oldest,
+    scale_log2,
+    softcap_log2,
+    DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Attend from the columns of ``q_t (BLOCK_V, BLOCK_ROWS)`` and ``q_rest (BLOCK_REST, BLOCK_ROWS)`` to tiles of
+    ``BLOCK`` bytes (twice as many tokens).
+
+    Returns the normalized outputs ``(BLOCK_V, BLOCK_ROWS)`` and the log2-sum-exp2.
+    """
+    dtype: tl.constexpr = q_t.dtype
+    D: tl.constexpr = DV + REST
+    i = tl.arange(0, BLOCK)
+    c = tl.arange(0, BLOCK_V)[None, :]
+    r = tl.arange(0, BLOCK_REST)[None, :]
+    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_V, BLOCK_ROWS), tl.float32)
+    for tile in range(first_tile, last_tile):
+        byte = tile * BLOCK + i
+        inside = byte < num_bytes
+        group = byte // HALF
+        row = byte % HALF
+        token = group * (2 * HALF) + row
+        stored = group
+        if PAGED:
+            stored = tl.load(table + group, inside, other=0)
+        at = (stored * HALF + row)[:, None] * D
+        scale_at = stored[:, None] * D
+        mask = inside[:, None] & (c < DV)
+        k_low, k_high = _decoded(upper, lower, scale, zero, at + c, scale_at + c, mask, dtype, HAS_LOWER, USE_ASM)
+        s_low = tl.dot(k_low, q_t, input_precision="ieee")
+        s_high = tl.dot(k_high, q_t, input_precision="ieee")
+        if REST > 0:
+            mask = inside[:, None] & (r < REST)
+            r_low, r_high = _decoded(
+                upper, lower, scale, zero, at + DV + r, scale_at + DV + r, mask, dtype, HAS_LOWER, USE_ASM
+            )
+            s_low = tl.dot(r_low, q_rest, s_low, input_precision="ieee")
+            s_high = tl.dot(r_high, q_rest, s_high, input_precision="ieee")
+        s_low = s_low * scale_log2
+        s_high = s_high * scale_log2
+        if HAS_SOFTCAP:
+            s_low = _soft_cap(s_low, softcap_log2, USE_ASM)
+            s_high = _soft_cap(s_high, softcap_log2, USE_ASM)
+        seen_low = inside[:, None]
+        seen_high = inside[:, None]
+        if HAS_WINDOW:
+            seen_low = seen_low & (token[:, None] > oldest[None, :])
+            seen_high = seen_high & ((token + HALF)[:, None] > oldest[None, :])
+        s_low = tl.where(seen_low, s_low, _HIDDEN)
+        s_high = tl.where(seen_high, s_high, _HIDDEN)
+        new_top = tl.maximum(top, tl.max(tl.maximum(s_low, s_high), 0))
+        decay = fast_exp2(top - new_top, USE_ASM)
+        top = new_top
+        w_low = tl.where(seen_low, fast_exp2(s_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
+        w_high = tl.where(seen_high, fast_exp2(s_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
+        total = total * decay + tl.sum(w_low + w_high, 0)
+        acc = tl.dot(tl.trans(k_low), w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
+        acc = tl.dot(tl.trans(k_high), w_high.to(dtype), acc, input_precision="ieee")
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, top - _WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    return acc * (1.0 / divisor)[None, :], lse
+
+
+@triton.jit
+def _attend_recent(
+    q_t,
+    q_rest,
+    key,
+    recent,
+    stride_key,
+    first_slot,
+    num_old,
+    position,
+    oldest,
+    newest,
+    scale_log2,
+    softcap_log2,
+    TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Store the new tokens whose slots lie in this block of ``BLOCK`` recent slots, then attend to the block.
+
+    ``position`` is the position of slot 0; a column sees keys of positions in ``(oldest, newest]``. Returns as
+    :func:`_attend_planes`.
+    """
+    dtype: tl.constexpr = q_t.dtype
+    D: tl.constexpr = DV + REST
+    c = tl.arange(0, BLOCK_V)[None, :]
+    r = tl.arange(0, BLOCK_REST)[None, :]
+    new = tl.arange(0, BLOCK_TOKENS)
+    slot = num_old + new
+    mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + BLOCK))[:, None]
+    x = tl.load(key + new[:, None] * stride_key + c, mine & (c < DV))
+    tl.store(recent + slot[:, None] * D + c, x, mine & (c < DV))
+    if REST > 0:
+        x = tl.load(key + new[:, None] * stride_key + DV + r, mine & (r < REST))
+        tl.store(recent + slot[:, None] * D + DV + r, x, mine & (r < REST))
+    # The block is read back below by other threads of this program.
+    tl.debug_barrier()
+
+    slot = first_slot + tl.arange(0, BLOCK)
+    inside = (slot < num_old + TOKENS)[:, None]
+    keys = tl.load(recent + slot[:, None] * D + c, inside & (c < DV), other=0)
+    scores = exact_dot(keys, q_t, USE_ASM)
+    if REST > 0:
+        rest = tl.load(recent + slot[:, None] * D + DV + r, inside & (r < REST), other=0)
+        scores += exact_dot(rest, q_rest, USE_ASM)
+    scores = scores * scale_log2
+    if HAS_SOFTCAP:
+        scores = _soft_cap(scores, softcap_log2, USE_ASM)
+    at = (position + slot)[:, None]
+    visible = inside & (at > oldest[None, :]) & (at <= newest[None, :])
+    scores = tl.where(visible, scores, _HIDDEN)
+    top = tl.max(scores, 0)
+    weights = tl.where(visible, fast_exp2(scores - top[None, :], USE_ASM), 0)
+    total = tl.sum(weights, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, top + tl.log2(divisor), float("-inf"))
+    out = exact_dot(tl.trans(keys), weights.to(dtype), USE_ASM)
+    return out * (1.0 / divisor)[None, :], lse
+
+
+@triton.jit
+def attend_latents_kernel(
+    query,
+    key,
+    k_recent,
+    k_upper,
+    k_lower,
+    k_scale,
+    k_zero,
+    table,
+    quantized_len,
+    length,
+    partial,
+    partial_lse,
+    scale_log2,
+    softcap_log2,
+    window,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_krb,
+    stride_krh,
+    stride_kpb,
+    stride_kph,
+    stride_ksb,
+    stride_ksh,
+    stride_table,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RECENT_SPLITS: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """One stretch of the cache: program (split and block of rows, batch * KV head); the first splits read the recent
+    buffer.
+
+    A row is one token of one query head. Writes ``partial (B*K, splits, rows, DV)`` and ``partial_lse`` in float32;
+    where a row sees nothing of the stretch its lse is -inf and its partial is left unwritten or zero.
+    """
+    ROW_BLOCKS: tl.constexpr = (REPEAT * TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    split = tl.program_id(0) // ROW_BLOCKS
+    num_splits = tl.num_programs(0) // ROW_BLOCKS
+    sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    start = tl.load(length + sequence).to(tl.int32)
+    quantized = tl.load(quantized_len + sequence).to(tl.int32)
+
+    rows = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = rows < REPEAT * TOKENS
+    newest = start + rows % TOKENS
+    # Without a window everything is newer than -1.
+    oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    # A negative window is the size of chunks.
+    chunk = tl.maximum(-window, 1)
+    if HAS_WINDOW:
+        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
+    c = tl.arange(0, BLOCK_V)[:, None]
+    r = tl.arange(0, BLOCK_REST)[:, None]
+    q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
+    q_at += (rows % TOKENS)[None, :] * stride_qt
+    q_t = tl.load(q_at + c, real[None, :] & (c < DV), other=0)
+    q_rest = tl.load(q_at + DV + r, real[None, :] & (r < REST), other=0)
+
+    at = (tl.program_id(1).to(tl.int64) * num_splits + split) * (REPEAT * TOKENS) + rows
+    out_at = partial + at[None, :] * DV + c
+    mask = real[None, :] & (c < DV)
+    if split < RECENT_SPLITS:
+        if split * BLOCK < start - quantized + TOKENS:
+            out, lse = _attend_recent(
+                q_t,
+                q_rest,
+                key + sequence * stride_kb + head * stride_kh,
+                k_recent + sequence * stride_krb + head * stride_krh,
+                stride_kt,
+                split * BLOCK,
+                start - quantized,
+                quantized,
+                oldest,
+                newest,
+                scale_log2,
+                softcap_log2,
+                TOKENS,
+                BLOCK_TOKENS,
+                DV,
+                BLOCK_V,
+                REST,
+                BLOCK_REST,
+                BLOCK,
+                HAS_SOFTCAP,
+                USE_ASM,
+            )
+            tl.store(partial_lse + at, lse, real)
+            tl.store(out_at, out, mask)
+        else:
+            tl.store(partial_lse + at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+    else:
+        num_bytes = quantized // 2
+        end = tl.cdiv(num_bytes, BLOCK)
+        begin = 0
+        if HAS_WINDOW:
+            # Groups that lie wholly before every query's window are not read.
+            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
+            begin = begin // (2 * HALF) * HALF // BLOCK
+            begin = tl.minimum(begin, end)
+        share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
+        first = begin + (split - RECENT_SPLITS) * share
+        last = tl.minimum(first + share, end)
+        if first < last:
+            plane = sequence * stride_kpb + head * stride_kph
+            scales = sequence * stride_ksb + head * stride_ksh
+            # Codes are exact in float16 but not all in bfloat16, and q is exact in both but for vanishing entries.
+            plane_q = q_t.to(tl.float16) if q_t.dtype != tl.float32 else q_t
+            plane_rest = q_rest.to(tl.float16) if q_rest.dtype != tl.float32 else q_rest
+            out, lse = _attend_planes(
+                plane_q,
+                plane_rest,
+                k_upper + plane,
+                k_lower + plane,
+                k_scale + scales,
+                k_zero + scales,
+                table + sequence * stride_table,
+                first,
+                last,
+                num_bytes,
+                oldest,
+                scale_log2,
+                softcap_log2,
+                DV,
+                BLOCK_V,
+                REST,
+                BLOCK_REST,
+                BLOCK_ROWS,
+                HALF,
+                BLOCK,
+                HAS_LOWER,
+                HAS_WINDOW,
+                HAS_SOFTCAP,
+                PAGED,
+                USE_ASM,
+            )
+            tl.store(partial_lse + at, lse, real)
+            tl.store(out_at, out, mask)
+        else:
+            tl.store(partial_lse + at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
