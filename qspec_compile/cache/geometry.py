@@ -43,7 +43,7 @@ class StateShape:
 
 
 class AttentionShape(Protocol):
-    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none)."""
+    """One attention layer: key/value heads, head dims, and tokens of its sliding window or chunks (0 for none)."""
 
     @property
     def kv_heads(self) -> int: ...
@@ -53,6 +53,8 @@ class AttentionShape(Protocol):
     def value_dim(self) -> int: ...
     @property
     def window(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
 
 
 def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
@@ -75,6 +77,16 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
     step = 1 << max(0, groups.bit_length() - 5)
     # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
     return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
+
+
+def layer_groups(layer: AttentionShape, groups: int, kv_group_size: int) -> int:
+    """Of so many groups of a sequence those that ``layer`` has places for: all, or what its window needs.
+
+    A query behind all groups sees the ``window - 1`` tokens before it. One group more lets a text go back by one.
+    """
+    seen = layer.window or layer.chunk
+    # At least two, as above.
+    return min(groups, max(2, -(-(seen - 1) // kv_group_size) + 1)) if seen else groups
 
 
 def part_shape(
