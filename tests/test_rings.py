@@ -122,38 +122,39 @@ class Twins:
         assert outputs[0].isfinite().all()
 
 
-WINDOW_SIZES = [1, 2, GROUP - 1, GROUP, GROUP + 1, GROUP + 2, 3 * GROUP, 3 * GROUP + 1, 5 * GROUP + 7]
+WINDOW_SIZES = [1, GROUP, GROUP + 1, GROUP + 2, 3 * GROUP, 3 * GROUP + 1]
 
 
-@pytest.mark.parametrize("window", [*WINDOW_SIZES, -1, -GROUP, -3 * GROUP, -5 * GROUP - 7])
+@pytest.mark.parametrize("window", [*WINDOW_SIZES, -GROUP, -3 * GROUP - 7])
 def test_a_ring_reads_as_planes_of_all_groups(window, monkeypatch):
     """Bit for bit: prompts in chunks, shorter and longer than the ring; cycles; sequences of different lengths."""
-    twins = Twins(window, 2, 3, monkeypatch)
-    for counts in ([5, 3 * GROUP], [9 * GROUP + 3, GROUP], [1, 2 * GROUP + 9]):
+    twins = Twins(window, 2, GROUP - 1, monkeypatch)
+    for counts in ([5, 3 * GROUP], [9 * GROUP + 3, GROUP]):
         twins.prefill(counts)
-    for step in range(40):
-        twins.cycle([step % 5, 4 - step % 5])
-    twins.prefill([2 * GROUP, 12 * GROUP])
+    for accepted in ([1, 16], [16, 9], [0, 16], [15, 16]):
+        twins.cycle(accepted)
+    twins.prefill([1, 5 * GROUP])
     twins.cycle([4, 0])
-    assert twins.whole.layers[0].groups >= int(twins.whole.quantized_len.max()) // GROUP > 20
+    assert twins.whole.layers[0].groups >= int(twins.whole.quantized_len.max()) // GROUP > 10
     assert twins.ring.layers[0].groups <= 2 + abs(window) // GROUP + 1
 
 
-@pytest.mark.parametrize("window", [*WINDOW_SIZES, -GROUP, -3 * GROUP - 1])
+@pytest.mark.parametrize("window", [1, GROUP + 1, 3 * GROUP, 3 * GROUP + 1, -3 * GROUP - 1])
 def test_a_text_goes_back_in_its_ring(window, monkeypatch):
     """By what the recent buffer holds and a group more, or it begins anew; it never reads what is no longer there."""
     twins = Twins(window, 1, 3, monkeypatch)
     twins.prefill([14 * GROUP + 5])
-    kept_some = 0
+    kept_some = written = 0
     for back in (0, 1, GROUP, GROUP + 5, GROUP + 6, 2 * GROUP + 5, 1, 3 * GROUP, 4 * GROUP, GROUP + 6, GROUP + 6):
-        most, length = int(twins.whole.quantized_len), int(twins.whole.length)
+        written, length = max(written, int(twins.whole.quantized_len)), int(twins.whole.length)
         for cache in twins.caches:
             cache.rewind(torch.tensor([length - back]))
         if int(twins.ring.length):
             assert int(twins.ring.length) == int(twins.whole.length)
-            kept_some += int(twins.ring.quantized_len) < most
+            kept_some += int(twins.ring.quantized_len) < written
         else:
-            assert length - back < most - GROUP
+            assert length - back < written - GROUP
+            written = 0
             twins.whole.reset()
             twins.prefill([14 * GROUP + 5])
         # What a prefill reads first, and what a cycle does.
