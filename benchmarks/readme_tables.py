@@ -37,6 +37,7 @@ class LayerShape(NamedTuple):
     value_dim: int
     window: int = 0
     chunk: int = 0
+    reads: int | None = None
 
 
 def _load(name: str) -> Any:

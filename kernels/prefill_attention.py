@@ -79,6 +79,7 @@ def prefill_attention(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None = None,
+    stores: bool = True,
 ) -> Tensor:
     """Attend over right-padded new tokens and cache the valid ones.
 
@@ -93,6 +94,7 @@ def prefill_attention(
         num_new: ``(B,)`` int64, valid new tokens per sequence.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
         block_table: as in ``quantspec::cached_attention``; it names the blocks that groups are written to, too.
+        stores: False leaves the cache as it is, for a later layer that reads the same keys and values.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
@@ -101,6 +103,8 @@ def prefill_attention(
     state = list(zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True))
     cache = (*planes, k_recent, v_recent)
     out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
+    if not stores:
+        return out
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, start, new) in enumerate(state):
         k_tail = torch.cat((k_recent[b, :, : start - quantized], key[b, :, :new]), 1)
@@ -147,6 +151,7 @@ def prefill_attention_triton(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None = None,
+    stores: bool = True,
 ) -> Tensor:
     """Attention by torch's kernels, encoding by Triton's; as ``quantspec::prefill_attention``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
@@ -154,6 +159,7 @@ def prefill_attention_triton(
     state = [tuple(row) for row in torch.stack((quantized_len, length, num_new), dim=1).tolist()]
     cache = (*planes, k_recent, v_recent)
     out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
+    if stores:
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+        encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
     return out

@@ -54,7 +54,7 @@ def _bytes_by_part(
     """Bytes of a cache with room for ``groups`` groups of each sequence and ``recent`` slots."""
     parts = parts_on(device)
     totals = {str(part.kind): 0 for part in parts}
-    for layer in layers:
+    for layer in (layer for layer in layers if layer.reads is None):
         places = layer_groups(layer, groups, group_size)
         for part in parts:
             shape = part_shape(part, layer, batch_size, places, group_size, recent)

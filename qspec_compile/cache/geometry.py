@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +44,10 @@ class StateShape:
 
 
 class AttentionShape(Protocol):
-    """One attention layer: key/value heads, head dims, and tokens of its sliding window or chunks (0 for none)."""
+    """One attention layer: key/value heads, head dims, and tokens of its sliding window or chunks (0 for none).
+
+    ``reads`` is the number of the earlier one whose keys and values it attends to; None for its own.
+    """
 
     @property
     def kv_heads(self) -> int: ...
@@ -55,6 +59,8 @@ class AttentionShape(Protocol):
     def window(self) -> int: ...
     @property
     def chunk(self) -> int: ...
+    @property
+    def reads(self) -> int | None: ...
 
 
 def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
@@ -77,6 +83,12 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
     step = 1 << max(0, groups.bit_length() - 5)
     # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
     return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
+
+
+def read_again(layers: Sequence[AttentionShape]) -> set[int]:
+    """Numbers of the layers whose keys and values a later one reads, too: all but the last of each cache."""
+    last = {number if layer.reads is None else layer.reads: number for number, layer in enumerate(layers)}
+    return set(range(len(layers))) - set(last.values())
 
 
 def layer_groups(layer: AttentionShape, groups: int, kv_group_size: int) -> int:

@@ -101,7 +101,7 @@ class HierarchicalCache:
 
     Attributes:
         group_size, num_speculative_tokens, max_len, batch_size: as given.
-        layers: one :class:`LayerCache` per attention call, in forward order.
+        layers: one :class:`LayerCache` per attention call that has keys and values of its own, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
         block_table: ``(B, N)`` int32 on the device, the blocks of a pool that have each sequence's groups; without
@@ -142,12 +142,15 @@ class HierarchicalCache:
         self.max_len = max_len
         self.batch_size = batch_size
         recent = recent_slots(group_size, num_speculative_tokens)
-        self._shapes = layers
+        self._shapes = [layer for layer in layers if layer.reads is None]
+        places = {number: place for place, number in enumerate(n for n, one in enumerate(layers) if one.reads is None)}
+        # For each attention call the place in ``layers`` of what it reads.
+        self._read = [places[n if layer.reads is None else layer.reads] for n, layer in enumerate(layers)]
         self.layers: list[LayerCache] = [
-            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
+            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in self._shapes
         ]
         self.block_table: Tensor = torch.zeros(batch_size, 0, dtype=TABLE_PART.dtype, device=device)
-        self._pages = None if page_budget is None else PageChoice(layers, batch_size, page_budget, device)
+        self._pages = None if page_budget is None else PageChoice(self._shapes, batch_size, page_budget, device)
         # Of a sequence, that there is room for; a layer with a window has places for the last ones.
         self._groups = 0
         self._reserve_pages()
@@ -239,10 +242,10 @@ class HierarchicalCache:
         return view
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
-        """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
+        """The cache tensors that a graph takes after its other inputs: these parts, call by call."""
         return [
-            self.block_table if part == TABLE_PART.name else getattr(layer, part)
-            for layer in self.layers
+            self.block_table if part == TABLE_PART.name else getattr(self.layers[place], part)
+            for place in self._read
             for part in parts
         ]
 

@@ -99,6 +99,7 @@ class CapturedLayer:
         has_sinks: whether a learned logit per query head joins the softmax.
         held: what transformers' own cache holds for it; None where that is not known.
         chunk: tokens of a chunk, where those of one see no other's; 0 for none.
+        reads: the number of the earlier call whose keys and values it attends to; None for its own.
     """
 
     module: str
@@ -111,6 +112,7 @@ class CapturedLayer:
     has_sinks: bool
     held: HeldState | None = None
     chunk: int = 0
+    reads: int | None = None
 
 
 class Recorder:
