@@ -48,7 +48,8 @@ def _attend_prompts(
         keys, values = key[b, :, :new], value[b, :, :new]
         oldest = first_visible(start, window)
         if start:
-            cached = dense_from(oldest, start, b, quantized, dtype, planes, (k_recent, v_recent), block_table)
+            span, recent = (oldest, start), (k_recent, v_recent)
+            cached = dense_from(*span, b, quantized, dtype, planes, recent, block_table)  # type: ignore[arg-type]
             pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
             keys, values = (torch.cat(pair, 1) for pair in pairs)
         rows, offset = query[b : b + 1, :, :new].to(keys.dtype), start - oldest

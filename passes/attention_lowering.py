@@ -160,8 +160,9 @@ class LowerAttention(PassBase):
         with graph.inserting_before(marker):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
-        stores = {"stores": False} if self.access.fills and layer in self.read_again else {}
-        lowered.kwargs = {name: inputs[name] for name in self.access.by_name} | stores
+        lowered.kwargs = {name: inputs[name] for name in self.access.by_name}
+        if self.access.fills and layer in self.read_again:
+            lowered.kwargs = {**lowered.kwargs, "stores": False}
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 
