@@ -30,12 +30,14 @@ DRAWN_RATES = (0.85, 0.90, 0.93, 0.95)
 
 
 class LayerShape(NamedTuple):
-    """One attention layer, as :mod:`quantspec.memory` takes them; ``window`` 0 is none."""
+    """One attention layer, as :mod:`quantspec.memory` takes them; ``window`` and ``chunk`` 0 are none."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
     window: int = 0
+    chunk: int = 0
+    reads: int | None = None
 
 
 def _load(name: str) -> Any:

@@ -22,8 +22,6 @@ The kernels for CUDA are in ``cached_attention_triton``. A CPU's target reads th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,16 +112,43 @@ def cached_attention_reference(
     append_recent(key, value, k_recent, v_recent, quantized_len, length)
     dtype = compute_dtype(query.dtype)
     outputs = []
+    planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-        groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))
-        planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
-        row: list[Any] = [None if part is None else groups.of(part) for part in planes]
-        row += [k_recent[b], v_recent[b]]
-        keys, values = dense_key_value(quantized, start + query.shape[2], dtype, *row)
+        oldest, last = first_visible(start, window), start + query.shape[2]
+        keys, values = dense_from(oldest, last, b, quantized, dtype, planes, (k_recent, v_recent), block_table)
         values = stored_values(values, keys, value.shape[3])
-        rows = query[b : b + 1].to(dtype)
-        outputs.append(masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks))
+        rows, offset = query[b : b + 1].to(dtype), start - oldest
+        outputs.append(masked_attention(rows, keys[None], values[None], offset, scale, window, softcap, sinks))
     return torch.cat(outputs).to(query.dtype)
+
+
+def dense_from(
+    first: int,
+    last: int,
+    sequence: int,
+    quantized: int,
+    dtype: torch.dtype,
+    planes: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    recent: tuple[Tensor, Tensor],
+    block_table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``first`` to ``last`` of one sequence, ``quantized`` of which are in planes, dense: ``(K, tokens, D)``.
+
+    ``planes`` and ``recent`` are those of ``quantspec::cached_attention``.
+    """
+    upper, group_size = planes[0], 2 * planes[0].shape[3]
+    group = min(first, quantized) // group_size
+    groups, start = groups_of(upper, block_table, sequence, group, quantized // group_size), group * group_size
+    row = [None if part is None else groups.of(part) for part in planes]
+    dense = dense_key_value(
+        quantized - start,
+        last - start,
+        dtype,
+        *row,  # type: ignore[arg-type]
+        *(part[sequence] for part in recent),
+    )
+    keys, values = (x[:, first - start :] for x in dense)
+    return keys, values
 
 
 def _group_codes(upper: Tensor, lower: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -236,7 +261,7 @@ def attend_plainly(
         # Groups that lie wholly before every query's window are not read.
         oldest = first_visible(start, window)
         first = min(oldest, quantized) // group_size
-        groups = groups_of(block_table, b, first, quantized // group_size)
+        groups = groups_of(planes[0], block_table, b, first, quantized // group_size)
         row = tuple(None if part is None else groups.of(part) for part in planes)
         stored = slice(start + tokens - quantized)
         read = None
@@ -297,7 +322,8 @@ def cached_attention(
             H.
         k_recent, v_recent: ``(B, K, R, D)`` and ``(B, K, R, Dv)`` in the model's dtype, mutated; slot r holds position
             ``quantized_len + r``.
-        k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read.
+        k_upper, k_lower: ``(B, K, N, G/2, D)`` uint8 planes; ``k_lower`` None selects the draft's 4-bit read. Group n
+            is in place ``n % N``, so with a window there may be fewer places than groups.
         k_scale, k_zero: ``(B, K, N, D)`` float16.
         v_upper, v_lower: ``(B, K, N, G/2, Dv)`` uint8 planes; ``v_lower`` is None where ``k_lower`` is.
         v_scale, v_zero: ``(B, K, N, G, num_value_groups(Dv))`` float16. Where these and ``v_recent`` have no channels,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .block_table import launched, strides
+from .block_table import launched, num_places, strides
 from .cached_attention import MAX_HEAD_DIM, MAX_LATENT_BYTES, cached_attention, rotate
 from .current_device import on_tensors_device
 from .inline_asm import (
@@ -65,9 +65,18 @@ def _place(tile, chosen, first_unjudged, SPARSE: tl.constexpr):
 
 
 @triton.jit
-def _stored(table, tile, num_bytes, HALF: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr):
+def _stored(
+    table,
+    tile,
+    num_bytes,
+    places,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PAGED: tl.constexpr,
+):
     """Where the group of a tile is stored, or that of each of its bytes ``(BLOCK,)`` if they are of several: in the
-    block that the table names or, without one, at its own number."""
+    block that the table names or, without one, at its own number; with a window, places are taken in turns."""
     if HALF >= BLOCK:
         group = tile // (HALF // BLOCK)
         inside = tile * BLOCK < num_bytes
@@ -77,6 +86,8 @@ def _stored(table, tile, num_bytes, HALF: tl.constexpr, BLOCK: tl.constexpr, PAG
         inside = byte < num_bytes
     if PAGED:
         group = tl.load(table + group, inside, other=0)
+    elif HAS_WINDOW:
+        group = group % places
     return group
 
 
@@ -139,6 +150,7 @@ def _attend_planes(
     v_scale,
     v_zero,
     table,
+    places,
     stride_v_group,
     stride_v_row,
     stride_v_channel,
@@ -193,15 +205,15 @@ def _attend_planes(
     acc_1 = acc
     offset_1 = norm
     first_place = _place(first_tile, chosen, first_unjudged, SPARSE)
-    next_stored = _stored(table, first_place, num_bytes, HALF, BLOCK, PAGED)
+    next_stored = _stored(table, first_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
     next_scales = _load_value_scales(v_scale, v_zero, next_stored, first_place, num_bytes, PARTS, HALF, BLOCK)
     for number in range(first_tile, last_tile):
         tile = _place(number, chosen, first_unjudged, SPARSE)
         vs_low, vs_high, vz_low, vz_high = next_scales
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
         next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
-        stored = next_stored if AHEAD else _stored(table, tile, num_bytes, HALF, BLOCK, PAGED)
-        next_stored = _stored(table, next_place, num_bytes, HALF, BLOCK, PAGED)
+        stored = next_stored if AHEAD else _stored(table, tile, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
+        next_stored = _stored(table, next_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
         next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, PARTS, HALF, BLOCK)
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
@@ -438,6 +450,7 @@ def _attend_kernel(
     scale_log2,
     softcap_log2,
     window,
+    places,
     chosen_width,
     num_tiles,
     stride_qb,
@@ -613,6 +626,7 @@ def _attend_kernel(
                 v_scale + v_scales,
                 v_zero + v_scales,
                 table + sequence * stride_table,
+                places,
                 stride_v_group,
                 stride_v_row,
                 stride_v_channel,
@@ -934,10 +948,8 @@ def cached_attention_triton(
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
         raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
-    groups, half = k_upper.shape[2:4]
+    groups, half = num_places(k_upper, block_table), k_upper.shape[3]
     table, stride_table, paged = launched(block_table, quantized_len)
-    if paged:
-        groups = table.shape[1]
     rows = heads // kv_heads * tokens
     pairs = batch * kv_heads
     slots = k_recent.shape[2]
@@ -960,7 +972,8 @@ def cached_attention_triton(
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
-    num_tiles = triton.cdiv(groups * half, config.block)
+    # Pages are tiles, counted from the first token on, wherever they are stored.
+    num_tiles = max(num_pages, triton.cdiv(groups * half, config.block))
     tile_tops = query.new_empty(pairs, num_tiles, rows, dtype=torch.float32) if scores else partial_lse
     out = query.new_empty(batch, tokens, heads, value_dim)
     angle_strides = (0, 0)
@@ -999,6 +1012,7 @@ def cached_attention_triton(
         scale * log2e,
         softcap * log2e,
         window,
+        groups,
         most_chosen,
         num_tiles,
         *query.stride()[:3],

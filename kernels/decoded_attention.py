@@ -3,7 +3,8 @@
     out[b, t, h] = sum_j p_j v_j,   p = softmax_j(softcap(scale * q[b, h, t] . k_j)),   j <= length[b] + t
 
 as ``quantspec::cached_attention`` with both planes, but tokens ``j < quantized_len[b]`` were decoded when they went
-into the planes: the copy holds every cached token by position, so that a step appends and attends.
+into the planes: the copy holds every cached token by position, so that a step appends and attends. Position j is in
+slot ``j % S`` of S, so that with a window there may be fewer slots than tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,25 @@ from .attention import first_visible, masked_attention
 from .hierarchical import stored_values
 
 
+def tokens_of(copy: Tensor, first: int, last: int) -> Tensor:
+    """Tokens ``first`` to ``last`` of a decoded copy ``(..., S, D)``; a view where they lie in a row."""
+    slots = copy.shape[-2]
+    begin = first % slots
+    end = begin + last - first
+    if end <= slots:
+        return copy[..., begin:end, :]
+    return torch.cat((copy[..., begin:, :], copy[..., : end - slots, :]), -2)
+
+
+def put_tokens(copy: Tensor, first: int, tokens: Tensor) -> None:
+    """Write ``tokens (..., T, D)`` from position ``first`` on to a decoded copy ``(..., S, D)``, in place."""
+    slots, count = copy.shape[-2], tokens.shape[-2]
+    begin = first % slots
+    before_end = min(count, slots - begin)
+    copy[..., begin : begin + before_end, :] = tokens[..., :before_end, :]
+    copy[..., : count - before_end, :] = tokens[..., before_end:, :]
+
+
 def _attend(
     query: Tensor,
     keys: Tensor,
@@ -26,12 +46,12 @@ def _attend(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Queries ``(B, H, T, D)`` from position ``start`` on over ``(B, K, S, D)`` keys; returns ``(B, T, H, Dv)``."""
+    """Queries ``(B, H, T, D)`` from position ``start`` on over a copy's ``(B, K, S, D)`` keys; ``(B, T, H, Dv)``."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, last = keys.shape[1], start + tokens
     # Where this cuts, it cuts between chunks, so that they begin at multiples of their size still.
     first = first_visible(start, window)
-    keys, values = keys[:, :, first:last], values[:, :, first:last]
+    keys, values = tokens_of(keys, first, last), tokens_of(values, first, last)
     if softcap > 0 or sinks is not None:
         return masked_attention(query, keys, values, start - first, scale, window, softcap, sinks)
     mask = None
@@ -72,8 +92,8 @@ def decoded_attention(
     Args:
         query, key, value: as in ``quantspec::cached_attention``.
         k_recent, v_recent: as there, mutated.
-        k_decoded, v_decoded: ``(B, K, S, D)`` and ``(B, K, S, Dv)`` in the model's dtype, mutated; slot j holds
-            position j, with ``S >= length + T``.
+        k_decoded, v_decoded: ``(B, K, S, D)`` and ``(B, K, S, Dv)`` in the model's dtype, mutated; slot
+            ``j % S`` holds position j, of all that a query sees.
         quantized_len, length, scale, window, softcap, sinks: as there.
 
     Returns:
@@ -102,9 +122,11 @@ def attend_decoded(
     outputs = []
     for row, (quantized, start) in zip(rows, state, strict=False):
         first, last = start - quantized, start - quantized + query.shape[2]
-        k_recent[row, :, first:last] = k_decoded[row, :, start : start + query.shape[2]] = key[row]
+        k_recent[row, :, first:last] = key[row]
+        put_tokens(k_decoded[row], start, key[row])
         if v_recent.shape[3]:
-            v_recent[row, :, first:last] = v_decoded[row, :, start : start + query.shape[2]] = value[row]
+            v_recent[row, :, first:last] = value[row]
+            put_tokens(v_decoded[row], start, value[row])
         values = stored_values(v_decoded[row], k_decoded[row], value.shape[3])
         outputs.append(_attend(query[row], k_decoded[row], values, start, *options))
     return torch.cat(outputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .block_table import launched, strides
+from .block_table import launched, num_places, strides
 from .current_device import on_tensors_device
 from .optional_triton import tl, triton
 
@@ -179,6 +179,7 @@ def _encode_kernel(
     quantized_len,
     length,
     num_new,
+    places,
     stride_kb,
     stride_kh,
     stride_kt,
@@ -213,7 +214,7 @@ def _encode_kernel(
     HAS_NEW: tl.constexpr,
     PAGED: tl.constexpr,
 ):
-    """Program (group, batch * KV head, keys or values) encodes one group, if it is due."""
+    """Program (group, batch * KV head, keys or values) encodes one group, if it is due and has a place."""
     sequence = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     quantized = tl.load(quantized_len + sequence).to(tl.int32)
@@ -221,10 +222,11 @@ def _encode_kernel(
     num_slots = num_recent
     if HAS_NEW:
         num_slots += tl.load(num_new + sequence).to(tl.int32)
-    if tl.program_id(0) < _num_flushed(num_slots, 2 * HALF, MAX_GROUPS):
+    flushed = _num_flushed(num_slots, 2 * HALF, MAX_GROUPS)
+    # Of more groups than places the last ones stay.
+    if (tl.program_id(0) < flushed) & (tl.program_id(0) >= flushed - places):
         group = (quantized // (2 * HALF) + tl.program_id(0)).to(tl.int64)
-        if PAGED:
-            group = tl.load(table + sequence * stride_table + group).to(tl.int64)
+        group = tl.load(table + sequence * stride_table + group).to(tl.int64) if PAGED else group % places
         first_slot = tl.program_id(0) * (2 * HALF)
         if tl.program_id(2) == 0:
             plane = sequence * stride_kpb + head * stride_kph + group * (HALF * D)
@@ -334,7 +336,7 @@ def encode_oldest_groups(
             of the recent buffer; None encodes at most one group of the recent buffer (a flush).
         k_recent, v_recent, quantized_len, length: as in ``quantspec::cached_attention``.
         k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as there, none of them None; value planes
-            may have any strides over (N, G/2, Dv).
+            may have any strides over (N, G/2, Dv). Group n goes to place ``n % N``, where a later one may follow it.
         block_table: as there.
     """
     key, value, num_new = (k_recent, v_recent, length) if new is None else new
@@ -362,6 +364,7 @@ def encode_oldest_groups(
         quantized_len,
         length,
         num_new,
+        num_places(k_upper, block_table),
         *key.stride()[:3],
         *value.stride()[:3],
         *k_recent.stride()[:2],

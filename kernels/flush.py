@@ -45,7 +45,7 @@ def flush(
         if tokens - quantized < 2 * group_size:
             continue
         group = quantized // group_size
-        oldest = groups_of(block_table, b, group, group + 1)
+        oldest = groups_of(k_upper, block_table, b, group, group + 1)
         write_groups(k_recent[b, :, :group_size], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)
         write_groups(v_recent[b, :, :group_size], oldest, encode_values, v_upper, v_lower, v_scale, v_zero)
         for recent in (k_recent, v_recent):

@@ -156,37 +156,6 @@ def write_groups(
         part[groups.row][:, groups.places] = new
 
 
-def write_decoded(
-    first: int,
-    quantized_len: int,
-    length: int,
-    k_recent: Tensor,
-    v_recent: Tensor,
-    k_upper: Tensor,
-    k_lower: Tensor,
-    k_scale: Tensor,
-    k_zero: Tensor,
-    v_upper: Tensor,
-    v_lower: Tensor,
-    v_scale: Tensor,
-    v_zero: Tensor,
-    k_decoded: Tensor,
-    v_decoded: Tensor,
-) -> None:
-    """Write what the target reads of tokens ``first``.. of one sequence (no batch axis) to its decoded copy, in place.
-
-    Args:
-        first: a group boundary.
-        quantized_len, length: tokens in the planes and tokens cached.
-        k_recent, v_recent, k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero: as in
-            ``quantspec::cached_attention``.
-        k_decoded, v_decoded: ``(K, S, D)`` and ``(K, S, Dv)`` in the model's dtype, by position.
-    """
-    keys, values = (k_upper, k_lower, k_scale, k_zero), (v_upper, v_lower, v_scale, v_zero)
-    _write_dense(k_decoded[:, first:length], decode_keys, keys, k_recent, first, quantized_len)
-    _write_dense(v_decoded[:, first:length], decode_values, values, v_recent, first, quantized_len)
-
-
 def dense_key_value(
     quantized_len: int,
     length: int,
@@ -226,27 +195,14 @@ def _dense(
     dtype: torch.dtype,
 ) -> Tensor:
     out = recent.new_empty(recent.shape[0], length, recent.shape[2], dtype=dtype)
-    _write_dense(out, decode, planes, recent, 0, quantized_len)
-    return out
-
-
-def _write_dense(
-    out: Tensor,
-    decode: Callable[..., Tensor],
-    planes: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    recent: Tensor,
-    first: int,
-    quantized_len: int,
-) -> None:
-    """Write the tokens from position ``first`` on, a group boundary, to ``out (K, tokens, D)``."""
     if out.numel() == 0:
-        return
+        return out
     group_size = 2 * planes[0].shape[-2]
     step = max(1, _DECODED_TOKENS // group_size) * group_size
-    for start in range(first, quantized_len, step):
+    for start in range(0, quantized_len, step):
         end = min(start + step, quantized_len)
         groups = slice(start // group_size, end // group_size)
         part = [None if plane is None else plane[:, groups] for plane in planes]
-        out[:, start - first : end - first] = decode(*part, compute_dtype(out.dtype)).flatten(1, 2)
-    done = max(0, quantized_len - first)
-    out[:, done:] = recent[:, : out.shape[1] - done]
+        out[:, start:end] = decode(*part, compute_dtype(dtype)).flatten(1, 2)
+    out[:, quantized_len:] = recent[:, : length - quantized_len]
+    return out

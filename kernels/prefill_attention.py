@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention import attention_dtype, masked_attention
-from .block_table import groups_of
+from .attention import attention_dtype, first_visible, masked_attention
+from .block_table import groups_of, num_places
 from .cache_layout import part_names
+from .cached_attention import dense_from
 from .encode import encode_oldest_groups
-from .hierarchical import dense_key_value, encode_keys, encode_values, num_flushed_groups, stored_values, write_groups
+from .hierarchical import encode_keys, encode_values, num_flushed_groups, stored_values, write_groups
 
 
 def _attend_prompts(
@@ -40,20 +41,20 @@ def _attend_prompts(
         return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
     out = query.new_zeros(batch, tokens, heads, value.shape[3])
     dtype = attention_dtype(query)
-    *planes, k_recent, v_recent = cache
+    planes, (k_recent, v_recent) = cache[:-2], cache[-2:]
     for b, (quantized, start, new) in enumerate(state):
         if new == 0:
             continue
         keys, values = key[b, :, :new], value[b, :, :new]
+        oldest = first_visible(start, window)
         if start:
-            groups = groups_of(block_table, b, 0, quantized // (2 * planes[0].shape[3]))
-            row = [*map(groups.of, planes), k_recent[b], v_recent[b]]
-            old_keys, old_values = dense_key_value(quantized, start, dtype, *row)
+            span, recent = (oldest, start), (k_recent, v_recent)
+            old_keys, old_values = dense_from(*span, b, quantized, dtype, planes, recent, block_table)  # type: ignore[arg-type]
             cached = (old_keys, stored_values(old_values, old_keys, value.shape[3]))
             pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
             keys, values = (torch.cat(pair, 1) for pair in pairs)
-        rows = query[b : b + 1, :, :new].to(keys.dtype)
-        out[b, :new] = masked_attention(rows, keys[None], values[None], start, scale, window, softcap, sinks)[0]
+        rows, offset = query[b : b + 1, :, :new].to(keys.dtype), start - oldest
+        out[b, :new] = masked_attention(rows, keys[None], values[None], offset, scale, window, softcap, sinks)[0]
     return out
 
 
@@ -80,6 +81,7 @@ def prefill_attention(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None = None,
+    stores: bool = True,
 ) -> Tensor:
     """Attend over right-padded new tokens and cache the valid ones.
 
@@ -94,6 +96,7 @@ def prefill_attention(
         num_new: ``(B,)`` int64, valid new tokens per sequence.
         scale, window, softcap, sinks: as in ``quantspec::attention``.
         block_table: as in ``quantspec::cached_attention``; it names the blocks that groups are written to, too.
+        stores: False leaves the cache as it is, for a later layer that reads the same keys and values.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
@@ -102,14 +105,19 @@ def prefill_attention(
     state = list(zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True))
     cache = (*planes, k_recent, v_recent)
     out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
+    if not stores:
+        return out
     group_size = 2 * k_upper.shape[3]
     for b, (quantized, start, new) in enumerate(state):
         k_tail = torch.cat((k_recent[b, :, : start - quantized], key[b, :, :new]), 1)
         v_tail = torch.cat((v_recent[b, :, : start - quantized], value[b, :, :new, : v_recent.shape[3]]), 1)
         flushed = num_flushed_groups(k_tail.shape[1], group_size) * group_size
-        oldest = groups_of(block_table, b, quantized // group_size, (quantized + flushed) // group_size)
-        write_groups(k_tail[:, :flushed], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)
-        write_groups(v_tail[:, :flushed], oldest, encode_values, v_upper, v_lower, v_scale, v_zero)
+        # Where a window is all that has places, earlier groups would be overwritten.
+        lost = max(0, flushed - num_places(k_upper, block_table) * group_size)
+        bounds = ((quantized + lost) // group_size, (quantized + flushed) // group_size)
+        oldest = groups_of(k_upper, block_table, b, *bounds)
+        write_groups(k_tail[:, lost:flushed], oldest, encode_keys, k_upper, k_lower, k_scale, k_zero)
+        write_groups(v_tail[:, lost:flushed], oldest, encode_values, v_upper, v_lower, v_scale, v_zero)
         kept = k_tail.shape[1] - flushed
         k_recent[b, :, :kept] = k_tail[:, flushed:]
         v_recent[b, :, :kept] = v_tail[:, flushed:]
@@ -145,6 +153,7 @@ def prefill_attention_triton(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None = None,
+    stores: bool = True,
 ) -> Tensor:
     """Attention by torch's kernels, encoding by Triton's; as ``quantspec::prefill_attention``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
@@ -152,6 +161,7 @@ def prefill_attention_triton(
     state = [tuple(row) for row in torch.stack((quantized_len, length, num_new), dim=1).tolist()]
     cache = (*planes, k_recent, v_recent)
     out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
+    if stores:
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+        encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
     return out

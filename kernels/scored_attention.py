@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import first_visible
 from .block_table import groups_of
 from .cache_layout import part_names
-from .cached_attention import append_recent, attend_plainly, rotate
+from .cached_attention import append_recent, attend_plainly, dense_from, rotate
 from .cached_attention_triton import cached_attention_triton
-from .decoded_attention import attend_decoded
-from .hierarchical import dense_key_value
+from .decoded_attention import attend_decoded, tokens_of
 from .pages import score_pages
 
 
@@ -74,11 +75,11 @@ def scored_attention(
     recent = (k_recent, v_recent)
     out = attend_plainly(query, recent, planes, quantized_len, length, options, block_table, value.shape[3])
     if page_scores.shape[2]:
+        recent = (k_recent, v_recent)
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-            groups = groups_of(block_table, b, 0, quantized // (2 * k_upper.shape[3]))
-            row = (*map(groups.of, planes), k_recent[b], v_recent[b])
-            keys, _ = dense_key_value(quantized, start + query.shape[2], torch.float32, *row)
-            _store_scores(page_scores[b], query[b], keys, groups.of(v_scale), quantized, start, options)
+            span = (first_visible(start, window), start + query.shape[2])
+            keys, _ = dense_from(*span, b, quantized, torch.float32, planes, recent, block_table)
+            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options)
     return out
 
 
@@ -87,11 +88,21 @@ def _store_scores(
     query: Tensor,
     keys: Tensor,
     v_scale: Tensor,
+    block_table: Tensor | None,
+    sequence: int,
     quantized: int,
     start: int,
     options: tuple[float, int, float, Tensor | None],
 ) -> None:
-    scores = score_pages(query, keys, v_scale, quantized, start, *options)
+    """Score the pages of one sequence by the ``keys`` that its first query sees, and later ones.
+
+    What a window hides has no place any more; zeros and ones stand for it.
+    """
+    hidden, group_size = start + query.shape[1] - keys.shape[1], v_scale.shape[3]
+    first = min(hidden, quantized) // group_size
+    scales = groups_of(v_scale, block_table, sequence, first, quantized // group_size).of(v_scale)
+    keys, scales = F.pad(keys, (0, 0, hidden, 0)), F.pad(scales, (0, 0, 0, 0, first, 0), value=1)
+    scores = score_pages(query, keys, scales, quantized, start, *options)
     page_scores[:, : scores.shape[1]] = scores
 
 
@@ -163,9 +174,8 @@ def scored_decoded_attention(
     out = attend_decoded(query, key, value, k_recent, v_recent, k_decoded, v_decoded, quantized_len, length, options)
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
-            keys = k_decoded[b, :, : start + query.shape[2]]
-            scales = groups_of(block_table, b, 0, quantized // v_scale.shape[3]).of(v_scale)
-            _store_scores(page_scores[b], query[b], keys, scales, quantized, start, options)
+            keys = tokens_of(k_decoded[b], first_visible(start, window), start + query.shape[2])
+            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options)
     return out
 
 

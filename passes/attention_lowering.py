@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -41,6 +42,7 @@ class CacheAccess:
         arguments: names of the parts that the op takes, None for those that are not in ``parts``.
         by_name: names of the parts that it takes by keyword, after all its other arguments; ``block_table`` for an op
             that reads planes or scales out of a pool, too.
+        fills: whether the op moves tokens into the planes; it takes ``stores`` by keyword then.
     """
 
     op: torch._ops.OpOverload
@@ -48,6 +50,7 @@ class CacheAccess:
     state: tuple[str, ...] = ()
     arguments: tuple[str, ...] = part_names()
     by_name: tuple[str, ...] = ()
+    fills: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ ACCESSES: dict[str, CacheAccess] = {
         torch.ops.quantspec.cached_attention.default, part_names("recent", "upper", "scales"), by_name=_TABLE
     ),
     Role.PREFILL: CacheAccess(
-        torch.ops.quantspec.prefill_attention.default, part_names(), state=("num_new",), by_name=_TABLE
+        torch.ops.quantspec.prefill_attention.default, part_names(), state=("num_new",), by_name=_TABLE, fills=True
     ),
 }
 """How each role's graph reads the cache; a further kind of draft adds its own."""
@@ -108,14 +111,18 @@ class LowerAttention(PassBase):
 
     Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, and then for every layer in
     order the access's ``inputs``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
-    ``meta["cache_part"]``.
+    ``meta["cache_part"]``. Of layers that read the same keys and values, the last one fills their cache.
 
     Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
     """
 
-    def __init__(self, access: CacheAccess, group_size: int) -> None:
-        """``access`` says what is read by which op, ``group_size`` is the cache's tokens per group (G)."""
+    def __init__(self, access: CacheAccess, group_size: int, read_again: Collection[int] = ()) -> None:
+        """``access`` says what is read by which op, ``group_size`` is the cache's tokens per group (G).
+
+        ``read_again`` are the layers whose keys and values a later one reads, too.
+        """
         super().__init__()
+        self.read_again = read_again
         self.access = access
         self.group_size = group_size
 
@@ -157,6 +164,8 @@ class LowerAttention(PassBase):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
         lowered.kwargs = {name: inputs[name] for name in self.access.by_name}
+        if self.access.fills and layer in self.read_again:
+            lowered.kwargs = {**lowered.kwargs, "stores": False}
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 

@@ -14,7 +14,16 @@ import torch
 
 from quantspec.kernels.cache_layout import parts_on
 
-from .cache.geometry import AttentionShape, HeldState, StateShape, part_shape, planned_groups, recent_slots, state_slots
+from .cache.geometry import (
+    AttentionShape,
+    HeldState,
+    StateShape,
+    layer_groups,
+    part_shape,
+    planned_groups,
+    recent_slots,
+    state_slots,
+)
 from .config import QuantSpecConfig
 
 
@@ -42,12 +51,13 @@ def _bytes_by_part(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, int]:
-    """Bytes of a cache with room for ``groups`` groups and ``recent`` slots."""
+    """Bytes of a cache with room for ``groups`` groups of each sequence and ``recent`` slots."""
     parts = parts_on(device)
     totals = {str(part.kind): 0 for part in parts}
-    for layer in layers:
+    for layer in (layer for layer in layers if layer.reads is None):
+        places = layer_groups(layer, groups, group_size)
         for part in parts:
-            shape = part_shape(part, layer, batch_size, groups, group_size, recent)
+            shape = part_shape(part, layer, batch_size, places, group_size, recent)
             totals[part.kind] += math.prod(shape) * (part.dtype or dtype).itemsize
     return totals
 

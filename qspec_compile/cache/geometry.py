@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,9 +44,10 @@ class StateShape:
 
 
 class AttentionShape(Protocol):
-    """One attention layer: key/value heads, head dims, and the sliding window in tokens (0 for none).
+    """One attention layer: key/value heads, head dims, and tokens of its sliding window or chunks (0 for none).
 
-    If it has a true ``values_in_keys``, values are the first channels of keys and not cached by themselves.
+    ``reads`` is the number of the earlier one whose keys and values it attends to; None for its own. If it has a true
+    ``values_in_keys``, values are the first channels of keys and not cached by themselves.
     """
 
     @property
@@ -56,6 +58,10 @@ class AttentionShape(Protocol):
     def value_dim(self) -> int: ...
     @property
     def window(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def reads(self) -> int | None: ...
 
 
 def recent_slots(kv_group_size: int, num_speculative_tokens: int) -> int:
@@ -78,6 +84,22 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
     step = 1 << max(0, groups.bit_length() - 5)
     # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
     return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
+
+
+def read_again(layers: Sequence[AttentionShape]) -> set[int]:
+    """Numbers of the layers whose keys and values a later one reads, too: all but the last of each cache."""
+    last = {number if layer.reads is None else layer.reads: number for number, layer in enumerate(layers)}
+    return set(range(len(layers))) - set(last.values())
+
+
+def layer_groups(layer: AttentionShape, groups: int, kv_group_size: int) -> int:
+    """Of so many groups of a sequence those that ``layer`` has places for: all, or what its window needs.
+
+    A query behind all groups sees the ``window - 1`` tokens before it. One group more lets a text go back by one.
+    """
+    seen = layer.window or layer.chunk
+    # At least two, as above.
+    return min(groups, max(2, -(-(seen - 1) // kv_group_size) + 1)) if seen else groups
 
 
 def part_shape(

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from quantspec.errors import CacheFullError
 from quantspec.kernels import flush
-from quantspec.kernels.block_table import groups_of, is_paged
+from quantspec.kernels.attention import first_visible
+from quantspec.kernels.block_table import groups_of, is_paged, num_places
 from quantspec.kernels.cache_layout import CACHE_PARTS, TABLE_PART, parts_on
-from quantspec.kernels.hierarchical import num_flushed_groups, write_decoded
+from quantspec.kernels.decoded_attention import put_tokens
+from quantspec.kernels.hierarchical import dense_key_value, num_flushed_groups
 
-from .geometry import AttentionShape, StateShape, part_shape, planned_groups, recent_slots, state_slots
+from .geometry import AttentionShape, StateShape, layer_groups, part_shape, planned_groups, recent_slots, state_slots
 from .page_choice import PageBudget, PageChoice
 
 
@@ -63,7 +65,7 @@ class LayerCache(SimpleNamespace):
 
     @property
     def groups(self) -> int:
-        """Groups there is room for."""
+        """Groups there are places for."""
         return self.k_upper.shape[2]
 
     @property
@@ -76,7 +78,10 @@ class LayerCache(SimpleNamespace):
         return tuple(getattr(self, part.name) for part in CACHE_PARTS)
 
     def grown(self, groups: int) -> LayerCache:
-        """A copy with room for ``groups`` groups, laid out alike; the recent buffers are kept as they are."""
+        """A copy with places for ``groups`` groups, laid out alike; the recent buffers are kept as they are.
+
+        Of a text that had more groups than places before, nothing would be found.
+        """
         grown = {}
         for part in parts_on(self.k_upper.device):
             tensor = getattr(self, part.name)
@@ -96,7 +101,7 @@ class HierarchicalCache:
 
     Attributes:
         group_size, num_speculative_tokens, max_len, batch_size: as given.
-        layers: one :class:`LayerCache` per attention call, in forward order.
+        layers: one :class:`LayerCache` per attention call that has keys and values of its own, in forward order.
         quantized_len: ``(B,)`` int64 on the device, tokens in the planes; a multiple of G.
         length: ``(B,)`` int64 on the device, tokens cached and verified.
         block_table: ``(B, N)`` int32 on the device, the blocks of a pool that have each sequence's groups; without
@@ -137,12 +142,17 @@ class HierarchicalCache:
         self.max_len = max_len
         self.batch_size = batch_size
         recent = recent_slots(group_size, num_speculative_tokens)
-        self._shapes = layers
+        self._shapes = [layer for layer in layers if layer.reads is None]
+        places = {number: place for place, number in enumerate(n for n, one in enumerate(layers) if one.reads is None)}
+        # For each attention call the place in ``layers`` of what it reads.
+        self._read = [places[n if layer.reads is None else layer.reads] for n, layer in enumerate(layers)]
         self.layers: list[LayerCache] = [
-            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in layers
+            LayerCache.allocate(layer, batch_size, 0, group_size, recent, dtype, device) for layer in self._shapes
         ]
         self.block_table: Tensor = torch.zeros(batch_size, 0, dtype=TABLE_PART.dtype, device=device)
-        self._pages = None if page_budget is None else PageChoice(layers, batch_size, page_budget, device)
+        self._pages = None if page_budget is None else PageChoice(self._shapes, batch_size, page_budget, device)
+        # Of a sequence, that there is room for; a layer with a window has places for the last ones.
+        self._groups = 0
         self._reserve_pages()
         self.quantized_len: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -150,6 +160,8 @@ class HierarchicalCache:
             torch.zeros(batch_size, state_slots(num_speculative_tokens), *state.shape, dtype=state.dtype, device=device)
             for state in states
         ]
+        # Most tokens that were in the planes since a text began; a ring has lost what lies too far before them.
+        self._written: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Tokens that were kept last; the states after each of them are where they were written still.
         self._kept: Tensor = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
@@ -157,11 +169,6 @@ class HierarchicalCache:
     def capacity(self) -> int:
         """Tokens a sequence can hold before the planes must grow."""
         return (self._groups + 1) * self.group_size
-
-    @property
-    def _groups(self) -> int:
-        """Groups of a sequence that there is room for."""
-        return self.block_table.shape[1] or min(layer.groups for layer in self.layers)
 
     @torch.inference_mode(False)
     def reserve(self, num_tokens: int) -> None:
@@ -173,9 +180,11 @@ class HierarchicalCache:
         check_cache_len(num_tokens, self.max_len)
         groups = planned_groups(num_tokens, self.group_size, self.max_len)
         # Layer by layer, so that at most one exists twice; what an out-of-memory error leaves undone is done next time.
-        for index, layer in enumerate(self.layers):
-            if groups > layer.groups:
-                self.layers[index] = layer.grown(groups)
+        for index, (layer, shape) in enumerate(zip(self.layers, self._shapes, strict=True)):
+            places = layer_groups(shape, groups, self.group_size)
+            if places > layer.groups:
+                self.layers[index] = layer.grown(places)
+        self._groups = max(self._groups, groups)
         self._reserve_pages()
 
     @torch.inference_mode(False)
@@ -197,6 +206,7 @@ class HierarchicalCache:
             recent = self.layers[0].k_recent
             sizes = (self.batch_size, groups, self.group_size, recent.shape[2], recent.dtype, recent.device, num_blocks)
             self.layers = [LayerCache.allocate(shape, *sizes) for shape in self._shapes]
+            self._groups = groups
             self._reserve_pages()
 
     def set_blocks(self, sequence: int, first: int, blocks: Sequence[int]) -> None:
@@ -224,17 +234,18 @@ class HierarchicalCache:
             for layer in self.layers
         ]
         view.block_table = self.block_table[rows]
-        view.quantized_len, view.length, view._kept = (x[rows] for x in (self.quantized_len, self.length, self._kept))
+        view.quantized_len, view.length = self.quantized_len[rows], self.length[rows]
+        view._written, view._kept = self._written[rows], self._kept[rows]
         view.states = [state[rows] for state in self.states]
         if self._pages is not None:
             view._pages = self._pages.view(view.layers)
         return view
 
     def inputs(self, parts: Sequence[str]) -> list[Tensor]:
-        """The cache tensors that a graph takes after its other inputs: these parts, layer by layer."""
+        """The cache tensors that a graph takes after its other inputs: these parts, call by call."""
         return [
-            self.block_table if part == TABLE_PART.name else getattr(layer, part)
-            for layer in self.layers
+            self.block_table if part == TABLE_PART.name else getattr(self.layers[place], part)
+            for place in self._read
             for part in parts
         ]
 
@@ -311,14 +322,20 @@ class HierarchicalCache:
         if self.length.device.type != "cpu":
             return
         state = list(enumerate(zip(first.tolist(), self.quantized_len.tolist(), self.length.tolist(), strict=True)))
-        for row, (start, quantized, length) in state:
-            groups = groups_of(self.block_table, row, start // self.group_size, quantized // self.group_size)
+        for row, (first_token, quantized, length) in state:
             for layer in self.layers:
-                # As if the sequence began there.
-                parts = {part: getattr(layer, part.name) for part in parts_on("cpu")}
-                own = [groups.of(tensor) if part.is_pooled else tensor[row] for part, tensor in parts.items()]
-                own[-2:] = [copy[:, start:] for copy in own[-2:]]
-                write_decoded(0, max(0, quantized - start), length - start, *own)
+                places = num_places(layer.k_upper, self.block_table)
+                # A ring has the last groups alone. What follows is as if the sequence began with the first of them.
+                start = max(first_token, quantized - places * self.group_size)
+                bounds = (start // self.group_size, quantized // self.group_size)
+                groups = groups_of(layer.k_upper, self.block_table, row, *bounds)
+                own = {
+                    part.name: groups.of(tensor) if part.is_pooled else tensor[row]
+                    for part, tensor in zip(CACHE_PARTS, layer.parts(), strict=True)
+                }
+                dense = dense_key_value(max(0, quantized - start), length - start, layer.k_decoded.dtype, **own)
+                for copied, tokens in zip((layer.k_decoded, layer.v_decoded), dense, strict=True):
+                    put_tokens(copied[row], start, tokens)
 
     def _take_states(self, place: Tensor) -> None:
         """Make the states at ``place (B,)`` those of the verified tokens."""
@@ -332,9 +349,14 @@ class HierarchicalCache:
     def rewind(self, num_tokens: Tensor) -> None:
         """Keep the first ``num_tokens`` (B,) int64 tokens; back to a group boundary where that cuts into the planes.
 
+        A sequence begins anew where that would need tokens that a window has lost: by a group it can always go back.
         States go back by less than the tokens that were kept last: with any, a sequence that would have to go farther
         begins anew.
         """
+        inside = num_tokens < self.quantized_len
+        num_tokens = torch.where(inside, num_tokens // self.group_size * self.group_size, num_tokens)
+        self._written.copy_(torch.maximum(self._written, self.quantized_len))
+        num_tokens = torch.where(inside & self._lost(num_tokens), 0, num_tokens)
         if self.states:
             back = self.length - num_tokens
             known = (back == 0) | (back < self._kept)
@@ -343,14 +365,26 @@ class HierarchicalCache:
             for state in self.states:
                 state[~known, 0] = 0
             self._kept.zero_()
-        inside = num_tokens < self.quantized_len
-        boundary = num_tokens // self.group_size * self.group_size
-        self.length.copy_(torch.where(inside, boundary, num_tokens))
-        self.quantized_len.copy_(torch.where(inside, boundary, self.quantized_len))
+        self.length.copy_(num_tokens)
+        self.quantized_len.copy_(torch.minimum(num_tokens, self.quantized_len))
+        self._written.masked_fill_(num_tokens == 0, 0)
         self.forget_pages()
+
+    def _lost(self, boundary: Tensor) -> Tensor:
+        """Whether a ring no longer has what a query at ``boundary (B,)``, the first after the planes, sees."""
+        rings = {
+            (shape.window or -shape.chunk, layer.groups)
+            for shape, layer in zip(self._shapes, self.layers, strict=True)
+            if shape.window or shape.chunk
+        }
+        lost = torch.zeros_like(boundary, dtype=torch.bool)
+        for window, places in rings:
+            lost |= first_visible(boundary, window) < self._written - places * self.group_size
+        return lost
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""
+        self._written.zero_()
         self.length.zero_()
         self.quantized_len.zero_()
         self.forget_pages()

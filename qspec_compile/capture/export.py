@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,6 +158,9 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])
     graph_module.recompile()
+    # A prefill by the model's own forward stores what each call attends to.
+    shared = {} if states else _shared(graph_module)
+    layers = tuple(replace(layer, reads=shared.get(number)) for number, layer in enumerate(layers))
     return Capture(
         graph_module,
         tuple(
@@ -166,6 +169,18 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         ),
         states,
     )
+
+
+def _shared(graph_module: fx.GraphModule) -> dict[int, int]:
+    """Attention calls whose keys, values and window are those of an earlier one, and the number of that."""
+    first: dict[Any, int] = {}
+    shared = {}
+    for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
+        _, key, value, number, _, window, *_ = cast(Any, marker.args)
+        home = first.setdefault((key, value, window), number)
+        if home != number:
+            shared[number] = home
+    return shared
 
 
 def _count_from(graph_module: fx.GraphModule, first: int) -> None:

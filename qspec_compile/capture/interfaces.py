@@ -100,6 +100,7 @@ class CapturedLayer:
         held: what transformers' own cache holds for it; None where that is not known.
         chunk: tokens of a chunk, where those of one see no other's; 0 for none.
         values_in_keys: whether values are the first channels of keys, which alone are cached then.
+        reads: the number of the earlier call whose keys and values it attends to; None for its own.
     """
 
     module: str
@@ -113,6 +114,7 @@ class CapturedLayer:
     held: HeldState | None = None
     chunk: int = 0
     values_in_keys: bool = False
+    reads: int | None = None
 
 
 class Recorder:

@@ -34,7 +34,7 @@ from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-FORMAT = 3
+FORMAT = 4
 _NAMESPACES = ("aten", "prims", "quantspec")
 _NO_CALLS = ("placeholder", "get_attr", "output")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")

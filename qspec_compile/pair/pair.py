@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
+from quantspec.cache.geometry import read_again
 from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
@@ -85,7 +86,7 @@ class Pair:
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
-        graphs, self.linears = build_graphs(self.common, config, recipes, source)
+        graphs, self.linears = build_graphs(self.common, config, recipes, source, read_again(self.layers))
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
