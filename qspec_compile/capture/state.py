@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 from quantspec.cache.geometry import StateShape
 
 from .interfaces import StateError
+from .opaque import telling_data_dependence
 
 _KINDS = ("conv_states", "recurrent_states")
 
@@ -57,7 +58,8 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cac
     # An explicit mask keeps transformers from reading packed sequences out of the positions.
     mask = torch.ones_like(input_ids)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-    return model(**inputs, **{_cache_name(model): cache}, use_cache=True).logits
+    with telling_data_dependence():
+        return model(**inputs, **{_cache_name(model): cache}, use_cache=True).logits
 
 
 class WithState(nn.Module):
