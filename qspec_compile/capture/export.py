@@ -24,9 +24,18 @@ from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 from quantspec.passes.written_linears import MarkWrittenLinears
 
+from .basic_causes import basic_cause, sees_later_tokens
 from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
-from .interfaces import CapturedLayer, MaskReadError, Recorder, RefuseConvolutions, StateError, capture_interfaces
+from .interfaces import (
+    NOT_CAUSAL,
+    CapturedLayer,
+    MaskReadError,
+    Recorder,
+    RefuseConvolutions,
+    StateError,
+    capture_interfaces,
+)
 from .opaque import DataDependentError, OpaqueModules, telling_data_dependence
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
@@ -97,6 +106,16 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     """
     check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
+    try:
+        return _capture(model, structure_only, rope_context)
+    except UnsupportedModelError as error:
+        cause = None if structure_only else basic_cause(model)
+        if cause is None:
+            raise
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {cause}") from error
+
+
+def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | None) -> Capture:
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
@@ -130,6 +149,8 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         calls = opaque.calls
         with opaque.marked():
             held = held_states(model, len(layers))
+    if recorder.not_causal is not None and not structure_only and sees_later_tokens(model):
+        raise recorder.unsupported(recorder.not_causal, NOT_CAUSAL)
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
         raise UnsupportedModelError(
@@ -205,9 +226,7 @@ def _export_with(
                 raise
 
 
-def _export(
-    model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder
-) -> torch.export.ExportedProgram:
+def _export(model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder) -> torch.export.ExportedProgram:
     return _export_token(model, states) if states else _export_tokens(model, recorder)
 
 

@@ -85,8 +85,8 @@ class Pair:
         called = [module.path for module in called_modules(captured.graph_module)]
         if called and config.compile:
             raise ValueError(
-                f"compile=True: {', '.join(called)} of {type(model).__name__} run as they are, since torch.export cannot "
-                "follow them; leave it None"
+                f"compile=True: {', '.join(called)} of {type(model).__name__} run as they are, since torch.export "
+                "cannot follow them; leave it None"
             )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
