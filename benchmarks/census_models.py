@@ -18,9 +18,9 @@ _SIZES: dict[int, str] = {
     96: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner n_inner dff dim_ff ffn_hidden_size
         feed_forward_size intermediate_size_mlp dense_intermediate_size""",
     64: """hidden_size hidden_size_global d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim
-        lru_width attention_hidden_size input_embedding_size output_embedding_size expert_ffn_hidden_size moe_intermediate_size
-        moe_shared_expert_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
-        shared_intermediate_size""",
+        lru_width attention_hidden_size input_embedding_size output_embedding_size expert_ffn_hidden_size
+        moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size
+        shared_experts_intermediate_size shared_intermediate_size""",
     32: "kv_lora_rank q_lora_rank o_lora_rank router_hidden_size rel_extent",
     24: "local_attention",
     16: """head_dim swa_head_dim kv_channels dim_head attention_head_dim d_head d_kv attention_head_size

@@ -138,6 +138,8 @@ def _bidirectional() -> PreTrainedModel:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
+    # Eager attention obeys the mask alone.
+    model.set_attn_implementation("sdpa")
     return model
 
 

@@ -231,7 +231,9 @@ def _marker_attention(
 
 def _reason_of_keys(query: Tensor, key: Tensor) -> str:
     sizes = (query.shape[2], key.shape[2])
-    symbols = [size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set() for size in sizes]
+    symbols: list[set[Any]] = [
+        size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set() for size in sizes
+    ]
     if symbols[0] & symbols[1]:
         return "it has other keys than one for each token, such as one for several tokens (compressed attention)"
     return "its keys are not those of the text that its queries are of (cross-attention)"
