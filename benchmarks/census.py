@@ -153,7 +153,7 @@ CHECKS: dict[str, Callable[[QuantSpecModel], str]] = {
 
 def _described(qs: QuantSpecModel) -> dict[str, Any]:
     """What the page says of a converted model."""
-    names = {report.name for report in qs.linears}
+    names = {report.name for report in qs.linears if report.group_size is not None}
     experts = {p.shape[0] for name, p in qs.model.named_parameters() if p.dim() == 3 and name in names}
     return {
         "layers": [

@@ -17,10 +17,10 @@ _SIZES: dict[int, str] = {
         original_max_position_embeddings""",
     96: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner n_inner dff dim_ff ffn_hidden_size
         feed_forward_size intermediate_size_mlp dense_intermediate_size""",
-    64: """hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width
-        attention_hidden_size input_embedding_size output_embedding_size expert_ffn_hidden_size moe_intermediate_size
-        moe_shared_expert_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
-        shared_intermediate_size""",
+    64: """hidden_size hidden_size_global d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim
+        lru_width attention_hidden_size input_embedding_size output_embedding_size expert_ffn_hidden_size
+        moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size
+        shared_experts_intermediate_size shared_intermediate_size""",
     32: "kv_lora_rank q_lora_rank o_lora_rank router_hidden_size rel_extent",
     24: "local_attention",
     16: """head_dim swa_head_dim kv_channels dim_head attention_head_dim d_head d_kv attention_head_size
@@ -100,6 +100,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", **_DECODER},
     "xlm": {"causal": True},
     "afmoe": {"num_dense_layers": 1},
+    "blt": {"encoder_hash_byte_group_vocab": 1009},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "cohere_compass_text": {
         "layer_types": _WINDOW_AND_FULL,
@@ -108,6 +109,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+    },
+    "dots3_note": {
+        "vision_config": {"adapter_out_dim": 64, "num_hidden_layers": 1, "mlp_layer_types": ["dense"]},
+        "audio_config": {"adapter_out_dim": 64, "num_hidden_layers": 1},
     },
     "dots1": {
         "n_routed_experts": 4,
@@ -140,12 +145,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": _WINDOW_AND_FULL},
     "ministral": {"head_dim": 16, "layer_types": _WINDOW_AND_FULL},
     "mistral": {"sliding_window": 12},
+    "moshi": {"audio_vocab_size": VOCABULARY},
     "nemotron": {"num_key_value_heads": 2},
     "qwen2": {"layer_types": _WINDOW_AND_FULL, "use_sliding_window": True, "sliding_window": 12},
     "qwen3": {"layer_types": _WINDOW_AND_FULL, "use_sliding_window": True, "sliding_window": 12},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
@@ -165,7 +171,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 12},
-    "zamba": _ZAMBA,
+    "zamba": {
+        **_ZAMBA,
+        "n_mamba_heads": 2,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
     "zamba2": {
         **_ZAMBA,
         "n_mamba_heads": 8,

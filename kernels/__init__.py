@@ -12,6 +12,7 @@ if __name__ != "kernels":
     from . import cached_attention_triton as cached_attention_triton
     from .attention import attention
     from .cached_attention import cached_attention, cached_attention_reference
+    from .called_module import called_module
     from .choose_pages import choose_pages
     from .cut_off import cut_off
     from .decoded_attention import decoded_attention
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "cached_attention_reference",
+    "called_module",
     "choose_pages",
     "cut_off",
     "decoded_attention",

@@ -13,7 +13,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 aten = torch.ops.aten
 
 # Metadata of the node a rewrite replaces that still holds for its replacement.
-_ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
 
 def find_calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
@@ -87,7 +87,7 @@ def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node, value: 
     arguments imply.
     """
     node = graph.call_function(target, args)
-    node.meta.update({key: origin.meta[key] for key in _ORIGIN_KEYS if key in origin.meta})
+    node.meta.update({key: origin.meta[key] for key in ORIGIN_KEYS if key in origin.meta})
     if value is not None:
         node.meta["val"] = value
         return node

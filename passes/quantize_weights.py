@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 from quantspec.logging import counting
 
+from .called_modules import called_modules
 from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
 from .logit_rows import LINEAR_TARGETS, logits_linear
 from .weight_formats import PACKED_LINEARS, PackedLinears, WeightFormat, check_packed
@@ -135,13 +136,20 @@ class QuantizeWeights(PassBase):
         return size, "" if size == self.group_size else f"group size adapted from {self.group_size}"
 
     def _report_others(self, gm: fx.GraphModule, seen: set[str]) -> None:
-        """Report matrices that reach the output other than through a linear of their own (experts picked by index)."""
+        """Report matrices that reach the output other than through a linear of their own (experts picked by index),
+        and those of modules that run as they are."""
         for node in _other_matrices(gm):
             if str(node.target) not in seen:
                 seen.add(str(node.target))
                 rows, width = node.meta["val"].shape[-2:]
                 note = f"not the weight of a linear: read by {', '.join(sorted(map(str, _users_as_weight(node))))}"
                 self.report.append(LinearReport(_linear_name(node), width, rows, None, note))
+        for called in called_modules(gm):
+            note = f"{type(called.module).__name__} runs as it is, since torch.export cannot follow it"
+            for name, tensor in called.module.named_parameters():
+                if tensor.dim() > 1:
+                    path = f"{called.path}.{name}".removesuffix(".weight")
+                    self.report.append(LinearReport(path, tensor.shape[-1], tensor.shape[-2], None, note))
 
     def _rewrite(self, gm: fx.GraphModule, node: fx.Node, name: str, tensor: Tensor, size: int) -> None:
         # Read now: the input may be a linear that has just been rewritten.

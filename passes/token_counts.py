@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from .graph import aten, fake_mode_of, get_tensor
 
@@ -95,6 +96,27 @@ def value_from_sizes(graph_module: fx.GraphModule) -> tuple[fx.Node, fx.Node] | 
                 if source in begun and ("Tensor" in kind or "number" in kind) and not _names_tokens(node, source):
                     return begun[source], node
     return None
+
+
+def follows_tokens(value: Tensor) -> bool:
+    """Whether the values of a tensor of an export that is under way follow from those of the token ids, its first
+    matrix of integers; False outside of an export.
+    """
+    mode = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(value, mode.tracer, None)
+    if slot is None:
+        return False
+    graph = slot.proxy.node.graph
+    matrices = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), Tensor)]
+    ids = next(n for n in matrices if n.meta["val"].dim() == 2 and n.meta["val"].dtype == torch.int64)
+    seen: set[fx.Node] = set()
+    reached = [slot.proxy.node]
+    while reached:
+        node = reached.pop()
+        if node not in seen:
+            seen.add(node)
+            reached += [source for source, _ in _values_read(node)] if node.op == "call_function" else []
+    return ids in seen
 
 
 def _needed(graph: fx.Graph) -> set[fx.Node]:

@@ -137,7 +137,7 @@ class CheckTokenMixing(PassBase):
             for run, pair in zip(runs, inputs, strict=True):
                 run.run(*pair, *states)
         for node in graph_module.graph.nodes:
-            if node.op == "call_function" and _differ(*(run.values.get(node) for run in runs)):
+            if node.op in ("call_function", "call_module") and _differ(*(run.values.get(node) for run in runs)):
                 raise TokenMixingError(
                     f"{describe(node)} mixes tokens outside attention or does not follow position_ids (convolution, "
                     "recurrent state or attention computed by the model itself); its state is not in the key/value "

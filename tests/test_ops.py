@@ -657,6 +657,7 @@ def op_cases() -> dict[str, tuple]:
     choice = (torch.rand(3, 10), torch.zeros(3, 4, dtype=torch.int32), numbers, torch.tensor([0, 1, 0]), lengths)
     cases["choose_pages"] = kernels.choose_pages, (*choice, 1 << 14, 2)
     cases["materialize"] = kernels.materialize, (x.t(),)
+    cases["called_module"] = kernels.called_module, ([ids, x], 1, 0)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
 

@@ -138,20 +138,22 @@ def _bidirectional() -> PreTrainedModel:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
+    # Eager attention obeys the mask alone.
+    model.set_attn_implementation("sdpa")
     return model
 
 
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention that no marker computes.
-    "doge": _architecture("doge", "an attention mask or position bias of its own", "model.layers.0.self_attn"),
+    "doge": _architecture("doge", "follows from what the tokens say", "model.layers.0.self_attn"),
     # Convolutions and recurrences.
     "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
     "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),
     "recurrent_gemma": _architecture(
         "recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d", num_hidden_layers=3, lru_width=64
     ),
-    "rwkv": _architecture("rwkv", "a loop over tokens", "RwkvForCausalLM", attention_hidden_size=64),
+    "rwkv": _architecture("rwkv", _NO_ATTENTION, "RwkvForCausalLM", attention_hidden_size=64),
     "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
     # The rest.
     "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
@@ -176,7 +178,7 @@ UNSUPPORTED: dict[str, Refused] = {
     "no head": Refused(
         lambda: AutoModel.from_config(tiny_model("llama").config), "has no language-model head", "LlamaModel"
     ),
-    "not causal": Refused(_bidirectional, "attention is not causal", "model.layers.0.self_attn"),
+    "not causal": Refused(_bidirectional, "depends on the tokens after it", "LlamaForCausalLM"),
     "own attention": Refused(lambda: _with_mixer(OwnAttention()), _STATE, "model.layers.1.mlp.mixer"),
     "token shift": Refused(lambda: _with_mixer(TokenShift()), _STATE, "model.layers.1.mlp.mixer"),
     "running mean": Refused(lambda: _with_mixer(RunningMean()), _STATE, "model.layers.1.mlp.mixer"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from quantspec.cache.geometry import StateShape
 from quantspec.errors import UnsupportedModelError
 from quantspec.locks import LockOfProcess
 from quantspec.passes.absorb_latents import Latent
+from quantspec.passes.called_modules import CallModules
 from quantspec.passes.counted_positions import FollowPositionIds
 from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.pieces import Piece
@@ -24,9 +25,19 @@ from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 from quantspec.passes.written_linears import MarkWrittenLinears
 
+from .basic_causes import basic_cause, sees_later_tokens
 from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
-from .interfaces import CapturedLayer, MaskReadError, Recorder, RefuseConvolutions, StateError, capture_interfaces
+from .interfaces import (
+    NOT_CAUSAL,
+    CapturedLayer,
+    MaskReadError,
+    Recorder,
+    RefuseConvolutions,
+    StateError,
+    capture_interfaces,
+)
+from .opaque import DataDependentError, OpaqueModules, telling_data_dependence
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
 
@@ -68,7 +79,9 @@ class _Logits(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         # An explicit mask keeps transformers from reading packed sequences out of the positions.
         mask = torch.ones_like(input_ids)
-        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        with telling_data_dependence():
+            return self.model(**inputs, use_cache=False).logits
 
 
 @contextlib.contextmanager
@@ -96,23 +109,30 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     """
     check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
+    try:
+        return _capture(model, structure_only, rope_context)
+    except UnsupportedModelError as error:
+        cause = None if structure_only else basic_cause(model)
+        if cause is None:
+            raise
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {cause}") from error
+
+
+def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | None) -> Capture:
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
+    opaque = OpaqueModules(model)
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
         try:
             states = state_shapes(model)
-            if states:
-                recorder.forget()
-                program = _export_token(model, states)
-            else:
-                program = _export_tokens(model, recorder)
+            program = _export_with(opaque, recorder, lambda: _export(model, states, recorder))
         except UnsupportedModelError:
             raise
         except Exception as error:
             module = recorder.module_of(error)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if not isinstance(error, MaskReadError | StateError):
+            if not isinstance(error, MaskReadError | StateError | DataDependentError):
                 reason = f"torch.export cannot capture it: {reason}"
             if module in follow_length:
                 reason = "its RoPE reads the length of a text by itself, besides what transformers does for it"
@@ -120,10 +140,6 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
                 reason = "its forward fixes the number of tokens, as a loop over tokens does (recurrent state)"
             elif "Constraints violated" in reason:
                 reason = "its forward fixes the number of sequences of a batch"
-            elif "data-dependent" in reason:
-                reason = (
-                    "what its forward runs depends on the tokens' values, as a loop over the experts they choose does"
-                )
             raise recorder.unsupported(model if module is None else module, reason) from error
         layers, masks, first = tuple(recorder.layers), recorder.masks.copy(), 0
         if not structure_only:
@@ -133,7 +149,11 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         graph_module = program.module(check_guards=False)
         if not layers:
             layers = _written_layers(model, graph_module, recorder.max_window)
-        held = held_states(model, len(layers))
+        calls = opaque.calls
+        with opaque.marked():
+            held = held_states(model, len(layers))
+    if recorder.not_causal is not None and not structure_only and sees_later_tokens(model):
+        raise recorder.unsupported(recorder.not_causal, NOT_CAUSAL)
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
     if not layers:
         raise UnsupportedModelError(
@@ -154,6 +174,7 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
         FollowPositionIds()(graph_module)
     if first:
         _count_from(graph_module, first)
+    CallModules(calls)(graph_module)
     for marker in find_calls(graph_module.graph, torch.ops.quantspec.attention.default):
         if marker.args[3] in chunked:
             marker.update_arg(5, -marker.args[5])
@@ -207,6 +228,24 @@ def _written_layers(model: PreTrainedModel, graph_module: fx.GraphModule, max_wi
         window = arguments[5]
         layers.append(CapturedLayer(module_path(marker), heads, kv_heads, key_dim, value_dim, window, 0.0, False))
     return tuple(layers)
+
+
+def _export_with(
+    opaque: OpaqueModules, recorder: Recorder, export: Callable[[], torch.export.ExportedProgram]
+) -> torch.export.ExportedProgram:
+    """``export``, again and again, with one more kind of module called as it is where that keeps it from going on."""
+    while True:
+        recorder.forget()
+        try:
+            with opaque.marked():
+                return export()
+        except Exception as error:
+            if not opaque.take(recorder.module_of(error), error):
+                raise
+
+
+def _export(model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder) -> torch.export.ExportedProgram:
+    return _export_token(model, states) if states else _export_tokens(model, recorder)
 
 
 def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantspec.cache.geometry import HeldState
 from quantspec.errors import UnsupportedModelError
 from quantspec.kernels import attention, expert_linear
+from quantspec.passes.token_counts import follows_tokens
 
 IMPLEMENTATION = "quantspec_capture"
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
@@ -49,6 +50,13 @@ _NEUTRAL_ATTENTION_KWARGS = frozenset(
         "return_dict",
         "training",
     }
+)
+
+
+NOT_CAUSAL = "its attention is not causal"
+_CHOSEN = (
+    "which tokens its attention sees, or a bias of their scores, follows from what the tokens say, as an indexer's "
+    "choice or a dynamic mask does"
 )
 
 
@@ -128,6 +136,8 @@ class Recorder:
         # Whether masks are tensors, for a model that attends by itself, and the largest of their windows and chunks.
         self.writes_masks = False
         self.max_window = 0
+        # The first that says to see later tokens too, and has a mask that may forbid it.
+        self.not_causal: nn.Module | None = None
 
     def forget(self) -> None:
         """Begin anew."""
@@ -191,20 +201,19 @@ def _marker_attention(
     recorder = _ACTIVE.get()
     if recorder is None:
         raise RuntimeError(f"'{IMPLEMENTATION}' is an attention implementation for quantspec's capture only")
-    if isinstance(attention_mask, Tensor):
-        raise _unsupported(
-            module, "it computes an attention mask or position bias of its own, such as an indexer's choice of tokens"
-        )
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        raise _unsupported(module, "its attention is not causal")
+        # What the model's own implementation makes of a mask beside this is for a trial to tell.
+        if attention_mask is None:
+            raise _unsupported(module, NOT_CAUSAL)
+        recorder.not_causal = recorder.not_causal or module
     if key.shape[2] != query.shape[2]:
-        raise _unsupported(
-            module,
-            "its keys are not those of the same tokens as its queries (cross-attention, or one key for several tokens)",
-        )
+        raise _unsupported(module, _reason_of_keys(query, key))
     for name, argument in kwargs.items():
         if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
-            raise _unsupported(module, f"the attention argument '{name}' is not supported")
+            raise _unsupported(module, _reason_of_argument(name, argument, query, key))
+    if isinstance(attention_mask, Tensor):
+        chosen = follows_tokens(attention_mask)
+        raise _unsupported(module, _CHOSEN if chosen else "it computes an attention mask or position bias of its own")
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
     recorder.masks.append((attention_mask or MaskSpec(window), module))
@@ -222,6 +231,24 @@ def _marker_attention(
     )
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     return recorder.attend(query, key, value, scale, window, float(softcap or 0.0), s_aux), None
+
+
+def _reason_of_keys(query: Tensor, key: Tensor) -> str:
+    sizes = (query.shape[2], key.shape[2])
+    symbols: list[set[Any]] = [
+        size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set() for size in sizes
+    ]
+    if symbols[0] & symbols[1]:
+        return "it has other keys than one for each token, such as one for several tokens (compressed attention)"
+    return "its keys are not those of the text that its queries are of (cross-attention)"
+
+
+def _reason_of_argument(name: str, argument: Tensor, query: Tensor, key: Tensor) -> str:
+    if not argument.is_floating_point() and follows_tokens(argument):
+        return _CHOSEN
+    if argument.dim() > 1 and tuple(argument.shape[-2:]) == (query.shape[2], key.shape[2]):
+        return f"its scores get a bias for every query and key ('{name}'), as in attention by relative positions"
+    return f"the attention argument '{name}' is not supported"
 
 
 def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | None = None, **kwargs) -> Any:

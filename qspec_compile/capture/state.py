@@ -16,7 +16,9 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 
 from quantspec.cache.geometry import StateShape
 
+from .basic_causes import NO_ATTENTION
 from .interfaces import StateError
+from .opaque import telling_data_dependence
 
 _KINDS = ("conv_states", "recurrent_states")
 
@@ -28,10 +30,7 @@ def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     if not any(map(_is_stateful, layers)):
         return ()
     if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
-        raise StateError(
-            "it has state that does not grow with the text and no attention layer, so no key/value cache to read at "
-            "fewer bits; only INT4 weights would make it faster, which are torchao's to give"
-        )
+        raise StateError(NO_ATTENTION)
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)
     try:
@@ -57,7 +56,8 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cac
     # An explicit mask keeps transformers from reading packed sequences out of the positions.
     mask = torch.ones_like(input_ids)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-    return model(**inputs, **{_cache_name(model): cache}, use_cache=True).logits
+    with telling_data_dependence():
+        return model(**inputs, **{_cache_name(model): cache}, use_cache=True).logits
 
 
 class WithState(nn.Module):

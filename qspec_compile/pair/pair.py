@@ -18,6 +18,7 @@ from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
+from quantspec.passes.called_modules import called_modules
 from quantspec.ranks import Seat
 
 from .compile_by_layer import compile_graph
@@ -83,16 +84,22 @@ class Pair:
                 f"compile=True: layers of {type(model).__name__} keep state, whose steps are not compiled; leave it "
                 "None"
             )
+        called = [module.path for module in called_modules(captured.graph_module)]
+        if called and config.compile:
+            raise ValueError(
+                f"compile=True: {', '.join(called)} of {type(model).__name__} run as they are, since torch.export "
+                "cannot follow them; leave it None"
+            )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
         graphs, self.linears = build_graphs(self.common, config, recipes, source, read_again(self.layers))
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
-        self.compiles: bool = self.device.type == "cuda" if config.compile is None else config.compile
+        compiles = self.device.type == "cuda" if config.compile is None else config.compile
+        self.compiles: bool = compiles and not captured.states and not called
         self.graphs: Mapping[Role, torch.nn.Module] = graphs
         if captured.states:
-            self.compiles = False
             with rope_at(model, rope_context):
                 self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, cached)}
         self._recipes = recipes
