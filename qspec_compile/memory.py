@@ -6,9 +6,8 @@ configuration.
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -122,11 +121,6 @@ def full_precision_bytes(
     held = [_held(layer) for layer in layers]
     elements = sum(min(context, state.most or context) * state.per_token for state in held)
     return batch_size * (elements * dtype.itemsize + _state_bytes(states))
-
-
-def most_that_fits(bytes_of: Callable[[int], int], room: float, most: int) -> int:
-    """The largest number up to ``most`` whose ``bytes_of`` is at most ``room``, where more takes more; 0 if none."""
-    return bisect.bisect_left(range(1, most + 1), True, key=lambda number: bytes_of(number) > room)
 
 
 def _state_bytes(states: Sequence[StateShape]) -> int:

@@ -13,11 +13,11 @@ from quantspec.cli import console
 
 @pytest.mark.parametrize(
     ("record", "shown"),
-    [({"done": 3, "total": 10}, " 3/10"), ({}, "0/?")],
+    [({"done": 3, "total": 10}, " 3/10"), ({}, "")],
     ids=["counted", "not counted"],
 )
 def test_a_bar_shows_the_last_record_alone(monkeypatch, record, shown):
-    """A step that counts nothing is not drawn with the count of the step before."""
+    """A step that counts nothing is drawn without a bar, not with the count of the step before."""
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, color_system=None, width=100)
     monkeypatch.setattr(console, "stderr", lambda: terminal)
@@ -26,7 +26,9 @@ def test_a_bar_shows_the_last_record_alone(monkeypatch, record, shown):
         logging.getLogger("quantspec.test").info("writing", extra=record)
     last = screen.getvalue()[screen.getvalue().rindex("writing") :]
     assert shown in last
+    assert ("━" in last, "/" in last) == (bool(shown), bool(shown))
     assert "211" not in last
+    assert "?" not in screen.getvalue()
 
 
 def test_no_bar_in_a_file(monkeypatch):

@@ -11,9 +11,10 @@ from cli_errors import assert_error
 from tiny_models import tiny_model
 
 from quantspec import QuantSpecConfig
-from quantspec.cli._fit import Card, cache_parts, fit, ways
+from quantspec.cli._captured import captured_sizes
+from quantspec.cli._fit import Card, fit, most_that_fits, ways
 from quantspec.cli.errors import CommandError
-from quantspec.memory import full_precision_bytes, most_that_fits
+from quantspec.memory import expected_memory, full_precision_bytes
 from quantspec.pair.preview import structure_of
 
 OPTIONS = QuantSpecConfig(kv_group_size=16)
@@ -31,10 +32,10 @@ def test_most_that_fits(sizes, room, found):
 
 def test_alternatives(structure):
     """Their caches are transformers' own, in 16 and in 8 bits; of INT4 weights alone the model's are not kept."""
-    own, model, fp8, int4 = ways(structure, OPTIONS)
+    own, model, fp8, int4 = ways(captured_sizes(structure, OPTIONS))
     dense = full_precision_bytes(structure.layers, 300, 2, torch.bfloat16)
-    parts = cache_parts(structure, OPTIONS, 300, 2)
-    assert own.total(300, 2) == sum(structure.weight_bytes.values()) + sum(parts.values()) - parts["decoded"]
+    parts = expected_memory(structure.layers, 300, 2, kv_group_size=16, max_cache_len=structure.max_len)
+    assert own.total(300, 2) == sum(structure.weight_bytes.values()) + sum(parts.values())
     assert (model.weights, model.cache(300, 2)) == (structure.weight_bytes["target"], dense)
     assert (fp8.weights, fp8.cache(300, 2)) == (structure.weight_bytes["target"], dense // 2)
     quantized = sum(linear.model_bytes for linear in structure.linears if linear.draft_bytes)
@@ -44,9 +45,10 @@ def test_alternatives(structure):
 
 
 def test_largest_context_and_batch_fit_and_one_more_does_not(structure):
-    every = list(ways(structure, OPTIONS))
+    sizes = captured_sizes(structure, OPTIONS)
+    every = list(ways(sizes))
     card = Card("toy", every[0].total(200, 3) * 2)
-    found = fit(structure, OPTIONS, card, 0.5, 200, 3)
+    found = fit(sizes, card, 0.5, 200, 3)
     assert found["ways"][0]["fits"]
     assert found["ways"][0]["largest_batch_size"] == 3
     for way, row in zip(every, found["ways"], strict=True):
@@ -68,8 +70,16 @@ def test_cards():
         Card.named("voodoo")
 
 
+def test_the_card_that_is_here_is_told_without_torch():
+    here = Card.here()
+    assert (here is not None) == torch.cuda.is_available()
+    if here is not None:
+        properties = torch.cuda.get_device_properties(0)
+        assert here == Card(properties.name, properties.total_memory)
+
+
 def test_the_command_says_whether_it_fits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(Card, "here", lambda: None)
     config = tiny_model("llama").config
     config.save_pretrained(tmp_path)
     assert "It fits: " in run("inspect", tmp_path, "--gpu", "h100-80")[1]
@@ -97,3 +107,4 @@ def test_nothing_is_cut(run, tmp_path, monkeypatch, width):
     assert status == 0
     assert "…" not in out
     assert all(len(line) <= width for line in out.splitlines())
+    assert {"self_attn.q_proj", "mlp.down_proj"} <= set(out.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, STATEFUL, tiny_model
+from transformers import AutoModelForCausalLM
 
 from quantspec import QuantSpecConfig
 from quantspec.pair import preview
@@ -59,3 +60,14 @@ def test_lists_as_long_as_there_are_layers_by_chance_stay():
     assert shorten(model) is not None
     assert model.config.time_step_limit == config.time_step_limit
     assert model.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_layers_with_states_are_as_few_as_their_kinds(architecture):
+    """Whichever of its modules count the layers: those with states are of one kind, those with attention of another."""
+    config = deep_config(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    kinds = shorten(model)
+    assert kinds is not None
+    assert max(kinds.kinds) + 1 == model.config.get_text_config().num_hidden_layers <= 2

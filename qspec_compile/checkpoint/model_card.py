@@ -17,6 +17,11 @@ CARD_FILE = "README.md"
 # Tells a card of ours, which the next save replaces, from one that somebody wrote.
 _MARK = "<!-- written by quantspec: replaced by the next save, unless this line is removed -->"
 
+_NO_ACCEPTANCE = (
+    "Acceptance was not measured: nothing was drafted before saving. `quantspec generate FOLDER PROMPT --stats` tells it "
+    "of your text."
+)
+
 
 def is_of_somebody(card: Path) -> bool:
     """Whether there is a card that somebody wrote or took over."""
@@ -110,7 +115,7 @@ def _acceptance(pair: Pair, stats: GenerationStats | None) -> str:
             f"Acceptance: of {stats.drafted} drafts {stats.draft_acceptance_rate:.1%} were accepted in the last call "
             f"before saving, which wrote {stats.generated_tokens} tokens after {stats.prompt_tokens}."
         )
-    return "\n\n".join(lines) or "Acceptance was not measured: nothing was generated before saving."
+    return "\n\n".join(lines) or _NO_ACCEPTANCE
 
 
 def _parity(parity: Any) -> str:

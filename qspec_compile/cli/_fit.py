@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import ctypes
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-
-from quantspec.config import QuantSpecConfig
-from quantspec.engine.draft_count import AutoDraftCount
-from quantspec.memory import expected_memory, full_precision_bytes, most_that_fits
-from quantspec.pair.preview import Structure
-
+from ._sizes import Sizes
 from .errors import CommandError
 
 # Of GPUs that quantspec runs on, as nvidia-smi reports it.
@@ -68,11 +63,20 @@ class Card:
 
     @classmethod
     def here(cls) -> Card | None:
-        """The first GPU of this machine."""
-        if not torch.cuda.is_available():
+        """The first GPU of this machine, as its driver tells without torch."""
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+        except OSError:
             return None
-        properties = torch.cuda.get_device_properties(0)
-        return cls(properties.name, properties.total_memory)
+        device, size, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        if (
+            driver.cuInit(0)
+            or driver.cuDeviceGet(ctypes.byref(device), 0)
+            or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+            or driver.cuDeviceGetName(name, len(name), device)
+        ):
+            return None
+        return cls(name.value.decode(), size.value)
 
 
 @dataclass(frozen=True)
@@ -94,52 +98,30 @@ class Way:
         return self.weights + self.cache(context, batch_size)
 
 
-def cache_parts(structure: Structure, options: QuantSpecConfig, context: int, batch_size: int) -> dict[str, int]:
-    """Bytes of quantspec's cache by part, and of its decoded copy on a CPU."""
-    gamma = options.num_speculative_tokens
-    return expected_memory(
-        structure.layers,
-        context,
-        batch_size,
-        kv_group_size=options.kv_group_size,
-        num_speculative_tokens=gamma if isinstance(gamma, int) else AutoDraftCount().most,
-        dtype=structure.dtype,
-        max_cache_len=options.max_cache_len or structure.max_len,
-        device="cpu",
-        states=structure.states,
-    )
-
-
-def ways(structure: Structure, options: QuantSpecConfig) -> Iterator[Way]:
+def ways(sizes: Sizes) -> Iterator[Way]:
     """quantspec, and the strong alternatives."""
-    target, draft = structure.weight_bytes["target"], structure.weight_bytes["draft_int4"]
-    packed = sum(linear.model_bytes for linear in structure.linears if linear.draft_bytes)
-    dtype = str(structure.dtype).removeprefix("torch.")
+    target, draft = sizes.weight_bytes["target"], sizes.weight_bytes["draft_int4"]
+    packed = sum(linear.model_bytes for linear in sizes.linears if linear.draft_bytes)
 
     def own(context: int, batch_size: int) -> int:
-        parts = cache_parts(structure, options, context, batch_size)
-        return sum(parts.values()) - parts["decoded"]
+        return sum(size for part, size in sizes.cache_parts(context, batch_size).items() if part != "decoded")
 
-    def dense(itemsize: int, context: int, batch_size: int) -> int:
-        full = full_precision_bytes(structure.layers, context, batch_size, structure.dtype, structure.states)
-        return full * itemsize // structure.dtype.itemsize
+    def eight_bits(context: int, batch_size: int) -> int:
+        return sizes.full_precision(context, batch_size) // sizes.itemsize
 
-    whole = partial(dense, structure.dtype.itemsize)
     yield Way("quantspec", target + draft, own)
-    yield Way(f"{dtype} weights, {dtype} cache", target, whole)
-    if structure.dtype.itemsize > 1:
-        yield Way(f"{dtype} weights, FP8 cache", target, partial(dense, 1))
+    yield Way(f"{sizes.dtype} weights, {sizes.dtype} cache", target, sizes.full_precision)
+    if sizes.itemsize > 1:
+        yield Way(f"{sizes.dtype} weights, FP8 cache", target, eight_bits)
     if packed:
-        yield Way(f"INT4 weights only, {dtype} cache", target - packed + draft, whole)
+        yield Way(f"INT4 weights only, {sizes.dtype} cache", target - packed + draft, sizes.full_precision)
 
 
-def fit(
-    structure: Structure, options: QuantSpecConfig, card: Card, utilization: float, context: int, batch_size: int
-) -> dict[str, Any]:
+def fit(sizes: Sizes, card: Card, utilization: float, context: int, batch_size: int) -> dict[str, Any]:
     """What fits ``card``, JSON-ready; bytes everywhere."""
     room = utilization * card.bytes
-    limit = options.max_cache_len or structure.max_len or _MOST_TOKENS
-    every = list(ways(structure, options))
+    limit = sizes.limit or _MOST_TOKENS
+    every = list(ways(sizes))
     lengths = [
         (texts, most_that_fits(lambda tokens, texts=texts: every[0].total(tokens, texts), room, limit))
         for texts in _SEQUENCES
@@ -165,3 +147,8 @@ def fit(
         ],
         "server": [{"max_sequences": texts, "max_length": length} for texts, length in lengths if length],
     }
+
+
+def most_that_fits(bytes_of: Callable[[int], int], room: float, most: int) -> int:
+    """The largest number up to ``most`` whose ``bytes_of`` is at most ``room``, where more takes more; 0 if none."""
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda number: bytes_of(number) > room)

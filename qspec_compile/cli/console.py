@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from quantspec.logging import without_bars_of_libraries
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 # Columns of a table that no terminal limits.
 _PIPED_WIDTH = 160
@@ -58,9 +58,10 @@ def working(description: str) -> Iterator[None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     # One display: what libraries draw would tear it.
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    counted = (*columns, BarColumn(), MofNCompleteColumn())
     with without_bars_of_libraries(), Progress(*columns, console=console, transient=True) as progress:
-        handler = _ProgressHandler(progress, progress.add_task(description, total=None))
+        handler = _ProgressHandler(progress, progress.add_task(description, total=None), columns, counted)
         logger = logging.getLogger("quantspec")
         level = logger.level
         logger.setLevel(logging.INFO)
@@ -73,16 +74,21 @@ def working(description: str) -> Iterator[None]:
 
 
 class _ProgressHandler(logging.Handler):
-    """Shows log records as the state of one progress bar."""
+    """Shows log records as the state of one line, which has a bar and numbers (``counted``) where something counts."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
+    def __init__(
+        self, progress: Progress, task: TaskID, columns: Sequence[ProgressColumn], counted: Sequence[ProgressColumn]
+    ) -> None:
         super().__init__(logging.INFO)
         self.progress = progress
         self.task = task
+        self.columns = tuple(columns)
+        self.counted = tuple(counted)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show ``record``."""
         done, total = getattr(record, "done", 0), getattr(record, "total", None)
+        self.progress.columns = self.counted if total else self.columns
         if total is None:
             # update() would keep the total of what was shown before.
             self.progress.remove_task(self.task)

@@ -20,13 +20,18 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print usage, description, arguments and options by panel, and examples."""
-        _print_start(self, ctx)
+        parameters = self.get_params(ctx)
+        arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
+        names = (_name(argument) if argument.required else f"[{_name(argument)}]" for argument in arguments)
+        print_usage(" ".join(("Usage:", ctx.command_path, "[OPTIONS]", *names)), self.help or "")
         panels: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
+        for parameter in parameters:
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            usual = "Options"
+            if parameter in arguments:
+                usual, record = "Arguments", (_name(parameter), record[1])
             panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
         for title, rows in panels.items():
             print_panel(title, rows)
@@ -39,15 +44,16 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print usage, description, options and commands."""
-        _print_start(self, ctx)
+        print_usage(self.get_usage(ctx), self.help or "")
         records = (parameter.get_help_record(ctx) for parameter in self.get_params(ctx))
         print_panel("Options", [record for record in records if record is not None])
         commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
         print_panel("Commands", [(name, command.help or "") for name, command in commands if command is not None])
 
 
-def _print_start(command: Any, ctx: Any) -> None:
-    print_usage(command.get_usage(ctx), command.help or "")
+def _name(argument: Any) -> str:
+    """Without its type, which every argument's text tells."""
+    return argument.metavar or argument.name.upper()
 
 
 def print_usage(usage: str, description: str) -> None:

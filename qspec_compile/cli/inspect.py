@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .console import stdout, working
-from .loading import Kind, dtype_to_load, fetched, find_model, load_config
-from .options import ModelOptions, real, tokens, whole
+from .loading import Kind, Source, dtype_to_load, fetched, find_model, load_config
+from .options import Dtype, ModelOptions, real, tokens, whole
 
 if TYPE_CHECKING:
-    from quantspec.capture import CapturedLayer
-    from quantspec.config import QuantSpecConfig
-    from quantspec.pair.preview import LinearSize, Structure
+    from ._sizes import Layer, Linear, Sizes
 
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
@@ -57,17 +56,41 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
     """Tell whether a model fits a card and how long a context, without loading weights; what would be converted."""
+    from quantspec.config import QuantSpecConfig
+
+    from ._fit import Card, fit
+    from ._plain import plain_sizes
+
+    card = Card.here() if gpu is None else Card.named(gpu)
     source = find_model(model)
-    with working("importing"):
+    dtype = None if model.dtype is Dtype.AUTO else model.dtype.value
+    sizes = plain_sizes(source, QuantSpecConfig.from_options(None, model.conversion()), dtype)
+    if sizes is None:
+        sizes = _captured_sizes(source, model)
+    num_tokens = context or min(sizes.limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    if sizes.limit is not None and num_tokens > sizes.limit:
         from quantspec.cache import check_cache_len
+
+        check_cache_len(num_tokens, sizes.limit)
+    facts = _as_dict(sizes, num_tokens, batch_size)
+    if card is not None:
+        facts["fit"] = fit(sizes, card, gpu_memory_utilization, num_tokens, batch_size)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_tables(sizes, facts, layers)
+
+
+def _captured_sizes(source: Source, model: ModelOptions) -> Sizes:
+    """The sizes of any model, from a capture of it without data."""
+    with working("importing"):
         from quantspec.checkpoint.folder import Description
         from quantspec.checkpoint.loading import changed_options, resolve_dtype
         from quantspec.config import QuantSpecConfig
         from quantspec.pair.preview import structure_of
 
-        from ._fit import Card, fit
+        from ._captured import captured_sizes
 
-    card = Card.here() if gpu is None else Card.named(gpu)
     source = fetched(source, whole=False)
     dtype = dtype_to_load(source, model.dtype, None)
     if source.kind is Kind.PAIR:
@@ -77,34 +100,21 @@ def command(
         options = QuantSpecConfig.from_options(None, model.conversion())
     config = load_config(source)
     with working("building the model without weights"):
-        structure = structure_of(config, options, dtype, model.trust_remote_code)
-    limit = options.max_cache_len or structure.max_len
-    num_tokens = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    if limit is not None:
-        check_cache_len(num_tokens, limit)
-    facts = _as_dict(structure, options, num_tokens, batch_size)
-    if card is not None:
-        facts["fit"] = fit(structure, options, card, gpu_memory_utilization, num_tokens, batch_size)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _print_tables(structure, facts, layers)
+        return captured_sizes(structure_of(config, options, dtype, model.trust_remote_code), options)
 
 
-def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, batch_size: int) -> dict[str, Any]:
+def _as_dict(sizes: Sizes, num_tokens: int, batch_size: int) -> dict[str, Any]:
     """All facts, JSON-ready; bytes everywhere."""
-    from quantspec.memory import full_precision_bytes
+    from ._fit import ways
 
-    from ._fit import cache_parts, ways
-
-    cache = cache_parts(structure, options, num_tokens, batch_size)
+    cache = sizes.cache_parts(num_tokens, batch_size)
     decoded = cache.pop("decoded")
-    weights = structure.weight_bytes
-    dense = full_precision_bytes(structure.layers, num_tokens, batch_size, structure.dtype, structure.states)
+    weights = sizes.weight_bytes
+    dense = sizes.full_precision(num_tokens, batch_size)
     return {
-        "model": structure.model_type,
-        "dtype": str(structure.dtype).removeprefix("torch."),
-        "kv_group_size": options.kv_group_size,
+        "model": sizes.model,
+        "dtype": sizes.dtype,
+        "kv_group_size": sizes.options.kv_group_size,
         "attention": [
             {
                 "module": layer.module,
@@ -119,19 +129,19 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
                 "softcap": layer.softcap or None,
                 "sinks": layer.has_sinks,
             }
-            for layer in structure.layers
+            for layer in sizes.layers
         ],
         "linears": [
             {
-                "name": linear.report.name,
-                "in_features": linear.report.in_features,
-                "out_features": linear.report.out_features,
-                "group_size": linear.report.group_size,
+                "name": linear.name,
+                "in_features": linear.in_features,
+                "out_features": linear.out_features,
+                "group_size": linear.group_size,
                 "model_bytes": linear.model_bytes,
                 "draft_bytes": linear.draft_bytes,
-                "note": linear.report.note,
+                "note": linear.note,
             }
-            for linear in structure.linears
+            for linear in sizes.linears
         ],
         "memory": {
             "context": num_tokens,
@@ -148,13 +158,13 @@ def _as_dict(structure: Structure, options: QuantSpecConfig, num_tokens: int, ba
                     "cache": way.cache(num_tokens, batch_size),
                     "total": way.total(num_tokens, batch_size),
                 }
-                for way in ways(structure, options)
+                for way in ways(sizes)
             ],
         },
     }
 
 
-def _print_tables(structure: Structure, facts: dict[str, Any], layers: bool) -> None:
+def _print_tables(sizes: Sizes, facts: dict[str, Any], layers: bool) -> None:
     console = stdout()
     memory, fit = facts["memory"], facts.get("fit")
     size = _tokens(memory["context"])
@@ -169,8 +179,10 @@ def _print_tables(structure: Structure, facts: dict[str, Any], layers: bool) -> 
     if fit is not None and fit["server"]:
         console.print(_server_table(fit))
     if layers:
-        console.print(_attention_table(structure))
-        console.print(_linears_table(structure))
+        console.print(_attention_table(sizes))
+        console.print(_linears_table(sizes))
+        for note in _notes(sizes):
+            console.print(note, markup=False)
         console.print(_memory_table(memory))
     own, theirs = sum(memory["cache"].values()), memory["unconverted"]["cache"]
     if own > theirs:
@@ -212,17 +224,24 @@ def _server_table(fit: dict[str, Any]) -> Table:
 
 
 def _table(*titles: str) -> Table:
-    """Numbers to the right of what they are of; nothing is cut where there is little room."""
-    table = Table()
+    """Numbers to the right of what they are of; nothing is cut where there is little room, and no line takes any."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, title in enumerate(titles):
         table.add_column(title, overflow="fold", justify="right" if number else "left")
     return table
 
 
-def _attention_table(structure: Structure) -> Table:
+def _dims(layer: CapturedLayer) -> str:
+    """Channels of a key, and of a value where it has others."""
+    if layer.values_in_keys:
+        return f"{layer.key_dim}, latent"
+    return str(layer.key_dim) if layer.key_dim == layer.value_dim else f"{layer.key_dim}/{layer.value_dim}"
+
+
+def _attention_table(sizes: Sizes) -> Table:
     """Consecutive layers that are alike share a row."""
     table = _table("layers", "attention", "query heads", "KV heads", "head dim K/V", "soft cap", "sinks")
-    numbered = enumerate(structure.layers)
+    numbered = enumerate(sizes.layers)
     described = [
         (
             number,
@@ -230,7 +249,7 @@ def _attention_table(structure: Structure) -> Table:
                 _reach(layer),
                 str(layer.query_heads),
                 str(layer.kv_heads),
-                f"{layer.key_dim}/{layer.value_dim}{', latent' if layer.values_in_keys else ''}",
+                _dims(layer),
                 f"{layer.softcap:g}" if layer.softcap else "-",
                 "yes" if layer.has_sinks else "-",
             ),
@@ -243,43 +262,53 @@ def _attention_table(structure: Structure) -> Table:
     return table
 
 
-def _reach(layer: CapturedLayer) -> str:
+def _reach(layer: Layer) -> str:
     if layer.window:
         return f"window of {layer.window}"
     return f"chunks of {layer.chunk}" if layer.chunk else "full"
 
 
-def _linears_table(structure: Structure) -> Table:
-    """Linears that differ in the layer's number alone share a row."""
-    table = _table("linears", "count", "in", "out", "INT4 groups of", "model", "draft adds", "note")
-    for name, alike in _alike(structure.linears):
-        report = alike[0].report
+def _linears_table(sizes: Sizes) -> Table:
+    """Linears that differ in the layer's number alone share a row, those of layers below a row of their own."""
+    table = _table(f"linears, INT4 groups of {sizes.options.weight_group_size}", "in", "out", "model", "draft")
+    above = None
+    for name, alike in _alike(sizes.linears):
+        of_layers, star, own = name.partition("*.")
+        heading = f"{of_layers}* ({len(alike)})" if star else None
+        if heading is not None and heading != above:
+            table.add_row(heading, style="dim")
+        above = heading
+        first = alike[0]
         table.add_row(
-            name,
-            str(len(alike)),
-            str(report.in_features),
-            str(report.out_features),
-            "full precision" if report.group_size is None else str(report.group_size),
+            f"  {own}" if star else name,
+            str(first.in_features),
+            str(first.out_features),
             _bytes(sum(linear.model_bytes for linear in alike)),
             _bytes(sum(linear.draft_bytes for linear in alike)),
-            report.note,
         )
     return table
 
 
-def _alike(linears: tuple[LinearSize, ...]) -> Iterator[tuple[str, list[LinearSize]]]:
-    groups: dict[tuple, list[LinearSize]] = {}
+def _notes(sizes: Sizes) -> Iterator[str]:
+    """Why linears have no INT4 groups, or others than were asked for."""
+    for name, alike in _alike(sizes.linears):
+        if alike[0].note:
+            size = alike[0].group_size
+            yield f"{name}: {'full precision' if size is None else f'INT4 groups of {size}'}, {alike[0].note}"
+
+
+def _alike(linears: tuple[Linear, ...]) -> Iterator[tuple[str, list[Linear]]]:
+    groups: dict[tuple, list[Linear]] = {}
     for linear in linears:
-        report = linear.report
-        name = _LAYER_NUMBER.sub(".*", report.name)
-        key = (name, report.in_features, report.out_features, report.group_size, report.note)
+        name = _LAYER_NUMBER.sub(".*", linear.name)
+        key = (name, linear.in_features, linear.out_features, linear.group_size, linear.note)
         groups.setdefault(key, []).append(linear)
     for (name, *_), alike in groups.items():
         yield name, alike
 
 
 def _memory_table(memory: dict[str, Any]) -> Table:
-    size = f"{memory['batch_size']} x {memory['context']} tokens"
+    size = f"{memory['batch_size']} x {_tokens(memory['context'])} tokens"
     table = _table("memory", f"quantspec, {size}", "unconverted")
     unconverted = memory["unconverted"]
     table.add_row("weights", _bytes(memory["weights"]["target"]), _bytes(unconverted["weights"]))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantspec import QuantSpecModel
 
 # DESCRIPTION_FILE of quantspec.checkpoint.folder, whose import takes seconds; a wrong path is told at once.
-_PAIR_CONFIG = "quantspec_config.json"
+PAIR_CONFIG = "quantspec_config.json"
 # Of PEFT.
 _ADAPTER_CONFIG = "adapter_config.json"
 # Of the model itself, as transformers names them.
@@ -75,7 +75,7 @@ def find_source(model: str, gguf_file: str | None = None) -> Source:
     if gguf_file is not None and path.is_dir():
         return find_source(str(path / gguf_file))
     if path.is_dir():
-        if (path / _PAIR_CONFIG).is_file():
+        if (path / PAIR_CONFIG).is_file():
             return Source(Kind.PAIR, str(path))
         if (path / _ADAPTER_CONFIG).is_file() and not any(file for name in _WEIGHTS for file in path.glob(name)):
             raise _adapter(model)
@@ -153,7 +153,7 @@ def fetched(source: Source, *, whole: bool) -> Source:
     # None where the repository holds no such file; what else is wrong is told where its config is read.
     found = None
     with contextlib.suppress(OSError, ValueError):
-        found = cached_file(source.name, _PAIR_CONFIG, _raise_exceptions_for_missing_entries=False, **source.place)
+        found = cached_file(source.name, PAIR_CONFIG, _raise_exceptions_for_missing_entries=False, **source.place)
     if found is None:
         return source
     place = {"revision": None, "token": None, **source.place}

@@ -45,10 +45,17 @@ class TuningOptions:
     ] = None
     learning_rate: Annotated[
         float | None,
-        typer.Option(parser=real(0, 1), metavar="X", help=f"At its highest. [default: {_DEFAULTS.learning_rate}]"),
+        typer.Option(
+            parser=real(0, 1),
+            metavar="X",
+            help=f"Most that a scale changes in a step, as a share of it. [default: {_DEFAULTS.learning_rate}]",
+        ),
     ] = None
     seed: Annotated[
-        int | None, typer.Option(parser=whole(0, 2**63 - 1), metavar="N", help=f"[default: {_DEFAULTS.seed}]")
+        int | None,
+        typer.Option(
+            parser=whole(0, 2**63 - 1), metavar="N", help=f"Of the texts and their order. [default: {_DEFAULTS.seed}]"
+        ),
     ] = None
 
     def config(self) -> TuneConfig:

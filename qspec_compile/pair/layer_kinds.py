@@ -68,11 +68,11 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
         return None
     path, layers = lists[0]
     described = [dict(_describe(layer)) for layer in layers]
-    shared = [key for key in described[0] if all(key in one for one in described)]
+    # Layers with attention and layers with states count in modules of their own.
     numbers = {
         key
-        for key in shared
-        if _COUNTS.search(key[1]) and all(one[key] == index for index, one in enumerate(described))
+        for key in {key for one in described for key in one if _COUNTS.search(key[1])}
+        if all(one[key] == index for index, one in enumerate(described) if key in one)
     }
     kept: list[int] = []
     kinds: list[int] = []
@@ -88,7 +88,7 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
         if "layer" in name and isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, type(value)(value[index] for index in kept))
     for place, index in enumerate(kept):
-        for name, attribute in numbers:
+        for name, attribute in numbers & described[index].keys():
             setattr(layers[index].get_submodule(name), attribute, place)
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.ModuleList(layers[index] for index in kept))
