@@ -4,7 +4,7 @@ from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
 from .rope import follows_length, rope_at, rope_context_of
-from .state import WithState
+from .state import WithState, keeps_state
 
 __all__ = [
     "DTYPES",
@@ -20,6 +20,7 @@ __all__ = [
     "check_model",
     "converting",
     "follows_length",
+    "keeps_state",
     "rope_at",
     "rope_context_of",
 ]

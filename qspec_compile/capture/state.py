@@ -21,13 +21,17 @@ from .interfaces import StateError
 _KINDS = ("conv_states", "recurrent_states")
 
 
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether transformers' cache of ``model`` holds more than keys and values, told from its config."""
+    return any(map(_is_stateful, DynamicCache(config=model.config).layers))
+
+
 @torch.no_grad()
 def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers."""
-    layers = DynamicCache(config=model.config).layers
-    if not any(map(_is_stateful, layers)):
+    if not keeps_state(model):
         return ()
-    if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
+    if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
         raise StateError(
             "it has state that does not grow with the text and no attention layer, so no key/value cache to read at "
             "fewer bits; only INT4 weights would make it faster, which are torchao's to give"
