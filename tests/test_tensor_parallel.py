@@ -104,12 +104,14 @@ def fail_on(seat, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "architecture", "options"),
-    [(2, name, {}) for name in SPLIT]
-    + [(2, "llama", {"vocab_size": 97, "tie_word_embeddings": True})]
-    + [(4, *case) for case in MORE_RANKS],
+    [(2, name, {}) for name in SPLIT] + [(2, "llama", {"vocab_size": 97, "tie_word_embeddings": True})],
     indirect=["ranks"],
 )
 def test_logits_of_the_parts_are_the_wholes(ranks, architecture, options):
+    check_logits(ranks, architecture, options)
+
+
+def check_logits(ranks, architecture: str, options: dict) -> None:
     ids = random_ids(2, 33)
     model = tiny_model(architecture, **options)
     stored = plan(model, QuantSpecConfig(), ranks.world)
@@ -156,8 +158,12 @@ def test_what_cannot_be_split_is_refused_before_a_rank_is_started(
     assert all(message in str(caught.value) for message in messages)
 
 
-@pytest.mark.parametrize(("ranks", "architecture"), [(2, "qwen3_moe"), (4, "llama")], indirect=["ranks"])
-def test_texts_are_those_of_one_process_on_all_ranks(ranks, architecture):
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_texts_are_those_of_one_process_on_all_ranks(ranks):
+    check_texts(ranks, "qwen3_moe")
+
+
+def check_texts(ranks, architecture: str) -> None:
     whole = whole_pair(architecture)
     part = quantspec.convert(tiny_model(architecture), tensor_parallel=ranks, **OPTIONS)
     ids = random_ids(2, 50)
@@ -364,8 +370,12 @@ def is_alive(process: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize(("ranks", "architecture"), [(2, "mixtral"), (4, "llama")], indirect=["ranks"])
-def test_a_folder_is_read_in_pieces(ranks, tmp_path, architecture):
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_folder_that_has_no_pieces_is_read_whole(ranks, tmp_path):
+    check_folder(ranks, tmp_path, "mixtral")
+
+
+def check_folder(ranks, tmp_path, architecture: str) -> None:
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path)
     part = quantspec.convert(tmp_path, tensor_parallel=ranks, **OPTIONS)
@@ -374,8 +384,12 @@ def test_a_folder_is_read_in_pieces(ranks, tmp_path, architecture):
     assert torch.equal(part.generate(ids, **CALL, do_sample=False), expected)
 
 
-@pytest.mark.parametrize(("ranks", "architecture"), [(2, "gpt2"), (4, "llama")], indirect=["ranks"])
-def test_a_saved_pair_is_read_in_pieces(ranks, tmp_path, architecture):
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_saved_pair_is_read_in_pieces(ranks, tmp_path):
+    check_saved_pair(ranks, tmp_path, "gpt2")
+
+
+def check_saved_pair(ranks, tmp_path, architecture: str) -> None:
     # Of four ranks each has 16 or 24 inputs of some linears, in no group that is known; of two it has 32 or 48.
     sizes = {"hidden_size": 128, "intermediate_size": 256} if architecture == "llama" else {"n_embd": 128}
     whole = quantspec.convert(tiny_model(architecture, **sizes), **OPTIONS)
@@ -449,3 +463,27 @@ def test_a_request_that_cannot_be_sent_is_refused(llama_of_two):
         engine.add(Request([5], options={"logits_processor": processors}))
     assert engine.statistics().waiting == 0
     engine.close()
+
+
+# Last, so that each number of ranks is started once.
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize(("architecture", "options"), MORE_RANKS)
+def test_logits_of_four_parts_are_the_wholes(ranks, architecture, options):
+    check_logits(ranks, architecture, options)
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_texts_of_four_ranks_are_those_of_one_process(ranks):
+    check_texts(ranks, "llama")
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_folder_is_read_by_four(ranks, tmp_path):
+    check_folder(ranks, tmp_path, "llama")
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_saved_pair_is_read_by_four(ranks, tmp_path):
+    check_saved_pair(ranks, tmp_path, "llama")
