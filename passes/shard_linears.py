@@ -452,6 +452,12 @@ def _is_transposed(node: fx.Node) -> bool:
     return node.target in (*_PRODUCTS, aten.addmm.default) or (node.target is _EXPERTS and bool(node.args[4]))
 
 
+def transposed_weights(graph: fx.Graph) -> set[str]:
+    """Names of the weights of linears that are stored as ``(..., K, N)``."""
+    linears = [node for node in find_calls(graph, *_LINEARS) if _weight(node).op == "get_attr"]
+    return {str(_weight(node).target) for node in linears if _is_transposed(node)}
+
+
 def _row_axis(node: fx.Node) -> int:
     return -1 if _is_transposed(node) else -2
 
@@ -513,13 +519,22 @@ def _replace(gm: fx.GraphModule, name: str, piece: Piece) -> None:
 
 
 def _renew_values(gm: fx.GraphModule) -> None:
-    """Value metadata of everything, from the parameters and inputs on."""
+    """Value metadata of what is a part now, and of what is made of that; most follow a sum, and are as they were."""
     mode = fake_mode_of(gm.graph)
     assert mode is not None
+    changed: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        before = node.meta.get("val")
         if node.op == "get_attr":
             node.meta["val"] = mode.from_tensor(get_tensor(gm, node), static_shapes=True)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
             with mode:
                 node.meta["val"] = node.target(*args, **kwargs)
+        if _described(node.meta.get("val")) != _described(before):
+            changed.add(node)
+
+
+def _described(value: Any) -> str:
+    """What value metadata says, also of sizes that are not known."""
+    return f"{value!r} {value.stride()}" if isinstance(value, Tensor) else repr(value)

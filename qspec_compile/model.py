@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .capture import converting
-from .checkpoint.hub import local_folder, push
+from .checkpoint.hub import push
 from .checkpoint.loading import load_pair
-from .checkpoint.saving import save_pretrained
+from .checkpoint.saving import check_folder, save_pretrained
 from .config import QuantSpecConfig, TuneConfig
 from .engine.session import Session
 from .engine.stats import GenerationStats
@@ -254,7 +255,7 @@ class QuantSpecModel:
         and parity. A card that somebody wrote stays.
 
         Files are written beside their place and moved when all are complete. Host memory holds the INT4 weights once
-        more meanwhile.
+        more meanwhile; of a pair that is split over ranks it holds the whole pair.
 
         Args:
             directory: a new or empty folder, or one with an earlier save, which is replaced.
@@ -266,7 +267,9 @@ class QuantSpecModel:
             SavedModelError: the folder holds anything else, cannot be written to, or has too little room; or the model
                 was changed since its conversion, or would be loaded as another one.
         """
-        save_pretrained(self.pair, directory, max_shard_size, tokenizer=tokenizer, stats=self.last_stats, parity=parity)
+        check_folder(Path(directory))
+        pair = self.pair if self.split is None else self.split.gather(self.session)
+        save_pretrained(pair, directory, max_shard_size, tokenizer=tokenizer, stats=self.last_stats, parity=parity)
 
     def push_to_hub(
         self,
@@ -451,10 +454,8 @@ def from_pretrained(
         SelfCheckError: the pair does not reproduce the model's logits (a later torch or transformers, for example).
     """
     if tensor_parallel is not None:
-        folder = local_folder(directory, revision, token)
-        split = load_split(
-            folder, tensor_parallel, torch.device(device or "cpu").type, dtype, verify, trust_remote_code, options
-        )
+        kind = torch.device(device or "cpu").type
+        split = load_split(directory, tensor_parallel, kind, dtype, verify, trust_remote_code, revision, token, options)
         return QuantSpecModel(split.pair, split)
     pair = load_pair(
         directory,

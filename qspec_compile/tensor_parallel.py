@@ -8,7 +8,7 @@ import itertools
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,26 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .capture import check_model
-from .checkpoint.split_loading import part_of_checkpoint, part_of_saved_pair, reads_in_slices
+from .checkpoint.hub import local_folder
+from .checkpoint.split_loading import (
+    hollow_checkpoint,
+    hollow_saved_pair,
+    part_of_checkpoint,
+    part_of_saved_pair,
+    reads_in_slices,
+)
 from .config import QuantSpecConfig
 from .engine.session import Session
 from .hugging_face.generate import generate
 from .pair import Pair
-from .pair.split import hollow, split_pair
-from .ranks import Ranks, Seat
+from .pair.gather import gather_pair
+from .pair.split import StoredCapture, hollow, plan, split_pair
+from .ranks import Ranks, Seat, check_can_start
 from .self_check import self_check
 
 _KEYS = itertools.count()
 # What a model consists of on the Hub.
-_FILES = ["*.json", "*.safetensors"]
+_DESCRIPTION, _WEIGHTS = ["*.json", "*.py"], ["*.safetensors"]
 
 
 class Split:
@@ -40,13 +48,14 @@ class Split:
     Attributes:
         pair: the part of this process, rank 0.
         ranks: the processes.
+        key: by which the other ranks know their sessions of the pair, in what they keep.
     """
 
     def __init__(self, pair: Pair, ranks: Ranks, key: int, owns_ranks: bool) -> None:
-        """``key`` is by which the others know theirs; who owns the ranks ends them."""
+        """Who owns the ranks ends them."""
         self.pair = pair
         self.ranks = ranks
-        self._key = key
+        self.key = key
         self._owns_ranks = owns_ranks
 
     def generate(self, session: Session, *args: Any, streamer: Any, generator: Any, **options: Any) -> Any:
@@ -65,18 +74,31 @@ class Split:
                 f"an argument of generate() cannot be sent to the other ranks ({error}); define its class in a module"
             ) from error
         here = {**options, "streamer": streamer, "generator": generator}
-        return self.ranks.run(_generate, session, args, here, others=(self._key, args, options))
+        return self.ranks.run(_generate, session, args, here, others=(self.key, args, options))
+
+    def run(self, function: Callable[..., Any], *arguments: Any, others: tuple[Any, ...]) -> Any:
+        """:meth:`quantspec.Ranks.run`."""
+        return self.ranks.run(function, *arguments, others=others)
 
     def reset(self, session: Session) -> None:
         """Release the cache of every rank."""
-        self.ranks.run(_reset, session, others=(self._key,))
+        self.ranks.run(_reset, session, others=(self.key,))
+
+    def gather(self, session: Session) -> Pair:
+        """The whole pair on the CPU, in this process.
+
+        Raises:
+            SavedModelError: a rank's part of a linear is quantized in smaller groups than the whole would be.
+            RanksError: a rank failed or was ended.
+        """
+        return self.ranks.run(_gather, session, others=(self.key,))
 
     def close(self) -> None:
         """End the ranks if they were started for this pair alone; else let them forget it."""
         if self._owns_ranks:
             self.ranks.close()
         else:
-            self.ranks.run(_forget, self._key)
+            self.ranks.run(_forget, self.key)
 
 
 def convert_split(
@@ -92,7 +114,11 @@ def convert_split(
         RanksError: a rank failed or was ended.
     """
     check_model(model)
-    with _started(ranks, device_type or model.device.type) as (pool, is_own), tempfile.TemporaryDirectory() as folder:
+    kind = _check_ranks(ranks, device_type or model.device.type)
+    stored = plan(model, config, _world(ranks))
+    # On another kind of device the forward may be another.
+    stored = stored if model.device.type == kind else None
+    with _started(ranks, kind) as (pool, is_own), tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "model"))
         try:
             torch.save(model, path)
@@ -101,38 +127,57 @@ def convert_split(
                 f"{type(model).__name__} cannot be sent to the other ranks ({error}); undo what was patched in it"
             ) from error
         key = next(_KEYS)
-        pair = pool.run(_convert, key, path, config, model, others=(key, path, config, None))
+        told = (key, path, config, stored)
+        pair = pool.run(_convert, *told, model, others=(*told, None))
         return Split(pair, pool, key, is_own)
 
 
 def convert_folder_split(
-    folder: str | os.PathLike[str], config: QuantSpecConfig, ranks: int | Ranks, device_type: str
+    folder: str | os.PathLike[str],
+    config: QuantSpecConfig,
+    ranks: int | Ranks,
+    device_type: str,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Split:
     """:func:`convert_split` of a transformers model's folder or Hub id; a rank reads its pieces alone.
 
     Where the files hold weights in another form than the model does, this process loads the model whole before.
+    ``dtype`` is the checkpoint's own if None; the other arguments are as of transformers' ``from_pretrained``.
 
     Raises:
         Exception: as :func:`convert_split`, or what transformers raises for a folder that holds no model.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        path = Path(snapshot_download(str(folder), allow_patterns=_FILES))
-    if not reads_in_slices(path):
-        model = AutoModelForCausalLM.from_pretrained(path)
-        return convert_split(model, config, ranks, device_type)
+    kind = _check_ranks(ranks, device_type)
+    how = (dtype, trust_remote_code)
+    fetch = functools.partial(snapshot_download, str(folder), revision=revision, token=token)
+    is_here = Path(folder).is_dir()
+    # Weights are fetched once it is known that the model can be split.
+    path = Path(folder if is_here else fetch(allow_patterns=_DESCRIPTION))
+    model = hollow_checkpoint(path, torch.device(kind), *how)
+    stored = plan(model, config, _world(ranks))
+    if not is_here:
+        path = Path(fetch(allow_patterns=[*_DESCRIPTION, *_WEIGHTS]))
+    if not reads_in_slices(path, model):
+        options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+        return convert_split(AutoModelForCausalLM.from_pretrained(path, **options), config, ranks, device_type)
     with _started(ranks, device_type) as (pool, is_own):
         key = next(_KEYS)
-        return Split(pool.run(_convert_folder, key, path, config), pool, key, is_own)
+        return Split(pool.run(_convert_folder, key, path, config, stored, *how), pool, key, is_own)
 
 
 def load_split(
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     ranks: int | Ranks,
     device_type: str,
     dtype: str | torch.dtype | None,
     verify: bool,
     trust_remote_code: bool,
+    revision: str | None,
+    token: str | bool | None,
     options: dict[str, Any],
 ) -> Split:
     """:func:`quantspec.from_pretrained` over ``ranks``; each reads its pieces of target and draft alone.
@@ -140,10 +185,25 @@ def load_split(
     Raises:
         Exception: as ``from_pretrained`` and :func:`convert_split`.
     """
+    kind = _check_ranks(ranks, device_type)
+    path = local_folder(directory, revision, token)
+    model, config = hollow_saved_pair(path, torch.device(kind), dtype, verify, trust_remote_code, options)
+    stored = plan(model, config, _world(ranks))
     with _started(ranks, device_type) as (pool, is_own):
         key = next(_KEYS)
-        arguments = (key, folder, dtype, verify, trust_remote_code, options)
-        return Split(pool.run(_load, *arguments), pool, key, is_own)
+        return Split(pool.run(_load, key, path, dtype, trust_remote_code, config, stored), pool, key, is_own)
+
+
+def _check_ranks(ranks: int | Ranks, device_type: str) -> str:
+    """The kind of device that the ranks are on, or will be; refuses a number that cannot be started."""
+    if isinstance(ranks, Ranks):
+        return ranks.seat.device.type
+    check_can_start(ranks, device_type)
+    return device_type
+
+
+def _world(ranks: int | Ranks) -> int:
+    return ranks.world if isinstance(ranks, Ranks) else ranks
 
 
 @contextlib.contextmanager
@@ -152,10 +212,6 @@ def _started(ranks: int | Ranks, device_type: str) -> Iterator[tuple[Ranks, bool
     if isinstance(ranks, Ranks):
         yield ranks, False
         return
-    if type(ranks) is not int or ranks < 2:
-        raise ValueError(
-            f"tensor_parallel must be a number of ranks, 2 or more, or the Ranks themselves, not {ranks!r}"
-        )
     pool = Ranks(ranks, device_type)
     try:
         yield pool, True
@@ -167,17 +223,26 @@ def _started(ranks: int | Ranks, device_type: str) -> Iterator[tuple[Ranks, bool
 # What runs on every rank.
 
 
-def _convert(seat: Seat, key: int, path: str, config: QuantSpecConfig, original: PreTrainedModel | None) -> Pair:
+def _convert(
+    seat: Seat,
+    key: int,
+    path: str,
+    config: QuantSpecConfig,
+    stored: StoredCapture | None,
+    original: PreTrainedModel | None,
+) -> Pair:
     model = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    pair = split_pair(seat, model, hollow(model, seat.device), config)
+    pair = split_pair(seat, model, hollow(model, seat.device), config, stored)
     if config.self_check:
         self_check(pair, functools.partial(_logits, pair, original))
     seat.kept[key] = Session(pair)
     return pair
 
 
-def _convert_folder(seat: Seat, key: int, folder: Path, config: QuantSpecConfig) -> Pair:
-    pair = part_of_checkpoint(seat, folder, config)
+def _convert_folder(
+    seat: Seat, key: int, folder: Path, config: QuantSpecConfig, stored: StoredCapture | None, *how: Any
+) -> Pair:
+    pair = part_of_checkpoint(seat, folder, config, stored, *how)
     if config.self_check:
         self_check(pair, functools.partial(_logits, pair, None))
     seat.kept[key] = Session(pair)
@@ -219,6 +284,12 @@ def _reset(seat: Seat, session: int | Session) -> None:
     session = seat.kept[session] if isinstance(session, int) else session
     with session.exclusive():
         session.release()
+
+
+def _gather(seat: Seat, session: int | Session) -> Pair | None:
+    session = seat.kept[session] if isinstance(session, int) else session
+    with session.exclusive():
+        return gather_pair(seat, session.pair)
 
 
 def _forget(seat: Seat, key: int) -> None:

@@ -5,7 +5,7 @@ from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
 from .latents import with_latents
 from .rope import follows_length, rope_at, rope_context_of
-from .state import WithState
+from .state import WithState, keeps_state
 
 __all__ = [
     "DTYPES",
@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "converting",
     "follows_length",
+    "keeps_state",
     "rope_at",
     "rope_context_of",
     "with_latents",

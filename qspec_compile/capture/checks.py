@@ -211,7 +211,8 @@ def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor
 
     given, own = calls(position_ids=positions), calls()
     if _are_alike(given, own):
-        return 0
+        # Without weights they are alike wherever positions begin.
+        return 0 if bool(own[-1][2].any()) else _first_looked_up(given, own)
     for (module, inputs, expected), (_, own_inputs, output) in zip(given, own, strict=False):
         if expected.shape != output.shape or not torch.equal(expected, output):
             if isinstance(module, nn.Embedding) and inputs[0].shape == own_inputs[0].shape:
@@ -223,6 +224,16 @@ def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor
                 "given no position_ids, the model does not count positions one by one; the positions of a text are the "
                 "cache's to give",
             )
+    return 0
+
+
+def _first_looked_up(given: list[Any], own: list[Any]) -> int:
+    """By how much more than ``given`` a model's ``own`` positions are, by what its embeddings are asked for."""
+    for (module, inputs, _), (other, own_inputs, _) in zip(given, own, strict=False):
+        if isinstance(module, nn.Embedding) and module is other and inputs[0].shape == own_inputs[0].shape:
+            first = int((own_inputs[0] - inputs[0]).flatten()[0])
+            if first > 0:
+                return first
     return 0
 
 

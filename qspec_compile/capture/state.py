@@ -23,13 +23,17 @@ from .opaque import telling_data_dependence
 _KINDS = ("conv_states", "recurrent_states")
 
 
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether transformers' cache of ``model`` holds more than keys and values, told from its config."""
+    return any(map(_is_stateful, DynamicCache(config=model.config).layers))
+
+
 @torch.no_grad()
 def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers."""
-    layers = DynamicCache(config=model.config).layers
-    if not any(map(_is_stateful, layers)):
+    if not keeps_state(model):
         return ()
-    if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
+    if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
         raise StateError(NO_ATTENTION)
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)

@@ -50,8 +50,7 @@ def save_pretrained(
 ) -> None:
     """See :meth:`QuantSpecModel.save_pretrained`."""
     folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
+    check_folder(folder)
     check_generation_config(pair.model.generation_config)
     tokens = fixed_tokens(pair)
     logits = target_logits(pair, tokens)
@@ -79,6 +78,16 @@ def save_pretrained(
             f"cannot save to '{folder}': {getattr(error, 'strerror', None) or error}; choose a folder that can be "
             "written to"
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ``SavedModelError`` for what cannot become or be replaced by a save."""
+    if folder.exists() and not folder.is_dir():
+        raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
+    # What keeps it from being read is told as it is written.
+    with contextlib.suppress(OSError):
+        if folder.exists():
+            _files_to_replace(folder)
 
 
 def check_generation_config(config: GenerationConfig | None) -> None:

@@ -14,7 +14,7 @@ from quantspec.capture import Capture, converting
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import SavedModelError
 from quantspec.pair import Pair
-from quantspec.pair.split import Read, hollow, split_pair
+from quantspec.pair.split import Read, StoredCapture, hollow, split_pair
 from quantspec.passes import LinearReport, WeightFormat
 from quantspec.passes.pieces import Piece, scaled
 from quantspec.ranks import Seat
@@ -24,36 +24,83 @@ from .loading import changed_options, resolve_dtype
 from .sliced import SlicedFiles, missing_names, model_without_weights, reader_of, weight_files
 
 
-def reads_in_slices(folder: Path) -> bool:
-    """Whether the files of a transformers model have every parameter as the model has it."""
+def hollow_checkpoint(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model of transformers' folder, hollow; its weights need not be there."""
     with converting():
-        model = model_without_weights(folder, None, False)
+        model = model_without_weights(folder, dtype, trust_remote_code)
+    hollow(model, device)
+    return model
+
+
+def reads_in_slices(folder: Path, model: PreTrainedModel) -> bool:
+    """Whether the files of ``model`` have every parameter as it has it."""
     return not missing_names(model, weight_files(folder))
 
 
-def part_of_checkpoint(seat: Seat, folder: Path, config: QuantSpecConfig) -> Pair:
+def part_of_checkpoint(
+    seat: Seat,
+    folder: Path,
+    config: QuantSpecConfig,
+    stored: StoredCapture | None,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> Pair:
     """This rank's part of the pair of a transformers model, quantized as it is read."""
     with converting():
-        model = model_without_weights(folder, None, False)
+        model = model_without_weights(folder, dtype, trust_remote_code)
     read = _reading(model, weight_files(folder))
     hollow(model, seat.device)
-    return split_pair(seat, model, read, config)
+    return split_pair(seat, model, read, config, stored)
+
+
+def hollow_saved_pair(
+    folder: Path,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    verify: bool,
+    trust_remote_code: bool,
+    options: dict[str, Any],
+) -> tuple[PreTrainedModel, QuantSpecConfig]:
+    """The model of a saved pair, hollow, with the pair's options; its files are checked.
+
+    Raises:
+        SavedModelError: as of ``from_pretrained``, or the files have parameters in another form than the model.
+    """
+    description = Description.read(folder)
+    config = changed_options(description.options, options)
+    check_files(folder, description, hashes=verify)
+    model, *_ = _opened(folder, description, dtype, trust_remote_code)
+    hollow(model, device)
+    return model, config
 
 
 def part_of_saved_pair(
     seat: Seat,
     directory: str | os.PathLike[str],
     dtype: str | torch.dtype | None,
-    verify: bool,
     trust_remote_code: bool,
-    options: dict[str, Any],
+    config: QuantSpecConfig,
+    stored: StoredCapture | None,
 ) -> Pair:
-    """This rank's part of what ``save_pretrained`` of a pair wrote; arguments and errors as of ``from_pretrained``."""
+    """This rank's part of what ``save_pretrained`` of a pair wrote, in a folder that was checked."""
     folder = Path(directory)
     description = Description.read(folder)
-    config = changed_options(description.options, options)
-    # One rank's reading is enough, and all need its verdict.
-    check_files(folder, description, hashes=verify and seat.decides)
+    model, saved, read = _opened(folder, description, dtype, trust_remote_code)
+    hollow(model, seat.device)
+    reports = {report.name: report for report in description.linears}
+    pair = split_pair(
+        seat, model, read, config, stored, lambda captured: _PiecesOfDraft(saved, captured, reports).packed
+    )
+    pair.tuned = description.tuned
+    return pair
+
+
+def _opened(
+    folder: Path, description: Description, dtype: str | torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, SlicedFiles, Read]:
+    """The model of a saved pair without its weights, the files beside it, and what reads its weights."""
     target_dtype = resolve_dtype(description, dtype)
     with converting():
         model = model_without_weights(folder, target_dtype, trust_remote_code, description.model_class)
@@ -69,12 +116,7 @@ def part_of_saved_pair(
             f"the weights in '{folder}' cannot be read in pieces ({', '.join(missing[:3])} are kept in another form): "
             "load the pair on one device, or convert the model with tensor_parallel"
         )
-    read = _reading(model, files)
-    hollow(model, seat.device)
-    reports = {report.name: report for report in description.linears}
-    pair = split_pair(seat, model, read, config, lambda captured: _PiecesOfDraft(saved, captured, reports).packed)
-    pair.tuned = description.tuned
-    return pair
+    return model, saved, _reading(model, files)
 
 
 def _reading(model: PreTrainedModel, files: SlicedFiles) -> Read:

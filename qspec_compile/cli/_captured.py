@@ -40,6 +40,7 @@ def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
             layer.chunk,
             layer.softcap,
             layer.has_sinks,
+            layer.values_in_keys,
         )
         for layer in shapes
     )

@@ -21,6 +21,7 @@ class Layer:
     chunk: int = 0
     softcap: float = 0.0
     has_sinks: bool = False
+    values_in_keys: bool = False
 
 
 @dataclass(frozen=True)

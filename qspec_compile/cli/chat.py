@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
 from .loading import find_pair
 from .messages import MessageReader
-from .options import ModelOptions, RunOptions, SamplingOptions
+from .options import ModelOptions, SamplingOptions, SplitRunOptions
 
 if TYPE_CHECKING:
     from ._conversation import Conversation
@@ -32,7 +33,7 @@ SETTINGS = {"epilog": 'quantspec chat MODEL\nquantspec chat MODEL --system "Answ
 
 def command(
     model: ModelOptions,
-    run: RunOptions,
+    run: SplitRunOptions,
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
@@ -40,22 +41,22 @@ def command(
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()
-    found = find_pair(model, run, generation=arguments)
+    found = find_pair(model, run, generation=arguments, num_ranks=run.tensor_parallel)
     tokenizer = found.tokenizer
     # A template that refuses these messages is told of before the first one.
     first = [*([{"role": "system", "content": system}] if system is not None else []), _HELLO]
     inputs = apply_chat_template(tokenizer, first)
     found.check_fit(inputs.input_ids.shape[1] + arguments["max_new_tokens"])
-    qs = found.load()
-    if model.num_speculative_tokens is not None:
-        arguments["num_speculative_tokens"] = model.num_speculative_tokens
-    if model.draft is not None:
-        arguments["draft"] = model.draft
-    arguments["tokenizer"] = tokenizer
-    warm_up(qs, {**inputs.to(qs.device), **arguments})
-    from ._conversation import Conversation
+    with contextlib.closing(found.load()) as qs:
+        if model.num_speculative_tokens is not None:
+            arguments["num_speculative_tokens"] = model.num_speculative_tokens
+        if model.draft is not None:
+            arguments["draft"] = model.draft
+        arguments["tokenizer"] = tokenizer
+        warm_up(qs, {**inputs.to(qs.device), **arguments})
+        from ._conversation import Conversation
 
-    talk(Conversation(qs, tokenizer, system, arguments))
+        talk(Conversation(qs, tokenizer, system, arguments))
 
 
 def talk(conversation: Conversation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from .console import stderr, working
 from .errors import CommandError, read_stdin, read_text
 from .loading import find_pair
-from .options import ModelOptions, RunOptions, SamplingOptions
+from .options import ModelOptions, SamplingOptions, SplitRunOptions
 
 # Cycles of the number of drafts that is timed, and with --gamma auto of those it begins with.
 _WARM_UP_TOKENS = 20
@@ -31,7 +32,7 @@ SETTINGS = {
 
 def command(
     model: ModelOptions,
-    run: RunOptions,
+    run: SplitRunOptions,
     sampling: SamplingOptions,
     prompt: Annotated[
         str | None, typer.Argument(show_default=False, help="The text; - or nothing: read stdin.")
@@ -63,7 +64,7 @@ def command(
         "grammar": None if grammar is None else read_text(grammar, "grammar"),
     }
     structure = {name: source for name, source in given.items() if source is not None}
-    found = find_pair(model, run, generation=arguments)
+    found = find_pair(model, run, generation=arguments, num_ranks=run.tensor_parallel)
     tokenizer = found.tokenizer
     if structure:
         check_structure(structure, tokenizer)
@@ -72,21 +73,21 @@ def command(
     if num_tokens == 0:
         raise CommandError("the prompt has no tokens", "give some text")
     found.check_fit(num_tokens + arguments["max_new_tokens"])
-    qs = found.load()
-    arguments = {
-        **inputs.to(qs.device),
-        **arguments,
-        **structure,
-        "num_speculative_tokens": model.num_speculative_tokens,
-        "draft": model.draft,
-        "tokenizer": tokenizer,
-    }
-    warm_up(qs, arguments)
-    new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
-    if as_json:
-        print(json.dumps(_as_json(qs, tokenizer, new_tokens), ensure_ascii=False))
-    if stats:
-        stderr().print(str(qs.last_stats), markup=False)
+    with contextlib.closing(found.load()) as qs:
+        arguments = {
+            **inputs.to(qs.device),
+            **arguments,
+            **structure,
+            "num_speculative_tokens": model.num_speculative_tokens,
+            "draft": model.draft,
+            "tokenizer": tokenizer,
+        }
+        warm_up(qs, arguments)
+        new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
+        if as_json:
+            print(json.dumps(_as_json(qs, tokenizer, new_tokens), ensure_ascii=False))
+        if stats:
+            stderr().print(str(qs.last_stats), markup=False)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -155,10 +156,9 @@ def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
     """
     if not qs.compiles:
         return
-    from transformers import MaxLengthCriteria, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
-    class FirstFew(MaxLengthCriteria):
-        """Ends the text early; of another type than the call's limit, it leaves the room that is made as it is."""
+    from ._warm_up import FirstFew
 
     new_tokens = min(_WARM_UP_TOKENS, arguments["max_new_tokens"])
     few = FirstFew(arguments["input_ids"].shape[1] + new_tokens)

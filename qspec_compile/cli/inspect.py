@@ -231,7 +231,7 @@ def _table(*titles: str) -> Table:
     return table
 
 
-def _dims(layer: CapturedLayer) -> str:
+def _dims(layer: Layer) -> str:
     """Channels of a key, and of a value where it has others."""
     if layer.values_in_keys:
         return f"{layer.key_dim}, latent"

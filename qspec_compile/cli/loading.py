@@ -271,6 +271,7 @@ class FoundPair:
         dtype: of the weights; None is the checkpoint's own.
         options: of ``convert``, those that were given.
         limit: the ``max_cache_len`` of the pair, as far as it is known; None if it is not.
+        num_ranks: processes that it is split over, on devices of the device's kind; 1 for none but this.
     """
 
     source: Source
@@ -279,6 +280,7 @@ class FoundPair:
     options: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     limit: int | None
+    num_ranks: int = 1
 
     def check_fit(self, num_tokens: int) -> None:
         """Refuse a text of more tokens than the pair will hold.
@@ -298,13 +300,39 @@ class FoundPair:
         if self.source.kind is Kind.PAIR:
             with working("loading"):
                 return quantspec.from_pretrained(
-                    self.source.name, device=self.device, dtype=self.dtype, **self.source.access, **self.options
+                    self.source.name,
+                    device=self.device,
+                    dtype=self.dtype,
+                    tensor_parallel=self.num_ranks if self.num_ranks > 1 else None,
+                    **self.source.access,
+                    **self.options,
                 )
+        if self.num_ranks > 1:
+            return self._load_split()
         # Of a download transformers draws the bars itself.
         with contextlib.nullcontext() if self.source.kind is Kind.HUB else working("reading the model's weights"):
             loaded = load_model(self.source, self.dtype, self.device)
         with working("converting"):
             return quantspec.convert(loaded, **self.options)
+
+    def _load_split(self) -> QuantSpecModel:
+        """Convert the model over the ranks, each of which reads its pieces where the files allow it."""
+        import torch
+
+        from quantspec import QuantSpecConfig, QuantSpecModel
+        from quantspec.tensor_parallel import convert_folder_split, convert_split
+
+        config = QuantSpecConfig.from_options(None, self.options)
+        kind = self.device.type
+        with working("reading and splitting the model's weights"):
+            if self.source.gguf_file is not None:
+                loaded = load_model(self.source, self.dtype, torch.device("cpu"))
+                split = convert_split(loaded, config, self.num_ranks, kind)
+            else:
+                split = convert_folder_split(
+                    self.source.name, config, self.num_ranks, kind, dtype=self.dtype, **self.source.access
+                )
+        return QuantSpecModel(split.pair, split)
 
 
 def find_pair(
@@ -314,6 +342,7 @@ def find_pair(
     gguf_file: str | None = None,
     generation: dict[str, Any] | None = None,
     to_save: bool = False,
+    num_ranks: int = 1,
 ) -> FoundPair:
     """Check the arguments and load the tokenizer.
 
@@ -322,12 +351,15 @@ def find_pair(
         generation: arguments of ``generate``; what it would refuse with the checkpoint's own options is refused here.
         to_save: the pair is saved, not run: its dtype does not depend on this machine, and what saving would refuse is
             refused here.
+        num_ranks: processes to split the pair over.
 
     Raises:
         CommandError, ValueError, TypeError: something is wrong with the arguments.
     """
     source = find_model(model, gguf_file)
     device = find_device(run.device)
+    if num_ranks > 1:
+        _check_devices(device, num_ranks)
     options = {**model.conversion(), **run.conversion()}
     with working("importing"):
         import quantspec
@@ -349,7 +381,22 @@ def find_pair(
             _check_can_be_saved(source)
     if generation is not None:
         _check_can_generate(source, generation)
-    return FoundPair(source, device, dtype, options, load_tokenizer(source), limit)
+    return FoundPair(source, device, dtype, options, load_tokenizer(source), limit, num_ranks)
+
+
+def _check_devices(device: torch.device, num_ranks: int) -> None:
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        raise CommandError(
+            f"--device {device} is one GPU, and --tensor-parallel {num_ranks} splits the model over several",
+            "use --device cuda, and CUDA_VISIBLE_DEVICES to choose them",
+        )
+    if device.type == "cuda" and (count := torch.cuda.device_count()) < num_ranks:
+        raise CommandError(
+            f"--tensor-parallel {num_ranks} needs as many GPUs: {count} found",
+            "use fewer, or --device cpu to try it out",
+        )
 
 
 def _check_can_generate(source: Source, arguments: dict[str, Any]) -> None:

@@ -239,6 +239,21 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class SplitRunOptions(RunOptions):
+    """The same of a pair that may be split over several GPUs."""
+
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            parser=whole(1),
+            metavar="N",
+            help="GPUs of this machine to split target, draft and cache over; their processes are started and ended. "
+            "On a CPU as many processes, to try it out.",
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen and when the text ends; None leaves it to the model's generation config."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -12,7 +13,7 @@ from quantspec.versions import install_command
 from .console import stderr, working
 from .errors import CommandError
 from .loading import find_pair
-from .options import ModelOptions, RunOptions, real, tokens, whole
+from .options import ModelOptions, SplitRunOptions, real, tokens, whole
 
 SETTINGS = {"epilog": "quantspec serve MODEL\nquantspec serve MODEL --port 9000 --api-key KEY --max-sequences 16"}
 
@@ -64,7 +65,7 @@ class ServerOptions:
 def command(
     model: ModelOptions,
     server: ServerOptions,
-    run: RunOptions,
+    run: SplitRunOptions,
     tune: Annotated[
         bool, typer.Option("--tune", help="Let the draft learn the model's distribution before serving.")
     ] = False,
@@ -81,36 +82,38 @@ def command(
         from quantspec.serving.engine import Engine
         from quantspec.serving.requests import Request
         from quantspec.serving.server.service import Service
+    if tune and run.tensor_parallel > 1:
+        raise CommandError("a pair that is split over ranks is not tuned", "tune it on one GPU: `quantspec tune`")
     try:
         listener = bind(server.host, server.port)
     except OSError as error:
         message = f"cannot listen at {server.host}:{server.port}: {error.strerror}"
         raise CommandError(message, "choose another --port, or an address of this machine as --host") from error
-    found = find_pair(model, run, generation={})
+    found = find_pair(model, run, generation={}, num_ranks=run.tensor_parallel)
     if server.max_length is not None:
         found.check_fit(server.max_length)
-    qs = found.load()
-    if tune:
-        with working("tuning"):
-            report = qs.tune(tokenizer=found.tokenizer)
-        stderr().print(str(report), markup=False, soft_wrap=True)
-    engine = Engine(
-        qs,
-        tokenizer=found.tokenizer,
-        max_sequences=server.max_sequences,
-        max_length=server.max_length,
-        max_waiting=server.max_waiting,
-        max_num_batched_tokens=server.max_num_batched_tokens,
-        gpu_memory_utilization=server.gpu_memory_utilization,
-    )
-    name = server.name or model.model
-    service = Service(engine, found.tokenizer, name)
-    with working("warming up"):
-        engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
-    stderr().print(
-        f"serving '{name}' at http://{server.host}:{server.port}: {engine.max_sequences} requests at once, of "
-        f"{engine.max_length} tokens at most, and {engine.num_tokens} tokens in all",
-        markup=False,
-        soft_wrap=True,
-    )
-    Server(service, server.api_key or (), server.drain_seconds).run([listener])
+    with contextlib.closing(found.load()) as qs:
+        if tune:
+            with working("tuning"):
+                report = qs.tune(tokenizer=found.tokenizer)
+            stderr().print(str(report), markup=False, soft_wrap=True)
+        engine = Engine(
+            qs,
+            tokenizer=found.tokenizer,
+            max_sequences=server.max_sequences,
+            max_length=server.max_length,
+            max_waiting=server.max_waiting,
+            max_num_batched_tokens=server.max_num_batched_tokens,
+            gpu_memory_utilization=server.gpu_memory_utilization,
+        )
+        name = server.name or model.model
+        service = Service(engine, found.tokenizer, name)
+        with working("warming up"):
+            engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
+        stderr().print(
+            f"serving '{name}' at http://{server.host}:{server.port}: {engine.max_sequences} requests at once, of "
+            f"{engine.max_length} tokens at most, and {engine.num_tokens} tokens in all",
+            markup=False,
+            soft_wrap=True,
+        )
+        Server(service, server.api_key or (), server.drain_seconds).run([listener])

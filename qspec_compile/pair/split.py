@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantspec.capture import Capture, capture, converting, rope_context_of
+from quantspec.capture import Capture, capture, converting, keeps_state, rope_context_of
+from quantspec.capture.kept import kept_or_captured
+from quantspec.capture.stored import CannotStore, from_json, to_json
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import WeightSource
@@ -25,6 +28,8 @@ from .pair import Pair
 Read = Callable[[str, Piece | None], Tensor]
 """Looks up a parameter of the model by name, or a piece of it."""
 SplitSource = Callable[[Capture], WeightSource]
+StoredCapture = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+"""A capture as :func:`quantspec.capture.stored.to_json` describes it."""
 # What capture calls the model within its wrapper.
 _WRAPPER = "model."
 
@@ -53,6 +58,31 @@ def hollow(model: PreTrainedModel, device: torch.device) -> Read:
     return read
 
 
+def plan(model: PreTrainedModel, config: QuantSpecConfig, world: int) -> StoredCapture | None:
+    """What ``world`` ranks need to know of ``model`` to split it, once it is known that they can.
+
+    Args:
+        model: may be hollow.
+        config: the options.
+        world: how many ranks there shall be; none is needed yet.
+
+    Returns:
+        What was captured, for all of them; None if each has to capture it by itself.
+
+    Raises:
+        TypeError, UnsupportedModelError: it cannot be captured, or split over so many; names the node or module.
+    """
+    if keeps_state(model):
+        raise _keeps_state(model)
+    with converting():
+        captured = kept_or_captured(model, rope_context_of(model, config), capture)
+        same_pieces(model, _own_pieces(split_capture(captured, model, Place(0, world, ""))))
+        with contextlib.suppress(CannotStore):
+            graph, constants = to_json(captured, model)
+            return graph, {name: constant.cpu() for name, constant in constants.items()}
+    return None
+
+
 def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Capture:
     """The part of ``captured`` that one rank computes; parameters in pieces, none of them the model's.
 
@@ -60,10 +90,7 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
         UnsupportedModelError: the model cannot be split over so many ranks; names the node or module.
     """
     if captured.states:
-        raise UnsupportedModelError(
-            f"cannot split {type(model).__name__} over ranks: its layers keep state besides keys and values; use one "
-            "rank"
-        )
+        raise _keeps_state(model)
     shard = ShardLinears(place, getattr(model, "_tp_plan", None))
     graph_module = clone(captured.graph_module)
     try:
@@ -79,10 +106,15 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
     return replace(captured, graph_module=graph_module, layers=tuple(layers), pieces=shard.pieces, whole=shard.whole)
 
 
+def _keeps_state(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"cannot split {type(model).__name__} over ranks: its layers keep state besides keys and values; use one rank"
+    )
+
+
 def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.device) -> None:
     """Give ``model`` and the graph of its ``captured`` part the same tensors: this rank's piece of each parameter."""
-    pieces = {name.removeprefix(_WRAPPER): piece for name, piece in captured.pieces.items()}
-    shared = _same_piece(model, pieces)
+    shared = same_pieces(model, _own_pieces(captured))
     made: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module, leaf, parameter in _parameters(model):
@@ -95,11 +127,24 @@ def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.de
     for node in captured.graph_module.graph.find_nodes(op="get_attr"):
         path, _, leaf = str(node.target).rpartition(".")
         if isinstance(get_tensor(captured.graph_module, node), nn.Parameter):
-            setattr(captured.graph_module.get_submodule(path), leaf, own[str(node.target).removeprefix(_WRAPPER)])
+            setattr(captured.graph_module.get_submodule(path), leaf, own[own_name(str(node.target))])
 
 
-def _same_piece(model: PreTrainedModel, pieces: dict[str, Piece]) -> dict[int, Piece]:
-    """The piece of each parameter, which may have several names."""
+def own_name(name: str) -> str:
+    """What the model calls a tensor of the graph."""
+    return name.removeprefix(_WRAPPER)
+
+
+def _own_pieces(captured: Capture) -> dict[str, Piece]:
+    return {own_name(name): piece for name, piece in captured.pieces.items()}
+
+
+def same_pieces(model: PreTrainedModel, pieces: dict[str, Piece]) -> dict[int, Piece]:
+    """The piece of each parameter, by its id; it may have several names.
+
+    Raises:
+        UnsupportedModelError: pieces of one parameter differ.
+    """
     found: dict[int, Piece] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in pieces and found.setdefault(id(parameter), pieces[name]) != pieces[name]:
@@ -115,8 +160,18 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter
     return ((module, name, p) for module, name in list(chain(places)) if (p := module._parameters[name]) is not None)
 
 
+def captured_or_stored(model: PreTrainedModel, config: QuantSpecConfig, stored: StoredCapture | None) -> Capture:
+    """The capture of ``model``, which may be hollow: what :func:`plan` gave for it, or made here."""
+    return capture(model, rope_context=rope_context_of(model, config)) if stored is None else from_json(*stored, model)
+
+
 def split_pair(
-    seat: Seat, model: PreTrainedModel, read: Read, config: QuantSpecConfig, source: SplitSource | None = None
+    seat: Seat,
+    model: PreTrainedModel,
+    read: Read,
+    config: QuantSpecConfig,
+    stored: StoredCapture | None,
+    source: SplitSource | None = None,
 ) -> Pair:
     """A rank's part of the pair of ``model``, which is hollow.
 
@@ -125,6 +180,7 @@ def split_pair(
         model: hollow; it is given the rank's part of its parameters.
         read: has them.
         config: the options.
+        stored: what :func:`plan` gave for it.
         source: makes what looks up ready weights of the draft out of the capture that was split; without it they are
             quantized.
 
@@ -132,7 +188,7 @@ def split_pair(
         UnsupportedModelError: the model cannot be split over so many ranks, or converted; names the node or module.
     """
     with converting():
-        rope_context = rope_context_of(model, config)
-        captured = split_capture(capture(model, rope_context=rope_context), model, seat.place)
+        whole = captured_or_stored(model, config, stored)
+        captured = split_capture(whole, model, seat.place)
         fill(model, captured, read, seat.device)
         return Pair(model, config, source and source(captured), captured, seat)

@@ -55,19 +55,10 @@ class Ranks:
             device_type: "cuda" or "cpu".
 
         Raises:
-            ValueError: there are not as many GPUs.
+            ValueError: as :func:`check_can_start`.
             RanksError: one did not start.
         """
-        if device_type == "cuda" and torch.cuda.device_count() < world:
-            raise ValueError(
-                f"tensor_parallel={world} needs as many GPUs, and {torch.cuda.device_count()} are visible; use fewer "
-                "ranks"
-            )
-        if dist.is_initialized():
-            raise ValueError(
-                "this process has a torch.distributed process group already: close the other model that is split over "
-                "ranks, or call torch.distributed.destroy_process_group()"
-            )
+        check_can_start(world, device_type)
         self.world = world
         self._cause: str | None = None
         self._number = 0
@@ -253,6 +244,27 @@ class Ranks:
         with contextlib.suppress(Exception):
             if self.seat.device.type == "cpu" and dist.is_initialized():
                 leave_seat(self.seat)
+
+
+def check_can_start(world: int, device_type: str) -> None:
+    """Refuse ranks that this process cannot start.
+
+    Raises:
+        ValueError: fewer than two, more than there are GPUs, or this process is a rank already.
+    """
+    if type(world) is not int or world < 2:
+        raise ValueError(
+            f"tensor_parallel must be a number of ranks, 2 or more, or the Ranks themselves, not {world!r}"
+        )
+    if device_type == "cuda" and torch.cuda.device_count() < world:
+        raise ValueError(
+            f"tensor_parallel={world} needs as many GPUs, and {torch.cuda.device_count()} are visible; use fewer ranks"
+        )
+    if dist.is_initialized():
+        raise ValueError(
+            "this process has a torch.distributed process group already: close the other model that is split over "
+            "ranks, or call torch.distributed.destroy_process_group()"
+        )
 
 
 def _watch(ranks: weakref.ref[Ranks], connections: list[Connection]) -> None:

@@ -60,8 +60,8 @@ class Seat:
         """
         if not self.at_work:
             raise RuntimeError(
-                "this pair is split over ranks, which run generate() and reset() together; for anything else convert "
-                "the model without tensor_parallel"
+                "this pair is split over ranks, which run generate(), reset() and an engine's requests together; for "
+                "anything else convert the model without tensor_parallel"
             )
 
     def wait_for_device(self) -> None:

@@ -110,7 +110,9 @@ class Batch:
 
     def _judge(self) -> None:
         """Have the device judge all rows."""
-        result = CycleResult.read(self._runner.judged())
+        judged = self._runner.judged()
+        self._bucket.pair.wait_with_ranks()
+        result = CycleResult.read(judged)
         if result.flush_due:
             self._runner.flush()
         reports = any(row.logprobs is not None for row in self.rows.values())
@@ -127,6 +129,7 @@ class Batch:
         for own in self.rows.values():
             if own.on_host:
                 _alone(own, own.follow)
+        self._bucket.pair.wait_with_ranks()
         verdict = runner.cycle.acceptance.judge(drafts, logits)
         columns = torch.stack([column.long() for column in verdict[:3]], 1)
         kept = []

@@ -22,6 +22,7 @@ from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 from .scheduler import Scheduler
 from .sizes import Sizes, check_positive
+from .split_scheduler import SplitScheduler
 
 
 class Engine:
@@ -70,6 +71,7 @@ class Engine:
         Raises:
             TypeError, ValueError: an option that cannot be honoured.
             torch.OutOfMemoryError: there is no room for the cache.
+            RanksError: of a pair split over ranks: one of them failed or was ended.
         """
         if not isinstance(pair, QuantSpecModel):
             raise TypeError(f"pair must be a model that quantspec.convert() returned, not {type(pair).__name__}")
@@ -89,7 +91,10 @@ class Engine:
         self._max_waiting = max_waiting
         self._ids = itertools.count()
         self._cancelled: deque[int] = deque()
-        self._scheduler = Scheduler(pair.session, sizes)
+        if pair.split is None:
+            self._scheduler = Scheduler(pair.session, sizes)
+        else:
+            self._scheduler = SplitScheduler(pair.split, pair.session, sizes, tokenizer)
         self._turn = _Turn()
         self._delivery = Delivery(max_waiting)
         self._thread: threading.Thread | None = None
@@ -120,10 +125,10 @@ class Engine:
                 raise RuntimeError("the engine is closed; make another one")
             self._check_room()
             row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
-            self._delivery.expect(row.id, listener)
             if not self._busy:
                 self._scheduler.last_step = time.monotonic()
-            self._scheduler.waiting.append(row)
+            self._scheduler.add(row, request)
+            self._delivery.expect(row.id, listener)
         self._wake.set()
         return row.id
 

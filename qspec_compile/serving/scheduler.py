@@ -14,7 +14,7 @@ from quantspec.engine.session import Session
 
 from .batch import Batch, Bucket
 from .pool import Pool
-from .requests import EngineStatistics, FinishReason, Output
+from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 from .sizes import Sizes
 
@@ -23,13 +23,14 @@ class Scheduler:
     """Rows of a cache that requests take and leave, and the steps in which they move on; for one thread at a time.
 
     Attributes:
+        session: of the pair.
         waiting: requests without a place, the one that waits longest first.
         last_step: when a step ended last, in seconds of ``time.monotonic``.
     """
 
     def __init__(self, session: Session, sizes: Sizes) -> None:
         """``session`` is that of the pair, whose weights and rule are used; the cache is a new one."""
-        self._session = session
+        self.session = session
         self._pair = pair = session.pair
         self._sizes = sizes
         self._plan = Plan(sizes.num_drafts)
@@ -56,10 +57,18 @@ class Scheduler:
         """Rows that hold a place."""
         return [row for row in self._rows if row is not None]
 
+    def add(self, row: Row, request: Request) -> None:
+        """Let a row wait for its turn; ``request`` is what it was made of.
+
+        Raises:
+            TypeError: of a pair that is split over ranks: it cannot be sent to them.
+        """
+        self.waiting.append(row)
+
     @torch.no_grad()
     def step(self, cancelled: Collection[int]) -> list[Output]:
         """Drop the requests of these ids, admit, prefill one chunk of one prompt, run one cycle; returns what came."""
-        with self._session.exclusive():
+        with self.session.exclusive():
             dropped = self._drop(cancelled)
             self._admit()
             self._prefill()
@@ -171,6 +180,7 @@ class Scheduler:
             for page, key in zip(row.pages[new], row.keys[new], strict=False):
                 self._pool.publish(page, key)
         elif not row.request.tokens:
+            self._pair.wait_with_ranks()
             row.first(logits[0, 0])
 
     def _provide(self) -> None:

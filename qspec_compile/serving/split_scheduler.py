@@ -1,0 +1,131 @@
+"""The scheduler of a pair that is split over ranks: what comes is told to all, and every rank takes the same steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from quantspec.engine.session import Session
+from quantspec.ranks import RanksError, Seat
+from quantspec.tensor_parallel import Split
+
+from .admission import check, prepare
+from .requests import FinishReason, Output, Request
+from .row import Row
+from .scheduler import Scheduler
+from .sizes import Sizes
+
+_NUMBERS = itertools.count()
+
+
+class _New(NamedTuple):
+    """A request that the other ranks do not know yet: with a seed, whoever drew it."""
+
+    id: int
+    request: Request
+    keys: Sequence[bytes]
+
+
+class _Follower(NamedTuple):
+    """What a rank above 0 has of an engine."""
+
+    scheduler: Scheduler
+    tokenizer: Any
+
+
+class SplitScheduler(Scheduler):
+    """Rank 0's; the others' follow it.
+
+    Which request gets which place, pages and part of its prompt follows from the requests and their order alone, and
+    all ranks see the same logits. So what is told is what comes from outside: new requests and cancelled ones.
+    """
+
+    def __init__(self, split: Split, session: Session, sizes: Sizes, tokenizer: Any) -> None:
+        """Every rank allocates its cache.
+
+        Raises:
+            RanksError: a rank failed or was ended.
+        """
+        self._split = split
+        self._number = next(_NUMBERS)
+        self._new: list[_New] = []
+        split.run(_open, self, session, sizes, others=(self._number, split.key, sizes, tokenizer))
+
+    def add(self, row: Row, request: Request) -> None:
+        try:
+            pickle.dumps(request)
+        except Exception as error:
+            raise TypeError(
+                f"a request cannot be sent to the other ranks ({error}); define the classes of its logits processors "
+                "in a module"
+            ) from error
+        request = replace(request, options={**request.options, "seed": row.request.seed})
+        super().add(row, request)
+        self._new.append(_New(row.id, request, row.keys))
+
+    def step(self, cancelled: Collection[int]) -> list[Output]:
+        new, self._new = self._new, []
+        return self._split.run(_step, self, cancelled, others=(self._number, cancelled, new))
+
+    def end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
+        new, self._new = self._new, []
+        # Where they have ended, this rank is left.
+        with contextlib.suppress(RanksError):
+            return self._split.run(_end_all, self, reason, error, others=(self._number, reason, None, new))
+        return super().end_all(reason, error)
+
+    def release(self) -> None:
+        with contextlib.suppress(RanksError):
+            self._split.run(_release, others=(self._number,))
+        super().release()
+
+
+# What runs on every rank; a number stands for the follower of that.
+
+
+def _open(seat: Seat, scheduler: SplitScheduler | int, session: Session | int, sizes: Sizes, *tokenizer: Any) -> None:
+    if isinstance(scheduler, SplitScheduler):
+        Scheduler.__init__(scheduler, session, sizes)  # type: ignore[arg-type]
+    else:
+        seat.kept[_key(scheduler)] = _Follower(Scheduler(seat.kept[session], sizes), *tokenizer)
+
+
+def _step(
+    seat: Seat, scheduler: SplitScheduler | int, cancelled: Collection[int], new: Sequence[_New] = ()
+) -> list[Output]:
+    return Scheduler.step(_with(seat, scheduler, new), cancelled)
+
+
+def _end_all(
+    seat: Seat,
+    scheduler: SplitScheduler | int,
+    reason: FinishReason,
+    error: Exception | None,
+    new: Sequence[_New] = (),
+) -> list[Output]:
+    return Scheduler.end_all(_with(seat, scheduler, new), reason, error)
+
+
+def _release(seat: Seat, number: int | None = None) -> None:
+    if number is not None:
+        seat.kept.pop(_key(number)).scheduler.release()
+
+
+def _with(seat: Seat, scheduler: SplitScheduler | int, new: Sequence[_New]) -> Scheduler:
+    """This rank's scheduler, which knows of what is ``new``."""
+    if isinstance(scheduler, SplitScheduler):
+        return scheduler
+    follower: _Follower = seat.kept[_key(scheduler)]
+    pair = follower.scheduler.session.pair
+    for id, request, keys in new:
+        checked = check(pair, request, follower.tokenizer, pair.max_len)
+        follower.scheduler.add(Row(id, prepare(pair, checked), checked.logprobs, keys), request)
+    return follower.scheduler
+
+
+def _key(number: int) -> str:
+    return f"engine {number}"
