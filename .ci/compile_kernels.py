@@ -239,6 +239,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "verification 16/1 of a latent of 224 and 64, float32": lambda: attention(
         16, 1, 288, 6, True, torch.float32, latent=224, pool=True
     ),
+    "draft 8/1 of a latent of 64 and 16": lambda: attention(8, 1, 80, 1, False, BFLOAT, latent=64),
     "encoding of latents": lambda: encode(576, latent=True),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
     "linear 16 rows, 4096 to 4096": lambda: linear(16, 4096, 4096, 128, BFLOAT),

@@ -2,7 +2,7 @@
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
 
-from .absorb_latents import AbsorbLatents, values_in_keys
+from .absorb_latents import AbsorbLatents
 from .attention_lowering import (
     ACCESSES,
     DECODED_ACCESS,
@@ -72,5 +72,4 @@ __all__ = [
     "cpu_lacks_half_matmul",
     "plain_weights",
     "register",
-    "values_in_keys",
 ]

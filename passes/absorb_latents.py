@@ -50,21 +50,21 @@ _BATCH, _TOKENS = 2, 3
 
 
 class _Piece(NamedTuple):
-    """Channels ``first`` and on, ``count`` of them, of a node with one vector per token."""
+    """Channels ``first`` and on, ``size`` of them, of a node with one vector per token."""
 
     node: fx.Node
     first: int
-    count: int
+    size: int
 
 
 class Factor(NamedTuple):
-    """Rows ``base + head * stride`` and on, ``count`` of them for each of ``heads``, of a weight ``(N, r)``."""
+    """Rows ``base + head * stride`` and on, ``size`` of them for each of ``heads``, of a weight ``(N, r)``."""
 
     weight: fx.Node
     heads: int
     base: int
     stride: int
-    count: int
+    size: int
 
     @property
     def name(self) -> str:
@@ -72,13 +72,13 @@ class Factor(NamedTuple):
         return str(self.weight.target)
 
     def of(self, weight: Any, call: Callable[..., Any]) -> Any:
-        """``(heads, count, r)``, a view of ``weight``, by ``call(op, *args)``."""
+        """``(heads, size, r)``, a view of ``weight``, by ``call(op, *args)``."""
         base = self.base
-        if self.stride == self.count:
-            weight = call(aten.slice.Tensor, weight, 0, base, base + self.heads * self.count)
+        if self.stride == self.size:
+            weight = call(aten.slice.Tensor, weight, 0, base, base + self.heads * self.size)
             base = 0
         by_head = call(aten.view.default, weight, [self.heads, self.stride, self.weight.meta["val"].shape[1]])
-        return call(aten.slice.Tensor, by_head, 1, base, base + self.count)
+        return call(aten.slice.Tensor, by_head, 1, base, base + self.size)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def values_in_keys(marker: fx.Node) -> bool:
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
     dims = (-1, key.meta["val"].dim() - 1)
-    return value.target is aten.slice.Tensor and value.args[0] is key and value.args[1] in dims and value.args[2] == 0
+    return value.target is aten.slice.Tensor and value.args[0] is key and value.args[1] in dims and not value.args[2]
 
 
 class AbsorbLatents(PassBase):
@@ -145,7 +145,7 @@ class AbsorbLatents(PassBase):
 
 
 def _width(match: Latent) -> int:
-    return match.latent.meta["val"].shape[-1] + sum(piece.count for piece in (*match.before, *match.after))
+    return match.latent.meta["val"].shape[-1] + sum(piece.size for piece in (*match.before, *match.after))
 
 
 def _bytes(match: Latent) -> int:
@@ -171,7 +171,7 @@ def _match(marker: fx.Node) -> Latent | None:
     if key_up is None or _unshaped(_linear_input(keys.leaf(first))) is not _unshaped(latent):
         return None
     match = Latent(marker, latent, key_up, value_up, first, keys.pieces(0, first), keys.pieces(last, keys.channels))
-    made_of_it = keys.heads * (key_up.count + value_up.count)
+    made_of_it = keys.heads * (key_up.size + value_up.size)
     is_narrow = 2 * latent.meta["val"].shape[-1] < made_of_it
     return match if is_narrow and _width(match) < keys.heads * (keys.channels + values.channels) else None
 
@@ -224,7 +224,7 @@ class _Origins:
         for d in range(first, last):
             leaf, channel = self.leaf(d), int(self._channel[0, d])
             if pieces and pieces[-1].node is leaf and sum(pieces[-1][1:]) == channel:
-                pieces[-1] = pieces[-1]._replace(count=pieces[-1].count + 1)
+                pieces[-1] = pieces[-1]._replace(size=pieces[-1].size + 1)
             else:
                 pieces.append(_Piece(leaf, channel, 1))
         return pieces
@@ -353,7 +353,7 @@ def _rewrite(graph: fx.Graph, match: Latent) -> None:
     kv_heads, width = match.key_up.heads, match.latent.meta["val"].shape[-1]
     repeat = heads // kv_heads
     ids = graph.find_nodes(op="placeholder")[0]
-    first, last = match.first, match.first + match.key_up.count
+    first, last = match.first, match.first + match.key_up.size
     with graph.inserting_before(marker):
 
         def call(target: Any, *args: Any) -> fx.Node:
@@ -363,15 +363,15 @@ def _rewrite(graph: fx.Graph, match: Latent) -> None:
 
         def vectors(piece: _Piece) -> fx.Node:
             whole = call(aten.reshape.default, piece.node, [batch, 1, tokens, piece.node.meta["val"].shape[-1]])
-            part = call(aten.slice.Tensor, whole, 3, piece.first, piece.first + piece.count)
+            part = call(aten.slice.Tensor, whole, 3, piece.first, piece.first + piece.size)
             # What was copied into a key took its dtype.
             return call(aten.to.dtype, part, key.meta["val"].dtype)
 
         # One product for each head, whatever the batch.
         own = call(aten.slice.Tensor, query, 3, first, last)
-        own = call(aten.reshape.default, own, [batch, kv_heads, repeat, tokens, match.key_up.count])
+        own = call(aten.reshape.default, own, [batch, kv_heads, repeat, tokens, match.key_up.size])
         own = call(aten.permute.default, own, [1, 0, 2, 3, 4])
-        own = call(aten.reshape.default, own, [kv_heads, -1, match.key_up.count])
+        own = call(aten.reshape.default, own, [kv_heads, -1, match.key_up.size])
         own = call(aten.bmm.default, own, match.key_up.of(match.key_up.weight, call))
         own = call(aten.reshape.default, own, [kv_heads, batch, repeat, tokens, width])
         own = call(aten.permute.default, own, [1, 0, 2, 3, 4])
@@ -389,9 +389,9 @@ def _rewrite(graph: fx.Graph, match: Latent) -> None:
         out = call(aten.reshape.default, out, [kv_heads, -1, width])
         up = match.value_up.of(match.value_up.weight, call)
         out = call(aten.bmm.default, out, call(aten.transpose.int, up, 1, 2))
-        out = call(aten.reshape.default, out, [kv_heads, batch, tokens, repeat, match.value_up.count])
+        out = call(aten.reshape.default, out, [kv_heads, batch, tokens, repeat, match.value_up.size])
         out = call(aten.permute.default, out, [1, 2, 0, 3, 4])
-        out = call(aten.reshape.default, out, [batch, tokens, heads, match.value_up.count])
+        out = call(aten.reshape.default, out, [batch, tokens, heads, match.value_up.size])
     marker.replace_all_uses_with(out)
     graph.erase_node(marker)
     _erase_copies(graph, key)

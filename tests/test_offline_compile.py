@@ -18,6 +18,7 @@ SCRIPT = ROOT / ".ci" / "compile_kernels.py"
 # Few cases that launch every kernel.
 CASES = [
     "draft 32/8 of 128",
+    "draft 8/1 of a latent of 64 and 16",
     "linear 8 rows, 4096 to 1024, group 32",
     "encoding of 128",
     "experts",

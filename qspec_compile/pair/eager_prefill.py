@@ -117,7 +117,7 @@ class _PrefillRecorder(Recorder):
 
     def _absorbed(self, latent: Latent, query: Tensor, key: Tensor, read: Callable[..., Tensor]) -> Tensor:
         """What :class:`AbsorbLatents` makes of a marker, for heads that the model has made already."""
-        first, last = latent.first, latent.first + latent.key_up.count
+        first, last = latent.first, latent.first + latent.key_up.size
         up, down = (
             part.of(self._weights[_own_name(part.name)], lambda op, *args: op(*args))
             for part in (latent.key_up, latent.value_up)
