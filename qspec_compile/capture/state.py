@@ -26,7 +26,11 @@ _KINDS = ("conv_states", "recurrent_states")
 @torch.no_grad()
 def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
     """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers."""
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except AttributeError:
+        # A config of several decoders, for which transformers makes no such cache.
+        return ()
     if not any(map(_is_stateful, layers)):
         return ()
     if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
