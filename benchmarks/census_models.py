@@ -171,6 +171,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 12},
+    "xlstm": {"qk_dim_factor": 1.0},
     "zamba": {
         **_ZAMBA,
         "n_mamba_heads": 2,

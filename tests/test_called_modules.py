@@ -12,6 +12,8 @@ import quantspec
 from quantspec import UnsupportedModelError
 from quantspec.capture import capture
 from quantspec.capture.stored import CannotStore, to_json
+from quantspec.pair.split import split_capture
+from quantspec.passes import Place
 from quantspec.passes.called_modules import CalledModule, called_modules
 
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
@@ -138,3 +140,9 @@ def test_a_call_keeps_its_keywords_and_its_place():
     x = torch.randn(1, 5, 64)
     assert torch.equal(second(x), model.model.layers[1].mlp.loop(x, 0.5))
     assert not torch.equal(first(x), second(x))
+
+
+def test_it_is_not_split_over_ranks():
+    model = with_experts(LoopOverExperts)
+    with pytest.raises(UnsupportedModelError, match=r"its 'model\.layers\.0\.mlp\.loop' runs as it is"):
+        split_capture(capture(model), model, Place(0, 2, ""))

@@ -131,6 +131,8 @@ def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | N
             raise
         except Exception as error:
             module = recorder.module_of(error)
+            if isinstance(error, MaskReadError):
+                _raise_reason_of_reading(model, recorder)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not isinstance(error, MaskReadError | StateError | DataDependentError):
                 reason = f"torch.export cannot capture it: {reason}"
@@ -246,6 +248,19 @@ def _export_with(
 
 def _export(model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder) -> torch.export.ExportedProgram:
     return _export_token(model, states) if states else _export_tokens(model, recorder)
+
+
+def _raise_reason_of_reading(model: PreTrainedModel, recorder: Recorder) -> None:
+    """Raise ``UnsupportedModelError`` if a mask that can be read shows what a model with states reads it for."""
+    recorder.forget()
+    recorder.writes_masks = True
+    try:
+        states = state_shapes(model)
+        _export(model, states, recorder)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        _LOGGER.debug("what the mask is read for is not known: %s", error)
 
 
 def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:

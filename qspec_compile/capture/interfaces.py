@@ -212,8 +212,8 @@ def _marker_attention(
         if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
             raise _unsupported(module, _reason_of_argument(name, argument, query, key))
     if isinstance(attention_mask, Tensor):
-        chosen = follows_tokens(attention_mask)
-        raise _unsupported(module, _CHOSEN if chosen else "it computes an attention mask or position bias of its own")
+        reason = "it computes an attention mask or position bias of its own, such as an indexer's choice of tokens"
+        raise _unsupported(module, _CHOSEN if follows_tokens(attention_mask) else reason)
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
     recorder.masks.append((attention_mask or MaskSpec(window), module))

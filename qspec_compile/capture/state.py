@@ -25,7 +25,12 @@ _KINDS = ("conv_states", "recurrent_states")
 
 def keeps_state(model: PreTrainedModel) -> bool:
     """Whether transformers' cache of ``model`` holds more than keys and values, told from its config."""
-    return any(map(_is_stateful, DynamicCache(config=model.config).layers))
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except AttributeError:
+        # A config of several decoders, for which transformers makes no such cache.
+        return False
+    return any(map(_is_stateful, layers))
 
 
 @torch.no_grad()

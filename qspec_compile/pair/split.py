@@ -18,6 +18,7 @@ from quantspec.capture.stored import CannotStore, from_json, to_json
 from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import WeightSource
+from quantspec.passes.called_modules import called_modules
 from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.pieces import Piece
 from quantspec.passes.shard_linears import CannotShardError, Place, ShardLinears
@@ -91,6 +92,11 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
     """
     if captured.states:
         raise _keeps_state(model)
+    called = called_modules(captured.graph_module)
+    if called:
+        raise UnsupportedModelError(
+            f"cannot split {type(model).__name__} over ranks: its '{called[0].path}' runs as it is, whole; use one rank"
+        )
     shard = ShardLinears(place, getattr(model, "_tp_plan", None))
     graph_module = clone(captured.graph_module)
     try:
