@@ -18,8 +18,8 @@ CARD_FILE = "README.md"
 _MARK = "<!-- written by quantspec: replaced by the next save, unless this line is removed -->"
 
 _NO_ACCEPTANCE = (
-    "Acceptance was not measured: nothing was drafted before saving. `quantspec generate FOLDER PROMPT --stats` tells it "
-    "of your text."
+    "Acceptance was not measured: nothing was drafted before saving. `quantspec generate FOLDER PROMPT --stats` tells "
+    "that of a text."
 )
 
 
