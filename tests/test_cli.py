@@ -117,9 +117,9 @@ def test_options_and_errors_import_neither_torch_nor_the_rest_of_quantspec():
 
 
 def test_unknown_command_and_option(run, folder):
-    assert_error(run("generat"), "No such command 'generat'")
+    assert_error(run("generat"), "No such command 'generat'. Did you mean 'generate'? (see `quantspec --help`)")
     assert_error(run("generate", folder, "Hi", "--gama", "2"), "--gama")
-    assert_error(run("generate"), "Missing argument 'MODEL'")
+    assert_error(run("generate"), "Missing argument 'MODEL' (see `quantspec generate --help`)")
 
 
 def test_debug_shows_the_traceback(run):

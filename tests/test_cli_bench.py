@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -10,10 +13,12 @@ from importlib.metadata import version
 import pytest
 import torch
 from cli_errors import assert_error
+from rich.console import Console
 from tiny_models import tiny_model
 
 from benchmarks.common import RESULTS
 from quantspec.benchmarks import decode, generate, kernels
+from quantspec.cli._bench_tables import generate_table
 from quantspec.cli.bench import BenchModel
 from quantspec.versions import install_command
 
@@ -39,10 +44,22 @@ def terminal(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
 
+def rows(table: str) -> list[list[str]]:
+    """The cells of every line."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", table)
+    return [re.split(r"\s{2,}", line.strip()) for line in plain.splitlines()]
+
+
 def cells(table: str, first: str) -> list[str]:
     """The cells of the row that starts with ``first``."""
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines()]
-    return next(row for row in rows if row and row[0] == first)
+    return next(row for row in rows(table) if row[0] == first)
+
+
+def column(table: str, first: str) -> list[str]:
+    """The cells of the column that starts with ``first``, of a table with a column for each measurement."""
+    lines = rows(table)
+    start, place = next((start, row.index(first)) for start, row in enumerate(lines) if first in row[1:])
+    return [row[place] for row in itertools.takewhile(lambda row: row != [""], lines[start:])]
 
 
 # --- bench without a GPU ---------------------------------------------------------------------------------------------
@@ -97,7 +114,7 @@ def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, dtypes, 
     status, out, _ = run("bench", "decode", *options)
     assert status == 0
     assert f"SmolLM2-135M, real weights, {new_tokens} new tokens" in out
-    assert cells(out, f"{context:,}") == [
+    assert column(out, f"{context:,}") == [
         *(f"{context:,}", dtypes[0], "speculative", "50.0", "100.0", "2.00x", "0.88", "1.5", "1.2")
     ]
     rows = [generate_row(context, new_tokens, dtype) for dtype in dtypes]
@@ -189,8 +206,8 @@ def test_acceptance_of_random_weights_is_called_synthetic(run, measured, termina
     assert "llama-3.1-8b, random weights; acceptance is synthetic" in out
     assert "Stand-in 9000" in out
     expected = ["2.50", "4", "12.00", "10.00", "0.90 synthetic", "180.0", "1.80x", "-"]
-    assert cells(out, "32,768") == ["32,768", *expected]
-    assert cells(out, "4,096") == ["4,096", *expected]
+    assert column(out, "32,768") == ["32,768", *expected]
+    assert column(out, "4,096") == ["4,096", *expected]
 
 
 def test_smollm2_is_measured_with_its_own_acceptance(run, measured, terminal):
@@ -198,7 +215,7 @@ def test_smollm2_is_measured_with_its_own_acceptance(run, measured, terminal):
     assert status == 0
     assert "smollm2, real weights" in out
     assert "synthetic" not in out
-    assert cells(out, "4,096")[1:] == ["2.50", "4", "12.00", "10.00", "0.75 measured", "150.0", "1.50x", "3.00x"]
+    assert column(out, "4,096")[1:] == ["2.50", "4", "12.00", "10.00", "0.75 measured", "150.0", "1.50x", "3.00x"]
 
 
 def test_full_settings_are_the_published_ones(run, measured, tmp_path):
@@ -307,3 +324,17 @@ def test_kernels_are_measured_on_a_gpu(run):
     ops = {"int4_linear", "encode", "flush_due", "flush_not_due", "draft_attention", "verify_attention"}
     assert {row["op"] for row in rows} == ops
     assert all(row["median_us"] > row.get("floor_us", 0) / 2 > -1 for row in rows)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_word_of_a_table_is_broken(width):
+    """As many measurements beside each other as there is room."""
+    rows_of = [generate_row(length, 48, "bfloat16") for length in (2000, 4000, 6000, 8000, 10000)]
+    environment = {"device": "AMD EPYC", "torch": "2.13.0"}
+    screen = Console(file=io.StringIO(), width=width)
+    screen.print(generate_table({"rows": rows_of, "environment": environment}))
+    out = screen.file.getvalue()
+    assert all(len(line) <= width for line in out.splitlines())
+    assert out.count("speculative") == 5
+    assert out.count("ms per token") == {60: 3, 80: 2, 200: 1}[width]
+    assert [column(out, f"{row['prompt_tokens']:,}")[2:4] for row in rows_of] == [["speculative", "50.0"]] * 5

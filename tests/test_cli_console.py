@@ -28,7 +28,7 @@ def test_a_bar_shows_the_last_record_alone(monkeypatch, record, shown):
     assert shown in last
     assert ("━" in last, "/" in last) == (bool(shown), bool(shown))
     assert "211" not in last
-    assert "?" not in screen.getvalue()
+    assert "/?" not in screen.getvalue()
 
 
 def test_no_bar_in_a_file(monkeypatch):

@@ -19,7 +19,7 @@ _MARK = "<!-- written by quantspec: replaced by the next save, unless this line 
 
 _NO_ACCEPTANCE = (
     "Acceptance was not measured: nothing was drafted before saving. `quantspec generate FOLDER PROMPT --stats` tells "
-    "it of your text."
+    "that of a text."
 )
 
 

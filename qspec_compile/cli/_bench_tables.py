@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 
-def decode_table(figures: dict[str, Any]) -> Table:
-    """Decoding on a GPU: a row per context, number of drafts and acceptance rate."""
+@dataclass
+class Sideways:
+    """A table with a column for each measurement, which has many figures; as many beside each other as there is room.
+
+    Attributes:
+        title: above it.
+        names: of the figures.
+        columns: texts of each measurement.
+    """
+
+    title: str
+    names: Sequence[str]
+    columns: list[Sequence[str]] = field(default_factory=list)
+
+    def add_row(self, *texts: str) -> None:
+        """Add a measurement."""
+        self.columns.append(texts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The title, and tables below each other."""
+        yield self.title
+        gap = 2
+        width = max(len(text) for texts in self.columns for text in texts) + gap
+        fitting = max(1, (options.max_width - max(map(len, self.names))) // width)
+        for start in range(0, len(self.columns), fitting):
+            table = Table.grid(padding=(0, 0, 0, gap), pad_edge=False)
+            table.add_column()
+            shown = self.columns[start : start + fitting]
+            for _ in shown:
+                table.add_column(justify="right")
+            for number, name in enumerate(self.names):
+                table.add_row(name, *(texts[number] for texts in shown), style="" if number else "bold")
+            yield ""
+            yield table
+
+
+def decode_table(figures: dict[str, Any]) -> Sideways:
+    """Decoding on a GPU: a column per context, number of drafts and acceptance rate."""
     first = figures["rows"][0]
     weights = f"{first['weights']} weights"
     if first["weights"] == "random":
         weights += "; acceptance is synthetic: drawn with the given probability"
-    table = _table(
-        f"{first['model']}, {weights}",
-        figures["environment"],
-        *("context", "draft step, ms", "drafts", "verification, ms", "baseline token, ms", "acceptance"),
-        *("tokens/s", "against baseline", "against Hugging Face"),
-    )
+    names = ("context, tokens", "draft step, ms", "drafts", "verification, ms", "baseline token, ms", "acceptance")
+    names += ("tokens/s", "against baseline", "against Hugging Face")
+    table = Sideways(_title(f"{first['model']}, {weights}", figures["environment"]), names)
     for row in figures["rows"]:
         for cells in _decode_cells(row):
             table.add_row(f"{row['context']:,}", f"{row['draft_step_ms']:.2f}", *cells)
@@ -55,12 +91,12 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def generate_table(figures: dict[str, Any]) -> Table:
-    """``generate`` beside Hugging Face's: a row per dtype and context, with drafts and without."""
+def generate_table(figures: dict[str, Any]) -> Sideways:
+    """``generate`` beside Hugging Face's: a column per dtype and context, with drafts and without."""
     first = figures["rows"][0]
     title = f"SmolLM2-135M, real weights, {first['new_tokens']} new tokens"
-    columns = ("prompt tokens", "dtype", "quantspec", "ms per token", "Hugging Face, ms", "speed-up", "acceptance")
-    table = _table(title, figures["environment"], *columns, "prefill, s", "Hugging Face, s")
+    names = ("prompt, tokens", "dtype", "quantspec", "ms per token", "Hugging Face, ms", "speed-up", "acceptance")
+    table = Sideways(_title(title, figures["environment"]), (*names, "prefill, s", "Hugging Face's prefill, s"))
     for row in figures["rows"]:
         rate = row["draft_acceptance_rate"]
         table.add_row(
@@ -79,8 +115,11 @@ def generate_table(figures: dict[str, Any]) -> Table:
 
 def kernels_table(rows: list[dict[str, Any]]) -> Table:
     """A row per op, shape and implementation, with the time that moving its bytes takes."""
-    title = f"kernels, {rows[0]['copy_gb_per_s']:.0f} GB/s copied"
-    table = _table(title, rows[0], "op", "shape", "implementation", "µs", "floor, µs")
+    title = _title(f"kernels, {rows[0]['copy_gb_per_s']:.0f} GB/s copied", rows[0])
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("op", "shape", "implementation", "µs", "floor, µs"):
+        # Shapes have words to break between.
+        table.add_column(name, no_wrap=name != "shape", justify="right" if "µs" in name else "left")
     for row in rows:
         floor = f"{row['floor_us']:.1f}" if "floor_us" in row else "-"
         table.add_row(row["op"], _shape(row), row["implementation"], f"{row['median_us']:.1f}", floor)
@@ -93,8 +132,5 @@ def _shape(row: dict[str, Any]) -> str:
     return f"{row['heads']}/{row['kv_heads']} heads, {row['context']:,} tokens, batch {row['batch']}"
 
 
-def _table(title: str, environment: dict[str, Any], *columns: str) -> Table:
-    table = Table(title=f"{title}\n{environment['device']}, torch {environment['torch']}", title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _title(what: str, environment: dict[str, Any]) -> str:
+    return f"{what}\n{environment['device']}, torch {environment['torch']}"

@@ -65,6 +65,7 @@ _DECODERS = {
         head_norms=True,
         experts=("num_experts", "num_local_experts"),
         expert_width="moe_intermediate_size",
+        required=("head_dim",),
         fixed={**_NO_WINDOW, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
 }
@@ -103,7 +104,7 @@ def plain_sizes(source: Source, options: QuantSpecConfig, dtype: str | None) -> 
         return None
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     shape = _Shape.of(config, decoder)
-    if dtype not in _ITEMSIZES or shape is None:
+    if not isinstance(dtype, str) or dtype not in _ITEMSIZES or shape is None:
         return None
     itemsize = _ITEMSIZES[dtype]
     linears = tuple(_linears(config, decoder, shape, options, itemsize))
@@ -201,20 +202,17 @@ class _Shape:
     @classmethod
     def of(cls, config: dict[str, Any], decoder: _Decoder) -> _Shape | None:
         """The shape that ``config`` gives; None where its numbers do not go together."""
-        hidden, heads, kv_heads = (
-            config[f"{n}"] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")
-        )
-        head_dim = config.get("head_dim") or hidden // heads
+        hidden, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if "head_dim" in decoder.required or hidden % heads:
+                return None
+            head_dim = hidden // heads
         told = [config[key] for key in decoder.experts if key in config]
         width = config.get(decoder.expert_width)
         if not all(map(_is_count, (head_dim, width, *told))) or len(told) != bool(decoder.experts):
             return None
-        if (
-            heads % kv_heads
-            or head_dim % 2
-            or head_dim > _MOST_CHANNELS
-            or ("head_dim" not in config and hidden % heads)
-        ):
+        if heads % kv_heads or head_dim % 2 or head_dim > _MOST_CHANNELS:
             return None
         return cls(config["num_hidden_layers"], hidden, heads, kv_heads, head_dim, width, told[0] if told else 0)
 

@@ -21,6 +21,8 @@ from .options import tokens
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ._bench_tables import Sideways
+
 # Of SmolLM2's 8,192 positions the cycles that are timed need some.
 _SMOLLM2_CONTEXT = 7168
 _QUICK_CONTEXT = 4096
@@ -78,6 +80,7 @@ def command(
     if out is not None:
         check_folder(out)
     figures: Any
+    table: Table | Sideways
     if what is What.KERNELS:
         name, (figures, table) = "kernels", _bench_kernels(full, out)
     elif gpu:
@@ -143,7 +146,7 @@ def _bench_kernels(full: bool, out: Path | None) -> tuple[list[dict[str, Any]], 
     return rows, kernels_table(rows)
 
 
-def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Table]:
+def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Sideways]:
     """Decoding on a GPU: the figures and their table."""
     from quantspec.benchmarks.common import results
     from quantspec.benchmarks.decode import measure, published
@@ -163,7 +166,7 @@ def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tu
     return figures, decode_table(figures)
 
 
-def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Table]:
+def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Sideways]:
     """``generate`` of SmolLM2 on the CPU beside Hugging Face's: the figures and their table."""
     from quantspec.benchmarks import generate
     from quantspec.benchmarks.common import results

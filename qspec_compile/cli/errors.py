@@ -47,13 +47,16 @@ def describe(error: Exception) -> tuple[str, str]:
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     # A wrong choice comes as "Value error, ..." from what checks it for typer.
     lines = text.replace("Value error, ", "").strip().splitlines()
-    message = lines[0] if lines else type(error).__name__
+    message = lines[0].removesuffix(".") if lines else type(error).__name__
     names = [kind.__name__ for kind in type(error).__mro__]
     if lines and not isinstance(error, (*_PLAIN, CommandError)) and not set(names) & set(_HINTS):
         message = f"{type(error).__name__}: {message}"
     if isinstance(error, CommandError):
         return escape(message), escape(error.hint)
     hint = next((_HINTS[name] for name in names if name in _HINTS), "--debug shows where")
+    # Usage errors of typer know whose help there is.
+    if (context := getattr(error, "ctx", None)) is not None:
+        hint = f"see `{context.command_path} --help`"
     return escape(message), escape("; ".join([hint, *getattr(error, "__notes__", ())]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -318,6 +319,12 @@ class SamplingOptions:
         return arguments
 
 
+@functools.cache
+def _hints(group: type) -> dict[str, Any]:
+    """Types of a group's fields; several commands have the same group, and a help screen shall not wait for it."""
+    return get_type_hints(group, include_extras=True)
+
+
 def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """``command`` as typer wants it: each parameter whose type is a dataclass is replaced by that class's fields."""
     groups: dict[str, type] = {}
@@ -326,7 +333,7 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, parameter in inspect.signature(command).parameters.items():
         if dataclasses.is_dataclass(hints[name]):
             groups[name] = group = hints[name]
-            field_hints = get_type_hints(group, include_extras=True)
+            field_hints = _hints(group)
             for part in dataclasses.fields(group):
                 parameters.append(_parameter(part.name, field_hints[part.name], part.default))
                 for info in field_hints[part.name].__metadata__:
