@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 from openai import OpenAI
 
-_START_SECONDS = 180
+_START_SECONDS = 300
 
 
 @dataclass(frozen=True)

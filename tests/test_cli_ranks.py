@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import httpx2
@@ -57,7 +59,7 @@ def test_more_ranks_than_gpus_are_refused(run, saved_model, monkeypatch):
     assert "--device cuda:0 is one GPU" in error
 
 
-def test_serve_answers_and_leaves_no_rank(saved_model):
+def test_serve_answers_and_says_so_when_it_cannot(saved_model):
     with serving(saved_model, *OPTIONS, *TWO, "--max-length", "64") as server:
         process = server.process.pid
         (rank,) = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -65,4 +67,9 @@ def test_serve_answers_and_leaves_no_rank(saved_model):
         answers = [httpx2.post(f"{server.url}/v1/completions", json=request, timeout=60).json() for _ in range(2)]
         assert answers[0]["usage"]["completion_tokens"] > 0
         assert answers[0]["choices"] == answers[1]["choices"]
+        os.kill(int(rank), signal.SIGKILL)
+        failed = httpx2.post(f"{server.url}/v1/completions", json=request, timeout=60)
+        assert failed.status_code == 500
+        assert "rank 1 was ended by SIGKILL" in failed.text
+        assert httpx2.get(f"{server.url}/health").status_code == 503
     assert not Path(f"/proc/{rank}").exists()

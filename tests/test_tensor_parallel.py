@@ -453,6 +453,7 @@ def test_an_engine_answers_as_it_does_in_one_process(ranks, llama_of_two):
     assert all(len(answer) == 12 for answer in answers[0])
     kept = ranks.run(names_kept)
     assert not [name for name in kept if str(name).startswith("engine")]
+    assert not engine.is_lost
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
@@ -460,7 +461,7 @@ def test_a_request_that_cannot_be_sent_is_refused(llama_of_two):
     engine = Engine(llama_of_two, max_sequences=1, max_length=64)
     processors = [lambda ids, scores: scores]
     with pytest.raises(TypeError, match="a request cannot be sent to the other ranks"):
-        engine.add(Request([5], options={"logits_processor": processors}))
+        engine.add(Request([5], 8, options={"logits_processor": processors}))
     assert engine.statistics().waiting == 0
     engine.close()
 

@@ -122,6 +122,11 @@ class Ranks:
             self._end()
 
     @property
+    def have_ended(self) -> bool:
+        """Whether they take no more work."""
+        return self._cause is not None
+
+    @property
     def process_ids(self) -> tuple[int, ...]:
         """Of the ranks above 0."""
         return tuple(process.pid for process in self._processes)

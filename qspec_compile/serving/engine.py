@@ -269,6 +269,11 @@ class Engine:
         """When a step ended last, or now if there is nothing to do, in seconds of ``time.monotonic``."""
         return self._scheduler.last_step if self._busy else time.monotonic()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether no request can be answered any more: the ranks of its pair have ended."""
+        return self.pair.split is not None and self.pair.split.ranks.have_ended
+
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing. From any thread."""
         return self._scheduler.statistics()

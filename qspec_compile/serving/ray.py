@@ -201,7 +201,7 @@ class Replica:
             RuntimeError: it does not.
         """
         if self._service.is_stuck:
-            raise RuntimeError("the engine has taken no step for minutes")
+            raise RuntimeError("the engine takes no steps")
 
     def __del__(self) -> None:
         """End the engine, once the requests are answered or given up."""

@@ -89,7 +89,7 @@ class SplitScheduler(Scheduler):
 
 def _open(seat: Seat, scheduler: SplitScheduler | int, session: Session | int, sizes: Sizes, *tokenizer: Any) -> None:
     if isinstance(scheduler, SplitScheduler):
-        Scheduler.__init__(scheduler, session, sizes)  # type: ignore[arg-type]
+        Scheduler.__init__(scheduler, session, sizes)
     else:
         seat.kept[_key(scheduler)] = _Follower(Scheduler(seat.kept[session], sizes), *tokenizer)
 

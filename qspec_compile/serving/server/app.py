@@ -81,7 +81,7 @@ def build_app(service: Service) -> FastAPI:
         if request.state.is_draining:
             raise ApiError(503, "the server is shutting down", "shutting_down")
         if service.is_stuck:
-            raise ApiError(503, "the engine has taken no step for minutes", "stuck")
+            raise ApiError(503, "the engine takes no steps", "stuck")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)

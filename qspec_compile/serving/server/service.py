@@ -65,8 +65,8 @@ class Service:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the engine has had work for long without a step."""
-        return time.monotonic() - self._engine.heartbeat > _STUCK
+        """Whether the engine has had work for long without a step, or can take no more."""
+        return self._engine.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
 
     def close(self) -> None:
         """End the engine, and the requests that are left."""
