@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from quantspec.cache.geometry import HeldState
 
+from .state import keeps_state
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -24,9 +26,7 @@ def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | 
     One for each attention call; layers of that cache that hold nothing are left out, and calls beyond the rest hold
     nothing. None for all where the model does not run so.
     """
-    config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    lengths = (2, next(filter(None, limits), 2**20))
+    lengths = (2, _long_text(model))
     try:
         short, long = (_held_elements(model, num_tokens) for num_tokens in lengths)
     except Exception as error:
@@ -38,6 +38,19 @@ def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | 
         if few
     ]
     return [*states, *[HeldState(0, 0)] * (num_calls - len(states))]
+
+
+def _long_text(model: PreTrainedModel) -> int:
+    """Tokens of a text beyond every window."""
+    config = model.config.get_text_config()
+
+    def told(*names: str) -> list[int]:
+        return [value for value in (getattr(config, name, None) for name in names) if value]
+
+    limit = next(iter(told("max_position_embeddings", "max_seq_len")), 2**20)
+    # States are computed chunk by chunk, which takes long for a long text even without data.
+    beyond = 2 * max([1024, *told("sliding_window", "attention_chunk_size")]) if keeps_state(model) else limit
+    return min(limit, beyond)
 
 
 def _held_elements(model: PreTrainedModel, num_tokens: int) -> list[int]:
