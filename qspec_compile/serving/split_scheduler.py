@@ -53,6 +53,7 @@ class SplitScheduler(Scheduler):
         self._split = split
         self._number = next(_NUMBERS)
         self._new: list[_New] = []
+        self.done: list[Output] = []
         split.run(_open, self, session, sizes, others=(self._number, split.key, sizes, tokenizer))
 
     def add(self, row: Row, request: Request) -> None:
@@ -69,7 +70,14 @@ class SplitScheduler(Scheduler):
 
     def step(self, cancelled: Collection[int]) -> list[Output]:
         new, self._new = self._new, []
-        return self._split.run(_step, self, cancelled, others=(self._number, cancelled, new))
+        self.done = []
+        try:
+            self._split.run(_step, self, cancelled, others=(self._number, cancelled, new))
+        except RanksError as error:
+            # A request that ended in this step is no longer among those that run.
+            told = [output if output.error is None else replace(output, error=error) for output in self.done]
+            return [*told, *super().end_all(FinishReason.ERROR, error)]
+        return self.done
 
     def end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         new, self._new = self._new, []
@@ -97,7 +105,10 @@ def _open(seat: Seat, scheduler: SplitScheduler | int, session: Session | int, s
 def _step(
     seat: Seat, scheduler: SplitScheduler | int, cancelled: Collection[int], new: Sequence[_New] = ()
 ) -> list[Output]:
-    return Scheduler.step(_with(seat, scheduler, new), cancelled)
+    outputs = Scheduler.step(_with(seat, scheduler, new), cancelled)
+    if isinstance(scheduler, SplitScheduler):
+        scheduler.done = outputs
+    return outputs
 
 
 def _end_all(
