@@ -53,8 +53,8 @@ def decode_table(figures: dict[str, Any]) -> Sideways:
     weights = f"{first['weights']} weights"
     if first["weights"] == "random":
         weights += "; acceptance is synthetic: drawn with the given probability"
-    names = ("context, tokens", "draft step, ms", "drafts", "verification, ms", "baseline token, ms", "acceptance")
-    names += ("tokens/s", "against baseline", "against Hugging Face")
+    of_steps = ("context, tokens", "draft step, ms", "drafts", "verification, ms", "baseline token, ms", "acceptance")
+    names = (*of_steps, "tokens/s", "against baseline", "against Hugging Face")
     table = Sideways(_title(f"{first['model']}, {weights}", figures["environment"]), names)
     for row in figures["rows"]:
         for cells in _decode_cells(row):

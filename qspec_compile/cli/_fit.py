@@ -7,6 +7,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ._sizes import Sizes
@@ -122,10 +123,7 @@ def fit(sizes: Sizes, card: Card, utilization: float, context: int, batch_size: 
     room = utilization * card.bytes
     limit = sizes.limit or _MOST_TOKENS
     every = list(ways(sizes))
-    lengths = [
-        (texts, most_that_fits(lambda tokens, texts=texts: every[0].total(tokens, texts), room, limit))
-        for texts in _SEQUENCES
-    ]
+    lengths = [(texts, most_that_fits(partial(every[0].total, batch_size=texts), room, limit)) for texts in _SEQUENCES]
     return {
         "gpu": card.name,
         "gpu_bytes": card.bytes,
@@ -138,10 +136,8 @@ def fit(sizes: Sizes, card: Card, utilization: float, context: int, batch_size: 
                 "cache": way.cache(context, batch_size),
                 "total": way.total(context, batch_size),
                 "fits": way.total(context, batch_size) <= room,
-                "largest_context": most_that_fits(lambda tokens, way=way: way.total(tokens, batch_size), room, limit),
-                "largest_batch_size": most_that_fits(
-                    lambda texts, way=way: way.total(context, texts), room, _MOST_SEQUENCES
-                ),
+                "largest_context": most_that_fits(partial(way.total, batch_size=batch_size), room, limit),
+                "largest_batch_size": most_that_fits(partial(way.total, context), room, _MOST_SEQUENCES),
             }
             for way in every
         ],
