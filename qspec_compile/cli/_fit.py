@@ -7,6 +7,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ._sizes import Sizes
@@ -128,12 +129,10 @@ def fit(sizes: Sizes, card: Card, utilization: float, context: int, batch_size: 
     limit = sizes.limit or _MOST_TOKENS
     every = list(ways(sizes))
 
-    def served(tokens: int, texts: int) -> int:
+    def served(texts: int, tokens: int) -> int:
         return every[0].weights + _on_gpu(sizes.pool_parts(tokens, texts))
 
-    lengths = [
-        (texts, most_that_fits(lambda tokens, texts=texts: served(tokens, texts), room, limit)) for texts in _SEQUENCES
-    ]
+    lengths = [(texts, most_that_fits(partial(served, texts), room, limit)) for texts in _SEQUENCES]
     return {
         "gpu": card.name,
         "gpu_bytes": card.bytes,
