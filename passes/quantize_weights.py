@@ -21,7 +21,7 @@ from .weight_formats import PACKED_LINEARS, PackedLinears, WeightFormat, check_p
 
 _LOGGER = logging.getLogger(__name__)
 
-WeightSource = Callable[[WeightFormat, str, tuple[int, ...], int], tuple[Tensor, ...]]
+WeightSource = Callable[[WeightFormat, str, tuple[int, ...], int], tuple[Tensor, ...] | None]
 """Looks up ready weights: the format, name of a linear, shape ``(..., N, K)`` of its weight and group size to the
 format's parts, on any device.
 """
@@ -83,7 +83,7 @@ class QuantizeWeights(PassBase):
                 divide an input width.
             quantizer: how torchao chooses scales and zeros.
             quantize_lm_head: whether the language-model head is quantized too.
-            source: ready weights.
+            source: ready weights; a linear for which it gives None is quantized.
         """
         super().__init__()
         self.weight_format = weight_format
@@ -172,9 +172,9 @@ class QuantizeWeights(PassBase):
 
     def _packed(self, name: str, tensor: Tensor, size: int) -> list[Tensor]:
         """The parts of one weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``, on its device."""
-        if self.source is None:
+        parts = None if self.source is None else self.source(self.weight_format, name, tuple(tensor.shape), size)
+        if parts is None:
             return list(self.weight_format.packed(tensor, size, self.quantizer))
-        parts = self.source(self.weight_format, name, tuple(tensor.shape), size)
         return [part.to(tensor.device) for part in parts]
 
 

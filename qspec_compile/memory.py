@@ -49,12 +49,13 @@ def _bytes_by_part(
     recent: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    pooled: bool = False,
 ) -> dict[str, int]:
     """Bytes of a cache with room for ``groups`` groups of each sequence and ``recent`` slots."""
     parts = parts_on(device)
     totals = {str(part.kind): 0 for part in parts}
     for layer in (layer for layer in layers if layer.reads is None):
-        places = layer_groups(layer, groups, group_size)
+        places = groups if pooled else layer_groups(layer, groups, group_size)
         for part in parts:
             shape = part_shape(part, layer, batch_size, places, group_size, recent)
             totals[part.kind] += math.prod(shape) * (part.dtype or dtype).itemsize
@@ -72,6 +73,7 @@ def expected_memory(
     max_cache_len: int | None = None,
     device: torch.device | str = "cuda",
     states: Sequence[StateShape] = (),
+    pooled: bool = False,
 ) -> dict[str, int]:
     """Bytes of a new cache with room for ``context`` tokens per sequence, prompt and output.
 
@@ -85,6 +87,7 @@ def expected_memory(
         max_cache_len: most tokens that a sequence may hold; ``context`` if None.
         device: where the cache is. On a CPU it has a decoded copy, which takes what transformers' own cache does.
         states: what layers keep besides keys and values.
+        pooled: whether planes are in an engine's pool, where layers with a window have every group.
 
     Returns:
         Bytes by part, those of :meth:`HierarchicalCache.bytes_by_part` after ``reserve(context)``: ``upper``,
@@ -93,7 +96,7 @@ def expected_memory(
     """
     groups = planned_groups(context, kv_group_size, max_cache_len or context)
     slots = recent_slots(kv_group_size, num_speculative_tokens)
-    totals = _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype, device)
+    totals = _bytes_by_part(layers, batch_size, groups, kv_group_size, slots, dtype, device, pooled)
     if states:
         totals["state"] = batch_size * state_slots(num_speculative_tokens) * _state_bytes(states)
     return totals

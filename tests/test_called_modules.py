@@ -142,6 +142,17 @@ def test_a_call_keeps_its_keywords_and_its_place():
     assert not torch.equal(first(x), second(x))
 
 
+def test_the_draft_around_them_learns_and_they_do_not():
+    model = with_experts(LoopOverExperts)
+    qs = quantspec.convert(model, kv_group_size=16, weight_group_size=32, self_check=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"window": 48, "train_windows": 16, "held_out_windows": 4, "prompt_tokens": 16, "learning_rate": 3e-3}
+    report = qs.tune(steps=8, **options)
+    assert report.after.kl < report.before.kl
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_it_is_not_split_over_ranks():
     model = with_experts(LoopOverExperts)
     with pytest.raises(UnsupportedModelError, match=r"its 'model\.layers\.0\.mlp\.loop' runs as it is"):

@@ -11,10 +11,11 @@ from cli_errors import assert_error
 from tiny_models import tiny_model
 
 from quantspec import QuantSpecConfig
+from quantspec.cache.geometry import planned_groups
 from quantspec.cli._captured import captured_sizes
 from quantspec.cli._fit import Card, fit, most_that_fits, ways
 from quantspec.cli.errors import CommandError
-from quantspec.memory import expected_memory, full_precision_bytes
+from quantspec.memory import cache_bytes_per_token, expected_memory, full_precision_bytes
 from quantspec.pair.preview import structure_of
 
 OPTIONS = QuantSpecConfig(kv_group_size=16)
@@ -61,6 +62,21 @@ def test_largest_context_and_batch_fit_and_one_more_does_not(structure):
         assert every[0].total(row["max_length"], row["max_sequences"]) <= found["room"]
     lengths = [row["max_length"] for row in found["server"]]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "deepseek_v3", "llama"])
+def test_a_server_of_the_lengths_that_are_told_has_room(architecture):
+    """An engine's pool has every page of a layer with a window, whose own cache is a ring."""
+    structure = structure_of(tiny_model(architecture).config, OPTIONS, torch.bfloat16)
+    weights, group = sum(structure.weight_bytes.values()), OPTIONS.kv_group_size
+    most = {"max_cache_len": structure.max_len, "kv_group_size": group}
+    room = weights + sum(expected_memory(structure.layers, 300, 4, **most).values())
+    for row in fit(captured_sizes(structure, OPTIONS), Card("toy", room), 1, 300, 1)["server"]:
+        texts, length = row["max_sequences"], row["max_length"]
+        pages = texts * planned_groups(length, group, structure.max_len)
+        own = sum(expected_memory(structure.layers, 1, texts, kv_group_size=group).values())
+        needed = own + pages * group * sum(cache_bytes_per_token(structure.layers, group).values())
+        assert weights + needed <= room
 
 
 def test_cards():

@@ -266,6 +266,22 @@ def test_a_saved_pair_has_the_same_latents(tmp_path):
     assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), expected)
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("full", "sparse"), ("sparse", "full")])
+def test_a_saved_pair_is_loaded_with_or_without_latents(saved, loaded, tmp_path):
+    """Its draft has the heads' linear in INT4 or not; what is asked for on loading is as if converted so."""
+    model, options = tiny_model("deepseek_v3"), {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
+    ids = torch.randint(3, 96, (1, 50), generator=torch.Generator().manual_seed(2))
+    quantspec.convert(model, draft_attention=saved, **options).save_pretrained(tmp_path)
+    expected = quantspec.convert(model, draft_attention=loaded, **options)
+    found = quantspec.from_pretrained(tmp_path, draft_attention=loaded)
+    assert found.layers == expected.layers
+    notes = [{dataclasses.replace(report, note="") for report in qs.linears} for qs in (found, expected)]
+    assert notes[0] == notes[1]
+    texts = [qs.generate(ids, max_new_tokens=24, do_sample=False) for qs in (found, expected)]
+    assert torch.equal(*texts)
+    assert found.last_stats.accepted == expected.last_stats.accepted
+
+
 def test_memory_of_the_shape_of_deepseek_v3():
     latent = CapturedLayer("", 128, 1, 576, 512, 0, 0.0, False, HeldState(576, 0), values_in_keys=True)
     layers = [latent] * 61

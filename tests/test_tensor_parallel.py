@@ -404,6 +404,18 @@ def check_saved_pair(ranks, tmp_path, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_saved_pair_whose_latents_are_larger_than_the_heads_of_a_rank(ranks, tmp_path):
+    """Ranks make their heads with a linear that the saved draft has in full precision."""
+    whole = quantspec.convert(tiny_model("deepseek_v3", first_k_dense_replace=2), **OPTIONS)
+    whole.save_pretrained(tmp_path)
+    part = quantspec.from_pretrained(tmp_path, tensor_parallel=ranks)
+    assert {layer.values_in_keys for layer in whole.layers} == {True}
+    assert {layer.values_in_keys for layer in part.layers} == {False}
+    ids = random_ids(1, 50)
+    assert torch.equal(*(qs.generate(ids, **CALL, do_sample=False) for qs in (whole, part)))
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe"])
 def test_what_ranks_save_is_what_one_process_saves(ranks, tmp_path, architecture):
     part = quantspec.convert(tiny_model(architecture), tensor_parallel=ranks, **OPTIONS)

@@ -3,7 +3,7 @@
 from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
-from .latents import with_latents
+from .latents import linears_of_latents, with_latents
 from .rope import follows_length, rope_at, rope_context_of
 from .state import WithState, keeps_state
 
@@ -22,6 +22,7 @@ __all__ = [
     "converting",
     "follows_length",
     "keeps_state",
+    "linears_of_latents",
     "rope_at",
     "rope_context_of",
     "with_latents",

@@ -15,6 +15,14 @@ from quantspec.passes.graph import clone, find_calls
 from .export import Capture
 
 
+def linears_of_latents(captured: Capture) -> set[str]:
+    """Names of the linears that stay in full precision or not as latents are absorbed or not."""
+    absorb = AbsorbLatents()
+    absorb(clone(captured.graph_module))
+    factors = (factor for latent in absorb.absorbed.values() for factor in (latent.key_up, latent.value_up))
+    return {factor.name.removeprefix("model.").removesuffix(".weight") for factor in factors}
+
+
 def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.device | str) -> Capture:
     """``captured`` with latents absorbed where they are smaller than keys and values; it is left as it is.
 

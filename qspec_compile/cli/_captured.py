@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from quantspec.config import QuantSpecConfig
 from quantspec.engine.draft_count import AutoDraftCount
 from quantspec.memory import expected_memory, full_precision_bytes
@@ -16,7 +18,7 @@ def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
     most = gamma if isinstance(gamma, int) else AutoDraftCount().most
     shapes, dtype, states = structure.layers, structure.dtype, structure.states
 
-    def cache_parts(context: int, batch_size: int) -> dict[str, int]:
+    def cache_parts(context: int, batch_size: int, pooled: bool = False) -> dict[str, int]:
         return expected_memory(
             shapes,
             context,
@@ -27,6 +29,7 @@ def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
             max_cache_len=options.max_cache_len or structure.max_len,
             device="cpu",
             states=states,
+            pooled=pooled,
         )
 
     layers = (
@@ -66,5 +69,6 @@ def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
         structure.weight_bytes,
         structure.max_len,
         cache_parts,
+        functools.partial(cache_parts, pooled=True),
         lambda context, batch_size: full_precision_bytes(shapes, context, batch_size, dtype, states),
     )

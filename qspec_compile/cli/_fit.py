@@ -105,7 +105,7 @@ def ways(sizes: Sizes) -> Iterator[Way]:
     packed = sum(linear.model_bytes for linear in sizes.linears if linear.draft_bytes)
 
     def own(context: int, batch_size: int) -> int:
-        return sum(size for part, size in sizes.cache_parts(context, batch_size).items() if part != "decoded")
+        return _on_gpu(sizes.cache_parts(context, batch_size))
 
     def eight_bits(context: int, batch_size: int) -> int:
         return sizes.full_precision(context, batch_size) // sizes.itemsize
@@ -118,12 +118,21 @@ def ways(sizes: Sizes) -> Iterator[Way]:
         yield Way(f"INT4 weights only, {sizes.dtype} cache", target - packed + draft, sizes.full_precision)
 
 
+def _on_gpu(parts: dict[str, int]) -> int:
+    """Bytes of a cache without the copy that only a CPU has."""
+    return sum(size for part, size in parts.items() if part != "decoded")
+
+
 def fit(sizes: Sizes, card: Card, utilization: float, context: int, batch_size: int) -> dict[str, Any]:
     """What fits ``card``, JSON-ready; bytes everywhere."""
     room = utilization * card.bytes
     limit = sizes.limit or _MOST_TOKENS
     every = list(ways(sizes))
-    lengths = [(texts, most_that_fits(partial(every[0].total, batch_size=texts), room, limit)) for texts in _SEQUENCES]
+
+    def served(texts: int, tokens: int) -> int:
+        return every[0].weights + _on_gpu(sizes.pool_parts(tokens, texts))
+
+    lengths = [(texts, most_that_fits(partial(served, texts), room, limit)) for texts in _SEQUENCES]
     return {
         "gpu": card.name,
         "gpu_bytes": card.bytes,

@@ -112,6 +112,10 @@ def plain_sizes(source: Source, options: QuantSpecConfig, dtype: str | None) -> 
     if any(linear.group_size and linear.in_features % group for linear in linears):
         return None
     target = shape.num_weights(config, decoder) * itemsize + shape.frequency_bytes
+
+    def cache_parts(context: int, texts: int) -> dict[str, int]:
+        return shape.cache_parts(config, options, itemsize, context, texts)
+
     return Sizes(
         decoder.architecture,
         dtype,
@@ -121,7 +125,8 @@ def plain_sizes(source: Source, options: QuantSpecConfig, dtype: str | None) -> 
         linears,
         {"target": target, "draft_int4": sum(linear.draft_bytes for linear in linears)},
         config["max_position_embeddings"],
-        lambda context, texts: shape.cache_parts(config, options, itemsize, context, texts),
+        cache_parts,
+        cache_parts,
         lambda context, texts: 2 * shape.channels * texts * context * itemsize,
     )
 

@@ -55,6 +55,7 @@ class Sizes:
         max_len: the model's ``max_position_embeddings``, or None.
         cache_parts: from tokens of a text and texts to bytes of quantspec's cache by part, the decoded copy of a CPU
             among them.
+        pool_parts: the same of an engine's cache, whose layers have every page, also those with a window.
         full_precision: from the same to bytes of transformers' own cache.
     """
 
@@ -67,6 +68,7 @@ class Sizes:
     weight_bytes: dict[str, int]
     max_len: int | None
     cache_parts: Callable[[int, int], dict[str, int]]
+    pool_parts: Callable[[int, int], dict[str, int]]
     full_precision: Callable[[int, int], int]
 
     @property

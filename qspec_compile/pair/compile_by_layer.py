@@ -115,7 +115,7 @@ def layer_regions(graph: fx.Graph) -> list[Region]:
 
 
 def _computing(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "call_function" and not _is_size(node)]
+    return [node for node in graph.nodes if node.op in ("call_function", "call_module") and not _is_size(node)]
 
 
 def _regions(graph: fx.Graph, nodes: list[fx.Node], cuts: list[int]) -> list[Region] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from quantspec.cache.geometry import part_shape
@@ -20,6 +20,7 @@ from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import Region, layer_regions, region_graph
 from quantspec.pair.recipes import run_passes
 from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, plain_weights
+from quantspec.passes.called_modules import called_modules
 from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
 
@@ -54,7 +55,8 @@ def _captures(graph_module: fx.GraphModule) -> bool:
     """Whether a graph runs without the host, so that CUDA graphs can hold it."""
     graph = graph_module.graph
     tensors = (get_tensor(graph_module, node) for node in graph.nodes if node.op == "get_attr")
-    return len({tensor.device for tensor in tensors}) == 1 and not any(find_calls(graph, *_HOST_SORTS))
+    on_host = any(find_calls(graph, *_HOST_SORTS)) or called_modules(graph_module)
+    return len({tensor.device for tensor in tensors}) == 1 and not on_host
 
 
 class Teacher:
@@ -136,7 +138,7 @@ class _Runs:
     """A region as a function of its inputs."""
 
     def __init__(self, graph_module: fx.GraphModule, region: Region, learned: dict[fx.Node, Learned]) -> None:
-        self._module = fx.GraphModule(nn.Module(), region_graph(region))
+        self._module = fx.GraphModule(graph_module, region_graph(region))
         self._tensors = [learned.get(node) or _constant(get_tensor(graph_module, node)) for node in region.tensors]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -169,7 +169,8 @@ class _Tuning:
         """:meth:`_compare`, with new gradients of the KL in what is learned."""
         self._optimizer.zero_grad(set_to_none=True)
         result = self._compare(ids)
-        result[0].backward()
+        # Modules of the model that run as they are have parameters of its own, which stay without gradients.
+        result[0].backward(inputs=self._student.parameters)
         return result.detach()
 
     def _compare(self, ids: Tensor, first: int = 0) -> Tensor:
