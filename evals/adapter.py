@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -90,6 +92,8 @@ class QuantSpecLM(HFLM):
         # What HFLM loads is a saved pair, see _create_model.
         if isinstance(pretrained, os.PathLike):
             pretrained = os.fspath(pretrained)
+        if isinstance(pretrained, str):
+            _check_name(pretrained)
         saved = isinstance(pretrained, str) and (Path(pretrained) / DESCRIPTION_FILE).is_file()
         self.qs: QuantSpecModel | None = pretrained if isinstance(pretrained, QuantSpecModel) else None
         self._loading_options = conversion if saved else None
@@ -233,6 +237,16 @@ def _check_request(texts: tuple[str, str] | None, context: list[int], tokens: li
         )
     if len(tokens) > max_length:
         raise ValueError(f"a continuation of {len(tokens)} tokens does not fit the model's {max_length}")
+
+
+def _check_name(pretrained: str) -> None:
+    """Refuse what neither is here nor can be on the Hub, whose own message speaks of ids alone."""
+    if Path(pretrained).exists():
+        return
+    try:
+        validate_repo_id(pretrained)
+    except HFValidationError:
+        raise ValueError(f"there is no folder '{pretrained}': check the path, or give a Hub id as OWNER/NAME") from None
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:

@@ -93,7 +93,11 @@ class QuantizeWeights(PassBase):
         self.source = source
         self.report: list[LinearReport] = []
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def plan(self, graph_module: fx.GraphModule) -> list[tuple[fx.Node, str, Tensor, int]]:
+        """Fill :attr:`report` and leave the graph as it is; returns what is quantized.
+
+        One ``(node, name, weight (..., N, K), group size)`` for each linear.
+        """
         head = logits_linear(graph_module.graph)
         linears = _linears(graph_module)
         plans = []
@@ -104,6 +108,11 @@ class QuantizeWeights(PassBase):
             self.report.append(LinearReport(name, in_features, out_features, size, note))
             if size is not None:
                 plans.append((node, name, tensor, size))
+        self._report_others(graph_module, {str(weight.target) for _, weight, _ in linears})
+        return plans
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        plans = self.plan(graph_module)
         weights = self.weight_format.name.upper()
         doing = f"quantizing to {weights}" if self.source is None else f"reading {weights} weights"
         with counting(_LOGGER, doing, len(plans)) as advance:
@@ -112,7 +121,6 @@ class QuantizeWeights(PassBase):
                 advance(1)
         if plans:
             finish(graph_module)
-        self._report_others(graph_module, {str(weight.target) for _, weight, _ in linears})
         return PassResult(graph_module, bool(plans))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:

@@ -364,6 +364,12 @@ def test_bad_options_are_refused_before_anything_is_loaded(options, message):
         QuantSpecLM("no-such-model", **options)
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c"])
+def test_a_path_to_nothing_is_refused_as_such(name):
+    with pytest.raises(ValueError, match=f"there is no folder '{name}': check the path"):
+        QuantSpecLM(name)
+
+
 @pytest.mark.parametrize("role", ["target", "draft", "speculative"])
 def test_more_tokens_than_the_cache_holds_are_refused(qs, tokenizer, role):
     with pytest.raises(

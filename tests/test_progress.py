@@ -56,6 +56,13 @@ def test_python_shows_a_bar_if_it_is_asked_to_and_none_otherwise(screen, folder)
         assert shown.getvalue() == text
 
 
+def test_saving_shows_no_bar_of_a_library(screen, folder, tmp_path):
+    pair = quantspec.from_pretrained(folder, self_check=False)
+    with screen as shown:
+        pair.save_pretrained(tmp_path / "copy")
+    assert shown.getvalue() == ""
+
+
 def test_converting_says_quantizing(screen):
     with screen as shown:
         quantspec.logging.enable_progress_bar()

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantspec.engine.stats import GenerationStats
 from quantspec.errors import SavedModelError
+from quantspec.logging import without_bars_of_libraries
 from quantspec.pair import Pair
 from quantspec.passes import Role, plain_weights
 
@@ -106,7 +107,7 @@ def check_generation_config(config: GenerationConfig | None) -> None:
 
 def _write(pair: Pair, written: Path, max_shard_size: int | str, check: dict[str, Tensor]) -> Description:
     """The files of a save, without a tokenizer's and the card, which are for people to edit."""
-    with _as_dense(pair.model):
+    with _as_dense(pair.model), without_bars_of_libraries():
         pair.model.save_pretrained(written, max_shard_size=max_shard_size)
         constants = write_capture(pair, written)
     tensors = _in_host_memory(_tensors(pair) | constants | check)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantspec.config import QuantSpecConfig
+from quantspec.config import GROUP_SIZES, QuantSpecConfig
 
 from ._sizes import Layer, Linear, Sizes
 from .loading import PAIR_CONFIG, Kind, Source
@@ -86,6 +86,8 @@ _KNOWN = {
     *("model_type", "norm_topk_prob", "num_experts_per_tok", "output_router_logits", "pad_token_id", "pretraining_tp"),
     *("rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "router_jitter_noise"),
     *("sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"),
+    # Of other software, which transformers' classes do not read.
+    *("is_llama_config", "rope_interleaved", "transformers.js_config", "use_mrope"),
 }
 # Of frequencies that are the same at every length of text.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -108,9 +110,6 @@ def plain_sizes(source: Source, options: QuantSpecConfig, dtype: str | None) -> 
         return None
     itemsize = _ITEMSIZES[dtype]
     linears = tuple(_linears(config, decoder, shape, options, itemsize))
-    group = options.weight_group_size
-    if any(linear.group_size and linear.in_features % group for linear in linears):
-        return None
     target = shape.num_weights(config, decoder) * itemsize + shape.frequency_bytes
 
     def cache_parts(context: int, texts: int) -> dict[str, int]:
@@ -300,19 +299,24 @@ def _linears(
     config: dict[str, Any], decoder: _Decoder, shape: _Shape, options: QuantSpecConfig, itemsize: int
 ) -> Iterator[Linear]:
     """The draft's weights in forward order."""
-    group = options.weight_group_size
+    asked = options.weight_group_size
 
     def linear(name: str, inputs: int, outputs: int, count: int, kept: str) -> Linear:
         bytes_in_model = inputs * outputs * count * itemsize
-        if kept:
+        group = max((size for size in GROUP_SIZES if size <= asked and inputs % size == 0), default=None)
+        if group is None:
+            kept = kept or f"no group size of {GROUP_SIZES} up to {asked} divides {inputs} inputs"
+        elif name.endswith("mlp.gate"):
+            kept = "router of experts"
+        if group is None or kept:
             return Linear(name, inputs, outputs, None, kept, bytes_in_model, 0)
         # Two codes a byte; a scale and a zero of two bytes each.
         packed = count * outputs * (inputs // 2 + inputs // group * 4)
-        return Linear(name, inputs, outputs, group, "", bytes_in_model, packed)
+        note = "" if group == asked else f"group size adapted from {asked}"
+        return Linear(name, inputs, outputs, group, note, bytes_in_model, packed)
 
     for number in range(shape.num_layers):
         for name, inputs, outputs, count in shape.projections():
-            kept = "router of experts" if name == "mlp.gate" else ""
-            yield linear(f"model.layers.{number}.{name}", inputs, outputs, count, kept)
+            yield linear(f"model.layers.{number}.{name}", inputs, outputs, count, "")
     kept = "" if options.quantize_lm_head else "language-model head, quantize_lm_head=False"
     yield linear("lm_head", shape.hidden, config["vocab_size"], 1, kept)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from quantspec.cache.geometry import StateShape
 from quantspec.capture import CapturedLayer, capture, converting, rope_context_of, with_latents
-from quantspec.config import QuantSpecConfig, WeightQuantizer
+from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import LinearReport, RemoveNoOps, Role, WeightFormat
 from quantspec.passes.graph import clone
@@ -121,9 +121,8 @@ def _captured(
     weight_format = recipes_for(options)[Role.DRAFT].weight_format
     if weight_format is None:
         return captured.layers, (), captured.states
-    # HQQ looks at the data, and its codes and scales take the same room.
-    quantize, _ = weight_passes(weight_format, replace(options, weight_quantizer=WeightQuantizer.TINYGEMM))
-    run_passes(clone(captured.graph_module), [RemoveNoOps(), quantize])
+    quantize, _ = weight_passes(weight_format, options)
+    quantize.plan(run_passes(clone(captured.graph_module), [RemoveNoOps()]))
     linears = tuple(_size(model, report, weight_format) for report in quantize.report)
     return captured.layers, linears, captured.states
 
