@@ -214,7 +214,9 @@ class _Shape:
             head_dim = hidden // heads
         told = [config[key] for key in decoder.experts if key in config]
         width = config.get(decoder.expert_width)
-        if not all(map(_is_count, (head_dim, width, *told))) or len(told) != bool(decoder.experts):
+        if not isinstance(width, int) or not all(map(_is_count, (head_dim, width, *told))):
+            return None
+        if len(told) != bool(decoder.experts):
             return None
         if heads % kv_heads or head_dim % 2 or head_dim > _MOST_CHANNELS:
             return None
