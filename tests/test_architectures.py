@@ -130,11 +130,14 @@ def test_memory_beyond_the_model_is_int4_weights_and_cache(qs):
     batch, draft_tokens, tokens = 3, 4, 5 * GROUP + 1
     cache = qs.pair.new_cache(batch, draft_tokens)
     cache.reserve(tokens)
-    groups, slots = 5, 2 * GROUP + draft_tokens + 1
+    slots = 2 * GROUP + draft_tokens + 1
     totals = {"upper": 0, "lower": 0, "scales": 0, "recent": 0, "decoded": 0}
     for layer in qs.layers:
         value_dim = 0 if layer.values_in_keys else layer.value_dim
         heads, dims = batch * layer.kv_heads, layer.key_dim + value_dim
+        # A window's planes are a ring of the groups that it reaches, and one more.
+        reach = layer.window or layer.chunk
+        groups = min(5, max(2, math.ceil((reach - 1) / GROUP) + 1)) if reach else 5
         totals["recent"] += heads * slots * dims * 4
         totals["decoded"] += heads * (groups * GROUP + slots) * dims * 4
         totals["upper"] += heads * groups * GROUP * dims // 2

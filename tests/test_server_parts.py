@@ -65,6 +65,7 @@ class ScriptedEngine:
 
     max_length = 256
     heartbeat = float("inf")
+    is_lost = False
 
     def __init__(self, tokens: list[int], error: Exception | None = None, ends: bool = True) -> None:
         self.pair = SimpleNamespace(model=tiny_model("qwen2"), vocab_size=300)
@@ -216,7 +217,7 @@ def test_an_engine_that_takes_no_step_is_not_healthy():
         url = str(client.base_url).replace("/v1/", "/health")
         assert client.get(url, cast_to=object) == {"status": "ok"}
         engine.heartbeat = float("-inf")
-        with pytest.raises(openai.InternalServerError, match="no step"):
+        with pytest.raises(openai.InternalServerError, match="takes no steps"):
             client.get(url, cast_to=object)
 
 

@@ -122,7 +122,8 @@ def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | N
     positions = torch.arange(7, device=model.device).expand(2, 7).clone()
     follow_length = set(filter(follows_length, model.modules()))
     held_rope = rope_at(model, rope_context)
-    opaque = OpaqueModules(model)
+    # A RoPE that follows the length is refused for that.
+    opaque = OpaqueModules(model, never=follow_length)
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
         try:
             states = state_shapes(model)

@@ -7,7 +7,7 @@ granted: the captured graph is tried, with tokens together and apart.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,20 +41,21 @@ def telling_data_dependence() -> Iterator[None]:
 
 
 class OpaqueModules:
-    """The modules of ``model`` whose calls leave a marker in an export, and those calls."""
+    """The modules of ``model`` whose calls leave a marker in an export, and those calls; ``never`` are none of them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, never: Collection[nn.Module] = ()) -> None:
         self._model = model
+        self._never = {model, *never}
         self._kinds: set[type[nn.Module]] = set()
         self.calls: list[ModuleCall] = []
 
     def take(self, module: nn.Module | None, error: Exception) -> bool:
         """Let ``module``, in which an export ended with ``error``, and all of its class run whole, if that may help."""
-        helps = module not in (None, self._model) and type(module) not in self._kinds
-        if not helps or not isinstance(error, DataDependentError):
+        if module is None or module in self._never or type(module) in self._kinds:
             return False
-        self._kinds.add(type(module))  # type: ignore[arg-type]
-        return True
+        if isinstance(error, DataDependentError):
+            self._kinds.add(type(module))
+        return isinstance(error, DataDependentError)
 
     @contextlib.contextmanager
     def marked(self) -> Iterator[None]:

@@ -85,9 +85,9 @@ def check_folder(folder: Path) -> None:
     """Raise ``SavedModelError`` for what cannot become or be replaced by a save."""
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"cannot save to '{folder}': it is a file; choose a folder")
-    # What keeps it from being read is told as it is written.
+    # What keeps it from being read is told as it is written, and what a killed save has left is put back before that.
     with contextlib.suppress(OSError):
-        if folder.exists():
+        if folder.exists() and not any(map(is_staged, folder.iterdir())):
             _files_to_replace(folder)
 
 
