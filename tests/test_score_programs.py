@@ -374,7 +374,7 @@ def test_sampled_tokens_follow_a_target_that_depends_on_the_text(small_qs, monke
     """4,000 tokens and more, each against transformers' own processing of the text before it."""
     table = Table()
     table.target[:, 2] = -3.0
-    monkeypatch.setattr(small_qs.pair, "forward", table.forward)
+    monkeypatch.setitem(vars(small_qs.pair), "forward", table.forward)
     ids = torch.randint(3, 8, (512, 4), generator=torch.Generator().manual_seed(9))
     options = {"do_sample": True, "top_k": 0, "seed": 0, "eos_token_id": None, "max_new_tokens": 8, option: value}
     output = small_qs.generate(ids, num_speculative_tokens=3, **options)
@@ -457,7 +457,7 @@ def test_a_kept_proposal_serves_stateful_processors(qs, without_graphs):
 def test_proposals_and_the_host_share_the_randomness(small_qs, monkeypatch, without_graphs):
     """Captured drafts are drawn by the noise that the host judges them by: together they give the target."""
     table = Table()
-    monkeypatch.setattr(small_qs.pair, "forward", table.forward)
+    monkeypatch.setitem(vars(small_qs.pair), "forward", table.forward)
     ids = torch.randint(3, 8, (1, 4), generator=torch.Generator().manual_seed(9))
     options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "max_new_tokens": 60}
     options["logits_processor"] = LogitsProcessorList([Nothing()])

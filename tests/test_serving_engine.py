@@ -326,11 +326,11 @@ def test_a_full_memory_in_prefill_ends_one_request(qs, engine, monkeypatch):
     fill = qs.pair.fill
 
     def fails_once(*arguments):
-        monkeypatch.setattr(qs.pair, "fill", fill)
+        monkeypatch.setitem(vars(qs.pair), "fill", fill)
         raise torch.OutOfMemoryError("no more")
 
     asked = [Request(random_prompt(9, seed), 8, ()) for seed in range(2)]
-    monkeypatch.setattr(qs.pair, "fill", fails_once)
+    monkeypatch.setitem(vars(qs.pair), "fill", fails_once)
     first, second = run(engine, [engine.add(request) for request in asked]).values()
     assert first[-1].finish_reason is FinishReason.ERROR
     assert text(second) == alone(qs, asked[1])
