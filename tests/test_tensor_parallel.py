@@ -102,33 +102,7 @@ def fail_on(seat, number: int) -> None:
     dist.barrier()
 
 
-# A parameter of its own: with others' ranks would start for each of them.
-@pytest.mark.parametrize("ranks", [2], indirect=True)
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [(name, {}) for name in SPLIT] + [("llama", {"vocab_size": 97, "tie_word_embeddings": True})],
-)
-def test_logits_of_the_parts_are_the_wholes(ranks, architecture, options):
-    check_logits(ranks, architecture, options)
-
-
-def check_logits(ranks, architecture: str, options: dict) -> None:
-    ids = random_ids(2, 33)
-    model = tiny_model(architecture, **options)
-    stored = plan(model, QuantSpecConfig(), ranks.world)
-    assert stored is not None
-    logits, every, share, (whole_layers, part_layers) = ranks.run(split_logits, architecture, options, stored, ids)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert all(torch.equal(logits, other) for other in every)
-    # Positions that were learned, norms and single KV heads are everybody's.
-    assert share < (0.7 if ranks.world == 2 else 0.55)
-    for whole, part in zip(whole_layers, part_layers, strict=True):
-        assert part.query_heads * ranks.world == whole.query_heads
-        assert part.kv_heads == max(1, whole.kv_heads // ranks.world)
-
-
+# First, since a process has ranks once, and those of the others stay until the last of them.
 @pytest.mark.parametrize(
     ("architecture", "options", "messages"),
     [
@@ -157,6 +131,33 @@ def test_what_cannot_be_split_is_refused_before_a_rank_is_started(
     with pytest.raises(UnsupportedModelError) as caught:
         quantspec.convert(tmp_path if from_folder else model, tensor_parallel=2)
     assert all(message in str(caught.value) for message in messages)
+
+
+# A parameter of its own: with others' ranks would start for each of them.
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [(name, {}) for name in SPLIT] + [("llama", {"vocab_size": 97, "tie_word_embeddings": True})],
+)
+def test_logits_of_the_parts_are_the_wholes(ranks, architecture, options):
+    check_logits(ranks, architecture, options)
+
+
+def check_logits(ranks, architecture: str, options: dict) -> None:
+    ids = random_ids(2, 33)
+    model = tiny_model(architecture, **options)
+    stored = plan(model, QuantSpecConfig(), ranks.world)
+    assert stored is not None
+    logits, every, share, (whole_layers, part_layers) = ranks.run(split_logits, architecture, options, stored, ids)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(logits, other) for other in every)
+    # Positions that were learned, norms and single KV heads are everybody's.
+    assert share < (0.7 if ranks.world == 2 else 0.55)
+    for whole, part in zip(whole_layers, part_layers, strict=True):
+        assert part.query_heads * ranks.world == whole.query_heads
+        assert part.kv_heads == max(1, whole.kv_heads // ranks.world)
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
