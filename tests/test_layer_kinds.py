@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, STATEFUL, tiny_model
+from tiny_models import STATEFUL, tiny_model
 from transformers import AutoModelForCausalLM
 
 from quantspec import QuantSpecConfig
@@ -12,8 +12,9 @@ from quantspec.pair import preview
 from quantspec.pair.layer_kinds import shorten
 
 LAYERS = 4
-# Captures of states take longest: one model has layers with states beside others, one has both in every layer.
-KINDS = [name for name in ARCHITECTURES if name not in STATEFUL or name in ("lfm2", "falcon_h1")]
+# One of each way in which layers differ: not at all, windows, sinks, chunks, experts in all or some, latents, inputs
+# of their own, and states in some (lfm2) or beside attention in all (falcon_h1).
+KINDS = ["llama", "gemma2", "gpt_oss", "llama4_text", "qwen3_moe", "deepseek_v3", "gemma4", "lfm2", "falcon_h1"]
 
 
 def deep_config(architecture: str, **changes):
