@@ -57,6 +57,21 @@ def own_cache_folder(tmp_path_factory):
         yield
 
 
+def _hidden_methods(qs: quantspec.QuantSpecModel) -> list[str]:
+    """Methods that an attribute of the pair, its model or its graphs hides."""
+    parts = (qs, qs.model, qs.pair, qs.session)
+    return [name for part in parts for name in vars(part) if callable(getattr(type(part), name, None))]
+
+
+@pytest.fixture(autouse=True)
+def shared_models_keep_their_methods(request):
+    """``monkeypatch.setattr`` leaves an inherited method as the object's own; ``setitem(vars(...), ...)`` does not."""
+    yield
+    pairs = {name: it for name, it in request.node.funcargs.items() if isinstance(it, quantspec.QuantSpecModel)}
+    left = {name: _hidden_methods(qs) for name, qs in pairs.items()}
+    assert not any(left.values()), f"a test left these on models that others use: {left}"
+
+
 @pytest.fixture(scope="session")
 def qs() -> quantspec.QuantSpecModel:
     """A converted two-layer llama, float32, vocabulary of 96, 512 positions."""
