@@ -37,7 +37,6 @@ def command(
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
-    """Talk with a model; /help lists what else may be typed, /exit or Ctrl-D ends."""
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()

@@ -55,7 +55,6 @@ def command(
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print the statistics to stderr.")] = False,
 ) -> None:
-    """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
     given = {

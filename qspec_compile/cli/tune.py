@@ -87,5 +87,4 @@ def command(
     run: RunOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
 ) -> None:
-    """Convert a model, let its draft learn the model's own distribution, and save the pair."""
     save_pair(model, run, out, tuning.config(), tuning.read_texts())
