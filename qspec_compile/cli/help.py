@@ -63,9 +63,12 @@ def print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_examples(lines: str) -> None:
-    """Command lines, each of which may take several of the screen."""
-    _print_in_panel("Examples", Text(lines))
+    """Command lines; what goes on below its beginning is indented."""
+    table = Table.grid(padding=(0, 1))
+    for line in lines.splitlines():
+        table.add_row(Text("$", style="dim"), Text(line))
+    _print_in_panel("Examples", table)
 
 
-def _print_in_panel(title: str, content: Table | Text) -> None:
+def _print_in_panel(title: str, content: Table) -> None:
     Console(highlight=False).print(Panel(content, title=Text(title), title_align="left", border_style="dim"))
