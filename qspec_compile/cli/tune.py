@@ -33,7 +33,8 @@ class TuningOptions:
         ),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(parser=whole(1), metavar="N", help=f"Steps. [default: {_DEFAULTS.steps}]")
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help=f"Optimizer steps. [default: {_DEFAULTS.steps}]"),
     ] = None
     window: Annotated[
         int | None,
