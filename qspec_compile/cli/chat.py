@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import stderr
+from .console import print_statistics, stderr
 from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
 from .loading import find_pair
@@ -85,8 +85,10 @@ def _obey(conversation: Conversation, message: str) -> None:
     elif command == "/save":
         conversation.save(rest.strip())
     elif command == "/stats":
-        stats = conversation.qs.last_stats
-        stderr().print("nothing said yet" if stats is None else str(stats), markup=False)
+        if (stats := conversation.qs.last_stats) is None:
+            stderr().print("nothing said yet")
+        else:
+            print_statistics(stats)
     # A path may begin a message, and no command has a slash within.
     elif command.startswith("/") and "/" not in command[1:]:
         raise CommandError(f"there is no command '{command}'", "/help lists them")
