@@ -16,13 +16,17 @@ BENCHMARKS = {"__init__", "common", "decode", "generate", "kernels", "plot_kerne
 
 
 def absolute_links(text: str, project: dict) -> str:
-    """Markdown whose links to files of the repository lead to this version's at its address; pictures are shown."""
+    """Markdown whose links to files of the repository lead to this version's at its address; pictures are shown.
+
+    So do links to the text's own headings, which have no anchors on an index.
+    """
     base = f"{project['urls']['Repository']}/{{}}/v{project['version']}/"
 
     def lead(link: re.Match[str]) -> str:
-        return f"{link[1]}]({base.format('raw' if link[1].startswith('!') else 'blob')}{link[2]})"
+        own = project["readme"] if link[2].startswith("#") else ""
+        return f"{link[1]}]({base.format('raw' if link[1].startswith('!') else 'blob')}{own}{link[2]})"
 
-    return re.sub(r"(!?\[[^\]]*)\]\((?!https?://|#)([^)\s]+)\)", lead, text)
+    return re.sub(r"(!?\[[^\]]*)\]\((?!https?://)([^)\s]+)\)", lead, text)
 
 
 class WithoutScripts(build_py):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "census.json"
 PAGE = ROOT / "docs" / "supported-models.md"
 
-_COLUMNS = ("model type", "prefill", "decoding", "attention layers", "head dims (K/V)", "window", "soft cap", "sinks")
-_COLUMNS += ("states", "experts", "full precision in the draft")
+_COLUMNS = ("model type", "prefill", "decoding", "attention layers", "head dims (K/V)", "besides")
 _ALWAYS = "language-model head, quantize_lm_head=False"
 
 
@@ -48,7 +48,8 @@ With transformers {version}, rows by the commit that was run: {_commits(types)}.
 
 With transformers {version}. *Prefill* and *decoding* are the largest differences of the target's logits from the
 model's own (whose largest logit is about 4) after a prompt and while decoding one by one and in blocks, nothing being
-quantized.
+quantized. *Besides* are windows and soft caps of the layers, attention sinks, states, experts, and what the draft keeps
+in full precision beside the head.
 
 {_table(_COLUMNS, right)}"""
     parts = [head]
@@ -79,26 +80,38 @@ def _cell(text: str) -> str:
 
 
 def _each(values: list[Any]) -> str:
-    """One value if all layers share it, otherwise those that there are, in order; '-' for nothing."""
-    return ", ".join(dict.fromkeys(str(value) if value else "-" for value in values))
+    """One value if all layers share it, otherwise those that there are, in order; "none" for nothing."""
+    return ", ".join(dict.fromkeys(str(value) if value else "none" for value in values))
 
 
 def _right(name: str, found: dict[str, Any]) -> list[str]:
     layers = found["layers"]
-    notes = [note for note in found["full_precision"] if note != _ALWAYS]
     return [
         f"`{name}`",
         f"{found['prefill']:.0e}",
         f"{found['decoding']:.0e}",
         str(len(layers)),
         _each(["/".join(map(str, layer["dims"])) for layer in layers]),
-        _each([layer["window"] or (f"chunks of {layer['chunk']}" if layer["chunk"] else 0) for layer in layers]),
-        _each([layer["softcap"] for layer in layers]),
-        "yes" if any(layer["sinks"] for layer in layers) else "-",
-        str(found["states"] or "-"),
-        f"{found['experts']}, INT4" if found["experts"] else "-",
-        _cell("; ".join(notes)) or "-",
+        _cell("; ".join(_besides(found))),
     ]
+
+
+def _besides(found: dict[str, Any]) -> Iterator[str]:
+    """What the layers have beyond attention to all of the text, and what the draft keeps in full precision."""
+    layers = found["layers"]
+    reach = [layer["window"] or (f"chunks of {layer['chunk']}" if layer["chunk"] else 0) for layer in layers]
+    if any(reach):
+        yield f"window: {_each(reach)}"
+    if any(layer["softcap"] for layer in layers):
+        yield f"soft cap: {_each([layer['softcap'] for layer in layers])}"
+    if any(layer["sinks"] for layer in layers):
+        yield "sinks"
+    if found["states"]:
+        yield f"states: {found['states']}"
+    if found["experts"]:
+        yield f"experts: {found['experts']}, INT4"
+    if notes := [note for note in found["full_precision"] if note != _ALWAYS]:
+        yield f"full precision in the draft: {'; '.join(notes)}"
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def render_html(report: dict[str, Any]) -> str:
     folded = "".join(html_table(section.title, section.rows, section.header) for section in others)
     facts = f"<p>{escape(_config(report))}</p><p>{escape(_environment(report))}</p>"
     details = f"<details><summary>all of it</summary>{facts}{folded}</details>"
-    return html_table(title, verdicts.rows, verdicts.header) + details
+    # Without Markdown's emphasis.
+    rows = [[cell.strip("*") for cell in row] for row in verdicts.rows]
+    return html_table(title, rows, verdicts.header) + details
 
 
 def _config(report: dict[str, Any]) -> str:

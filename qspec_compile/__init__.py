@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import logging
 from .versions import noting_untested_versions
 
 if TYPE_CHECKING:
     __version__: str
 
+    from . import logging
     from .config import QuantSpecConfig, TuneConfig
     from .engine.stats import GenerationStats
     from .errors import CacheFullError, SavedModelError, SelfCheckError, UnsupportedModelError
@@ -67,6 +67,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("quantspec")
+    if name == "logging":
+        return importlib.import_module(".logging", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module 'quantspec' has no attribute {name!r}")
     with noting_untested_versions():

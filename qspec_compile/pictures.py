@@ -17,7 +17,7 @@ import torch
 from .config import QuantSpecConfig
 from .cycle_times import CycleTimes, device_name, time_cycle
 from .engine.stats import GenerationStats
-from .memory import AttentionShape, cache_bytes_per_token, expected_memory, full_precision_bytes
+from .memory import AttentionShape, expected_memory, full_precision_bytes
 from .picture_sheet import DRAFT, INK, LAST, RECENT, TARGET
 from .picture_style import Label, caption, label_lines, new_figure, styled, tokens
 
@@ -233,7 +233,7 @@ def plot_memory(
         for tokens in contexts
     ]
     full = [full_precision_bytes(layers, tokens, batch_size, dtype) for tokens in contexts]
-    int8 = [batch_size * tokens * sum(cache_bytes_per_token(layers, kv_group_size).values()) for tokens in contexts]
+    int8 = [plan["upper"] + plan["lower"] + plan["scales"] for plan in plans]
     unit, divisor = ("GiB", 2**30) if full[-1] >= 2**30 else ("MiB", 2**20)
     sizes = {part: [plan[part] / divisor for plan in plans] for part in _PARTS}
     axes.stackplot(contexts, *sizes.values(), colors=[color for color, _ in _PARTS.values()], linewidth=0)

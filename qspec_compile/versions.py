@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 
 
@@ -31,6 +30,7 @@ def untested_versions() -> list[str]:
 
 def install_command(extra: str) -> str:
     """The shell command that installs an extra of quantspec from where quantspec itself was installed."""
+    import json
     from importlib.metadata import distribution
     from urllib.parse import unquote, urlsplit
 

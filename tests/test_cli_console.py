@@ -8,7 +8,9 @@ import logging
 import pytest
 from rich.console import Console
 
+from quantspec import GenerationStats
 from quantspec.cli import console
+from quantspec.engine.plan import Plan
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,18 @@ def test_no_bar_in_a_file(monkeypatch):
     with console.working("loading"):
         logging.getLogger("quantspec.test").warning("a warning")
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_statistics_go_on_below_their_beginning(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    stats = GenerationStats(4)
+    stats.record_cycle(Plan(4), [3], 0.5)
+    console.print_statistics(stats)
+    shown = capsys.readouterr().err
+    assert " ".join(shown.split()) == " ".join(str(stats).split())
+    names = [line.partition("  ")[0] for line in str(stats).splitlines()]
+    column = max(map(len, names)) + 2
+    begun = [line for line in shown.splitlines() if line[0] != " "]
+    assert [line[:column].rstrip() for line in begun] == names
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())

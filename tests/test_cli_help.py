@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,10 +12,14 @@ import sys
 import pytest
 import typer
 
+from quantspec import cli
 from quantspec.cli import app
+from quantspec.cli.commands import SUMMARIES
 from quantspec.cli.generate import read_prompt
 
 COMMANDS = ("bench", "chat", "convert", "generate", "inspect", "parity", "serve", "tune")
+# What the program's help needs of quantspec.
+OF_HELP = {"quantspec", *(f"quantspec.{name}" for name in ("versions", "cli", "cli.app", "cli.commands", "cli.help"))}
 
 
 def options(name: str) -> list[str]:
@@ -35,6 +41,20 @@ def test_no_option_is_cut(run, monkeypatch, name, width):
     # No types and braces: what may be left out stands in brackets.
     assert not re.search(r"<\w|\{", out)
     assert out.count(f"quantspec {name}", out.index("Examples")) == 2
+
+
+def test_help_of_the_program_builds_no_command():
+    """It is to appear at once: the 0.3 s that it may take are Python's, typer's and rich's."""
+    code = "import sys; from quantspec.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name for name in done.stderr.split() if name.partition(".")[0] == "quantspec"} == OF_HELP
+    assert all(re.search(rf"^│ {name} ", done.stdout, re.MULTILINE) for name in (*COMMANDS, "eval"))
+
+
+def test_every_command_is_listed():
+    found = (info.name for info in pkgutil.iter_modules(cli.__path__))
+    modules = {name: importlib.import_module(f"quantspec.cli.{name}") for name in found}
+    assert {name for name, module in modules.items() if hasattr(module, "command")} == set(SUMMARIES)
 
 
 def test_h_is_help(run):

@@ -87,6 +87,14 @@ def test_a_report_shows_all_that_it_writes():
             assert {cell for cell in line.strip("| ").split(" | ") if cell} <= set(texts)
 
 
+def test_a_missed_threshold_shows_without_markdown():
+    report = json.loads((ROOT / "benchmarks" / "results" / "parity" / "parity.json").read_text())
+    report["verdicts"][0]["passed"] = report["passed"] = False
+    texts = Cells(render_html(report)).texts
+    assert "FAILED" in texts
+    assert not any("*" in text for text in texts)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs_from_loading_to_the_plot(path, tmp_path, monkeypatch):
     """With a tiny model under the name of the notebook's; committed without outputs."""

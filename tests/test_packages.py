@@ -35,15 +35,16 @@ def test_metadata_has_what_an_index_shows():
 
 
 def test_links_of_the_readme_are_absolute_on_an_index():
-    """Pages open, pictures are shown, anchors and addresses stay."""
+    """Pages open, pictures are shown, headings are found in the repository, addresses stay."""
     base = f"{PROJECT['urls']['Repository']}/{{}}/v{PROJECT['version']}/"
     text = "[a](docs/a.md#b) ![c](d.svg) [e](#f) [g](https://h.i)"
     assert SETUP["absolute_links"](text, PROJECT) == (
-        f"[a]({base.format('blob')}docs/a.md#b) ![c]({base.format('raw')}d.svg) [e](#f) [g](https://h.i)"
+        f"[a]({base.format('blob')}docs/a.md#b) ![c]({base.format('raw')}d.svg) [e]({base.format('blob')}README.md#f) "
+        "[g](https://h.i)"
     )
     readme = (ROOT / "README.md").read_text()
     shown = SETUP["absolute_links"](readme, PROJECT)
-    assert not re.findall(r"\]\((?!https?://|#)", shown)
+    assert not re.findall(r"\]\((?!https?://)", shown)
     for kind, target in re.findall(rf"\({re.escape(PROJECT['urls']['Repository'])}/(\w+)/v[\d.]+/([^)#]+)", shown):
         assert (ROOT / target).exists(), target
         assert (kind == "raw") == target.endswith(".svg"), target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -138,6 +139,14 @@ def test_cycle():
     parts = [(round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in axes.patches]
     assert parts == [(0, 2), (2, 2), (4, 5), (9, 1)]
     assert axes.get_title("right") == "10 ms after 1,000 tokens"
+
+
+def test_memory_of_windows():
+    """A layer with a window has no more than that in any of the caches."""
+    windows = [dataclasses.replace(layer, window=1024) for layer in LAYERS]
+    full, int8 = (line.get_ydata() for line in pictures.plot_memory(windows, max_context=131_072).lines)
+    assert int8[-1] < full[-1] * 0.7
+    assert max(int8) < 2 * int8[4]
 
 
 def test_memory_needs_no_model():

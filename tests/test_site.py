@@ -77,3 +77,20 @@ def test_a_message_keeps_its_reason():
     assert built("troubleshooting.md", page) == (
         "a\n\n#### `no … here`\n\nTake [another](b.md).\n\n\n| other | table |"
     )
+
+
+def test_short_code_is_not_broken_and_blocks_are_left_alone():
+    mark = hook("whole_code").on_page_content
+    assert mark("<p><code>--max-new-tokens</code></p>") == '<p><code class="whole">--max-new-tokens</code></p>'
+    # As long as it looks, not as it is written.
+    assert "whole" in mark("<code>&lt;&lt;&lt;&lt;&lt;&lt;&lt;&lt;</code>")
+    for others in (f"<code>{'a-' * 13}</code>", "<pre><code>a\n</code></pre>", "<code><span>a</span></code>"):
+        assert mark(others) == others
+    assert "docs/whole_code.py" in SITE["hooks"]
+
+
+def test_a_message_that_begins_with_an_option_is_found():
+    """The search leaves out what follows a hyphen; the script takes hyphens away."""
+    (script,) = SITE["extra_javascript"]
+    pattern = re.search(r"replace\(/(.+)/g, \"\$1\"\)", (ROOT / "docs" / script).read_text())[1]
+    assert re.sub(pattern, r"\1", "--tensor-parallel 4 needs -h") == "tensor-parallel 4 needs h"

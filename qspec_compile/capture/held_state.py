@@ -71,11 +71,16 @@ def _meta_cache(model: PreTrainedModel, num_tokens: int) -> Any:
     tensors = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
-    return torch.func.functional_call(model, tensors, kwargs=options).past_key_values
+    return _cache(torch.func.functional_call(model, tensors, kwargs=options))
 
 
 def _fake_cache(model: PreTrainedModel, num_tokens: int) -> Any:
     """The same with fake tensors, whose values may be asked for."""
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(allow_scalar_outputs=True)):
         ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+        return _cache(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
+
+
+def _cache(output: Any) -> Any:
+    # transformers warns of the name that earlier versions had alone.
+    return output.cache if hasattr(output, "cache") else output.past_key_values

@@ -1,26 +1,16 @@
-"""The typer application: one subcommand per module, and one line for every error."""
+"""The program: its own options, defaults from the environment and a file, and one line for every error."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .console import quiet_libraries
-from .defaults import origin, read_environment, read_file
-from .errors import print_error
-from .help import Command, Group
-from .options import expand_options
+from .commands import HELP_NAMES, HELP_OPTIONS, Group
 
 _DEBUG = "--debug"
-_HELP_NAMES = ["-h", "--help"]
-_HELP_OPTIONS = {"help_option_names": _HELP_NAMES}
 
 
 def _print_version(value: bool) -> None:
@@ -43,21 +33,17 @@ def _root(
 
     Options may also be set in quantspec.toml, by their names, or in the environment, as QUANTSPEC_MAX_NEW_TOKENS.
     """
+    if not debug:
+        from .console import quiet_libraries
+
+        quiet_libraries()
 
 
 def build_app() -> typer.Typer:
-    """The application with a subcommand for each module of this package that defines ``command``."""
-    app = typer.Typer(
-        name="quantspec", cls=Group, callback=_root, rich_markup_mode=None, context_settings=_HELP_OPTIONS
+    """The application, whose group has the commands."""
+    return typer.Typer(
+        name="quantspec", cls=Group, callback=_root, rich_markup_mode=None, context_settings=HELP_OPTIONS
     )
-    for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module_info.name.startswith("_"):
-            continue
-        module = importlib.import_module(f"{__package__}.{module_info.name}")
-        if hasattr(module, "command"):
-            settings = {"cls": Command, "context_settings": _HELP_OPTIONS, **getattr(module, "SETTINGS", {})}
-            app.command(module_info.name, **settings)(expand_options(module.command))
-    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,22 +58,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = _DEBUG in options
     if debug:
         remaining.remove(_DEBUG)
-    else:
-        quiet_libraries()
+    # Help is given whatever the file says.
+    helps = not remaining or not set(HELP_NAMES).isdisjoint(options)
+    if debug and remaining:
+        remaining.insert(0, _DEBUG)
     try:
         program: Any = typer.main.get_command(build_app())
-        read_environment(program.commands)
-        # Help is given whatever the file says.
-        helps = not remaining or not set(_HELP_NAMES).isdisjoint(options)
-        defaults = {} if helps else read_file(program.commands)
         status = program.main(
-            remaining or ["--help"], prog_name="quantspec", standalone_mode=False, default_map=defaults
+            remaining or ["--help"],
+            prog_name="quantspec",
+            standalone_mode=False,
+            default_map={} if helps else _defaults(program),
         )
         return int(status or 0)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        from .defaults import origin
+        from .errors import print_error
+
         if debug:
+            import traceback
+
             traceback.print_exc()
         print_error(error, origin(error))
         return 2
+
+
+def _defaults(program: Any) -> dict[str, dict[str, Any]]:
+    from .defaults import read_file
+
+    return read_file(program.commands)

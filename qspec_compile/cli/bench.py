@@ -66,7 +66,6 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures there as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as is done in a pipe, and no table.")] = False,
 ) -> None:
-    """Measure the speed on this machine; a quick look unless --full."""
     lengths = _lengths(contexts, model)
     with working("importing"):
         import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import stderr
+from .console import print_statistics, stderr
 from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
 from .loading import find_pair
@@ -37,7 +37,6 @@ def command(
     sampling: SamplingOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
-    """Talk with a model; /help lists what else may be typed, /exit or Ctrl-D ends."""
     if sys.stdin is None or sys.stdin.closed:
         raise CommandError("there is no stdin to read messages from", "use `quantspec generate`")
     arguments = sampling.generate_arguments()
@@ -86,8 +85,10 @@ def _obey(conversation: Conversation, message: str) -> None:
     elif command == "/save":
         conversation.save(rest.strip())
     elif command == "/stats":
-        stats = conversation.qs.last_stats
-        stderr().print("nothing said yet" if stats is None else str(stats), markup=False)
+        if (stats := conversation.qs.last_stats) is None:
+            stderr().print("nothing said yet")
+        else:
+            print_statistics(stats)
     # A path may begin a message, and no command has a slash within.
     elif command.startswith("/") and "/" not in command[1:]:
         raise CommandError(f"there is no command '{command}'", "/help lists them")

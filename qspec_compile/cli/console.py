@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from quantspec.logging import without_bars_of_libraries
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
+
+    from quantspec import GenerationStats
 
 # Columns of a table that no terminal limits.
 _PIPED_WIDTH = 160
@@ -29,6 +33,15 @@ def stderr() -> Console:
 def stdout() -> Console:
     """For tables; wide enough for them where it is a file or a pipe."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+
+
+def print_statistics(stats: GenerationStats) -> None:
+    """On stderr, a name and what is to it in each row; what is long goes on below its beginning."""
+    table = Table.grid(padding=(0, 2))
+    for line in str(stats).splitlines():
+        name, _, text = line.partition("  ")
+        table.add_row(Text(name), Text(text.strip()))
+    stderr().print(table)
 
 
 def quiet_libraries() -> None:

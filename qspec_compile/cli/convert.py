@@ -27,7 +27,6 @@ def command(
         bool, typer.Option("--tune", help="Let the draft learn the model's distribution; options: `quantspec tune`.")
     ] = False,
 ) -> None:
-    """Convert a model (no saved pair) and save the pair, so that loading it quantizes nothing."""
     if find_source(model.model).kind is Kind.PAIR:
         raise CommandError(f"'{model.model}' is a saved pair, converted already", "copy it, or convert its original")
     save_pair(model, run, out, TuneConfig() if tune else None)

@@ -17,14 +17,13 @@ _VARIABLE = "QUANTSPEC_CONFIG"
 _NOT_OF_A_FILE = "trust-remote-code"
 
 
-def read_environment(commands: Mapping[str, Any]) -> None:
-    """Let ``QUANTSPEC_MAX_NEW_TOKENS`` stand for ``--max-new-tokens``, and so on for every option."""
-    for command in commands.values():
-        for parameter in command.params:
-            if names := _names(parameter):
-                parameter.envvar = [f"QUANTSPEC_{name.replace('-', '_').upper()}" for name in names]
-                # They follow from the names, and would fill the help.
-                parameter.show_envvar = False
+def read_environment(command: Any) -> None:
+    """Let ``QUANTSPEC_MAX_NEW_TOKENS`` stand for ``--max-new-tokens``, and so on for every option of ``command``."""
+    for parameter in command.params:
+        if names := _names(parameter):
+            parameter.envvar = [f"QUANTSPEC_{name.replace('-', '_').upper()}" for name in names]
+            # They follow from the names, and would fill the help.
+            parameter.show_envvar = False
 
 
 def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

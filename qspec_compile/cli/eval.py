@@ -43,7 +43,6 @@ SETTINGS = {
 
 
 def command(context: typer.Context) -> int:
-    """Evaluate with lm-eval on its tasks or your own; options go to it as they are."""
     arguments = list(context.args)
     if arguments[:1] in (["-h"], ["--help"]):
         _print_help(context)

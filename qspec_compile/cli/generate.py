@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import stderr, working
+from .console import print_statistics, working
 from .errors import CommandError, read_stdin, read_text
 from .loading import find_pair
 from .options import ModelOptions, SamplingOptions, SplitRunOptions
@@ -55,7 +55,6 @@ def command(
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print the statistics to stderr.")] = False,
 ) -> None:
-    """Continue a prompt, streaming the new text to stdout."""
     text = read_prompt(prompt, file)
     arguments = sampling.generate_arguments()
     given = {
@@ -86,8 +85,8 @@ def command(
         new_tokens = _generate(qs, tokenizer, arguments, stream=not as_json)
         if as_json:
             print(json.dumps(_as_json(qs, tokenizer, new_tokens), ensure_ascii=False))
-        if stats:
-            stderr().print(str(qs.last_stats), markup=False)
+        if stats and qs.last_stats is not None:
+            print_statistics(qs.last_stats)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 # Longer names of one option go below each other.
 _WIDEST_NAMES = 32
@@ -39,18 +39,6 @@ class Command(TyperCommand):
             print_examples(self.epilog)
 
 
-class Group(TyperGroup):
-    """The program with this module's help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print usage, description, options and commands."""
-        print_usage(self.get_usage(ctx), self.help or "")
-        records = (parameter.get_help_record(ctx) for parameter in self.get_params(ctx))
-        print_panel("Options", [record for record in records if record is not None])
-        commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
-        print_panel("Commands", [(name, command.help or "") for name, command in commands if command is not None])
-
-
 def _name(argument: Any) -> str:
     """Without its type, which every argument's text tells."""
     return argument.metavar or argument.name.upper()
@@ -70,14 +58,17 @@ def print_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(ratio=1)
     for name, text in rows:
         names = name if len(name) <= _WIDEST_NAMES else name.replace(", ", "\n").replace(" / ", "\n")
-        table.add_row(names, Text(" ".join(text.split())))
+        table.add_row(Text(names), Text(" ".join(text.split())))
     _print_in_panel(title, table)
 
 
 def print_examples(lines: str) -> None:
-    """Command lines, each of which may take several of the screen."""
-    _print_in_panel("Examples", Text(lines))
+    """Command lines; what goes on below its beginning is indented."""
+    table = Table.grid(padding=(0, 1))
+    for line in lines.splitlines():
+        table.add_row(Text("$", style="dim"), Text(line))
+    _print_in_panel("Examples", table)
 
 
-def _print_in_panel(title: str, content: Table | Text) -> None:
-    Console(highlight=False).print(Panel(content, title=title, title_align="left", border_style="dim"))
+def _print_in_panel(title: str, content: Table) -> None:
+    Console(highlight=False).print(Panel(content, title=Text(title), title_align="left", border_style="dim"))

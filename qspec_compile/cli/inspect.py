@@ -55,7 +55,6 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, every layer by itself.")] = False,
 ) -> None:
-    """Tell whether a model fits a card and how long a context, without loading weights; what would be converted."""
     from quantspec.config import QuantSpecConfig
 
     from ._fit import Card, fit

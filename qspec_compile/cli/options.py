@@ -349,7 +349,6 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
         }
         return command(**built, **values)
 
-    expanded.__doc__ = command.__doc__
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return expanded

@@ -133,7 +133,6 @@ def command(
     ] = None,
     comparison: ComparisonOptions,
 ) -> int:
-    """Compare a pair with its model and print a report in Markdown; ends with 1 if a threshold is missed."""
     names = [name for part in tasks or () for name in part.split(",") if name]
     if names:
         check_lm_eval()

@@ -70,7 +70,6 @@ def command(
         bool, typer.Option("--tune", help="Let the draft learn the model's distribution before serving.")
     ] = False,
 ) -> None:
-    """Serve a model over HTTP, for OpenAI's clients."""
     if "" in (server.api_key or ()):
         raise CommandError("--api-key is empty", "give the key, or leave it out")
     with working("importing"):

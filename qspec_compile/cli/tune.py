@@ -33,7 +33,8 @@ class TuningOptions:
         ),
     ] = None
     steps: Annotated[
-        int | None, typer.Option(parser=whole(1), metavar="N", help=f"Steps. [default: {_DEFAULTS.steps}]")
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help=f"Optimizer steps. [default: {_DEFAULTS.steps}]"),
     ] = None
     window: Annotated[
         int | None,
@@ -87,5 +88,4 @@ def command(
     run: RunOptions,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="Folder to write; new or empty.")],
 ) -> None:
-    """Convert a model, let its draft learn the model's own distribution, and save the pair."""
     save_pair(model, run, out, tuning.config(), tuning.read_texts())
