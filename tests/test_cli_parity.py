@@ -41,12 +41,6 @@ OPTIONS = [
 
 
 @pytest.fixture
-def lm_eval():
-    """For tests with tasks."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
-
-
-@pytest.fixture
 def text_file(tmp_path):
     """A text of 400 tokens."""
     path = tmp_path / "text.txt"

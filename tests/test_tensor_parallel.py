@@ -32,8 +32,13 @@ from quantspec.serving import Request
 
 OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-# Of which every rank has a part: no layer keeps state, nor mixes heads.
-SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, "diffllama")]
+# Not split: those whose layers keep state or mix heads. Left out: those whose linears are another's, which is named.
+SPLIT_AS = {
+    **dict.fromkeys(("mistral", "granite", "smollm3"), "llama"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma3_text"),
+    **{"starcoder2": "phi", "cohere2": "cohere", "exaone4": "olmo2", "qwen2_moe": "qwen3_moe"},
+}
+SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, *SPLIT_AS, "diffllama")]
 # Of four ranks what differs from two: fewer KV heads than ranks, in a linear of their own or beside the queries', and a
 # last part of the vocabulary that begins in the one before.
 MORE_RANKS = [("llama", {"vocab_size": 97}), ("gpt_bigcode", {})]
