@@ -112,10 +112,10 @@ def scripted(engine: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[open
     try:
         while not server.started:
             time.sleep(0.01)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20), server
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300), server
     finally:
         server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()
 
 
