@@ -37,7 +37,7 @@ CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
 SPLIT_AS = {
     **dict.fromkeys(("mistral", "granite", "smollm3"), "llama"),
     **dict.fromkeys(("gemma2", "gemma3"), "gemma3_text"),
-    **{"starcoder2": "phi", "cohere2": "cohere", "exaone4": "olmo2", "qwen2_moe": "qwen3_moe"},
+    **{"starcoder2": "phi", "cohere2": "cohere", "exaone4": "olmo2"},
 }
 SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, *SPLIT_AS, "diffllama")]
 # Of four ranks what differs from two: fewer KV heads than ranks, in a linear of their own or beside the queries', and a
