@@ -129,15 +129,6 @@ def test_debug_shows_the_traceback(run):
     assert err.rstrip().splitlines()[-1].startswith("error: there is no folder or file './nowhere'")
 
 
-def test_piped_output_is_the_data_alone(folder, tokenizer):
-    """A process of its own, stdin to stdout: no warnings, bars or colours on either stream."""
-    options = ["--max-new-tokens", "6", "--greedy", "--no-self-check"]
-    command = [sys.executable, "-m", "quantspec", "generate", str(folder), *options]
-    done = subprocess.run(command, input="Hello", capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == expected_text(folder, tokenizer, "Hello", 6) + "\n"
-
-
 def test_colour_unless_no_color(run, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
