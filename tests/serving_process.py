@@ -19,6 +19,8 @@ from openai import OpenAI
 
 # Whatever else the machine does; nothing waits so long unless it hangs.
 PATIENCE = 300
+# A client of its own for each request would read all certificates again.
+_CLIENT = httpx2.Client(timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Server:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE, **options)
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(f"{self.url}{path}", timeout=PATIENCE)
+        return _CLIENT.get(f"{self.url}{path}")
 
     def metric(self, name: str) -> float:
         """The value of a metric, summed over its labels."""

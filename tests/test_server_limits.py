@@ -208,7 +208,7 @@ def test_queue_and_drain(folder):
         client = server.client()
 
         def long() -> Any:
-            return complete(client, max_tokens=150, logit_bias=ENDLESS).usage.completion_tokens
+            return complete(client, max_tokens=80, logit_bias=ENDLESS).usage.completion_tokens
 
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(long)
@@ -223,7 +223,7 @@ def test_queue_and_drain(folder):
             with pytest.raises(openai.APIStatusError) as late:
                 complete(client)
             assert late.value.status_code == 503
-            assert [first.result(), second.result()] == [150, 150]
+            assert [first.result(), second.result()] == [80, 80]
         assert server.process.wait(PATIENCE) == 0
 
 
