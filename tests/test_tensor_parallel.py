@@ -341,7 +341,7 @@ def faults():
     lines: list[str] = []
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        limit = threading.Timer(600, process.kill)
+        limit = threading.Timer(1800, process.kill)
         limit.start()
         for line in process.stdout:
             if line.strip().isdecimal():
