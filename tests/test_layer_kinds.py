@@ -11,24 +11,25 @@ from quantspec import QuantSpecConfig
 from quantspec.pair import preview
 from quantspec.pair.layer_kinds import shorten
 
-LAYERS = 3
+LAYERS = 4
 # One of each way in which layers differ: not at all, windows, sinks, chunks, experts in all or some, latents, inputs
 # of their own, and states in some (lfm2) or beside attention in all (falcon_h1).
 KINDS = ["llama", "gemma2", "gpt_oss", "llama4_text", "qwen3_moe", "deepseek_v3", "gemma4", "lfm2", "falcon_h1"]
 
 
 def deep_config(architecture: str, **changes):
-    """The tiny model's config with more layers: the first and the last are of the second kind.
+    """The tiny model's config with more layers, those of two kinds taking turns.
 
-    Of models with states, whose capture takes long, only the last has them, or (falcon_h1) all have.
+    Capturing states takes long, so of such models there are three layers: the last has states, or (falcon_h1) all have.
     """
     config = tiny_model(architecture, **changes).config
     text = config.get_text_config()
-    order = [1, 1, 0] if architecture in STATEFUL else [1, 0, 1]
+    kinds = text.num_hidden_layers
+    order = [1, 1, 0] if architecture in STATEFUL else [*range(kinds)] * (LAYERS // kinds)
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers and "layer" in name:
+        if isinstance(value, list) and len(value) == kinds and "layer" in name:
             setattr(text, name, [value[kind] for kind in order])
-    text.num_hidden_layers = LAYERS
+    text.num_hidden_layers = len(order)
     return config
 
 
