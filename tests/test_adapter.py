@@ -23,6 +23,7 @@ from quantspec.evals.adapter import QuantSpecLM
 from quantspec.evals.lm_eval_command import TASKS, run_lm_eval
 from quantspec.evals.roles import EvalRole
 
+pytestmark = pytest.mark.usefixtures("lm_eval")
 ROLES = [role.value for role in EvalRole]
 # Longer than 2G, so that most of it is quantized.
 CONTEXT = characters(random_prompt(5 * GROUP + 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,12 @@ def converted(architecture: str) -> QuantSpecModel:
     return quantspec.convert(tiny_model(architecture), **options)
 
 
-# One process runs all of an architecture's tests (pytest-xdist's loadgroup), so that it converts once in all.
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES])
+def in_groups(names: Iterable[str]) -> list:
+    """As parameters: one process runs all tests of an architecture, so that it is converted once in all."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@pytest.fixture(params=in_groups(ARCHITECTURES))
 def qs(request) -> QuantSpecModel:
     return converted(request.param)
 
@@ -156,7 +161,7 @@ def experts_of(qs: QuantSpecModel) -> dict[str, int]:
     return {name: p.shape[0] for name, p in qs.model.named_parameters() if p.dim() == 3}
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("architecture", in_groups(["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]))
 def test_experts_are_int4_and_routers_are_reported(architecture):
     qs = converted(architecture)
     stacks = experts_of(qs)
@@ -186,6 +191,7 @@ def test_key_and_value_head_dims_may_differ():
         assert layer.v_upper.shape == layer.v_lower.shape == (2, 4, 2, GROUP // 2, 16)
 
 
+@pytest.mark.xdist_group("gpt2")
 def test_conv1d_linears_of_gpt2_are_int4():
     qs = converted("gpt2")
     names = {report.name for report in qs.linears if report.group_size == WEIGHT_GROUP}
@@ -196,7 +202,7 @@ def test_conv1d_linears_of_gpt2_are_int4():
     assert list(find_calls(qs.target.graph, aten.addmm.default))
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "gpt2", "cohere"])
+@pytest.mark.parametrize("architecture", in_groups(["gemma", "gpt2", "cohere"]))
 def test_tied_embeddings_stay_tied(architecture):
     qs = converted(architecture)
     embedding = qs.model.get_input_embeddings().weight
@@ -212,12 +218,21 @@ def test_tied_embeddings_stay_tied(architecture):
     assert not list(find_calls(qs.draft.graph, aten.linear.default))
 
 
-def test_windows_softcaps_and_sinks_are_recorded():
-    assert [layer.window for layer in converted("mistral").layers] == [12, 12]
-    assert [layer.window for layer in converted("gemma2").layers] == [12, 0]
-    assert [layer.softcap for layer in converted("gemma2").layers] == [50.0, 50.0]
-    assert [layer.has_sinks for layer in converted("gpt_oss").layers] == [True, True]
-    assert [layer.module for layer in converted("llama").layers] == [f"model.layers.{i}.self_attn" for i in range(2)]
+@pytest.mark.parametrize(
+    ("architecture", "attribute", "values"),
+    [
+        pytest.param(name, attribute, values, marks=pytest.mark.xdist_group(name))
+        for name, attribute, values in (
+            ("mistral", "window", [12, 12]),
+            ("gemma2", "window", [12, 0]),
+            ("gemma2", "softcap", [50.0, 50.0]),
+            ("gpt_oss", "has_sinks", [True, True]),
+            ("llama", "module", ["model.layers.0.self_attn", "model.layers.1.self_attn"]),
+        )
+    ],
+)
+def test_windows_softcaps_and_sinks_are_recorded(architecture, attribute, values):
+    assert [getattr(layer, attribute) for layer in converted(architecture).layers] == values
 
 
 def test_documentation_lists_the_tested_architectures():

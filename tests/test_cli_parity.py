@@ -41,12 +41,6 @@ OPTIONS = [
 
 
 @pytest.fixture
-def lm_eval():
-    """For tests with tasks."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
-
-
-@pytest.fixture
 def text_file(tmp_path):
     """A text of 400 tokens."""
     path = tmp_path / "text.txt"
@@ -116,14 +110,20 @@ def test_a_report_without_a_verdict_is_an_error(run, lm_eval, saved_model, tiny_
     assert {file.name for file in tmp_path.iterdir()} == {"parity.json", "parity.md"}
 
 
-def test_piped_output_is_the_report_alone(saved_model, text_file):
-    """A process of its own: no warnings, bars or colours on either stream."""
-    options = ["--device", "cpu", "--no-self-check", "--prompts", "0", "--min-argmax-agreement", "0"]
-    options += ["--text", str(text_file), "--context-tokens", "20", "--scored-tokens", "4"]
-    command = [sys.executable, "-m", "quantspec", "parity", str(saved_model), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_piped_output_is_the_data_alone(saved_model, tokenizer, text_file):
+    """A process of its own, stdin to stdout: no warnings, bars or colours on either stream, of a text and a report."""
+    generate = ["generate", str(saved_model), "--max-new-tokens", "6", "--greedy", "--no-self-check"]
+    parity = [
+        *("parity", str(saved_model), "--device", "cpu", "--no-self-check", "--prompts", "0", "--text", str(text_file)),
+        *("--context-tokens", "20", "--scored-tokens", "4", "--min-argmax-agreement", "0"),
+    ]
+    code = f"import sys; from quantspec.cli import main; sys.exit(main({generate}) or main({parity}))"
+    done = subprocess.run([sys.executable, "-c", code], input="Hello", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("# Parity of")
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(saved_model)
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0, 5:], skip_special_tokens=True)
+    assert done.stdout.startswith(f"{text}\n# Parity of")
     assert "\x1b" not in done.stdout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from serving_process import serving
+from serving_process import PATIENCE, serving
 from tiny_models import tiny_model
 
 from quantspec import Ranks
@@ -64,12 +64,12 @@ def test_serve_answers_and_says_so_when_it_cannot(saved_model):
         process = server.process.pid
         (rank,) = Path(f"/proc/{process}/task/{process}/children").read_text().split()
         request = {"model": str(saved_model), "prompt": "abc", "max_tokens": 8, "temperature": 0}
-        answers = [httpx2.post(f"{server.url}/v1/completions", json=request, timeout=60).json() for _ in range(2)]
+        answers = [httpx2.post(f"{server.url}/v1/completions", json=request, timeout=PATIENCE).json() for _ in range(2)]
         assert answers[0]["usage"]["completion_tokens"] > 0
         assert answers[0]["choices"] == answers[1]["choices"]
         os.kill(int(rank), signal.SIGKILL)
-        failed = httpx2.post(f"{server.url}/v1/completions", json=request, timeout=60)
+        failed = httpx2.post(f"{server.url}/v1/completions", json=request, timeout=PATIENCE)
         assert failed.status_code == 500
         assert "rank 1 was ended by SIGKILL" in failed.text
-        assert httpx2.get(f"{server.url}/health").status_code == 503
+        assert server.get("/health").status_code == 503
     assert not Path(f"/proc/{rank}").exists()

@@ -58,11 +58,17 @@ def test_another_conversion_finds_every_graph_in_the_compilers_cache(pair) -> No
     assert counters["aot_autograd"]["autograd_cache_miss"] == 0
 
 
+@pytest.fixture(scope="module")
+def one_layer() -> quantspec.QuantSpecModel:
+    model = tiny_model("llama", num_hidden_layers=1)
+    return quantspec.convert(model, kv_group_size=16, weight_group_size=32, self_check=False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
-def test_compiled_code_copies_no_cache(pair, role: Role) -> None:
+def test_compiled_code_copies_no_cache(one_layer, role: Role) -> None:
     """Inductor writes the recent buffers in place: the generated code allocates nothing of a cache tensor's size."""
-    _, qs = pair
+    qs = one_layer
     cache = qs.pair.new_cache(1, 4)
     cache.reserve(512)
     cache.length += 300

@@ -43,7 +43,7 @@ def hub(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path, hub, monkeypatch) -> Path:
+def workplace(tmp_path, hub, lm_eval, monkeypatch) -> Path:
     """An empty working folder, with the Hub's ids leading to the stand-ins and nowhere else."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

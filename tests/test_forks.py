@@ -30,7 +30,7 @@ def in_a_child(call: Callable[[], bool]) -> bool:
             good = call()
         finally:
             os._exit(0 if good else 1)
-    alarm = threading.Timer(60, os.kill, (child, 9))
+    alarm = threading.Timer(300, os.kill, (child, 9))
     alarm.start()
     _, status = os.waitpid(child, 0)
     alarm.cancel()
@@ -44,12 +44,12 @@ def hold():
 
     def wait(*_: object) -> None:
         held.set()
-        goes_on.wait(120)
+        goes_on.wait(300)
 
     def start(call: Callable[[Callable], object]) -> None:
         threads.append(threading.Thread(target=call, args=(wait,)))
         threads[-1].start()
-        assert held.wait(60)
+        assert held.wait(300)
 
     yield start
     goes_on.set()

@@ -613,7 +613,7 @@ def test_text_streamer_prints_the_output(qs, tokenizer, capsys):
 
 def test_text_iterator_streamer_in_a_thread(qs, tokenizer):
     prompt = random_prompt(LONG)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=120)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     result = []
     thread = threading.Thread(target=lambda: result.append(generate(qs, prompt, 12, streamer=streamer)))
     thread.start()

@@ -60,7 +60,7 @@ def test_pipeline_streams(tokenizer, pipe, capsys):
 
 
 def test_pipeline_streams_into_a_thread(tokenizer, pipe):
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     thread = threading.Thread(target=pipe, args=(TEXT,), kwargs={"streamer": streamer, **GREEDY})
     thread.start()
     text = "".join(streamer)

@@ -35,6 +35,7 @@ from quantspec.evals.task_parity import Metric, TaskRun, compare, load_tasks, ru
 from quantspec.evals.tasks import build
 from quantspec.evals.text_parity import compare_text
 
+pytestmark = pytest.mark.usefixtures("lm_eval")
 ROOT = Path(__file__).parent.parent
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_write"]
 TEXT = characters(random_prompt(400))

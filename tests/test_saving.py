@@ -637,7 +637,7 @@ def test_a_save_while_another_moves(qs, tmp_path, monkeypatch):
     def start_other_and_move(self, target):
         if not moved_by:
             other.start()
-            assert waits.wait(60)
+            assert waits.wait(300)
         moved_by.append(threading.current_thread().name)
         return move(self, target)
 

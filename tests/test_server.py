@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,16 +264,17 @@ def test_errors(client, options, error, code, part):
 
 def test_who_goes_away_frees_his_row(server, client):
     long = {"messages": MESSAGES, "max_tokens": 400, "logit_bias": {"2": -100}}
+    before = server.metric("generation_tokens_total")
     stream = chat(client, stream=True, **long)
     next(iter(stream))
     assert server.metric("num_requests_running") == 1
     stream.close()
-    server.wait_until_idle(5)
+    server.wait_until_idle()
     with pytest.raises(openai.APITimeoutError):
         chat(client.with_options(timeout=0.2), **long)
-    started = time.monotonic()
-    server.wait_until_idle(5)
-    assert time.monotonic() - started < 5
+    server.wait_until_idle()
+    # Neither was answered to its end.
+    assert server.metric("generation_tokens_total") - before < 400
     assert server.metric("request_success_total") > 0
 
 

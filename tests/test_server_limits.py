@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from serving_model import save_model
-from serving_process import Server, serving
+from serving_process import PATIENCE, Server, serving
 
 # One process for both servers.
 pytestmark = pytest.mark.xdist_group("server-limits")
@@ -67,20 +67,22 @@ def test_every_key_lets_in(server, key):
 def test_no_other_key_lets_in(server, key):
     header = b"Bearer " + (key if isinstance(key, bytes) else key.encode())
     # A body that nobody reads: who has no key is not told what is wrong with it.
-    answer = httpx2.post(f"{server.url}/v1/completions", headers={b"Authorization": header}, content=b"{")
+    answer = httpx2.post(
+        f"{server.url}/v1/completions", headers={b"Authorization": header}, content=b"{", timeout=PATIENCE
+    )
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
 def test_without_a_key_only_health_and_metrics_are_told(server):
-    assert httpx2.get(f"{server.url}/v1/models").status_code == 401
-    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
-    assert httpx2.get(f"{server.url}/metrics").status_code == 200
+    assert server.get("/v1/models").status_code == 401
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/metrics").status_code == 200
 
 
 def post(server: Server, body: bytes, path: str = "completions") -> httpx2.Response:
     headers = {"Authorization": f"Bearer {KEYS[0]}", "Content-Type": "application/json"}
-    return httpx2.post(f"{server.url}/v1/{path}", headers=headers, content=body, timeout=60)
+    return httpx2.post(f"{server.url}/v1/{path}", headers=headers, content=body, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_anything_gets_an_answer_as_described(server, mode):
         @given(case=operation.as_strategy(generation_mode=mode))
         def call(case: schemathesis.Case) -> None:
             headers = {"Authorization": f"Bearer {KEYS[0]}"}
-            case.call_and_validate(headers=headers, checks=[*checks, negative_data_rejection], timeout=60)
+            case.call_and_validate(headers=headers, checks=[*checks, negative_data_rejection], timeout=PATIENCE)
 
         # Nothing about a path without parameters and body can be wrong.
         with contextlib.suppress(Unsatisfiable):
@@ -200,11 +202,13 @@ def test_anything_gets_an_answer_as_described(server, mode):
 
 def test_queue_and_drain(folder):
     """One runs, one waits, a third is told to come back; then the two are answered, and nobody else."""
-    with serving(folder, *OPTIONS, "--max-sequences", "1", "--max-waiting", "1") as server:
+    with serving(
+        folder, *OPTIONS, "--max-sequences", "1", "--max-waiting", "1", "--drain-seconds", str(PATIENCE)
+    ) as server:
         client = server.client()
 
         def long() -> Any:
-            return complete(client, max_tokens=300, logit_bias=ENDLESS).usage.completion_tokens
+            return complete(client, max_tokens=80, logit_bias=ENDLESS).usage.completion_tokens
 
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(long)
@@ -215,16 +219,16 @@ def test_queue_and_drain(folder):
                 complete(client)
             assert refused.value.response.headers["Retry-After"]
             server.process.send_signal(signal.SIGTERM)
-            wait_for(lambda: httpx2.get(f"{server.url}/health").status_code == 503)
+            wait_for(lambda: server.get("/health").status_code == 503)
             with pytest.raises(openai.APIStatusError) as late:
                 complete(client)
             assert late.value.status_code == 503
-            assert [first.result(), second.result()] == [300, 300]
-        assert server.process.wait(30) == 0
+            assert [first.result(), second.result()] == [80, 80]
+        assert server.process.wait(PATIENCE) == 0
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -112,10 +111,10 @@ def scripted(engine: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[open
     try:
         while not server.started:
             time.sleep(0.01)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20), server
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300), server
     finally:
         server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()
 
 
@@ -244,15 +243,6 @@ def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "quantspec.serving.server.run", raising=False)
     assert_error(run("serve", saved_model), "uvicorn", install_command("serve"))
-
-
-def test_the_rest_of_the_library_does_without_the_extra():
-    code = (
-        "import sys\n"
-        "for name in ('fastapi', 'uvicorn', 'openai', 'prometheus_client'): sys.modules[name] = None\n"
-        "import quantspec.cli.serve, quantspec.serving.engine\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
 
 
 def test_slow_tokenizers_are_refused():

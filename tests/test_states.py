@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from step_by_step import pad_batch, random_prompt
-from test_architectures import converted
+from test_architectures import converted, in_groups
 from tiny_models import STATEFUL, tiny_model
 from torch import fx
 
@@ -35,7 +35,7 @@ def test_a_captured_block_is_the_models_own_forward(architecture):
     assert len(states) > 0
 
 
-@pytest.mark.parametrize("architecture", STATEFUL)
+@pytest.mark.parametrize("architecture", in_groups(STATEFUL))
 def test_a_padded_batch_is_generated_as_alone(architecture):
     """Padding does not enter states, and rejected drafts leave none."""
     qs = converted(architecture)
@@ -57,7 +57,7 @@ def test_states_are_found_without_weights(architecture):
     assert state_shapes(model.to("meta")) == found
 
 
-@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("architecture", in_groups(["lfm2", "qwen3_next"]))
 def test_prefill_carries_states_from_chunk_to_chunk(architecture, monkeypatch):
     qs = converted(architecture)
     monkeypatch.setattr(type(qs.pair), "fill_chunk", lambda *sizes: 8)
@@ -69,7 +69,7 @@ def test_prefill_carries_states_from_chunk_to_chunk(architecture, monkeypatch):
         assert together[row, 30:].tolist() == alone[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("architecture", ["lfm2", "granitemoehybrid"])
+@pytest.mark.parametrize("architecture", in_groups(["lfm2", "granitemoehybrid"]))
 def test_a_conversation_goes_on_from_its_states_or_begins_anew(architecture):
     qs = converted(architecture)
     first = qs.generate(torch.tensor([random_prompt(20)]), num_speculative_tokens=4, **GREEDY)
@@ -88,6 +88,7 @@ def test_a_conversation_goes_on_from_its_states_or_begins_anew(architecture):
     assert torch.equal(text, qs.model.generate(other, attention_mask=mask, **options))
 
 
+@pytest.mark.xdist_group("granitemoehybrid")
 def test_a_saved_pair_is_the_same(tmp_path):
     qs = converted("granitemoehybrid")
     qs.save_pretrained(tmp_path)
@@ -96,6 +97,7 @@ def test_a_saved_pair_is_the_same(tmp_path):
     assert torch.equal(loaded.generate(ids, **GREEDY), qs.generate(ids, **GREEDY))
 
 
+@pytest.mark.xdist_group("lfm2")
 def test_states_count_as_memory_in_full_precision():
     qs = converted("lfm2")
     qs.generate(torch.tensor([random_prompt(20)]), num_speculative_tokens=4, max_new_tokens=3)
@@ -109,18 +111,21 @@ def test_states_count_as_memory_in_full_precision():
     assert "states in full precision: 1" in repr(qs)
 
 
+@pytest.mark.xdist_group("granitemoehybrid")
 def test_prefill_shares_the_models_tensors():
     qs = converted("granitemoehybrid")
     own = {tensor.data_ptr() for tensor in qs.model.parameters()}
     assert {tensor.data_ptr() for tensor in qs.pair.graphs[Role.PREFILL].parameters()} == own
 
 
+@pytest.mark.xdist_group("granitemoehybrid")
 def test_linears_around_states_are_int4():
     """What leads from a state to its successor stays as it is; projections before and behind are the draft's own."""
     int4 = {report.name for report in converted("granitemoehybrid").linears if report.group_size is not None}
     assert {"model.layers.0.mamba.in_proj", "model.layers.0.mamba.out_proj"} <= int4
 
 
+@pytest.mark.xdist_group("lfm2")
 def test_what_states_do_not_go_with_is_refused():
     with pytest.raises(ValueError, match="compile=True: layers of Lfm2ForCausalLM keep state"):
         quantspec.convert(tiny_model("lfm2"), compile=True)

@@ -22,18 +22,24 @@ from transformers.generation.streamers import BaseStreamer
 
 import quantspec
 from quantspec import Engine, Ranks, SavedModelError, UnsupportedModelError
-from quantspec.capture.stored import from_json
-from quantspec.config import QuantSpecConfig, WeightQuantizer
+from quantspec.capture.kept import kept_or_captured
+from quantspec.capture.stored import from_json, to_json
+from quantspec.config import WeightQuantizer
 from quantspec.hugging_face.generate import generate
-from quantspec.pair.split import StoredCapture, plan, split_capture
+from quantspec.pair.split import StoredCapture, split_capture
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
 from quantspec.serving import Request
 
 OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-# Of which every rank has a part: no layer keeps state, nor mixes heads.
-SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, "diffllama")]
+# Not split: those whose layers keep state or mix heads. Left out: those whose linears are another's, which is named.
+SPLIT_AS = {
+    **dict.fromkeys(("mistral", "granite", "smollm3"), "llama"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma3_text"),
+    **{"starcoder2": "phi", "cohere2": "cohere", "exaone4": "olmo2"},
+}
+SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, *SPLIT_AS, "diffllama")]
 # Of four ranks what differs from two: fewer KV heads than ranks, in a linear of their own or beside the queries', and a
 # last part of the vocabulary that begins in the one before.
 MORE_RANKS = [("llama", {"vocab_size": 97}), ("gpt_bigcode", {})]
@@ -146,8 +152,7 @@ def test_logits_of_the_parts_are_the_wholes(ranks, architecture, options):
 def check_logits(ranks, architecture: str, options: dict) -> None:
     ids = random_ids(2, 33)
     model = tiny_model(architecture, **options)
-    stored = plan(model, QuantSpecConfig(), ranks.world)
-    assert stored is not None
+    stored = to_json(kept_or_captured(model, None), model)
     logits, every, share, (whole_layers, part_layers) = ranks.run(split_logits, architecture, options, stored, ids)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
@@ -268,7 +273,7 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 pool.subprocess.Popen = Fork
-model = tiny_model("llama")
+model = tiny_model("llama", num_hidden_layers=1)
 ids = module.random_ids(1, 40)
 options = dict(module.CALL, max_new_tokens=400, do_sample=False)
 
@@ -336,7 +341,7 @@ def faults():
     lines: list[str] = []
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        limit = threading.Timer(600, process.kill)
+        limit = threading.Timer(1800, process.kill)
         limit.start()
         for line in process.stdout:
             if line.strip().isdecimal():
@@ -352,7 +357,7 @@ def test_a_rank_that_ends_ends_all_with_its_cause(faults, phase):
     ended, refused, there = (line.removeprefix(phase).strip() for line in faults if line.startswith(phase))
     seconds, _, message = ended.partition(" ")
     # Seconds, on whatever machine this is.
-    assert float(seconds) < 60
+    assert float(seconds) < 300
     assert cause in message + refused
     assert refused.startswith("refused the ranks have ended")
     assert there == "gone"
@@ -360,7 +365,7 @@ def test_a_rank_that_ends_ends_all_with_its_cause(faults, phase):
 
 def test_the_others_end_with_rank_0(faults):
     other = int(faults[-1])
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while is_alive(other):
         assert time.monotonic() < limit
         time.sleep(0.1)
