@@ -48,7 +48,14 @@ from quantspec.kernels.pages import PAGE_TOKENS
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 GROUP = 128
-_LAUNCHERS = ("cached_attention_triton", "int4_linear", "linears", "encode", "expert_linear")
+_LAUNCHERS = (
+    "cached_attention_triton",
+    "latent_attention_triton",
+    "int4_linear",
+    "linears",
+    "encode",
+    "expert_linear",
+)
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -238,6 +245,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "verification 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 6, True, BFLOAT, latent=512),
     "verification 16/1 of a latent of 224 and 64, float32": lambda: attention(
         16, 1, 288, 6, True, torch.float32, latent=224, pool=True
+    ),
+    "verification 16/1 of a latent of 512 and 64, window": lambda: attention(
+        16, 1, 576, 6, True, BFLOAT, latent=512, window=4096, softcap=30.0, sinks=empty(16)
     ),
     "draft 8/1 of a latent of 64 and 16": lambda: attention(8, 1, 80, 1, False, BFLOAT, latent=64),
     "encoding of latents": lambda: encode(576, latent=True),

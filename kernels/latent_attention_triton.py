@@ -1,20 +1,34 @@
 """Attention on CUDA over one key head whose first channels are its values, as latents are cached.
 
 A program reads a tile of keys once, for the scores and then as the values. It attends to one stretch of one sequence's
-cache, for some rows (tokens of query heads); ``cached_attention_triton`` merges the stretches.
+cache, for some rows (tokens of query heads); ``stretches_triton`` merges the stretches.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from .inline_asm import centred_bytes, centred_nibbles, exact_dot, fast_exp2
-from .optional_triton import tl, triton
+import torch
+from torch import Tensor
 
-# Score of a key that a query must not see; finite, so that a column of them gives no NaN.
-_HIDDEN = tl.constexpr(-1.0e30)
-# Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
-_WEIGHT_SHIFT = tl.constexpr(15.0)
+from .block_table import launched, num_places, strides
+from .cached_attention import MAX_LATENT_BYTES
+from .inline_asm import exact_dot, fast_exp2, use_inline_asm
+from .optional_triton import tl, triton
+from .stretches_triton import (
+    HIDDEN,
+    WEIGHT_SHIFT,
+    centred_codes,
+    device_limits,
+    first_seen_tile,
+    last_contiguous,
+    merged,
+    newest_hidden,
+    recent_weights,
+    soft_cap,
+    stored_group,
+)
 
 
 class LatentConfig(NamedTuple):
@@ -46,13 +60,6 @@ def latent_config(multiprocessors: int, pairs: int, rows: int, num_bytes: int, e
 
 
 @triton.jit
-def _soft_cap(score_log2, cap_log2, USE_ASM: tl.constexpr):
-    """``cap tanh(score / cap)`` of scores and cap in units of log2; tanh(x) = 1 - 2 / (e^2x + 1)."""
-    double = fast_exp2(score_log2 / cap_log2 * 2.8853900817779268, USE_ASM)
-    return cap_log2 * (1 - 2 / (double + 1))
-
-
-@triton.jit
 def _decoded(
     upper,
     lower,
@@ -66,14 +73,11 @@ def _decoded(
     USE_ASM: tl.constexpr,
 ):
     """Keys of the low and of the high nibbles at byte offsets ``at``."""
-    packed = tl.load(upper + at, mask, other=0)
+    low, high = centred_codes(upper, lower, at, mask, dtype, HAS_LOWER, USE_ASM)
     s = tl.load(scale + scale_at, mask, other=0).to(dtype)
     z = tl.load(zero + scale_at, mask, other=0).to(dtype) + 8 * s
     if HAS_LOWER:
-        low, high = centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
         s = s * 0.0625
-    else:
-        low, high = centred_nibbles(packed, dtype, USE_ASM)
     return low * s + z, high * s + z
 
 
@@ -86,6 +90,7 @@ def _attend_planes(
     scale,
     zero,
     table,
+    places,
     first_tile,
     last_tile,
     num_bytes,
@@ -115,7 +120,7 @@ def _attend_planes(
     i = tl.arange(0, BLOCK)
     c = tl.arange(0, BLOCK_V)[None, :]
     r = tl.arange(0, BLOCK_REST)[None, :]
-    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
+    top = tl.full((BLOCK_ROWS,), HIDDEN, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_V, BLOCK_ROWS), tl.float32)
     for tile in range(first_tile, last_tile):
@@ -124,9 +129,7 @@ def _attend_planes(
         group = byte // HALF
         row = byte % HALF
         token = group * (2 * HALF) + row
-        stored = group
-        if PAGED:
-            stored = tl.load(table + group, inside, other=0)
+        stored = stored_group(table, group, inside, places, HAS_WINDOW, PAGED)
         at = (stored * HALF + row)[:, None] * D
         scale_at = stored[:, None] * D
         mask = inside[:, None] & (c < DV)
@@ -143,25 +146,25 @@ def _attend_planes(
         s_low = s_low * scale_log2
         s_high = s_high * scale_log2
         if HAS_SOFTCAP:
-            s_low = _soft_cap(s_low, softcap_log2, USE_ASM)
-            s_high = _soft_cap(s_high, softcap_log2, USE_ASM)
+            s_low = soft_cap(s_low, softcap_log2, USE_ASM)
+            s_high = soft_cap(s_high, softcap_log2, USE_ASM)
         seen_low = inside[:, None]
         seen_high = inside[:, None]
         if HAS_WINDOW:
             seen_low = seen_low & (token[:, None] > oldest[None, :])
             seen_high = seen_high & ((token + HALF)[:, None] > oldest[None, :])
-        s_low = tl.where(seen_low, s_low, _HIDDEN)
-        s_high = tl.where(seen_high, s_high, _HIDDEN)
+        s_low = tl.where(seen_low, s_low, HIDDEN)
+        s_high = tl.where(seen_high, s_high, HIDDEN)
         new_top = tl.maximum(top, tl.max(tl.maximum(s_low, s_high), 0))
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
-        w_low = tl.where(seen_low, fast_exp2(s_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
-        w_high = tl.where(seen_high, fast_exp2(s_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
+        w_low = tl.where(seen_low, fast_exp2(s_low - (top - WEIGHT_SHIFT)[None, :], USE_ASM), 0)
+        w_high = tl.where(seen_high, fast_exp2(s_high - (top - WEIGHT_SHIFT)[None, :], USE_ASM), 0)
         total = total * decay + tl.sum(w_low + w_high, 0)
         acc = tl.dot(tl.trans(k_low), w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
         acc = tl.dot(tl.trans(k_high), w_high.to(dtype), acc, input_precision="ieee")
     divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top - _WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
     return acc * (1.0 / divisor)[None, :], lse
 
 
@@ -210,29 +213,21 @@ def _attend_recent(
     tl.debug_barrier()
 
     slot = first_slot + tl.arange(0, BLOCK)
-    inside = (slot < num_old + TOKENS)[:, None]
-    keys = tl.load(recent + slot[:, None] * D + c, inside & (c < DV), other=0)
+    inside = slot < num_old + TOKENS
+    keys = tl.load(recent + slot[:, None] * D + c, inside[:, None] & (c < DV), other=0)
     scores = exact_dot(keys, q_t, USE_ASM)
     if REST > 0:
-        rest = tl.load(recent + slot[:, None] * D + DV + r, inside & (r < REST), other=0)
+        rest = tl.load(recent + slot[:, None] * D + DV + r, inside[:, None] & (r < REST), other=0)
         scores += exact_dot(rest, q_rest, USE_ASM)
-    scores = scores * scale_log2
-    if HAS_SOFTCAP:
-        scores = _soft_cap(scores, softcap_log2, USE_ASM)
-    at = (position + slot)[:, None]
-    visible = inside & (at > oldest[None, :]) & (at <= newest[None, :])
-    scores = tl.where(visible, scores, _HIDDEN)
-    top = tl.max(scores, 0)
-    weights = tl.where(visible, fast_exp2(scores - top[None, :], USE_ASM), 0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top + tl.log2(divisor), float("-inf"))
+    weights, inverse, lse = recent_weights(
+        scores * scale_log2, slot, inside, position, oldest, newest, softcap_log2, HAS_SOFTCAP, USE_ASM
+    )
     out = exact_dot(tl.trans(keys), weights.to(dtype), USE_ASM)
-    return out * (1.0 / divisor)[None, :], lse
+    return out * inverse, lse
 
 
 @triton.jit
-def attend_latents_kernel(
+def _attend_latents_kernel(
     query,
     key,
     k_recent,
@@ -248,6 +243,7 @@ def attend_latents_kernel(
     scale_log2,
     softcap_log2,
     window,
+    places,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -296,12 +292,7 @@ def attend_latents_kernel(
     rows = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
-    # Without a window everything is newer than -1.
-    oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
-    # A negative window is the size of chunks.
-    chunk = tl.maximum(-window, 1)
-    if HAS_WINDOW:
-        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
+    oldest = newest_hidden(newest, window, HAS_WINDOW)
     c = tl.arange(0, BLOCK_V)[:, None]
     r = tl.arange(0, BLOCK_REST)[:, None]
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
@@ -347,9 +338,7 @@ def attend_latents_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
-            begin = begin // (2 * HALF) * HALF // BLOCK
-            begin = tl.minimum(begin, end)
+            begin = tl.minimum(first_seen_tile(start, window, HALF, BLOCK), end)
         share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
         first = begin + (split - RECENT_SPLITS) * share
         last = tl.minimum(first + share, end)
@@ -367,6 +356,7 @@ def attend_latents_kernel(
                 k_scale + scales,
                 k_zero + scales,
                 table + sequence * stride_table,
+                places,
                 first,
                 last,
                 num_bytes,
@@ -390,3 +380,85 @@ def attend_latents_kernel(
             tl.store(out_at, out, mask)
         else:
             tl.store(partial_lse + at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+
+
+def attend_latents(
+    query: Tensor,
+    key: Tensor,
+    value_dim: int,
+    k_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``quantspec::cached_attention`` where values are the first ``value_dim`` channels of keys, already rotated."""
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, rest = key.shape[1], head_dim - value_dim
+    most = MAX_LATENT_BYTES // query.element_size()
+    if head_dim > most:
+        raise ValueError(f"latents of {head_dim} dims: at most {most} are supported on CUDA in {query.dtype}")
+    groups, half = num_places(k_upper, block_table), k_upper.shape[3]
+    table, stride_table, paged = launched(block_table, quantized_len)
+    pairs, rows = batch * kv_heads, heads // kv_heads * tokens
+    config = latent_config(
+        device_limits(query.device).multiprocessors, pairs, rows, groups * half, query.element_size()
+    )
+    recent_splits = triton.cdiv(k_recent.shape[2], config.block)
+    splits = recent_splits + config.splits
+    query, key = last_contiguous(query), last_contiguous(key)
+    partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    log2e = 1 / math.log(2)
+    _attend_latents_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
+        query,
+        key,
+        k_recent,
+        k_upper,
+        k_upper if k_lower is None else k_lower,
+        k_scale,
+        k_zero,
+        table,
+        quantized_len,
+        length,
+        partial,
+        partial_lse,
+        scale * log2e,
+        softcap * log2e,
+        window,
+        groups,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *k_recent.stride()[:2],
+        *strides(k_upper, block_table)[:2],
+        *strides(k_scale, block_table)[:2],
+        stride_table,
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        BLOCK_TOKENS=triton.next_power_of_2(tokens),
+        BLOCK_ROWS=config.rows,
+        DV=value_dim,
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        REST=rest,
+        BLOCK_REST=max(16, triton.next_power_of_2(rest)),
+        HALF=half,
+        BLOCK=config.block,
+        RECENT_SPLITS=recent_splits,
+        HAS_LOWER=k_lower is not None,
+        HAS_WINDOW=window != 0,
+        HAS_SOFTCAP=softcap > 0,
+        PAGED=paged,
+        USE_ASM=use_inline_asm(query.device),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return merged(partial, partial_lse, out, sinks, window, quantized_len, length, half, kv_heads)
