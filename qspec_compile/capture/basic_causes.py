@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from quantspec.errors import UnsupportedModelError
+
 from .checks import random_text
 
 NO_ATTENTION = (
@@ -41,6 +43,18 @@ def basic_cause(model: PreTrainedModel) -> str | None:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def naming_basic_cause(model: PreTrainedModel) -> Iterator[None]:
+    """Raise :func:`basic_cause`, if there is one, in place of an ``UnsupportedModelError``."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        cause = basic_cause(model)
+        if cause is None:
+            raise
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {cause}") from error
 
 
 @torch.no_grad()
