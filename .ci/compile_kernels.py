@@ -44,11 +44,19 @@ from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
 from quantspec.kernels.linears import gated_linears_triton, linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
+from quantspec.kernels.stretches_triton import DeviceLimits
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 GROUP = 128
-_LAUNCHERS = ("cached_attention_triton", "int4_linear", "linears", "encode", "expert_linear")
+_LAUNCHERS = (
+    "cached_attention_triton",
+    "latent_attention_triton",
+    "int4_linear",
+    "linears",
+    "encode",
+    "expert_linear",
+)
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -239,6 +247,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "verification 16/1 of a latent of 224 and 64, float32": lambda: attention(
         16, 1, 288, 6, True, torch.float32, latent=224, pool=True
     ),
+    "verification 16/1 of a latent of 512 and 64, window": lambda: attention(
+        16, 1, 576, 6, True, BFLOAT, latent=512, window=4096, softcap=30.0, sinks=empty(16)
+    ),
     "draft 8/1 of a latent of 64 and 16": lambda: attention(8, 1, 80, 1, False, BFLOAT, latent=64),
     "encoding of latents": lambda: encode(576, latent=True),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
@@ -267,7 +278,13 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
     def overlap(device: torch.device) -> bool:
         return launches_overlap.__wrapped__(torch.device("cuda"))
 
-    answers = {"use_inline_asm": lambda device: True, "launches_overlap": overlap}
+    # A multiprocessor has as much as a block may have, and 1 KB for the system.
+    limits = DeviceLimits(1, (SHARED_KB[capability] + 1) * 1024)
+    answers = {
+        "use_inline_asm": lambda device: True,
+        "launches_overlap": overlap,
+        "device_limits": lambda device: limits,
+    }
     device_says = mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10))
     with mock.patch.object(JITFunction, "run", compile_only), device_says:
         modules = [importlib.import_module(f"quantspec.kernels.{name}") for name in _LAUNCHERS]

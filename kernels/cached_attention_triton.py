@@ -5,54 +5,40 @@ every group, while keys are scaled in the registers where their product wants th
 the draft, 16u + l - 128 for the target, with s and z adjusted to match), so that both sums stay small.
 
 One program attends to one stretch of one sequence's cache, for all query heads of a KV head and all T tokens at once
-(they are the columns of its matrix products, so the cache is read once); a second kernel merges the stretches by their
-log-sum-exp. Both kernels read the lengths on the device. The first one rotates queries where it loads them and new keys
-where it stores them.
-
-The merge is a launch of its own since it needs many multiprocessors: where the last program to arrive merged what all
-had written, a layer at 4k took 13.6 us instead of 8.4 (one H100, 32 query and 8 key heads of 128, one token, the best
-number of stretches for each), and 23.5 with as many stretches.
+(they are the columns of its matrix products, so the cache is read once); ``stretches_triton`` merges the stretches.
+Both kernels read the lengths on the device. The first one rotates queries where it loads them and new keys where it
+stores them.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .block_table import launched, num_places, strides
-from .cached_attention import MAX_HEAD_DIM, MAX_LATENT_BYTES, cached_attention, rotate
+from .cached_attention import MAX_HEAD_DIM, cached_attention, rotate
 from .current_device import on_tensors_device
-from .inline_asm import (
-    centred_bytes,
-    centred_nibbles,
-    exact_dot,
-    fast_exp2,
-    fast_log2,
-    launches_overlap,
-    use_inline_asm,
-)
-from .latent_attention_triton import attend_latents_kernel, latent_config
+from .inline_asm import exact_dot, fast_exp2, fast_log2, launches_overlap, use_inline_asm
+from .latent_attention_triton import attend_latents
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 from .pages import PAGE_BYTES
-
-# Score of a key that a query must not see; finite, so that a column of them gives no NaN.
-_HIDDEN = tl.constexpr(-1.0e30)
-# Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
-_WEIGHT_SHIFT = tl.constexpr(15.0)
-
-
-@triton.jit
-def _centred_codes(upper, lower, at, mask, dtype: tl.constexpr, HAS_LOWER: tl.constexpr, USE_ASM: tl.constexpr):
-    """Centred codes of the low and of the high nibbles at byte offsets ``at``."""
-    packed = tl.load(upper + at, mask, other=0)
-    if HAS_LOWER:
-        return centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
-    else:
-        return centred_nibbles(packed, dtype, USE_ASM)
+from .stretches_triton import (
+    HIDDEN,
+    WEIGHT_SHIFT,
+    centred_codes,
+    device_limits,
+    first_seen_tile,
+    last_contiguous,
+    launch_options,
+    merged,
+    newest_hidden,
+    recent_weights,
+    soft_cap,
+    stored_group,
+)
 
 
 @triton.jit
@@ -75,8 +61,7 @@ def _stored(
     HAS_WINDOW: tl.constexpr,
     PAGED: tl.constexpr,
 ):
-    """Where the group of a tile is stored, or that of each of its bytes ``(BLOCK,)`` if they are of several: in the
-    block that the table names or, without one, at its own number; with a window, places are taken in turns."""
+    """Where the group of a tile is stored, or that of each of its bytes ``(BLOCK,)`` if they are of several."""
     if HALF >= BLOCK:
         group = tile // (HALF // BLOCK)
         inside = tile * BLOCK < num_bytes
@@ -84,11 +69,7 @@ def _stored(
         byte = tile * BLOCK + tl.arange(0, BLOCK)
         group = byte // HALF
         inside = byte < num_bytes
-    if PAGED:
-        group = tl.load(table + group, inside, other=0)
-    elif HAS_WINDOW:
-        group = group % places
-    return group
+    return stored_group(table, group, inside, places, HAS_WINDOW, PAGED)
 
 
 @triton.jit
@@ -198,7 +179,7 @@ def _attend_planes(
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     c = tl.arange(0, BLOCK_PART)
-    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
+    top = tl.full((BLOCK_ROWS,), HIDDEN, tl.float32)
     norm = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
     acc = tl.zeros((BLOCK_PART, BLOCK_ROWS), tl.float32)
     offset = norm
@@ -239,21 +220,21 @@ def _attend_planes(
             v_mask = v_mask & (c[:, None] < PART)
 
         k_at = (stored * HALF + row)[:, None] * D + d[None, :]
-        k_low, k_high = _centred_codes(k_upper, k_lower, k_at, k_mask, dtype, HAS_LOWER, USE_ASM)
+        k_low, k_high = centred_codes(k_upper, k_lower, k_at, k_mask, dtype, HAS_LOWER, USE_ASM)
         ks = tl.load(k_scale + scale_at, k_mask, other=0).to(dtype)
         kz = tl.load(k_zero + scale_at, k_mask, other=0).to(dtype) + 8 * ks
         ks = ks * step
         s_low = tl.dot(k_low * ks + kz, q_t, input_precision="ieee") * scale_log2
         s_high = tl.dot(k_high * ks + kz, q_t, input_precision="ieee") * scale_log2
         if HAS_SOFTCAP:
-            s_low = _soft_cap(s_low, softcap_log2, USE_ASM)
-            s_high = _soft_cap(s_high, softcap_log2, USE_ASM)
+            s_low = soft_cap(s_low, softcap_log2, USE_ASM)
+            s_high = soft_cap(s_high, softcap_log2, USE_ASM)
         if HAS_WINDOW:
-            s_low = tl.where(token[:, None] > oldest[None, :], s_low, _HIDDEN)
-            s_high = tl.where((token + HALF)[:, None] > oldest[None, :], s_high, _HIDDEN)
+            s_low = tl.where(token[:, None] > oldest[None, :], s_low, HIDDEN)
+            s_high = tl.where((token + HALF)[:, None] > oldest[None, :], s_high, HIDDEN)
         if HALF < BLOCK:
-            s_low = tl.where(inside[:, None], s_low, _HIDDEN)
-            s_high = tl.where(inside[:, None], s_high, _HIDDEN)
+            s_low = tl.where(inside[:, None], s_low, HIDDEN)
+            s_high = tl.where(inside[:, None], s_high, HIDDEN)
 
         log_low = fast_log2(vs_low.to(tl.float32) * step, USE_ASM)
         log_high = fast_log2(vs_high.to(tl.float32) * step, USE_ASM)
@@ -286,22 +267,22 @@ def _attend_planes(
         new_top = tl.maximum(top, tile_top)
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
-        w_low = fast_exp2(y_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
-        w_high = fast_exp2(y_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+        w_low = fast_exp2(y_low - (top - WEIGHT_SHIFT)[None, :], USE_ASM)
+        w_high = fast_exp2(y_high - (top - WEIGHT_SHIFT)[None, :], USE_ASM)
         if HAS_WINDOW or HALF < BLOCK:
-            w_low = tl.where(s_low > _HIDDEN, w_low, 0)
-            w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+            w_low = tl.where(s_low > HIDDEN, w_low, 0)
+            w_high = tl.where(s_high > HIDDEN, w_high, 0)
         norm = norm * decay[None, :] + w_low * r_low + w_high * r_high
         offset = offset * decay[None, :] + w_low * z_low + w_high * z_high
-        v_low, v_high = _centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
+        v_low, v_high = centred_codes(v_upper, v_lower, v_at, v_mask, dtype, HAS_LOWER, USE_ASM)
         acc = tl.dot(v_low, w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
         acc = tl.dot(v_high, w_high.to(dtype), acc, input_precision="ieee")
         if PARTS == 2:
-            w_low = fast_exp2(y_low_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
-            w_high = fast_exp2(y_high_1 - (top - _WEIGHT_SHIFT)[None, :], USE_ASM)
+            w_low = fast_exp2(y_low_1 - (top - WEIGHT_SHIFT)[None, :], USE_ASM)
+            w_high = fast_exp2(y_high_1 - (top - WEIGHT_SHIFT)[None, :], USE_ASM)
             if HAS_WINDOW or HALF < BLOCK:
-                w_low = tl.where(s_low > _HIDDEN, w_low, 0)
-                w_high = tl.where(s_high > _HIDDEN, w_high, 0)
+                w_low = tl.where(s_low > HIDDEN, w_low, 0)
+                w_high = tl.where(s_high > HIDDEN, w_high, 0)
             z_low = tl.load(v_zero + low_at + 1, inside[:, None], other=0).to(tl.float32) * fast_exp2(
                 -log_low_1, USE_ASM
             )
@@ -309,7 +290,7 @@ def _attend_planes(
                 -log_high_1, USE_ASM
             )
             offset_1 = offset_1 * decay[None, :] + w_low * (z_low + 8 / step) + w_high * (z_high + 8 / step)
-            v_low, v_high = _centred_codes(
+            v_low, v_high = centred_codes(
                 v_upper + PART * stride_v_channel,
                 v_lower + PART * stride_v_channel,
                 v_at,
@@ -323,19 +304,12 @@ def _attend_planes(
     total = tl.sum(norm, 0)
     divisor = tl.where(total > 0, total, 1.0)
     inverse = (1.0 / divisor)[None, :]
-    lse = tl.where(total > 0, top - _WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
     out = (acc + tl.sum(offset, 0)[None, :]) * inverse
     if PARTS == 2:
         return out, (acc_1 + tl.sum(offset_1, 0)[None, :]) * inverse, lse
     else:
         return out, out, lse
-
-
-@triton.jit
-def _soft_cap(score_log2, cap_log2, USE_ASM: tl.constexpr):
-    """``cap tanh(score / cap)`` of scores and cap in units of log2; tanh(x) = 1 - 2 / (e^2x + 1)."""
-    double = fast_exp2(score_log2 / cap_log2 * 2.8853900817779268, USE_ASM)
-    return cap_log2 * (1 - 2 / (double + 1))
 
 
 @triton.jit
@@ -400,17 +374,9 @@ def _attend_recent(
     inside = slot < num_old + TOKENS
     keys = tl.load(k_recent + slot[:, None] * D + d[None, :], inside[:, None] & (d[None, :] < D), other=0)
     scores = exact_dot(keys, q_t, USE_ASM) * scale_log2
-    if HAS_SOFTCAP:
-        scores = _soft_cap(scores, softcap_log2, USE_ASM)
-    at = (position + slot)[:, None]
-    visible = inside[:, None] & (at > oldest[None, :]) & (at <= newest[None, :])
-    scores = tl.where(visible, scores, _HIDDEN)
-    top = tl.max(scores, 0)
-    weights = tl.where(visible, fast_exp2(scores - top[None, :], USE_ASM), 0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    inverse = (1.0 / divisor)[None, :]
-    lse = tl.where(total > 0, top + tl.log2(divisor), float("-inf"))
+    weights, inverse, lse = recent_weights(
+        scores, slot, inside, position, oldest, newest, softcap_log2, HAS_SOFTCAP, USE_ASM
+    )
     v_at = v_recent + slot[None, :] * (PARTS * PART) + c[:, None]
     v_mask = inside[None, :] & (c[:, None] < PART)
     values = tl.load(v_at, v_mask, other=0)
@@ -528,12 +494,7 @@ def _attend_kernel(
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
-    # Without a window everything is newer than -1.
-    oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
-    # A negative window is the size of chunks.
-    chunk = tl.maximum(-window, 1)
-    if HAS_WINDOW:
-        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
+    oldest = newest_hidden(newest, window, HAS_WINDOW)
     d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
@@ -595,9 +556,7 @@ def _attend_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
-            begin = begin // (2 * HALF) * HALF // BLOCK
-            begin = tl.minimum(begin, end)
+            begin = tl.minimum(first_seen_tile(start, window, HALF, BLOCK), end)
         first_unjudged = begin
         if SPARSE:
             # The chosen pages take the numbers before the first page that is read in any case.
@@ -665,156 +624,6 @@ def _attend_kernel(
             tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
 
 
-@triton.jit
-def _score_pages(
-    partial_lse,
-    sinks,
-    tile_tops,
-    page_scores,
-    quantized_len,
-    length,
-    window,
-    num_tiles,
-    num_pages,
-    num_splits,
-    pair,
-    block,
-    KV_HEADS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits."""
-    ROWS: tl.constexpr = REPEAT * TOKENS
-    COLUMNS: tl.constexpr = 16
-    quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
-    first_page = 0
-    if HAS_WINDOW:
-        # Pages before it were not read.
-        start = tl.load(length + pair // KV_HEADS).to(tl.int32)
-        chunk = tl.maximum(-window, 1)
-        first_page = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
-        first_page = first_page // (2 * HALF) * HALF // PAGE
-    if block * 32 * PAGE < quantized // 2:
-        page = block * 32 + tl.arange(0, 32)
-        seen = (page >= first_page) & (page * PAGE < quantized // 2)
-        s = tl.arange(0, 64)
-        score = tl.full((32,), float("-inf"), tl.float32)
-        for first in range(0, ROWS, COLUMNS):
-            row = first + tl.arange(0, COLUMNS)
-            top = tl.full((COLUMNS,), _HIDDEN, tl.float32)
-            total = tl.zeros((COLUMNS,), tl.float32)
-            if HAS_SINKS:
-                head = (pair % KV_HEADS) * REPEAT + row // TOKENS
-                top = tl.load(sinks + head, row < ROWS, other=0).to(tl.float32) * 1.4426950408889634
-                total += 1.0
-            for split in range(0, num_splits, 64):
-                at = (pair.to(tl.int64) * num_splits + split + s)[:, None] * ROWS + row[None, :]
-                inside = (split + s < num_splits)[:, None] & (row < ROWS)[None, :]
-                lse = tl.load(partial_lse + at, inside, other=float("-inf"))
-                new_top = tl.maximum(top, tl.max(lse, 0))
-                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
-                top = new_top
-            total = tl.where(row < ROWS, total, 1.0)
-            at = (pair.to(tl.int64) * num_tiles + page)[:, None] * ROWS + row[None, :]
-            highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=_HIDDEN)
-            weight = tl.where(highest > 0.5 * _HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
-            score = tl.maximum(score, tl.max(weight, 1))
-        # Value scales came in sixteenths, as codes of both planes count.
-        score = (score + 4) * 0.6931471805599453
-        tl.store(page_scores + pair.to(tl.int64) * num_pages + page, score, page < num_pages)
-
-
-@triton.jit
-def _merge_kernel(
-    partial,
-    partial_lse,
-    sinks,
-    out,
-    tile_tops,
-    page_scores,
-    quantized_len,
-    length,
-    window,
-    num_tiles,
-    num_pages,
-    num_splits,
-    KV_HEADS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    SCORES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
-
-    With ``SCORES`` the programs after those of the rows make the scores of pages.
-    """
-    if OVERLAP:
-        # What follows may load its weights while the planes are still read.
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    pair = tl.program_id(1)
-    if SCORES and row >= REPEAT * TOKENS:
-        if tl.program_id(2) == 0:
-            _score_pages(
-                partial_lse,
-                sinks,
-                tile_tops,
-                page_scores,
-                quantized_len,
-                length,
-                window,
-                num_tiles,
-                num_pages,
-                num_splits,
-                pair,
-                row - REPEAT * TOKENS,
-                KV_HEADS,
-                REPEAT,
-                TOKENS,
-                HALF,
-                PAGE,
-                HAS_SINKS,
-                HAS_WINDOW,
-            )
-        return
-    head = (pair % KV_HEADS) * REPEAT + row // TOKENS
-    s = tl.arange(0, BLOCK_SPLITS)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    base = pair.to(tl.int64) * num_splits * (REPEAT * TOKENS) + row
-    top = tl.full((), _HIDDEN, tl.float32)
-    total = tl.zeros((), tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        total = total + 1.0
-    acc = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        at = base + (first + s) * (REPEAT * TOKENS)
-        lse = tl.load(partial_lse + at, first + s < num_splits, other=float("-inf"))
-        # Rows of splits that saw nothing are not written, so they must not be read.
-        mask = (lse > float("-inf"))[:, None] & (c[None, :] < DV)
-        part = tl.load(partial + at[:, None] * DV + c[None, :], mask, other=0)
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        decay = tl.exp2(top - new_top)
-        weight = tl.exp2(lse - new_top)
-        acc = acc * decay + tl.sum(part * weight[:, None], 0)
-        total = total * decay + tl.sum(weight, 0)
-        top = new_top
-    token = (pair // KV_HEADS) * TOKENS + row % TOKENS
-    tl.store(out + (token.to(tl.int64) * (KV_HEADS * REPEAT) + head) * DV + c, acc / total, c < DV)
-
-
 class LaunchConfig(NamedTuple):
     """How the planes of one allocated size are attended: rows of a KV head per program, bytes per tile, warps, pipeline
     stages, splits.
@@ -828,22 +637,6 @@ class LaunchConfig(NamedTuple):
     stages: int
     splits: int
     max_registers: int | None = None
-
-
-class DeviceLimits(NamedTuple):
-    """What a device has: multiprocessors, and bytes of shared memory in each."""
-
-    multiprocessors: int
-    shared_bytes: int
-
-
-@lru_cache
-def device_limits(device: torch.device) -> DeviceLimits:
-    """Of this device; the interpreter's is one multiprocessor of an H100."""
-    if device.type != "cuda":
-        return DeviceLimits(1, 228 * 1024)
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.multi_processor_count, properties.shared_memory_per_multiprocessor)
 
 
 def launch_config(
@@ -899,10 +692,6 @@ def launch_config(
     return LaunchConfig(block_rows, block, warps, stages, max(1, splits), max_registers)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @cached_attention.register_kernel("cuda")
 @on_tensors_device
 def cached_attention_triton(
@@ -943,7 +732,7 @@ def cached_attention_triton(
         if cos is not None and sin is not None:
             query, key = (rotate(x, cos, sin, rotary_dim, interleaved) for x in (query, key))
         cache = (k_recent, k_upper, k_lower, k_scale, k_zero, quantized_len, length, block_table)
-        return _attend_latents(query, key, value.shape[3], *cache, scale, window, softcap, sinks)
+        return attend_latents(query, key, value.shape[3], *cache, scale, window, softcap, sinks)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
@@ -968,7 +757,7 @@ def cached_attention_triton(
     scores, sparse = num_pages > 0, most_chosen > 0
     recent_splits = triton.cdiv(slots, config.block)
     splits = recent_splits + config.splits
-    query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
+    query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
@@ -983,8 +772,6 @@ def cached_attention_triton(
         angle_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     log2e = 1 / math.log(2)
     overlap = launches_overlap(query.device)
-    # The interpreter does not know the option.
-    options = {"launch_pdl": True} if overlap else {}
     _attend_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
         query,
         key,
@@ -1053,144 +840,19 @@ def cached_attention_triton(
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
-        **options,
+        **launch_options(overlap),
     )
-    _merge_kernel[(rows + triton.cdiv(num_pages, 32), pairs, triton.cdiv(value_dim, 32))](
+    return merged(
         partial,
         partial_lse,
-        out if sinks is None else sinks,
         out,
-        tile_tops,
-        page_scores if scores else out,
+        sinks,
+        window,
         quantized_len,
         length,
-        window,
-        num_tiles,
-        num_pages,
-        splits,
-        KV_HEADS=kv_heads,
-        REPEAT=heads // kv_heads,
-        TOKENS=tokens,
-        DV=value_dim,
-        BLOCK_C=32,
-        BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
-        HALF=half,
-        PAGE=PAGE_BYTES,
-        HAS_SINKS=sinks is not None,
-        HAS_WINDOW=window != 0,
-        SCORES=scores,
-        OVERLAP=overlap,
-        num_warps=4,
-        **options,
+        half,
+        kv_heads,
+        tile_tops if scores else None,
+        page_scores if scores else None,
+        overlap,
     )
-    return out
-
-
-def _attend_latents(
-    query: Tensor,
-    key: Tensor,
-    value_dim: int,
-    k_recent: Tensor,
-    k_upper: Tensor,
-    k_lower: Tensor | None,
-    k_scale: Tensor,
-    k_zero: Tensor,
-    quantized_len: Tensor,
-    length: Tensor,
-    block_table: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """:func:`cached_attention_triton` where values are the first ``value_dim`` channels of keys."""
-    batch, heads, tokens, head_dim = query.shape
-    kv_heads, rest = key.shape[1], head_dim - value_dim
-    most = MAX_LATENT_BYTES // query.element_size()
-    if head_dim > most:
-        raise ValueError(f"latents of {head_dim} dims: at most {most} are supported on CUDA in {query.dtype}")
-    groups, half = k_upper.shape[2:4]
-    table, stride_table, paged = launched(block_table, quantized_len)
-    if paged:
-        groups = table.shape[1]
-    pairs, rows, slots = batch * kv_heads, heads // kv_heads * tokens, k_recent.shape[2]
-    config = latent_config(
-        device_limits(query.device).multiprocessors, pairs, rows, groups * half, query.element_size()
-    )
-    recent_splits = triton.cdiv(slots, config.block)
-    splits = recent_splits + config.splits
-    query, key = _last_contiguous(query), _last_contiguous(key)
-    partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
-    partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
-    out = query.new_empty(batch, tokens, heads, value_dim)
-    log2e = 1 / math.log(2)
-    attend_latents_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
-        query,
-        key,
-        k_recent,
-        k_upper,
-        k_upper if k_lower is None else k_lower,
-        k_scale,
-        k_zero,
-        table,
-        quantized_len,
-        length,
-        partial,
-        partial_lse,
-        scale * log2e,
-        softcap * log2e,
-        window,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *k_recent.stride()[:2],
-        *strides(k_upper, block_table)[:2],
-        *strides(k_scale, block_table)[:2],
-        stride_table,
-        KV_HEADS=kv_heads,
-        REPEAT=heads // kv_heads,
-        TOKENS=tokens,
-        BLOCK_TOKENS=triton.next_power_of_2(tokens),
-        BLOCK_ROWS=config.rows,
-        DV=value_dim,
-        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
-        REST=rest,
-        BLOCK_REST=max(16, triton.next_power_of_2(rest)),
-        HALF=half,
-        BLOCK=config.block,
-        RECENT_SPLITS=recent_splits,
-        HAS_LOWER=k_lower is not None,
-        HAS_WINDOW=window != 0,
-        HAS_SOFTCAP=softcap > 0,
-        PAGED=paged,
-        USE_ASM=use_inline_asm(query.device),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    _merge_kernel[(rows, pairs, triton.cdiv(value_dim, 32))](
-        partial,
-        partial_lse,
-        out if sinks is None else sinks,
-        out,
-        partial_lse,
-        out,
-        quantized_len,
-        length,
-        window,
-        0,
-        0,
-        splits,
-        KV_HEADS=kv_heads,
-        REPEAT=heads // kv_heads,
-        TOKENS=tokens,
-        DV=value_dim,
-        BLOCK_C=32,
-        BLOCK_SPLITS=min(128, triton.next_power_of_2(splits)),
-        HALF=half,
-        PAGE=PAGE_BYTES,
-        HAS_SINKS=sinks is not None,
-        HAS_WINDOW=window != 0,
-        SCORES=False,
-        OVERLAP=False,
-        num_warps=4,
-    )
-    return out

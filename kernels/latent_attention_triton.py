@@ -1,20 +1,36 @@
 """Attention on CUDA over one key head whose first channels are its values, as latents are cached.
 
 A program reads a tile of keys once, for the scores and then as the values. It attends to one stretch of one sequence's
-cache, for some rows (tokens of query heads); ``cached_attention_triton`` merges the stretches.
+cache, for some rows (tokens of query heads); ``stretches_triton`` merges the stretches. Each warp has channels of its
+own in both products, as the first axis of their operands: with 512 of them together no warp could hold an operand.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from .inline_asm import centred_bytes, centred_nibbles, exact_dot, fast_exp2
-from .optional_triton import tl, triton
+import torch
+from torch import Tensor
 
-# Score of a key that a query must not see; finite, so that a column of them gives no NaN.
-_HIDDEN = tl.constexpr(-1.0e30)
-# Weights reach 2^15, near the top of float16, so that the small ones of a long context stay normal numbers.
-_WEIGHT_SHIFT = tl.constexpr(15.0)
+from .block_table import launched, num_places, strides
+from .cached_attention import MAX_LATENT_BYTES
+from .inline_asm import exact_dot, fast_exp2, use_inline_asm
+from .optional_triton import tl, triton
+from .stretches_triton import (
+    HIDDEN,
+    WEIGHT_SHIFT,
+    DeviceLimits,
+    centred_codes,
+    device_limits,
+    first_seen_tile,
+    last_contiguous,
+    merged,
+    newest_hidden,
+    recent_weights,
+    soft_cap,
+    stored_group,
+)
 
 
 class LatentConfig(NamedTuple):
@@ -27,29 +43,29 @@ class LatentConfig(NamedTuple):
     splits: int
 
 
-def latent_config(multiprocessors: int, pairs: int, rows: int, num_bytes: int, element_size: int) -> LatentConfig:
-    """Configuration by allocated size; not tuned. Shared memory of 99 KB has room for so many rows of 576 channels.
+def latent_config(
+    limits: DeviceLimits, pairs: int, rows: int, value_dim: int, num_bytes: int, element_size: int
+) -> LatentConfig:
+    """Configuration by allocated size; not timed, but no generation spills more than 8 bytes with 576 channels.
 
     Args:
-        multiprocessors: of the device.
+        limits: of the device.
         pairs: batch * KV heads.
         rows: query heads of a KV head * tokens.
+        value_dim: channels that are values.
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    block_rows = min(64 // element_size, max(8, triton.next_power_of_2(rows)))
+    block_rows = min(32 // element_size, max(8, triton.next_power_of_2(rows)))
+    # Each warp multiplies channels of its own, 16 at least.
+    warps = min(8, max(16, triton.next_power_of_2(value_dim)) // 16)
+    # What is read ahead has no room in 99 KB.
+    stages = 2 if limits.shared_bytes >= 128 * 1024 else 1
     block = 16
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
-    splits = max(1, min(2 * multiprocessors // columns, tiles, 64))
-    return LatentConfig(block_rows, block, 8, 2, splits)
-
-
-@triton.jit
-def _soft_cap(score_log2, cap_log2, USE_ASM: tl.constexpr):
-    """``cap tanh(score / cap)`` of scores and cap in units of log2; tanh(x) = 1 - 2 / (e^2x + 1)."""
-    double = fast_exp2(score_log2 / cap_log2 * 2.8853900817779268, USE_ASM)
-    return cap_log2 * (1 - 2 / (double + 1))
+    splits = max(1, min(2 * limits.multiprocessors // columns, tiles, 64))
+    return LatentConfig(block_rows, block, warps, stages, splits)
 
 
 @triton.jit
@@ -65,27 +81,39 @@ def _decoded(
     HAS_LOWER: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Keys of the low and of the high nibbles at byte offsets ``at``."""
-    packed = tl.load(upper + at, mask, other=0)
+    """Keys ``(..., 2 * bytes, channels)`` at byte offsets ``at (..., bytes, channels)``: each low nibble's before its
+    high nibble's."""
+    low, high = centred_codes(upper, lower, at, mask, dtype, HAS_LOWER, USE_ASM)
     s = tl.load(scale + scale_at, mask, other=0).to(dtype)
     z = tl.load(zero + scale_at, mask, other=0).to(dtype) + 8 * s
     if HAS_LOWER:
-        low, high = centred_bytes(packed, tl.load(lower + at, mask, other=0), dtype, USE_ASM)
         s = s * 0.0625
+    keys = tl.join(low * s + z, high * s + z)
+    if len(at.shape) == 3:
+        return keys.permute(0, 1, 3, 2).reshape(at.shape[0], 2 * at.shape[1], at.shape[2])
     else:
-        low, high = centred_nibbles(packed, dtype, USE_ASM)
-    return low * s + z, high * s + z
+        return keys.permute(0, 2, 1).reshape(2 * at.shape[0], at.shape[1])
+
+
+@triton.jit
+def _scores(keys, rest, q, q_rest, REST: tl.constexpr, USE_ASM: tl.constexpr):
+    """``(tokens, rows)`` of keys ``(chunks, tokens, channels)`` and the ``rest (tokens, channels)``."""
+    scores = tl.sum(exact_dot(keys, q, USE_ASM), 0)
+    if REST > 0:
+        scores += exact_dot(rest, q_rest, USE_ASM)
+    return scores
 
 
 @triton.jit
 def _attend_planes(
-    q_t,
+    q,
     q_rest,
     upper,
     lower,
     scale,
     zero,
     table,
+    places,
     first_tile,
     last_tile,
     num_bytes,
@@ -93,10 +121,7 @@ def _attend_planes(
     scale_log2,
     softcap_log2,
     DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     REST: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_LOWER: tl.constexpr,
@@ -105,69 +130,69 @@ def _attend_planes(
     PAGED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Attend from the columns of ``q_t (BLOCK_V, BLOCK_ROWS)`` and ``q_rest (BLOCK_REST, BLOCK_ROWS)`` to tiles of
-    ``BLOCK`` bytes (twice as many tokens).
+    """Attend from ``q (chunks, channels, rows)`` and ``q_rest (channels, rows)`` to tiles of ``BLOCK`` bytes (twice as
+    many tokens).
 
-    Returns the normalized outputs ``(BLOCK_V, BLOCK_ROWS)`` and the log2-sum-exp2.
+    Returns the normalized outputs as ``q``, in float32, and the log2-sum-exp2.
     """
-    dtype: tl.constexpr = q_t.dtype
+    dtype: tl.constexpr = q.dtype
     D: tl.constexpr = DV + REST
+    CHUNKS: tl.constexpr = q.shape[0]
+    CHUNK: tl.constexpr = q.shape[1]
+    ROWS: tl.constexpr = q.shape[2]
     i = tl.arange(0, BLOCK)
-    c = tl.arange(0, BLOCK_V)[None, :]
-    r = tl.arange(0, BLOCK_REST)[None, :]
-    top = tl.full((BLOCK_ROWS,), _HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    acc = tl.zeros((BLOCK_V, BLOCK_ROWS), tl.float32)
+    t = tl.arange(0, 2 * BLOCK)
+    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    r = tl.arange(0, q_rest.shape[0])[None, :]
+    top = tl.full((ROWS,), HIDDEN, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((CHUNKS, CHUNK, ROWS), tl.float32)
     for tile in range(first_tile, last_tile):
         byte = tile * BLOCK + i
         inside = byte < num_bytes
-        group = byte // HALF
-        row = byte % HALF
-        token = group * (2 * HALF) + row
-        stored = group
-        if PAGED:
-            stored = tl.load(table + group, inside, other=0)
-        at = (stored * HALF + row)[:, None] * D
-        scale_at = stored[:, None] * D
-        mask = inside[:, None] & (c < DV)
-        k_low, k_high = _decoded(upper, lower, scale, zero, at + c, scale_at + c, mask, dtype, HAS_LOWER, USE_ASM)
-        s_low = tl.dot(k_low, q_t, input_precision="ieee")
-        s_high = tl.dot(k_high, q_t, input_precision="ieee")
+        stored = stored_group(table, byte // HALF, inside, places, HAS_WINDOW, PAGED)
+        at = ((stored * HALF + byte % HALF) * D)[None, :, None] + c
+        scale_at = (stored * D)[None, :, None] + c
+        mask = inside[None, :, None]
+        if DV < CHUNKS * CHUNK:
+            mask = mask & (c < DV)
+        keys = _decoded(upper, lower, scale, zero, at, scale_at, mask, dtype, HAS_LOWER, USE_ASM)
+        rest = q_rest
         if REST > 0:
+            at = ((stored * HALF + byte % HALF) * D + DV)[:, None] + r
+            scale_at = (stored * D + DV)[:, None] + r
             mask = inside[:, None] & (r < REST)
-            r_low, r_high = _decoded(
-                upper, lower, scale, zero, at + DV + r, scale_at + DV + r, mask, dtype, HAS_LOWER, USE_ASM
-            )
-            s_low = tl.dot(r_low, q_rest, s_low, input_precision="ieee")
-            s_high = tl.dot(r_high, q_rest, s_high, input_precision="ieee")
-        s_low = s_low * scale_log2
-        s_high = s_high * scale_log2
+            rest = _decoded(upper, lower, scale, zero, at, scale_at, mask, dtype, HAS_LOWER, USE_ASM)
+        scores = _scores(keys, rest, q, q_rest, REST, USE_ASM) * scale_log2
         if HAS_SOFTCAP:
-            s_low = _soft_cap(s_low, softcap_log2, USE_ASM)
-            s_high = _soft_cap(s_high, softcap_log2, USE_ASM)
-        seen_low = inside[:, None]
-        seen_high = inside[:, None]
+            scores = soft_cap(scores, softcap_log2, USE_ASM)
+        byte = tile * BLOCK + t // 2
+        seen = (byte < num_bytes)[:, None]
         if HAS_WINDOW:
-            seen_low = seen_low & (token[:, None] > oldest[None, :])
-            seen_high = seen_high & ((token + HALF)[:, None] > oldest[None, :])
-        s_low = tl.where(seen_low, s_low, _HIDDEN)
-        s_high = tl.where(seen_high, s_high, _HIDDEN)
-        new_top = tl.maximum(top, tl.max(tl.maximum(s_low, s_high), 0))
+            token = byte // HALF * (2 * HALF) + byte % HALF + t % 2 * HALF
+            seen = seen & (token[:, None] > oldest[None, :])
+        scores = tl.where(seen, scores, HIDDEN)
+        new_top = tl.maximum(top, tl.max(scores, 0))
         decay = fast_exp2(top - new_top, USE_ASM)
         top = new_top
-        w_low = tl.where(seen_low, fast_exp2(s_low - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
-        w_high = tl.where(seen_high, fast_exp2(s_high - (top - _WEIGHT_SHIFT)[None, :], USE_ASM), 0)
-        total = total * decay + tl.sum(w_low + w_high, 0)
-        acc = tl.dot(tl.trans(k_low), w_low.to(dtype), acc * decay[None, :], input_precision="ieee")
-        acc = tl.dot(tl.trans(k_high), w_high.to(dtype), acc, input_precision="ieee")
+        weights = tl.where(seen, fast_exp2(scores - (top - WEIGHT_SHIFT)[None, :], USE_ASM), 0)
+        total = total * decay + tl.sum(weights, 0)
+        acc = _add_values(keys, weights, acc * decay[None, None, :], USE_ASM)
     divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top - _WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
-    return acc * (1.0 / divisor)[None, :], lse
+    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    return acc * (1.0 / divisor)[None, None, :], lse
+
+
+@triton.jit
+def _add_values(keys, weights, acc, USE_ASM: tl.constexpr):
+    """``acc (chunks, channels, rows)`` and ``keys (chunks, tokens, channels)`` by ``weights (tokens, rows)``."""
+    w = tl.broadcast_to(weights.to(keys.dtype)[None], (keys.shape[0], weights.shape[0], weights.shape[1]))
+    return acc + exact_dot(tl.permute(keys, (0, 2, 1)), w, USE_ASM)
 
 
 @triton.jit
 def _attend_recent(
-    q_t,
+    q,
     q_rest,
     key,
     recent,
@@ -182,57 +207,45 @@ def _attend_recent(
     TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     REST: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Store the new tokens whose slots lie in this block of ``BLOCK`` recent slots, then attend to the block.
+    """Store the new tokens whose slots lie in this block of ``SLOTS`` recent slots, then attend to the block.
 
-    ``position`` is the position of slot 0; a column sees keys of positions in ``(oldest, newest]``. Returns as
+    ``position`` is the position of slot 0; a row sees keys of positions in ``(oldest, newest]``. Returns as
     :func:`_attend_planes`.
     """
-    dtype: tl.constexpr = q_t.dtype
     D: tl.constexpr = DV + REST
-    c = tl.arange(0, BLOCK_V)[None, :]
-    r = tl.arange(0, BLOCK_REST)[None, :]
+    CHUNKS: tl.constexpr = q.shape[0]
+    CHUNK: tl.constexpr = q.shape[1]
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
     new = tl.arange(0, BLOCK_TOKENS)
     slot = num_old + new
-    mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + BLOCK))[:, None]
-    x = tl.load(key + new[:, None] * stride_key + c, mine & (c < DV))
-    tl.store(recent + slot[:, None] * D + c, x, mine & (c < DV))
-    if REST > 0:
-        x = tl.load(key + new[:, None] * stride_key + DV + r, mine & (r < REST))
-        tl.store(recent + slot[:, None] * D + DV + r, x, mine & (r < REST))
+    mine = ((new < TOKENS) & (slot >= first_slot) & (slot < first_slot + SLOTS))[:, None] & (d < D)
+    tl.store(recent + slot[:, None] * D + d, tl.load(key + new[:, None] * stride_key + d, mine), mine)
     # The block is read back below by other threads of this program.
     tl.debug_barrier()
 
-    slot = first_slot + tl.arange(0, BLOCK)
-    inside = (slot < num_old + TOKENS)[:, None]
-    keys = tl.load(recent + slot[:, None] * D + c, inside & (c < DV), other=0)
-    scores = exact_dot(keys, q_t, USE_ASM)
+    slot = first_slot + tl.arange(0, SLOTS)
+    inside = slot < num_old + TOKENS
+    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    keys = tl.load(recent + slot[None, :, None] * D + c, inside[None, :, None] & (c < DV), other=0)
+    rest = q_rest
     if REST > 0:
-        rest = tl.load(recent + slot[:, None] * D + DV + r, inside & (r < REST), other=0)
-        scores += exact_dot(rest, q_rest, USE_ASM)
-    scores = scores * scale_log2
-    if HAS_SOFTCAP:
-        scores = _soft_cap(scores, softcap_log2, USE_ASM)
-    at = (position + slot)[:, None]
-    visible = inside & (at > oldest[None, :]) & (at <= newest[None, :])
-    scores = tl.where(visible, scores, _HIDDEN)
-    top = tl.max(scores, 0)
-    weights = tl.where(visible, fast_exp2(scores - top[None, :], USE_ASM), 0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top + tl.log2(divisor), float("-inf"))
-    out = exact_dot(tl.trans(keys), weights.to(dtype), USE_ASM)
-    return out * (1.0 / divisor)[None, :], lse
+        r = tl.arange(0, q_rest.shape[0])[None, :]
+        rest = tl.load(recent + slot[:, None] * D + DV + r, inside[:, None] & (r < REST), other=0)
+    scores = _scores(keys, rest, q, q_rest, REST, USE_ASM) * scale_log2
+    weights, inverse, lse = recent_weights(
+        scores, slot, inside, position, oldest, newest, softcap_log2, HAS_SOFTCAP, USE_ASM
+    )
+    none = tl.zeros(q.shape, tl.float32)
+    return _add_values(keys, weights, none, USE_ASM) * inverse[None], lse
 
 
 @triton.jit
-def attend_latents_kernel(
+def _attend_latents_kernel(
     query,
     key,
     k_recent,
@@ -248,6 +261,7 @@ def attend_latents_kernel(
     scale_log2,
     softcap_log2,
     window,
+    places,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -267,7 +281,8 @@ def attend_latents_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     HALF: tl.constexpr,
@@ -296,31 +311,26 @@ def attend_latents_kernel(
     rows = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
-    # Without a window everything is newer than -1.
-    oldest = tl.full((BLOCK_ROWS,), -1, tl.int32)
-    # A negative window is the size of chunks.
-    chunk = tl.maximum(-window, 1)
-    if HAS_WINDOW:
-        oldest = tl.where(window > 0, newest - window, newest // chunk * chunk - 1)
-    c = tl.arange(0, BLOCK_V)[:, None]
+    oldest = newest_hidden(newest, window, HAS_WINDOW)
+    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
     r = tl.arange(0, BLOCK_REST)[:, None]
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
-    q_t = tl.load(q_at + c, real[None, :] & (c < DV), other=0)
+    mask = real[None, None, :] & (c < DV)
+    q = tl.load(q_at[None] + c, mask, other=0)
     q_rest = tl.load(q_at + DV + r, real[None, :] & (r < REST), other=0)
 
     at = (tl.program_id(1).to(tl.int64) * num_splits + split) * (REPEAT * TOKENS) + rows
-    out_at = partial + at[None, :] * DV + c
-    mask = real[None, :] & (c < DV)
+    out_at = partial + at[None, None, :] * DV + c
     if split < RECENT_SPLITS:
-        if split * BLOCK < start - quantized + TOKENS:
+        if split * (2 * BLOCK) < start - quantized + TOKENS:
             out, lse = _attend_recent(
-                q_t,
+                q,
                 q_rest,
                 key + sequence * stride_kb + head * stride_kh,
                 k_recent + sequence * stride_krb + head * stride_krh,
                 stride_kt,
-                split * BLOCK,
+                split * (2 * BLOCK),
                 start - quantized,
                 quantized,
                 oldest,
@@ -330,10 +340,8 @@ def attend_latents_kernel(
                 TOKENS,
                 BLOCK_TOKENS,
                 DV,
-                BLOCK_V,
                 REST,
-                BLOCK_REST,
-                BLOCK,
+                2 * BLOCK,
                 HAS_SOFTCAP,
                 USE_ASM,
             )
@@ -347,9 +355,7 @@ def attend_latents_kernel(
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.where(window > 0, tl.maximum(start - window + 1, 0), start // chunk * chunk)
-            begin = begin // (2 * HALF) * HALF // BLOCK
-            begin = tl.minimum(begin, end)
+            begin = tl.minimum(first_seen_tile(start, window, HALF, BLOCK), end)
         share = tl.cdiv(end - begin, num_splits - RECENT_SPLITS)
         first = begin + (split - RECENT_SPLITS) * share
         last = tl.minimum(first + share, end)
@@ -357,7 +363,7 @@ def attend_latents_kernel(
             plane = sequence * stride_kpb + head * stride_kph
             scales = sequence * stride_ksb + head * stride_ksh
             # Codes are exact in float16 but not all in bfloat16, and q is exact in both but for vanishing entries.
-            plane_q = q_t.to(tl.float16) if q_t.dtype != tl.float32 else q_t
+            plane_q = q.to(tl.float16) if q.dtype != tl.float32 else q
             plane_rest = q_rest.to(tl.float16) if q_rest.dtype != tl.float32 else q_rest
             out, lse = _attend_planes(
                 plane_q,
@@ -367,6 +373,7 @@ def attend_latents_kernel(
                 k_scale + scales,
                 k_zero + scales,
                 table + sequence * stride_table,
+                places,
                 first,
                 last,
                 num_bytes,
@@ -374,10 +381,7 @@ def attend_latents_kernel(
                 scale_log2,
                 softcap_log2,
                 DV,
-                BLOCK_V,
                 REST,
-                BLOCK_REST,
-                BLOCK_ROWS,
                 HALF,
                 BLOCK,
                 HAS_LOWER,
@@ -390,3 +394,84 @@ def attend_latents_kernel(
             tl.store(out_at, out, mask)
         else:
             tl.store(partial_lse + at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
+
+
+def attend_latents(
+    query: Tensor,
+    key: Tensor,
+    value_dim: int,
+    k_recent: Tensor,
+    k_upper: Tensor,
+    k_lower: Tensor | None,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    quantized_len: Tensor,
+    length: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``quantspec::cached_attention`` where values are the first ``value_dim`` channels of keys, already rotated."""
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, rest = key.shape[1], head_dim - value_dim
+    most = MAX_LATENT_BYTES // query.element_size()
+    if head_dim > most:
+        raise ValueError(f"latents of {head_dim} dims: at most {most} are supported on CUDA in {query.dtype}")
+    groups, half = num_places(k_upper, block_table), k_upper.shape[3]
+    table, stride_table, paged = launched(block_table, quantized_len)
+    pairs, rows = batch * kv_heads, heads // kv_heads * tokens
+    config = latent_config(device_limits(query.device), pairs, rows, value_dim, groups * half, query.element_size())
+    recent_splits = triton.cdiv(k_recent.shape[2], 2 * config.block)
+    splits = recent_splits + config.splits
+    query, key = last_contiguous(query), last_contiguous(key)
+    partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
+    partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, tokens, heads, value_dim)
+    log2e = 1 / math.log(2)
+    _attend_latents_kernel[(splits * triton.cdiv(rows, config.rows), pairs)](
+        query,
+        key,
+        k_recent,
+        k_upper,
+        k_upper if k_lower is None else k_lower,
+        k_scale,
+        k_zero,
+        table,
+        quantized_len,
+        length,
+        partial,
+        partial_lse,
+        scale * log2e,
+        softcap * log2e,
+        window,
+        groups,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *k_recent.stride()[:2],
+        *strides(k_upper, block_table)[:2],
+        *strides(k_scale, block_table)[:2],
+        stride_table,
+        KV_HEADS=kv_heads,
+        REPEAT=heads // kv_heads,
+        TOKENS=tokens,
+        BLOCK_TOKENS=triton.next_power_of_2(tokens),
+        BLOCK_ROWS=config.rows,
+        DV=value_dim,
+        CHUNKS=config.warps,
+        CHUNK=max(16, triton.next_power_of_2(value_dim)) // config.warps,
+        REST=rest,
+        BLOCK_REST=max(16, triton.next_power_of_2(rest)),
+        HALF=half,
+        BLOCK=config.block,
+        RECENT_SPLITS=recent_splits,
+        HAS_LOWER=k_lower is not None,
+        HAS_WINDOW=window != 0,
+        HAS_SOFTCAP=softcap > 0,
+        PAGED=paged,
+        USE_ASM=use_inline_asm(query.device),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return merged(partial, partial_lse, out, sinks, window, quantized_len, length, half, kv_heads)

@@ -116,9 +116,9 @@ class AbsorbLatents(PassBase):
     the numbers of k and v come from is not read off a pattern: they are followed through views, splits, joins and
     copies on a small example.
 
-    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_bytes``, where
-    with ``max_bytes`` it has a window, and where ``c`` is as wide as keys or values: of a layer without RoPE it may be
-    the hidden state, which no head could attend to as fast.
+    A marker is left as it is where ``[c, r]`` is not smaller than keys and values, or larger than ``max_bytes``, and
+    where ``c`` is as wide as keys or values: of a layer without RoPE it may be the hidden state, which no head could
+    attend to as fast.
 
     Requires value metadata. Ensures the same outputs but for rounding.
 
@@ -136,8 +136,7 @@ class AbsorbLatents(PassBase):
         markers = find_calls(graph_module.graph, torch.ops.quantspec.attention.default)
         found = [match for marker in markers if (match := _match(marker)) is not None]
         if self.max_bytes is not None:
-            # A window's planes are a ring, which the kernel of latents does not read.
-            found = [match for match in found if _bytes(match) <= self.max_bytes and not match.marker.args[5]]
+            found = [match for match in found if _bytes(match) <= self.max_bytes]
         for match in found:
             self.absorbed[match.marker.args[3]] = match  # type: ignore[index]
             _rewrite(graph_module.graph, match)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
+from transformers import DynamicCache
 
 import quantspec
 from quantspec import UnsupportedModelError
@@ -66,6 +67,25 @@ def test_the_cause_is_what_running_the_model_shows(read, reason):
 )
 def test_a_model_without_attention_is_told_from_what_it_keeps(architecture, options, cause):
     assert basic_cause(tiny_model(architecture, **options)) == cause
+
+
+def test_state_that_a_cache_of_the_models_own_keeps():
+    class Cache(DynamicCache):
+        memory: list[torch.Tensor]
+
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def keeping(**inputs):
+        output = forward(**inputs)
+        for cache in output.values():
+            if isinstance(cache, DynamicCache):
+                cache.__class__ = Cache
+                cache.memory = [torch.ones(2)]
+        return output
+
+    model.forward = keeping
+    assert basic_cause(model).startswith("its Cache keeps state of its own ('memory') beside the layers")
 
 
 def test_a_model_that_fails_to_run_has_no_cause():

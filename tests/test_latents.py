@@ -34,6 +34,7 @@ class Attends(nn.Module):
     """Attention over heads that are made of latents; what varies are the ways to write that."""
 
     kv_heads = HEADS
+    window = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Attends(nn.Module):
         latent, rope = self.down(x).split((LATENT, ROPE), -1)
         rope = rope * position_ids[..., None].cos()
         key, value = self.expanded(F.layer_norm(latent, (LATENT,)), rope[:, None])
-        return attention(query, key, value, 0, 0.3, 0, 0.0, None)
+        return attention(query, key, value, 0, 0.3, self.window, 0.0, None)
 
     def expanded(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, K, T, NOPE + ROPE)`` and ``(B, K, T, VALUE)`` of ``(B, T, LATENT)`` and ``(B, 1, T, ROPE)``."""
@@ -149,6 +150,10 @@ class OneHead(Attends):
     kv_heads = 1
 
 
+class Windowed(Attends):
+    window = 3
+
+
 def exported(kind: type[Attends]):
     torch.manual_seed(0)
     module = kind().double()
@@ -162,7 +167,7 @@ def exported(kind: type[Attends]):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Attends, CopiedInPlace, TwoLinears, AllKeysFirst, Grouped])
+@pytest.mark.parametrize("kind", [Attends, CopiedInPlace, TwoLinears, AllKeysFirst, Grouped, Windowed])
 def test_latents_are_absorbed_however_heads_are_made_of_them(kind):
     gm = exported(kind)
     ids, positions = torch.randint(0, 32, (3, 5)), torch.arange(5).expand(3, 5)
@@ -192,8 +197,9 @@ def test_other_keys_and_values_are_left_as_they_are(kind):
     assert not values_in_keys(*find_calls(gm.graph, torch.ops.quantspec.attention.default))
 
 
-def test_latents_wider_than_the_kernels_read_are_left_as_they_are():
-    gm = exported(Attends)
+@pytest.mark.parametrize("kind", [Attends, Windowed])
+def test_latents_wider_than_the_kernels_read_are_left_as_they_are(kind):
+    gm = exported(kind)
     assert not AbsorbLatents(max_bytes=(LATENT + ROPE) * 8 - 1)(gm).modified
     assert AbsorbLatents(max_bytes=(LATENT + ROPE) * 8)(gm).modified
 

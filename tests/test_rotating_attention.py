@@ -11,7 +11,8 @@ from test_kernels_triton import ATTENTION_CASES, DEVICE, TOLERANCE, Case, cache_
 from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention, cached_attention_reference, rotate
-from quantspec.kernels.cached_attention_triton import DeviceLimits, cached_attention_triton, launch_config
+from quantspec.kernels.cached_attention_triton import cached_attention_triton, launch_config
+from quantspec.kernels.stretches_triton import DeviceLimits
 
 # Rotated channels, angles of the tables, whether neighbours are a pair; None stands for the head dim.
 ROTATIONS: dict[str, tuple[int | None, int, bool]] = {

@@ -154,7 +154,7 @@ UNSUPPORTED: dict[str, Refused] = {
         "recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d", num_hidden_layers=3, lru_width=64
     ),
     "rwkv": _architecture("rwkv", _NO_ATTENTION, "RwkvForCausalLM", attention_hidden_size=64),
-    "minimax": _architecture("minimax", _STATE, "model.layers.1.self_attn", **_MOE),
+    "minimax": _architecture("minimax", "keeps state of its own ('linear_cache')", "MiniMaxCache", **_MOE),
     # The rest.
     "t5": Refused(_t5, "is an encoder-decoder", "T5ForConditionalGeneration", "t5"),
     "phimoe": _architecture(

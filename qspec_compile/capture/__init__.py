@@ -1,5 +1,6 @@
 """Capture of a decoder: transformers' interfaces (``interfaces``), the export, and what is refused (``checks``)."""
 
+from .basic_causes import naming_basic_cause
 from .checks import DTYPES, check_head_dims, check_model
 from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
@@ -23,6 +24,7 @@ __all__ = [
     "follows_length",
     "keeps_state",
     "linears_of_latents",
+    "naming_basic_cause",
     "rope_at",
     "rope_context_of",
     "with_latents",

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+
+from quantspec.errors import UnsupportedModelError
 
 from .checks import random_text
 
@@ -43,6 +45,18 @@ def basic_cause(model: PreTrainedModel) -> str | None:
             module.training = True
 
 
+@contextlib.contextmanager
+def naming_basic_cause(model: PreTrainedModel) -> Iterator[None]:
+    """Raise :func:`basic_cause`, if there is one, in place of an ``UnsupportedModelError``."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        cause = basic_cause(model)
+        if cause is None:
+            raise
+        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {cause}") from error
+
+
 @torch.no_grad()
 def sees_later_tokens(model: PreTrainedModel, lengths: tuple[int, int] = _LENGTHS[-1]) -> bool:
     """Whether what ``model`` makes of a token depends on those after it."""
@@ -59,8 +73,9 @@ def _cause(model: PreTrainedModel, lengths: tuple[int, int]) -> str | None:
         return "its forward draws random numbers, as hashing by random rotations does, so no text is the model's own"
     if sees_later_tokens(model, lengths):
         return "what it makes of a token depends on the tokens after it, so it cannot be decoded token by token"
-    short, long = (_held(model(input_ids=ids[:, :length], use_cache=True)) for length in lengths)
-    return NO_ATTENTION if short and short == long else None
+    outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+    short, long = map(_held, outputs)
+    return NO_ATTENTION if short and short == long else _own_state(outputs[0])
 
 
 def _two_texts(model: PreTrainedModel, lengths: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -84,6 +99,18 @@ def _are_far(logits: Tensor, others: Tensor) -> bool:
 def _held(output: Any) -> list[torch.Size]:
     """Shapes of what a forward gives for the next one."""
     return [tensor.shape for name, value in output.items() if name != "logits" for tensor in _tensors(value)]
+
+
+def _own_state(output: Any) -> str | None:
+    """What a cache of the model's own class keeps elsewhere than in the layers of transformers' cache."""
+    for cache in output.values():
+        for name, held in vars(cache).items() if isinstance(cache, Cache) else ():
+            if name != "layers" and next(_tensors(held), None) is not None:
+                return (
+                    f"its {type(cache).__name__} keeps state of its own ('{name}') beside the layers of transformers' "
+                    "cache, whose updates are what a capture sees"
+                )
+    return None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 from quantspec.passes.written_linears import MarkWrittenLinears
 
-from .basic_causes import basic_cause, sees_later_tokens
+from .basic_causes import naming_basic_cause, sees_later_tokens
 from .checks import check_head_dims, check_model, check_precision, chunked_layers, first_position
 from .held_state import held_states
 from .interfaces import (
@@ -109,13 +109,8 @@ def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: 
     """
     check_model(model, structure_only)
     _LOGGER.info("capturing the graph")
-    try:
+    with contextlib.nullcontext() if structure_only else naming_basic_cause(model):
         return _capture(model, structure_only, rope_context)
-    except UnsupportedModelError as error:
-        cause = None if structure_only else basic_cause(model)
-        if cause is None:
-            raise
-        raise UnsupportedModelError(f"cannot convert {type(model).__name__}: {cause}") from error
 
 
 def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | None) -> Capture:

@@ -25,7 +25,8 @@ class DataDependentError(Exception):
 
     def __init__(self) -> None:
         super().__init__(
-            "what its forward runs depends on the tokens' values, as a loop over the experts they choose does"
+            "what its forward runs depends on the tokens' values, as a loop over the experts that they choose or a cut "
+            "of the text where they are surprising does"
         )
 
 

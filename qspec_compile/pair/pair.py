@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
 from quantspec.cache.geometry import read_again
-from quantspec.capture import Capture, capture, check_model, rope_at, rope_context_of, with_latents
+from quantspec.capture import Capture, capture, check_model, naming_basic_cause, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
@@ -92,7 +92,8 @@ class Pair:
             )
         self.max_len: int = _max_len(model, config, captured)
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
-        self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
+        with naming_basic_cause(model):
+            self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
         graphs, self.linears = build_graphs(self.common, config, recipes, source, read_again(self.layers))
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
