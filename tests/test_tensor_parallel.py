@@ -242,13 +242,13 @@ def test_layers_with_states_are_whole_on_every_rank_which_says_so(ranks, archite
 def test_a_tuned_pair_is_saved_and_then_split(ranks, llama_of_two, tmp_path):
     with pytest.raises(ValueError, match="split over ranks is not tuned; tune it on one device and save it"):
         llama_of_two.tune()
-    whole = quantspec.convert(tiny_model("llama"), **OPTIONS)
+    # A rank's part of every linear has whole groups.
+    whole = quantspec.convert(tiny_model("llama", intermediate_size=128), **OPTIONS)
     ids = random_ids(2, 50)
     untuned = whole.generate(ids, **CALL, do_sample=False)
     scales = {name: parts["scale_and_zero"].clone() for name, parts in plain_weights(whole.draft).items()}
-    learned = {"steps": 1, "window": 48, "train_windows": 4, "held_out_windows": 1, "windows_per_step": 4}
-    # A step that is large enough for other drafts.
-    whole.tune(**learned, learning_rate=3e-2, prompt_tokens=16)
+    windows = {"window": 48, "train_windows": 8, "held_out_windows": 2, "windows_per_step": 4}
+    whole.tune(steps=4, learning_rate=3e-3, prompt_tokens=16, **windows)
     assert any(
         not torch.equal(parts["scale_and_zero"], scales[name]) for name, parts in plain_weights(whole.draft).items()
     )
@@ -345,7 +345,7 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 pool.subprocess.Popen = Fork
-model = tiny_model("llama")
+model = tiny_model("llama", intermediate_size=128)
 ids = module.random_ids(1, 40)
 options = dict(module.CALL, max_new_tokens=400, do_sample=False)
 
