@@ -82,8 +82,10 @@ class StateFill(StateSteps):
             is_new = (num_new > token).view(-1, *[1] * (new.dim() - 1))
             state = torch.where(is_new, new, state)
             outputs.append(made)
+        made_of_rows = _of_rows(outputs)
+        # The first token's outputs may be a view of it.
         states[:, 0] = state
-        return _of_rows(outputs)
+        return made_of_rows
 
 
 def _of_rows(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
