@@ -94,7 +94,7 @@ def measure(
 
 def _rows(
     qs: quantspec.QuantSpecModel,
-    model: transformers.PreTrainedModel,
+    model: Any,
     ids: torch.Tensor,
     contexts: Sequence[int],
     new_tokens: int,
