@@ -13,6 +13,7 @@ weights and its real acceptance.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.odds import cycle_tokens
 from quantspec.engine.plan import Plan
+from quantspec.engine.session import Session
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.cached_attention import rotate
@@ -45,6 +47,7 @@ from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.passes import Role
 from quantspec.passes.attention_lowering import ACCESSES
 from quantspec.passes.graph import add_call, clone, find_calls
+from quantspec.ranks import Seat
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed
@@ -91,6 +94,7 @@ class Settings:
         baseline: measure the strong baseline and Hugging Face too.
         target_only: run ``generate`` without drafts too.
         quantize_lm_head, draft_attention: as in ``convert``.
+        tensor_parallel: GPUs that the pair and the strong baseline are split over; Hugging Face is not measured then.
     """
 
     model: str
@@ -104,6 +108,7 @@ class Settings:
     target_only: bool = False
     quantize_lm_head: bool = True
     draft_attention: str = "full"
+    tensor_parallel: int = 1
 
 
 def published(model: str) -> Settings:
@@ -389,14 +394,14 @@ def measure_context(
     del cache
     free()
     if context in settings.generate_at:
-        row |= measure_generate(
-            qs, prompt, settings.gammas[0], settings.new_tokens, settings.target_only, baseline is not None
-        )
+        # Of a part there is no model to compare with.
+        compares = baseline is not None and settings.tensor_parallel == 1
+        row |= measure_generate(qs, prompt, settings.gammas[0], settings.new_tokens, settings.target_only, compares)
     return row
 
 
 def measure_generate(
-    qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int, target_only: bool, baseline: bool
+    qs: QuantSpecModel, prompt: Tensor, gamma: int, new_tokens: int, target_only: bool, compares: bool
 ) -> dict[str, Any]:
     """``generate`` with real acceptance, with the target alone, and Hugging Face's, each after a warm-up."""
     row: dict[str, Any] = {}
@@ -406,8 +411,8 @@ def measure_generate(
         "generate": (qs.generate, {"num_speculative_tokens": gamma}),
         "hugging_face": (qs.model.generate, {}),
     }
-    if not baseline:
-        # Hugging Face's cache would not fit either.
+    if not compares:
+        # Where the baseline's cache does not fit, Hugging Face's would not either.
         del calls["hugging_face"]
     if target_only:
         calls = {"generate_target_only": (qs.generate, {"num_speculative_tokens": 0}), **calls}
@@ -454,15 +459,38 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         "draft_attention": settings.draft_attention,
         "self_check": False,
     }
-    qs = quantspec.convert(model, **options)
-    seconds = time.perf_counter() - start
-    LOG.debug("%s\nconverted in %.1f s", qs, seconds)
+    ranks = settings.tensor_parallel if settings.tensor_parallel > 1 else None
+    with contextlib.closing(quantspec.convert(model, tensor_parallel=ranks, **options)) as qs:
+        seconds = time.perf_counter() - start
+        LOG.debug("%s\nconverted in %.1f s", qs, seconds)
+        options |= {"model": settings.model, "weights": "real" if settings.model == "smollm2" else "random"}
+        options |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
+        options |= {"tensor_parallel": settings.tensor_parallel}
+        if qs.split is None:
+            rows = measure_contexts(qs, text, settings)
+        else:
+            # The parts alone are measured.
+            del model
+            free()
+            told = (text.cpu(), settings)
+            rows = qs.split.run(measure_part, qs.session, *told, others=(qs.split.key, *told))
+        for row in rows:
+            yield row | options
+
+
+def measure_contexts(qs: QuantSpecModel, text: Tensor, settings: Settings) -> Iterator[dict[str, Any]]:
+    """:func:`measure_context` of every context, prompts out of ``text (1, S)``."""
     baseline = Baseline(qs) if settings.baseline else None
     for context in settings.contexts:
-        row = measure_context(qs, baseline, text[:, :context], settings)
-        row |= {"model": settings.model, "weights": "real" if settings.model == "smollm2" else "random", **options}
-        row |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
-        yield row
+        yield measure_context(qs, baseline, text[:, :context], settings)
+
+
+def measure_part(seat: Seat, session: int | Session, text: Tensor, settings: Settings) -> list[dict[str, Any]]:
+    """:func:`measure_contexts` on every rank, whose ``session``, or the key that it keeps it by, has its part."""
+    own: Session = seat.kept[session] if isinstance(session, int) else session
+    # All ranks draw the same acceptance.
+    torch.manual_seed(0)
+    return list(measure_contexts(QuantSpecModel(own.pair), text.to(seat.device), settings))
 
 
 def main() -> None:

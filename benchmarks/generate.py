@@ -9,6 +9,7 @@ whole call, prompt and answer. Of several repetitions, each a run of everything 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -73,15 +74,34 @@ def measure(
     compile: bool = False,
     modes: Sequence[str] = tuple(MODES),
     repetitions: int = REPETITIONS,
+    tensor_parallel: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """A row per context and mode, each beside Hugging Face's figures."""
+    """A row per context and mode, each beside Hugging Face's figures, which are always of one process."""
     LOG.info("loading the model")
     model, tokenizer = load_smollm2(getattr(torch, dtype), device)
     ids = tokenizer(python_reference(), return_tensors="pt").input_ids.to(device)
     LOG.info("converting")
     start = time.perf_counter()
-    qs = quantspec.convert(model, weight_group_size=64, self_check=False, compile=compile)
-    convert_seconds = time.perf_counter() - start
+    ranks = tensor_parallel if tensor_parallel > 1 else None
+    options: dict[str, Any] = {"weight_group_size": 64, "self_check": False, "compile": compile}
+    with contextlib.closing(quantspec.convert(model, tensor_parallel=ranks, **options)) as qs:
+        seconds = time.perf_counter() - start
+        for row in _rows(qs, model, ids, contexts, new_tokens, modes, repetitions):
+            row |= {"dtype": dtype, "compiled": compile, "tensor_parallel": tensor_parallel, "convert_seconds": seconds}
+            LOG.debug(row)
+            yield row
+
+
+def _rows(
+    qs: quantspec.QuantSpecModel,
+    model: Any,
+    ids: torch.Tensor,
+    contexts: Sequence[int],
+    new_tokens: int,
+    modes: Sequence[str],
+    repetitions: int,
+) -> Iterator[dict[str, Any]]:
+    """Those figures of :func:`measure` that are measured on prompts out of ``ids (1, S)``."""
     for context in contexts:
         prompt = ids[:, PROMPT_START : PROMPT_START + context]
         LOG.info("%d tokens: warm-up", context)
@@ -105,11 +125,9 @@ def measure(
             ours, done = _medians(times[name]), stats[name]
             assert done is not None
             agree = (texts[_PLAIN] == texts[name])[0, context:].long().cumprod(0).sum().item()
-            row = {
+            yield {
                 "prompt_tokens": context,
                 "new_tokens": new_tokens,
-                "dtype": dtype,
-                "compiled": compile,
                 "mode": name,
                 "repetitions": repetitions,
                 **ours,
@@ -119,10 +137,7 @@ def measure(
                 "draft_acceptance_rate": done.draft_acceptance_rate if done.drafted else None,
                 "drafted_per_cycle": done.drafted_per_cycle,
                 "tokens_equal_to_hugging_face": agree,
-                "convert_seconds": convert_seconds,
             }
-            LOG.debug(row)
-            yield row
 
 
 def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:

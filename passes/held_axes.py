@@ -43,6 +43,16 @@ _REDUCTIONS = (
 )
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.cumsum.default)
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+# What they make follows from sizes alone.
+FACTORIES = (
+    aten.empty.memory_format,
+    aten.zeros.default,
+    aten.full.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
 _END = 2**62
 
 
@@ -95,9 +105,11 @@ def links(node: fx.Node) -> Iterator[Link] | None:
         return _by_number(node, kept)
     if target in (aten.cat.default, aten.stack.default):
         return _of_cat(node)
+    if target is aten.slice_scatter.default:
+        return _of_scatter(node)
     if target in _REDUCTIONS or target in _SOFTMAX or target in _NORMS:
         return _of_reduction(node)
-    if is_pointwise(node) or target is aten.expand.default:
+    if is_pointwise(node) or target in (aten.expand.default, aten.copy.default):
         return _broadcast(node)
     return None
 
@@ -235,10 +247,23 @@ def _of_cat(node: fx.Node) -> Iterator[Link]:
     joined = given % dim
     is_new = node.target is aten.stack.default
     for one in node.args[0]:  # type: ignore[union-attr]
+        if shape_of(one) == (0,):  # type: ignore[arg-type]
+            # Nothing, whatever the others' axes are.
+            continue
         for axis in range(dim):
             if axis != joined:
                 inner = axis - 1 if is_new and axis > joined else axis
                 yield Link(one, inner, axis, _same, _same)  # type: ignore[arg-type]
+
+
+def _of_scatter(node: fx.Node) -> Iterator[Link]:
+    """What is written into covers a part of one axis, and all of the others."""
+    given: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    dim = node.meta["val"].dim()
+    for one in node.args[:2]:
+        for axis in range(dim):
+            if axis != given % dim:
+                yield Link(one, axis, axis, _same, _same)  # type: ignore[arg-type]
 
 
 def _of_reduction(node: fx.Node) -> Iterator[Link]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, get_tensor, module_path
-from .held_axes import Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
+from .held_axes import FACTORIES, Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
 from .join_written_parts import JoinWrittenParts
 from .logit_rows import LINEAR_TARGETS, logits_linear
 from .pieces import Piece, Ranges, even, length, overlapping, place_of, union
@@ -106,7 +106,7 @@ class ShardLinears(PassBase):
         self.whole += _other_matrices(graph_module, linears)
         self._check_plan()
         for node in list(graph.nodes):
-            if node.op == "call_function":
+            if node.op in ("call_function", "call_module"):
                 self._rewrite(graph_module, node)
         self._check_output(graph)
         graph.eliminate_dead_code()
@@ -201,6 +201,9 @@ class ShardLinears(PassBase):
             return None
         if node.op != "call_function":
             return node
+        if node.target in FACTORIES:
+            # Every rank has all of it.
+            return None
         dim = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
         axis = axis % dim if dim else axis
         if node.target in _LINEARS and _weight(node).op == "get_attr":
@@ -245,7 +248,9 @@ class ShardLinears(PassBase):
             self._embedding(gm, node)
         elif node.target is _MARKER:
             self._marker(gm.graph, node)
-        elif any(one in self._held for one in _read(node)):
+        elif node.op == "call_module" and any(one in self._held for one in node.all_input_nodes):
+            raise self._stuck(node)
+        elif node.target not in FACTORIES and any(one in self._held for one in _read(node)):
             self._follow(gm.graph, node)
 
     def _linear(self, gm: fx.GraphModule, node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.graph import CodeGen
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import aten, describe, find_calls, get_tensor
+from .graph import aten, describe, find_calls, finish, get_tensor
 from .logit_rows import logits_linear
 
 
@@ -46,21 +46,74 @@ class StateSteps(nn.Module):
         Returns:
             The outputs, ``(B * T, ...)`` each.
         """
-        batch = states.shape[0]
-        tokens = next(x for x, of_token in zip(inputs, self.is_token, strict=True) if of_token).shape[0] // batch
-        rows = [
-            x.unflatten(0, (batch, tokens)) if of_token else x
-            for x, of_token in zip(inputs, self.is_token, strict=True)
-        ]
         outputs = []
-        for token in range(tokens):
-            of_step = (
-                x[:, token].contiguous() if of_token else x for x, of_token in zip(rows, self.is_token, strict=True)
-            )
+        for token, of_step in enumerate(self._tokens(states.shape[0], inputs)):
             new, *made = self.step(states[:, token], *of_step)
             states[:, token + 1] = new
             outputs.append(made)
-        return tuple(torch.stack(made, 1).flatten(0, 1) for made in zip(*outputs, strict=True))
+        return _of_rows(outputs)
+
+    def _tokens(self, batch: int, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """The inputs of each step."""
+        given = list(zip(inputs, self.is_token, strict=True))
+        tokens = next(x for x, of_token in given if of_token).shape[0] // batch
+        rows = [(x.unflatten(0, (batch, tokens)) if of_token else x, of_token) for x, of_token in given]
+        for token in range(tokens):
+            yield [x[:, token].contiguous() if of_token else x for x, of_token in rows]
+
+
+class StateFill(StateSteps):
+    """The same over a prompt, of which the state after the last token alone is kept."""
+
+    def forward(self, states: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Step from ``states[:, 0]`` on and write there what it is after the new tokens.
+
+        Args:
+            states: ``(B, S, ...)``; mutated.
+            inputs: ``num_new (B,)`` int64, how many tokens of each row are not padding, and those of the steps.
+
+        Returns:
+            The outputs, ``(B * T, ...)`` each.
+        """
+        num_new, *of_steps = inputs
+        state, outputs = states[:, 0], []
+        for token, of_step in enumerate(self._tokens(states.shape[0], of_steps)):
+            new, *made = self.step(state, *of_step)
+            is_new = (num_new > token).view(-1, *[1] * (new.dim() - 1))
+            state = torch.where(is_new, new, state)
+            outputs.append(made)
+        made_of_rows = _of_rows(outputs)
+        # The first token's outputs may be a view of it.
+        states[:, 0] = state
+        return made_of_rows
+
+
+def _of_rows(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """What every token made, side by side."""
+    return tuple(torch.stack(made, 1).flatten(0, 1) for made in zip(*outputs, strict=True))
+
+
+class FillStates(PassBase):
+    """Matches the :class:`StateSteps` of a prefill's graph, writes a :class:`StateFill` of ``num_new`` for each.
+
+    Requires that attention is lowered, which makes that input. A prompt's states move on token by token, too.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        (num_new,) = graph.find_nodes(op="placeholder", target="num_new")
+        calls = [
+            node
+            for node in graph.find_nodes(op="call_module")
+            if type(graph_module.get_submodule(str(node.target))) is StateSteps
+        ]
+        for node in calls:
+            steps: Any = graph_module.get_submodule(str(node.target))
+            graph_module.add_submodule(str(node.target), StateFill(steps.step, steps.is_token))
+            states, *inputs = node.args
+            node.args = (states, num_new, *inputs)
+        finish(graph_module)
+        return PassResult(graph_module, bool(calls))
 
 
 class StepStates(PassBase):

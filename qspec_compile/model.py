@@ -209,11 +209,13 @@ class QuantSpecModel:
             What it did, with the draft's quality on held-out text before and after; also :attr:`tuned`.
 
         Raises:
-            TypeError, ValueError: a bad option or text, a draft without INT4 weights, or a model that was changed since
-                its conversion, before any work is done.
+            TypeError, ValueError: a bad option or text, a draft without INT4 weights, a pair that is split over ranks,
+                or a model that was changed since its conversion, before any work is done.
             RuntimeError: called while this thread generates with the pair, as by a streamer.
             torch.OutOfMemoryError: the GPU is full; the draft is as it was. Fewer ``windows_per_step`` need less.
         """
+        if self.split is not None:
+            raise _cannot_tune()
         resolved = TuneConfig.from_options(config, options)
         with self.session.exclusive():
             return tune_pair(self.pair, resolved, texts, tokenizer, callback)
@@ -396,7 +398,7 @@ def convert(
         raise TypeError(f"tune must be True, False or a TuneConfig, not {tune!r}")
     if tensor_parallel is not None:
         if tune is not False:
-            raise ValueError("a pair that is split over ranks is not tuned; tune it on one GPU and save it")
+            raise _cannot_tune()
         if isinstance(model, str | os.PathLike):
             split = convert_folder_split(model, resolved, tensor_parallel, _device_type(tensor_parallel))
         else:
@@ -468,6 +470,13 @@ def from_pretrained(
         options=options,
     )
     return QuantSpecModel(pair)
+
+
+def _cannot_tune() -> ValueError:
+    return ValueError(
+        "a pair that is split over ranks is not tuned; tune it on one device and save it: from_pretrained(folder, "
+        "tensor_parallel=N) loads what it learned"
+    )
 
 
 def _device_type(ranks: int | Ranks) -> str:

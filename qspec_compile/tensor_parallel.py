@@ -261,7 +261,11 @@ def _load(seat: Seat, key: int, folder: Path, *how: Any) -> Pair:
 def _logits(pair: Pair, original: PreTrainedModel | None, ids: Tensor) -> Tensor:
     """Logits ``(1, T, V)`` of the original model where rank 0 has it, the same on all ranks; else of the parts."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    logits = pair.captured.graph_module(ids, positions).contiguous()
+    states = [
+        torch.zeros(1, ids.shape[1] + 1, *state.shape, dtype=state.dtype, device=ids.device)
+        for state in pair.captured.states
+    ]
+    logits = pair.captured.graph_module(ids, positions, *states).contiguous()
     if original is not None:
         given = ids.to(original.device)
         training = [module for module in original.modules() if module.training]

@@ -91,6 +91,7 @@ def generate_row(context: int, new_tokens: int, dtype: str) -> dict:
         "new_tokens": new_tokens,
         "dtype": dtype,
         "mode": "speculative",
+        "tensor_parallel": 1,
         "tokens_per_second": 20.0,
         "prefill_seconds": 1.5,
         "hugging_face_tokens_per_second": 10.0,
@@ -106,7 +107,7 @@ def generate_row(context: int, new_tokens: int, dtype: str) -> dict:
     ids=["quick", "full"],
 )
 def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, dtypes, context, new_tokens):
-    def measure(dtype, device, lengths, new_tokens):
+    def measure(dtype, device, lengths, new_tokens, tensor_parallel):
         return (generate_row(length, new_tokens, dtype) for length in lengths)
 
     monkeypatch.setattr(generate, "measure", measure)
@@ -127,6 +128,7 @@ def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, dtypes, 
         (["kernels"], ["kernels are measured on a GPU"]),
         (["kernels", "--contexts", "4096"], ["without a model", "drop --model and --contexts"]),
         (["kernels", "--model", "llama-2-7b"], ["without a model"]),
+        (["kernels", "--tensor-parallel", "2"], ["measured on one GPU", "drop --tensor-parallel"]),
         (["--model", "llama-3.1-8b"], ["'llama-3.1-8b' has random weights", "--model smollm2"]),
         (["--model", "gpt-5"], ["--model", "llama-2-7b"]),
         (["prefill"], ["'prefill'"]),
@@ -166,6 +168,7 @@ def decode_row(settings: decode.Settings, context: int) -> dict:
         "context": context,
         "model": settings.model,
         "weights": "real" if settings.model == "smollm2" else "random",
+        "tensor_parallel": settings.tensor_parallel,
         "baseline_token_ms": 10.0,
         "draft_step_ms": 2.5,
         "verify_ms": {gamma + 1: 8.0 + gamma for gamma in settings.gammas},
@@ -183,7 +186,8 @@ def decode_row(settings: decode.Settings, context: int) -> dict:
     if context in settings.generate_at:
         row["statistics"] = {"num_speculative_tokens": settings.gammas[0], "draft_acceptance_rate": 0.75}
         row["generate"] = {"tokens_per_second": 150.0}
-        row["hugging_face"] = {"tokens_per_second": 50.0}
+        if settings.tensor_parallel == 1:
+            row["hugging_face"] = {"tokens_per_second": 50.0}
     return row
 
 
@@ -216,6 +220,18 @@ def test_smollm2_is_measured_with_its_own_acceptance(run, measured, terminal):
     assert "smollm2, real weights" in out
     assert "synthetic" not in out
     assert column(out, "4,096")[1:] == ["2.50", "4", "12.00", "10.00", "0.75 measured", "150.0", "1.50x", "3.00x"]
+
+
+def test_a_split_model_is_measured_beside_a_baseline_that_is_split_alike(run, measured, terminal, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    status, out, _ = run("bench", "--tensor-parallel", 4)
+    assert status == 0
+    assert "smollm2, real weights; split over 4 GPUs" in out
+    assert column(out, "4,096")[-3:] == ["150.0", "1.50x", "-"]
+    assert [settings.tensor_parallel for settings in measured] == [4]
+    status, _, error = run("bench", "--tensor-parallel", 8)
+    assert status == 2
+    assert "--tensor-parallel 8 needs as many GPUs: 4 found" in error
 
 
 def test_full_settings_are_the_published_ones(run, measured, tmp_path):

@@ -15,7 +15,7 @@ def seen(run, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(bench, "_lengths", lambda contexts, model: found.append((contexts, model)) or ())
     monkeypatch.setattr(bench, "_check_decode", lambda *_: None)
-    monkeypatch.setattr(bench, "_bench_generate", lambda lengths, full: found.append(full) or ({}, ""))
+    monkeypatch.setattr(bench, "_bench_generate", lambda lengths, full, _: found.append(full) or ({}, ""))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def call(*arguments: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from serving_process import PATIENCE, serving
 from tiny_models import tiny_model
 
 from quantspec import Ranks
+from quantspec.benchmarks import generate
 
 # One process has the ranks.
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -38,11 +40,11 @@ def test_a_number_that_cannot_be_is_refused_before_a_rank_is_started(
         status, _, error = run("generate", saved_model, "abc", "--tensor-parallel", wrong)
         assert status != 0
         assert "--tensor-parallel" in error
-    tiny_model("lfm2").save_pretrained(tmp_path)
+    tiny_model("diffllama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     status, _, error = run("generate", tmp_path, "abc", *OPTIONS, *TWO)
     assert status != 0
-    assert "keep state besides keys and values" in error
+    assert "its heads do not follow from a linear's rows" in error
     status, _, error = run("serve", saved_model, *OPTIONS, *TWO, "--tune")
     assert status != 0
     assert "quantspec tune" in error
@@ -57,6 +59,20 @@ def test_more_ranks_than_gpus_are_refused(run, saved_model, monkeypatch):
     status, _, error = run("generate", saved_model, "abc", "--device", "cuda:0", *TWO)
     assert status != 0
     assert "--device cuda:0 is one GPU" in error
+
+
+def test_bench_measures_a_split_model(run, tokenizer, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(generate, "load_smollm2", lambda dtype, device: (tiny_model("llama"), tokenizer))
+    status, out, error = run("bench", "--contexts", "40", *TWO)
+    assert status == 0, error
+    rows = json.loads(out)["rows"]
+    assert [row["mode"] for row in rows] == ["auto", "speculative", "target only"]
+    for row in rows:
+        assert row["tensor_parallel"] == 2
+        assert row["new_tokens"] == row["tokens_equal_to_hugging_face"] == 16
+    # The ranks have ended.
+    Ranks(2).close()
 
 
 def test_serve_answers_and_says_so_when_it_cannot(saved_model):

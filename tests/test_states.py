@@ -15,8 +15,10 @@ from quantspec.capture import capture
 from quantspec.capture.state import state_shapes
 from quantspec.config import QuantSpecConfig
 from quantspec.memory import expected_memory, full_precision_bytes
+from quantspec.pair.split import split_capture
 from quantspec.passes import Role
-from quantspec.passes.state_steps import StateSteps, StateStepsError, StepStates
+from quantspec.passes.shard_linears import Place
+from quantspec.passes.state_steps import StateFill, StateSteps, StateStepsError, StepStates
 
 GREEDY = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
 
@@ -131,6 +133,41 @@ def test_what_states_do_not_go_with_is_refused():
         quantspec.convert(tiny_model("lfm2"), compile=True)
     with pytest.raises(ValueError, match=r"layers of Lfm2ForCausalLM keep state.*tuning"):
         converted("lfm2").tune()
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_of_a_hybrid_a_rank_has_whole_what_its_states_need(architecture):
+    """And what chooses experts; attention, gated products, experts and the head are split."""
+    qs = converted(architecture)
+    for rank in range(2):
+        part = split_capture(qs.pair.captured, qs.model, Place(rank, 2, ""))
+        assert [2 * layer.query_heads for layer in part.layers] == [layer.query_heads for layer in qs.layers]
+        of_states = {"lfm2": ".conv.", "qwen3_next": ".linear_attn."}.get(architecture, ".mamba.")
+        others = [name for name in part.whole if of_states not in name]
+        assert any(of_states in name for name in part.whole)
+        assert all(name.endswith(".gate") or name.endswith("expert_gate") for name in others)
+        split = {name.removeprefix("model.") for name in part.pieces}
+        assert {"model.embed_tokens.weight", "lm_head.weight"} & split
+        assert not [name for name in split if of_states in name]
+
+
+def test_a_prompt_fills_states_up_to_its_padding():
+    """As every step keeps the state, but the last one of each row alone."""
+    token = Token()
+    gm = exported(token)
+    StepStates(1)(gm)
+    steps = gm.state_steps_0
+    fill = StateFill(steps.step, steps.is_token)
+    rows = torch.randn(3 * 5, 4)
+    every, filled = torch.randn(3, 6, 4), torch.zeros(3, 2, 4)
+    filled[:, 0] = every[:, 0]
+    num_new = torch.tensor([5, 2, 0])
+    with torch.no_grad():
+        expected, made = steps(every, rows), fill(filled, num_new, rows)
+    assert torch.equal(filled[:, 0], every[torch.arange(3), num_new])
+    is_new = (torch.arange(5) < num_new[:, None]).flatten()
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours[is_new], theirs[is_new])
 
 
 def test_a_model_without_attention_is_refused_with_the_reason():

@@ -26,20 +26,16 @@ from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
 from quantspec.config import WeightQuantizer
 from quantspec.hugging_face.generate import generate
-from quantspec.pair.split import StoredCapture, split_capture
+from quantspec.pair.split import StoredCapture, plan, split_capture
+from quantspec.passes import plain_weights
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
 from quantspec.serving import Request
 
 OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-# Not split: those whose layers keep state or mix heads. Left out: those whose linears are another's, which is named.
-SPLIT_AS = {
-    **dict.fromkeys(("mistral", "granite", "smollm3"), "llama"),
-    **dict.fromkeys(("gemma2", "gemma3"), "gemma3_text"),
-    **{"starcoder2": "phi", "cohere2": "cohere", "exaone4": "olmo2"},
-}
-SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, *SPLIT_AS, "diffllama")]
+# Of which every rank has a part of each layer: none keeps state, nor mixes heads.
+SPLIT = [name for name in ARCHITECTURES if name not in (*STATEFUL, "diffllama")]
 # Of four ranks what differs from two: fewer KV heads than ranks, in a linear of their own or beside the queries', and a
 # last part of the vocabulary that begins in the one before.
 MORE_RANKS = [("llama", {"vocab_size": 97}), ("gpt_bigcode", {})]
@@ -95,6 +91,18 @@ def texts_of_all(seat, ids: Tensor, options: dict) -> list[list[list[int]]]:
     return texts
 
 
+def logits_of_all(seat, ids: Tensor) -> list[Tensor]:
+    """Logits of every rank by the newest pair's capture, from states of nothing."""
+    captured = seat.kept[max(seat.kept)].pair.captured
+    batch, tokens = ids.shape
+    states = [torch.zeros(batch, tokens + 1, *state.shape, dtype=state.dtype) for state in captured.states]
+    with torch.no_grad():
+        logits = captured.graph_module(ids, torch.arange(tokens).expand_as(ids), *states).contiguous()
+    every = [torch.empty_like(logits) for _ in range(seat.place.world)]
+    dist.all_gather(every, logits)
+    return every
+
+
 def names_kept(seat) -> list:
     """What the last rank keeps."""
     names: list = [None] * seat.place.world
@@ -112,7 +120,6 @@ def fail_on(seat, number: int) -> None:
 @pytest.mark.parametrize(
     ("architecture", "options", "messages"),
     [
-        ("lfm2", {}, ["keep state besides keys and values"]),
         ("diffllama", {}, ["its heads do not follow from a linear's rows"]),
         (
             "llama",
@@ -192,6 +199,61 @@ def check_texts(ranks, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_layers_with_states_are_whole_on_every_rank_which_says_so(ranks):
+    """Attention, gated products and the head are split all the same."""
+    whole = whole_pair("lfm2")
+    part = quantspec.convert(tiny_model("lfm2"), tensor_parallel=ranks, **{**OPTIONS, "self_check": True})
+    ids, mask = random_ids(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[1, :13] = 0
+    for options in ({"do_sample": False}, {"do_sample": True, "seed": 3}):
+        assert torch.equal(part.generate(ids, mask, **CALL, **options), whole.generate(ids, mask, **CALL, **options))
+    assert part.last_stats.accepted == whole.last_stats.accepted
+    every = ranks.run(logits_of_all, ids)
+    with torch.no_grad():
+        expected = whole.model(ids, use_cache=False).logits
+    torch.testing.assert_close(every[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(*every)
+    assert [layer.query_heads * 2 for layer in part.layers] == [layer.query_heads for layer in whole.layers]
+    named = part.pair.captured.whole
+    assert named == [f"model.layers.0.conv.{name}" for name in ("in_proj", "out_proj", "conv.weight")]
+    # Said with their bytes; what a rank has besides is its own part.
+    report = str(part)
+    own = dict(part.model.named_parameters())
+    num_bytes = sum(p.nbytes for name, p in own.items() if name in named or name.removesuffix(".weight") in named)
+    assert f"computed by every rank: {num_bytes / 2**20:.1f} MiB of the target" in report
+    assert "model.layers.*.conv.in_proj (1), model.layers.*.conv.out_proj (1)" in report
+    assert "kept by every rank: all states" in report
+    shared = sum(p.nbytes for name, p in own.items() if p.shape == whole.model.get_parameter(name).shape)
+    total = sum(p.nbytes for p in whole.model.parameters())
+    assert sum(p.nbytes for p in own.values()) <= shared + (total - shared) * 0.51
+    part.close()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_tuned_pair_is_saved_and_then_split(ranks, llama_of_two, tmp_path):
+    with pytest.raises(ValueError, match="split over ranks is not tuned; tune it on one device and save it"):
+        llama_of_two.tune()
+    # A rank's part of every linear has whole groups.
+    whole = quantspec.convert(tiny_model("llama", intermediate_size=128), **OPTIONS)
+    ids = random_ids(2, 50)
+    untuned = whole.generate(ids, **CALL, do_sample=False)
+    scales = {name: parts["scale_and_zero"].clone() for name, parts in plain_weights(whole.draft).items()}
+    windows = {"window": 48, "train_windows": 8, "held_out_windows": 2, "windows_per_step": 4}
+    whole.tune(steps=4, learning_rate=3e-3, prompt_tokens=16, **windows)
+    assert any(
+        not torch.equal(parts["scale_and_zero"], scales[name]) for name, parts in plain_weights(whole.draft).items()
+    )
+    text = whole.generate(ids, **CALL, do_sample=False)
+    whole.save_pretrained(tmp_path)
+    part = quantspec.from_pretrained(tmp_path, tensor_parallel=ranks)
+    assert part.tuned == whole.tuned
+    assert torch.equal(text, untuned)
+    assert torch.equal(part.generate(ids, **CALL, do_sample=False), text)
+    assert part.last_stats.accepted == whole.last_stats.accepted
+    part.close()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 def test_custom_criteria_and_streamers_are_rank_0s(llama_of_two):
     part = llama_of_two
     ids, seen = random_ids(1, 20), []
@@ -245,10 +307,11 @@ def test_int4_codes_of_a_shard_are_the_shard_of_the_codes(axis):
 # importing is not what is looked at.
 
 FAULTS = """
-import os, signal, subprocess, sys, threading, time
+import os, signal, subprocess, sys, tempfile, threading, time
 sys.path[:0] = {path!r}
 import torch
 import quantspec
+import quantspec.pair.gather as gather
 import quantspec.ranks.pool as pool
 import test_tensor_parallel as module
 from quantspec.ranks.worker import main
@@ -273,7 +336,7 @@ class Fork:
             os.kill(self.pid, signal.SIGKILL)
 
 pool.subprocess.Popen = Fork
-model = tiny_model("llama", num_hidden_layers=1)
+model = tiny_model("llama", num_hidden_layers=1, intermediate_size=128)
 ids = module.random_ids(1, 40)
 options = dict(module.CALL, max_new_tokens=400, do_sample=False)
 
@@ -281,6 +344,17 @@ def kill():
     global killed
     killed = time.monotonic()
     os.kill(other, signal.SIGKILL)
+
+def num_ports():
+    open_here = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            open_here.add(os.readlink("/proc/self/fd/" + number))
+        except OSError:
+            continue
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in open("/proc/net/" + kind)]
+    # In state 0A sockets listen.
+    return sum(line[3] == "0A" and "socket:[" + line[9] + "]" in open_here for line in lines)
 
 def kill_at_work():
     while not ranks.seat.at_work:
@@ -308,6 +382,18 @@ def run(phase):
     part = quantspec.convert(model, tensor_parallel=ranks, **module.OPTIONS)
     if phase == "idle":
         kill()
+    if phase == "save":
+        gathered = gather._gathered
+        def kill_and_gather(*arguments):
+            gather._gathered = gathered
+            kill()
+            return gathered(*arguments)
+        gather._gathered = kill_and_gather
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                part.save_pretrained(folder)
+            finally:
+                print(phase, "wrote", *os.listdir(folder))
     part.generate(ids, **options, streamer=Killer(dict(prefill=1, cycle=9).get(phase, 0)))
 
 for phase in {phases!r}:
@@ -326,11 +412,12 @@ for phase in {phases!r}:
         print(phase, "still there")
     except ProcessLookupError:
         print(phase, "gone")
+    print(phase, "listens at", num_ports())
 ranks = quantspec.Ranks(2)
 print(*ranks.process_ids, flush=True)
 time.sleep(600)
 """
-PHASES = ("load", "prefill", "cycle", "idle", "error")
+PHASES = ("load", "prefill", "cycle", "idle", "save", "error")
 
 
 @pytest.fixture(scope="module")
@@ -354,13 +441,17 @@ def faults():
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_rank_that_ends_ends_all_with_its_cause(faults, phase):
     cause = "ZeroDivisionError: on purpose" if phase == "error" else "rank 1 was ended by SIGKILL"
-    ended, refused, there = (line.removeprefix(phase).strip() for line in faults if line.startswith(phase))
+    lines = [line.removeprefix(phase).strip() for line in faults if line.startswith(f"{phase} ")]
+    if phase == "save":
+        assert lines.pop(0) == "wrote"
+    ended, refused, there, ports = lines
     seconds, _, message = ended.partition(" ")
     # Seconds, on whatever machine this is.
     assert float(seconds) < 300
     assert cause in message + refused
     assert refused.startswith("refused the ranks have ended")
     assert there == "gone"
+    assert ports == "listens at 0"
 
 
 def test_the_others_end_with_rank_0(faults):

@@ -6,7 +6,7 @@ from .export import Capture, capture, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
 from .latents import linears_of_latents, with_latents
 from .rope import follows_length, rope_at, rope_context_of
-from .state import WithState, keeps_state
+from .state import WithState
 
 __all__ = [
     "DTYPES",
@@ -22,7 +22,6 @@ __all__ = [
     "check_model",
     "converting",
     "follows_length",
-    "keeps_state",
     "linears_of_latents",
     "naming_basic_cause",
     "rope_at",

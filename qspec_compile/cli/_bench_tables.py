@@ -53,6 +53,7 @@ def decode_table(figures: dict[str, Any]) -> Sideways:
     weights = f"{first['weights']} weights"
     if first["weights"] == "random":
         weights += "; acceptance is synthetic: drawn with the given probability"
+    weights += _split(first, "GPUs")
     of_steps = ("context, tokens", "draft step, ms", "drafts", "verification, ms", "baseline token, ms", "acceptance")
     names = (*of_steps, "tokens/s", "against baseline", "against Hugging Face")
     table = Sideways(_title(f"{first['model']}, {weights}", figures["environment"]), names)
@@ -87,14 +88,14 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{row['statistics']['draft_acceptance_rate']:.2f} {measured}",
             f"{rate:.1f}",
             f"{rate * baseline / 1000:.2f}x",
-            f"{rate / row['hugging_face']['tokens_per_second']:.2f}x",
+            f"{rate / row['hugging_face']['tokens_per_second']:.2f}x" if "hugging_face" in row else "-",
         )
 
 
 def generate_table(figures: dict[str, Any]) -> Sideways:
     """``generate`` beside Hugging Face's: a column per dtype and context, with drafts and without."""
     first = figures["rows"][0]
-    title = f"SmolLM2-135M, real weights, {first['new_tokens']} new tokens"
+    title = f"SmolLM2-135M, real weights, {first['new_tokens']} new tokens{_split(first, 'processes')}"
     names = ("prompt, tokens", "dtype", "quantspec", "ms per token", "Hugging Face, ms", "speed-up", "acceptance")
     table = Sideways(_title(title, figures["environment"]), (*names, "prefill, s", "Hugging Face's prefill, s"))
     for row in figures["rows"]:
@@ -130,6 +131,11 @@ def _shape(row: dict[str, Any]) -> str:
     if "in_features" in row:
         return f"{row['in_features']} to {row['out_features']}, {row['rows']} rows, groups of {row['group']}"
     return f"{row['heads']}/{row['kv_heads']} heads, {row['context']:,} tokens, batch {row['batch']}"
+
+
+def _split(row: dict[str, Any], over: str) -> str:
+    count = row["tensor_parallel"]
+    return f"; split over {count} {over}" if count > 1 else ""
 
 
 def _title(what: str, environment: dict[str, Any]) -> str:

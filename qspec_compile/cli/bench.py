@@ -16,7 +16,8 @@ from quantspec.versions import install_command
 
 from .console import stderr, stdout, working
 from .errors import CommandError, check_folder, make_folder, write_whole
-from .options import tokens
+from .loading import check_devices, find_device
+from .options import TensorParallel, tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +63,7 @@ def command(
     contexts: Annotated[
         str | None, typer.Option(metavar="N,N", show_default=False, help="Of decode: tokens of the prompts.")
     ] = None,
+    tensor_parallel: TensorParallel = 1,
     full: Annotated[bool, typer.Option("--full", help="Measure as much as the published tables show.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the figures there as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as is done in a pipe, and no table.")] = False,
@@ -72,10 +74,15 @@ def command(
     gpu = torch.cuda.is_available()
     if what is What.KERNELS:
         _check_kernels(
-            gpu, plots=full and out is not None, names_model=bool(lengths) or model is not BenchModel.SMOLLM2
+            gpu,
+            plots=full and out is not None,
+            names_model=bool(lengths) or model is not BenchModel.SMOLLM2,
+            splits=tensor_parallel > 1,
         )
     else:
         _check_decode(gpu, model)
+        if tensor_parallel > 1:
+            check_devices(find_device(None), tensor_parallel)
     if out is not None:
         check_folder(out)
     figures: Any
@@ -83,9 +90,9 @@ def command(
     if what is What.KERNELS:
         name, (figures, table) = "kernels", _bench_kernels(full, out)
     elif gpu:
-        name, (figures, table) = f"decode-{model.value}", _bench_decode(model, lengths, full)
+        name, (figures, table) = f"decode-{model.value}", _bench_decode(model, lengths, full, tensor_parallel)
     else:
-        name, (figures, table) = "generate", _bench_generate(lengths, full)
+        name, (figures, table) = "generate", _bench_generate(lengths, full, tensor_parallel)
     if out is not None:
         write_whole(out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
     console = stdout()
@@ -112,9 +119,11 @@ def _lengths(contexts: str | None, model: BenchModel) -> tuple[int, ...]:
     return lengths
 
 
-def _check_kernels(gpu: bool, plots: bool, names_model: bool) -> None:
+def _check_kernels(gpu: bool, plots: bool, names_model: bool, splits: bool) -> None:
     if names_model:
         raise CommandError("kernels are measured without a model", "drop --model and --contexts")
+    if splits:
+        raise CommandError("kernels are measured on one GPU", "drop --tensor-parallel")
     if not gpu:
         raise CommandError("kernels are measured on a GPU, and there is none here", "run it where there is one")
     if plots and importlib.util.find_spec("matplotlib") is None:
@@ -145,14 +154,16 @@ def _bench_kernels(full: bool, out: Path | None) -> tuple[list[dict[str, Any]], 
     return rows, kernels_table(rows)
 
 
-def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Sideways]:
+def _bench_decode(
+    model: BenchModel, lengths: tuple[int, ...], full: bool, num_ranks: int
+) -> tuple[dict[str, Any], Sideways]:
     """Decoding on a GPU: the figures and their table."""
     from quantspec.benchmarks.common import results
     from quantspec.benchmarks.decode import measure, published
 
     from ._bench_tables import decode_table
 
-    settings = published(model.value)
+    settings = replace(published(model.value), tensor_parallel=num_ranks)
     if not full:
         real = model is BenchModel.SMOLLM2
         quick = (_QUICK_CONTEXT,)
@@ -165,7 +176,7 @@ def _bench_decode(model: BenchModel, lengths: tuple[int, ...], full: bool) -> tu
     return figures, decode_table(figures)
 
 
-def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any], Sideways]:
+def _bench_generate(lengths: tuple[int, ...], full: bool, num_ranks: int) -> tuple[dict[str, Any], Sideways]:
     """``generate`` of SmolLM2 on the CPU beside Hugging Face's: the figures and their table."""
     from quantspec.benchmarks import generate
     from quantspec.benchmarks.common import results
@@ -179,7 +190,11 @@ def _bench_generate(lengths: tuple[int, ...], full: bool) -> tuple[dict[str, Any
     dtypes = generate.DTYPES if full else (usual,)
     lengths = lengths or (generate.CONTEXTS if full else (_QUICK_CPU_CONTEXT,))
     new_tokens = generate.NEW_TOKENS if full else _QUICK_CPU_NEW_TOKENS
-    rows = (row for dtype in dtypes for row in generate.measure(dtype, "cpu", lengths, new_tokens))
+    rows = (
+        row
+        for dtype in dtypes
+        for row in generate.measure(dtype, "cpu", lengths, new_tokens, tensor_parallel=num_ranks)
+    )
     figures = results("cpu", _measured(rows))
     return figures, generate_table(figures)
 

@@ -359,7 +359,7 @@ def find_pair(
     source = find_model(model, gguf_file)
     device = find_device(run.device)
     if num_ranks > 1:
-        _check_devices(device, num_ranks)
+        check_devices(device, num_ranks)
     options = {**model.conversion(), **run.conversion()}
     with working("importing"):
         import quantspec
@@ -384,7 +384,12 @@ def find_pair(
     return FoundPair(source, device, dtype, options, load_tokenizer(source), limit, num_ranks)
 
 
-def _check_devices(device: torch.device, num_ranks: int) -> None:
+def check_devices(device: torch.device, num_ranks: int) -> None:
+    """Refuse to split a pair over devices that are not there.
+
+    Raises:
+        CommandError: ``device`` is one GPU, or there are fewer than ``num_ranks``.
+    """
     import torch
 
     if device.type == "cuda" and device.index is not None:

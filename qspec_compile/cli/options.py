@@ -239,19 +239,22 @@ class RunOptions:
         return {name: getattr(self, name) for name in ("self_check", "compile") if getattr(self, name) is not None}
 
 
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        parser=whole(1),
+        metavar="N",
+        help="GPUs of this machine to split target, draft and cache over; their processes are started and ended. "
+        "On a CPU as many processes, to try it out.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class SplitRunOptions(RunOptions):
     """The same of a pair that may be split over several GPUs."""
 
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(
-            parser=whole(1),
-            metavar="N",
-            help="GPUs of this machine to split target, draft and cache over; their processes are started and ended. "
-            "On a CPU as many processes, to try it out.",
-        ),
-    ] = 1
+    tensor_parallel: TensorParallel = 1
 
 
 @dataclass(frozen=True)

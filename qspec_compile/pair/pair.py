@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,15 +21,17 @@ from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
 from quantspec.passes import Role, WeightFormat, WeightSource
 from quantspec.passes.called_modules import called_modules
+from quantspec.passes.state_steps import FillStates
 from quantspec.ranks import Seat
 
 from .compile_by_layer import compile_graph
 from .eager_prefill import EagerPrefill
 from .frozen import FrozenModel
-from .recipes import build_graphs, common_graph, recipes_for
+from .recipes import build_graphs, common_graph, recipes_for, run_passes
 from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
+_LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 class Pair:
@@ -36,7 +40,7 @@ class Pair:
     A role's graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
     ``length (B,)``, the state inputs of its recipe, all int64, and the cache's tensors; it returns logits ``(B, R, V)``
     in the model's dtype. :meth:`read` and :meth:`fill` call them so. Where layers keep state, that follows the
-    positions, and prefill is an :class:`quantspec.pair.eager_prefill.EagerPrefill`.
+    positions, and prefill is an :class:`quantspec.pair.eager_prefill.EagerPrefill`; on ranks it is a graph, too.
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
@@ -100,9 +104,12 @@ class Pair:
         compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self.compiles: bool = compiles and not captured.states and not called
         self.graphs: Mapping[Role, torch.nn.Module] = graphs
-        if captured.states:
+        if captured.states and seat is None:
             with rope_at(model, rope_context):
                 self.graphs = {**graphs, Role.PREFILL: EagerPrefill(model, cached)}
+        elif captured.states:
+            # The model's own forward knows nothing of parts.
+            self.graphs = {**graphs, Role.PREFILL: run_passes(graphs[Role.PREFILL], [FillStates()])}
         self._recipes = recipes
         self._forwards = {
             role: compile_graph(graphs[role]) if self.compiles and recipes[role].compiles else graph
@@ -262,11 +269,29 @@ class Pair:
         return [
             ("attention layers", f"{len(self.layers)}, KV groups of {self.config.kv_group_size} tokens"),
             *([("states in full precision", str(len(self.captured.states)))] if self.captured.states else []),
-            *([("computed by every rank", ", ".join(self.captured.whole))] if self.captured.whole else []),
             ("weights", f"target {target:.1f} MiB, draft adds {added:.1f} MiB"),
+            *([] if self._seat is None else self._facts_of_ranks(self._seat)),
             ("INT4 linears", f"{linears}, group size {sizes} (asked for {self.config.weight_group_size})"),
             *(("full precision in the draft", f"{r.name} ({r.note})") for r in left),
         ]
+
+    def _facts_of_ranks(self, seat: Seat) -> list[tuple[str, str]]:
+        """What is split, and by name what every rank has and computes whole."""
+        facts = [("ranks", f"{seat.place.world}; weights, INT4 linears and cache are of each")]
+        if self.captured.whole:
+            whole = Counter(_LAYER_NUMBER.sub(".*", name) for name in self.captured.whole)
+            named = ", ".join(f"{name} ({count})" if "*" in name else name for name, count in whole.items())
+            facts.append(("computed by every rank", f"{self._whole_bytes / 2**20:.1f} MiB of the target: {named}"))
+        if self.captured.states:
+            facts.append(("kept by every rank", "all states, which prompts move on token by token"))
+        return facts
+
+    @property
+    def _whole_bytes(self) -> int:
+        """Of the matrices of :attr:`Capture.whole`."""
+        whole = set(self.captured.whole)
+        parameters = self.model.named_parameters()
+        return sum(p.nbytes for name, p in parameters if name in whole or name.rpartition(".")[0] in whole)
 
     def title(self) -> str:
         """The model, its dtype and its device."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantspec.capture import Capture, capture, converting, keeps_state, rope_context_of
+from quantspec.capture import Capture, capture, converting, rope_context_of
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import CannotStore, from_json, to_json
 from quantspec.config import QuantSpecConfig
@@ -73,8 +73,6 @@ def plan(model: PreTrainedModel, config: QuantSpecConfig, world: int) -> StoredC
     Raises:
         TypeError, UnsupportedModelError: it cannot be captured, or split over so many; names the node or module.
     """
-    if keeps_state(model):
-        raise _keeps_state(model)
     with converting():
         captured = kept_or_captured(model, rope_context_of(model, config), capture)
         same_pieces(model, _own_pieces(split_capture(captured, model, Place(0, world, ""))))
@@ -90,8 +88,6 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
     Raises:
         UnsupportedModelError: the model cannot be split over so many ranks; names the node or module.
     """
-    if captured.states:
-        raise _keeps_state(model)
     called = called_modules(captured.graph_module)
     if called:
         raise UnsupportedModelError(
@@ -110,12 +106,6 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
         heads, kv_heads = (states.meta["val"].shape[1] for states in (query, key))
         layers.append(replace(layer, query_heads=heads, kv_heads=kv_heads))
     return replace(captured, graph_module=graph_module, layers=tuple(layers), pieces=shard.pieces, whole=shard.whole)
-
-
-def _keeps_state(model: PreTrainedModel) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"cannot split {type(model).__name__} over ranks: its layers keep state besides keys and values; use one rank"
-    )
 
 
 def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.device) -> None:
