@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,7 @@ class Settings:
     Attributes:
         model: a name of :data:`SHAPES`, or "smollm2".
         contexts: tokens of the prompts.
+        batches: sequences that decode together, of each context; ``generate`` runs with one.
         gammas: drafted tokens per cycle; ``generate`` uses the first.
         generate_at: contexts at which ``generate`` runs.
         rates: synthetic acceptance rates.
@@ -101,6 +103,7 @@ class Settings:
     contexts: Sequence[int]
     gammas: Sequence[int]
     generate_at: Sequence[int]
+    batches: Sequence[int] = (1,)
     rates: Sequence[float] = RATES
     new_tokens: int = 64
     layers: int | None = None
@@ -126,9 +129,12 @@ def published(model: str) -> Settings:
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, scale: float
 ) -> Tensor:
-    """Store one token at ``slot`` of ``(B, K, S, D)`` caches and attend to all S tokens; returns ``(B, 1, H, D)``."""
-    k_cache.index_copy_(2, slot, key)
-    v_cache.index_copy_(2, slot, value)
+    """Store a token of each sequence in ``(B, K, S, D)`` caches and attend to all S tokens; returns ``(B, 1, H, D)``.
+
+    The first of ``slot (B,)`` is where, in all sequences.
+    """
+    k_cache.index_copy_(2, slot[:1], key)
+    v_cache.index_copy_(2, slot[:1], value)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = F.scaled_dot_product_attention(query, k_cache, v_cache, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
@@ -219,9 +225,9 @@ def kernel_table(kernels: dict[str, dict[str, dict[str, float]]], shown: int = 1
     return "\n".join(lines)
 
 
-def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCache:
-    """A cache of one sequence with ``context`` tokens of random codes; times do not depend on what they are."""
-    cache = qs.pair.new_cache(1, 15)
+def filled_cache(qs: QuantSpecModel, context: int, slack: int, batch: int = 1) -> HierarchicalCache:
+    """A cache of sequences with ``context`` tokens of random codes each; times do not depend on what they are."""
+    cache = qs.pair.new_cache(batch, 15)
     cache.reserve(context + slack)
     for layer in cache.layers:
         for plane in (layer.k_upper, layer.k_lower, layer.v_upper, layer.v_lower):
@@ -237,14 +243,14 @@ def filled_cache(qs: QuantSpecModel, context: int, slack: int) -> HierarchicalCa
 
 
 def rewind(cache: HierarchicalCache, context: int) -> None:
-    """Set the cache's lengths to those after a prompt of ``context`` tokens."""
+    """Set the cache's lengths to those after prompts of ``context`` tokens."""
     cache.reset()
-    cache.advance_prefill(torch.tensor([context], device=cache.length.device))
+    cache.advance_prefill(torch.full_like(cache.length, context))
 
 
 def step(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) -> Callable[[], Any]:
-    """One forward pass of ``tokens`` tokens."""
-    ids = torch.ones(1, tokens, dtype=torch.long, device="cuda")
+    """One forward pass of ``tokens`` tokens of each sequence."""
+    ids = torch.ones(cache.batch_size, tokens, dtype=torch.long, device=qs.device)
     return lambda: qs.pair.read(role, ids, cache)
 
 
@@ -281,21 +287,21 @@ class Baseline:
         gm.recompile()
         self.forward = compile_graph(gm)
 
-    def token(self, context: int) -> Callable[[], Any]:
-        """One token at ``context``."""
-        caches = []
+    def token(self, context: int, batch: int = 1) -> Callable[[], Any]:
+        """One token of each sequence at ``context``."""
+        caches, device = [], self.qs.device
         for layer in self.qs.layers:
             for dim in (layer.key_dim, layer.value_dim):
-                shape = (1, layer.kv_heads, context + _SLACK, dim)
-                caches.append(torch.randn(shape, dtype=self.qs.model.dtype, device="cuda"))
+                shape = (batch, layer.kv_heads, context + _SLACK, dim)
+                caches.append(torch.randn(shape, dtype=self.qs.model.dtype, device=device))
                 torch._dynamo.maybe_mark_dynamic(caches[-1], 2)
-        unused = torch.zeros(1, device="cuda")
+        unused = torch.zeros(1, device=device)
         inputs = []
         for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
             dense = dict(zip(part_names("recent"), (k_cache, v_cache), strict=True))
             inputs += [dense.get(name, unused) for name in ACCESSES[Role.TARGET].inputs]
-        ids = torch.ones(1, 1, dtype=torch.long, device="cuda")
-        length = torch.tensor([context], device="cuda")
+        ids = torch.ones(batch, 1, dtype=torch.long, device=device)
+        length = torch.full((batch,), context, device=device)
         return lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs)
 
 
@@ -315,7 +321,7 @@ def synthetic_rows(
     qs: QuantSpecModel, cache: HierarchicalCache, context: int, gamma: int, rates: Sequence[float], cycles: int = 40
 ) -> Iterator[dict[str, Any]]:
     """Cycles as ``generate`` runs them, with drawn acceptance; one row per rate."""
-    drawn = torch.zeros((), device="cuda")
+    drawn = torch.zeros((), device=qs.device)
     rewind(cache, context)
     rule = synthetic_acceptance(drawn)
     replay = CycleReplay(qs.pair, cache, Plan(gamma), LogitsProcessorList(), do_sample=False, rule=rule)
@@ -333,14 +339,14 @@ def synthetic_rows(
             result = CycleResult.read(packed)
             if result.flush_due:
                 replay.flush()
-            tokens += result.accepted[0] + 1
+            tokens += sum(result.accepted) + cache.batch_size
             on_gpu.append((first, last))
         torch.cuda.synchronize()
         wall = time.perf_counter() - start
         yield {
             "num_speculative_tokens": gamma,
             "synthetic_acceptance_rate": rate,
-            "mean_acceptance_length": tokens / cycles,
+            "mean_acceptance_length": tokens / cycles / cache.batch_size,
             "expected_acceptance_length": cycle_tokens(rate, gamma),
             "cycle_ms": 1000 * wall / cycles,
             "cycle_gpu_ms": sum(first.elapsed_time(last) for first, last in on_gpu) / cycles,
@@ -348,23 +354,26 @@ def synthetic_rows(
 
 
 def measure_context(
-    qs: QuantSpecModel, baseline: Baseline | None, prompt: Tensor, settings: Settings
+    qs: QuantSpecModel, baseline: Baseline | None, prompt: Tensor, settings: Settings, batch: int = 1
 ) -> dict[str, Any]:
-    """Everything at one context length; ``prompt (1, context)``."""
+    """Everything of ``batch`` sequences at one context; ``generate`` begins with the ``prompt (1, context)``.
+
+    Tokens per second are those of all sequences.
+    """
     context = prompt.shape[1]
-    row: dict[str, Any] = {"context": context}
+    row: dict[str, Any] = {"context": context, "batch": batch}
     kernels = {}
     if baseline is not None:
-        LOG.info("%d tokens: baseline", context)
-        token = baseline.token(context)
+        LOG.info("%d x %d tokens: baseline", batch, context)
+        token = baseline.token(context, batch)
         row["baseline_token_ms"] = milliseconds(token)
         kernels["baseline token"] = kernel_times(token)
         del token
         LOG.debug(row)
     free()
     torch.cuda.reset_peak_memory_stats()
-    LOG.info("%d tokens: draft step and verification", context)
-    cache = filled_cache(qs, context, CYCLE_TOKENS)
+    LOG.info("%d x %d tokens: draft step and verification", batch, context)
+    cache = filled_cache(qs, context, CYCLE_TOKENS, batch)
     draft = step(qs, cache, Role.DRAFT, 1)
     verifications = {gamma + 1: step(qs, cache, Role.TARGET, gamma + 1) for gamma in settings.gammas}
     with torch.no_grad():
@@ -382,18 +391,18 @@ def measure_context(
     row["kernels"] = kernels
     row["synthetic"] = []
     for gamma in settings.gammas if settings.rates else ():
-        LOG.info("%d tokens: cycles of %d drafts, synthetic acceptance", context, gamma)
+        LOG.info("%d x %d tokens: cycles of %d drafts, synthetic acceptance", batch, context, gamma)
         for result in synthetic_rows(qs, cache, context, gamma, settings.rates):
             # Few cycles make the drawn number of tokens noisy; its expectation is known.
-            result["tokens_per_second"] = 1000 * result["expected_acceptance_length"] / result["cycle_ms"]
+            result["tokens_per_second"] = 1000 * batch * result["expected_acceptance_length"] / result["cycle_ms"]
             if baseline is not None:
-                result["speedup"] = result["tokens_per_second"] * row["baseline_token_ms"] / 1000
+                result["speedup"] = result["tokens_per_second"] * row["baseline_token_ms"] / 1000 / batch
             LOG.debug(result)
             row["synthetic"].append(result)
     row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
     del cache
     free()
-    if context in settings.generate_at:
+    if batch == 1 and context in settings.generate_at:
         # Of a part there is no model to compare with.
         compares = baseline is not None and settings.tensor_parallel == 1
         row |= measure_generate(qs, prompt, settings.gammas[0], settings.new_tokens, settings.target_only, compares)
@@ -442,7 +451,7 @@ def free() -> None:
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """One row per context."""
+    """One row per batch and context."""
     LOG.info("loading the model")
     if settings.model == "smollm2":
         model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
@@ -481,8 +490,8 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 def measure_contexts(qs: QuantSpecModel, text: Tensor, settings: Settings) -> Iterator[dict[str, Any]]:
     """:func:`measure_context` of every context, prompts out of ``text (1, S)``."""
     baseline = Baseline(qs) if settings.baseline else None
-    for context in settings.contexts:
-        yield measure_context(qs, baseline, text[:, :context], settings)
+    for batch, context in itertools.product(settings.batches, settings.contexts):
+        yield measure_context(qs, baseline, text[:, :context], settings, batch)
 
 
 def measure_part(seat: Seat, session: int | Session, text: Tensor, settings: Settings) -> list[dict[str, Any]]:
@@ -501,6 +510,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=[*SHAPES, "smollm2"], required=True)
     parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--batches", type=int, nargs="+", help="sequences that decode together")
     parser.add_argument("--gammas", type=int, nargs="+")
     parser.add_argument("--rates", type=float, nargs="*")
     parser.add_argument("--new-tokens", type=int)
