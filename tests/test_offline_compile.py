@@ -45,14 +45,14 @@ def loaded(path: Path) -> ModuleType:
     return module
 
 
-def test_every_kernel_compiles_for_an_old_and_the_newest_generation(tmp_path: Path) -> None:
+def test_every_kernel_compiles_for_the_oldest_and_the_newest_generation(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
-    command = [sys.executable, SCRIPT, "--generations", "86", "120", "--cases", *CASES, "--out", out]
+    command = [sys.executable, SCRIPT, "--generations", "80", "120", "--cases", *CASES, "--out", out]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())
-    for capability in (86, 120):
+    for capability in (80, 120):
         ours = [row for row in rows if row["capability"] == capability]
         assert {row["kernel"] for row in ours} == launched_kernels()
         assert all(row["instructions"] > 10 and row["registers"] > 0 for row in ours)

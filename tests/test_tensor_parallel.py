@@ -26,7 +26,7 @@ from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
 from quantspec.config import WeightQuantizer
 from quantspec.hugging_face.generate import generate
-from quantspec.pair.split import StoredCapture, plan, split_capture
+from quantspec.pair.split import StoredCapture, split_capture
 from quantspec.passes import plain_weights
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
