@@ -331,7 +331,7 @@ def test_a_failed_parity_leaves_no_folder(run, folder, tmp_path, monkeypatch):
 
 
 def test_a_failed_bench_leaves_no_folder(run, tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
