@@ -21,6 +21,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
+from transformers.utils import ModelOutput
 
 import quantspec
 from quantspec.capture import Capture, capture, kept
@@ -152,6 +153,16 @@ def test_an_attribute_of_a_module_is_read():
     model.model.layers[1].self_attn.scaling = 0.5
     assert captures_of(model) == 1
     assert captures_of(model) == 0
+
+
+def test_other_kinds_of_models_in_the_process_change_nothing():
+    """transformers registers classes of every model that is built, and outputs of every one that is imported."""
+    before = running_code(tiny_model("llama"), capture)
+    home = {"__module__": "transformers.models.other.modeling_other"}
+    other = type("OtherForCausalLM", (modeling_llama.LlamaForCausalLM,), dict(home))
+    other(tiny_model("llama").config)
+    type("OtherOutput", (ModelOutput,), home | {"__annotations__": {}})
+    assert running_code(tiny_model("llama"), capture) == before
 
 
 @pytest.mark.usefixtures("llama_is_kept")

@@ -30,6 +30,8 @@ _FOLLOWED = ("transformers", "quantspec")
 _LIBRARIES = frozenset({"torch", "typing_extensions", *_FOLLOWED, *sys.stdlib_module_names})
 _PRIMITIVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Classes of models, as they print.
+_OF_MODELS = ("<class 'transformers.models.", "<class 'transformers_modules.")
 # Described by themselves, or of no forward: how a model was loaded, and what it generates with.
 _NOT_READ = {*vars(nn.Module()), "generation_config", "hf_quantizer", "name_or_path", "_is_hf_initialized"}
 _NOT_READ_OF_CONFIGS = ("_name_or_path", "name_or_path", "quantization_config", "transformers_version")
@@ -60,6 +62,7 @@ class _Reader:
     def __init__(self, model: PreTrainedModel) -> None:
         self._hash = hashlib.sha256()
         self._names = {module: name for name, module in model.named_modules()}
+        self._homes = {_home(str(type(module))) for module in self._names}
         # They are kept, so that their ids stay theirs.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._numbers = count()
@@ -124,7 +127,7 @@ class _Reader:
 
     def read(self, value: Any, strict: bool = False) -> None:
         """Read an object, as far as it can say what it computes."""
-        parts = _parts(value)
+        parts = _parts(value, self._is_of_another_model)
         if isinstance(value, _PRIMITIVES):
             self._say(value)
         elif id(value) in self._seen:
@@ -139,6 +142,11 @@ class _Reader:
         else:
             self._seen[id(value)] = (next(self._numbers), value)
             self._read_new(value, strict)
+
+    def _is_of_another_model(self, entry: Any) -> bool:
+        """Registries have classes, or their names, of every kind of model that the process has imported or built."""
+        name = str(entry) if isinstance(entry, str | type) else ""
+        return name.startswith(_OF_MODELS) and _home(name) not in self._homes
 
     def _read_new(self, value: Any, strict: bool) -> None:
         if isinstance(value, FunctionType):
@@ -219,16 +227,26 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _parts(value: Any) -> list[Any] | None:
-    """What an object consists of, in an order that is the same in every process; None if it is no container."""
+def _home(name: str) -> str:
+    """The package of a class that prints as ``<class 'PACKAGE.MODULE.CLASS'>``."""
+    return name.rsplit(".", 2)[0]
+
+
+def _parts(value: Any, leaves_out: Callable[[Any], bool]) -> list[Any] | None:
+    """What an object consists of, in an order that is the same in every process; None if it is no container.
+
+    Entries of a dictionary or a set that ``leaves_out`` are no parts.
+    """
     if isinstance(value, dict):
         # Some of transformers' make what they are asked for.
-        items: list[tuple[Any, Any]] = list(dict.items(value))
+        items: list[tuple[Any, Any]] = [item for item in dict.items(value) if not leaves_out(item[0])]
         if _are_named(value):
             items.sort(key=lambda item: str(item[0]))
         return list(chain.from_iterable(items))
     if isinstance(value, set | frozenset):
-        return sorted(value, key=lambda item: getattr(item, "__name__", str(item)))
+        return sorted(
+            (item for item in value if not leaves_out(item)), key=lambda item: getattr(item, "__name__", str(item))
+        )
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, MethodType):
