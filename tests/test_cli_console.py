@@ -10,6 +10,7 @@ from rich.console import Console
 
 from quantspec import GenerationStats
 from quantspec.cli import console
+from quantspec.cli.chat import COMMANDS
 from quantspec.engine.plan import Plan
 
 
@@ -42,15 +43,16 @@ def test_no_bar_in_a_file(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_statistics_go_on_below_their_beginning(capsys, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_rows_go_on_below_their_beginning(capsys, monkeypatch, width):
     stats = GenerationStats(4)
     stats.record_cycle(Plan(4), [3], 0.5)
-    console.print_statistics(stats)
-    shown = capsys.readouterr().err
-    assert " ".join(shown.split()) == " ".join(str(stats).split())
-    names = [line.partition("  ")[0] for line in str(stats).splitlines()]
-    column = max(map(len, names)) + 2
-    begun = [line for line in shown.splitlines() if line[0] != " "]
-    assert [line[:column].rstrip() for line in begun] == names
-    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+    monkeypatch.setenv("COLUMNS", str(width))
+    for text in (str(stats), COMMANDS):
+        console.print_rows(text)
+        shown = capsys.readouterr().err
+        assert " ".join(shown.split()) == " ".join(text.split())
+        names = [line.partition("  ")[0] for line in text.splitlines()]
+        column = max(map(len, names)) + 2
+        begun = [line for line in shown.splitlines() if line[0] != " "]
+        assert [line[:column].rstrip() for line in begun] == names
+        assert all(len(line.rstrip()) <= width for line in shown.splitlines())

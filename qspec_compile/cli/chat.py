@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import print_statistics, stderr
+from .console import print_rows, stderr
 from .errors import CommandError, print_error
 from .generate import apply_chat_template, warm_up
 from .loading import find_pair
@@ -18,13 +18,15 @@ from .options import ModelOptions, SamplingOptions, SplitRunOptions
 if TYPE_CHECKING:
     from ._conversation import Conversation
 
-_COMMANDS = """\
+COMMANDS = """\
 /help       this list
 /reset      forget the conversation
 /save FILE  write it to FILE: as messages where that ends with .json, else as Markdown
 /stats      statistics of the last answer
 /exit       end, as Ctrl-D does
-Ctrl-C ends an answer. A line that ends with a backslash goes on; lines between \"\"\" and \"\"\" are one message."""
+Ctrl-C      end the answer
+\\           a backslash at the end of a line: the message goes on
+\"\"\"         lines between this and another are one message"""
 _HELLO = {"role": "user", "content": "Hello"}
 
 
@@ -79,7 +81,7 @@ def talk(conversation: Conversation) -> None:
 def _obey(conversation: Conversation, message: str) -> None:
     command, _, rest = message.partition(" ")
     if command == "/help":
-        stderr().print(_COMMANDS, markup=False)
+        print_rows(COMMANDS)
     elif command == "/reset":
         conversation.reset()
     elif command == "/save":
@@ -88,7 +90,7 @@ def _obey(conversation: Conversation, message: str) -> None:
         if (stats := conversation.qs.last_stats) is None:
             stderr().print("nothing said yet")
         else:
-            print_statistics(stats)
+            print_rows(str(stats))
     # A path may begin a message, and no command has a slash within.
     elif command.startswith("/") and "/" not in command[1:]:
         raise CommandError(f"there is no command '{command}'", "/help lists them")

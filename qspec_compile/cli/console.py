@@ -19,8 +19,6 @@ from quantspec.logging import without_bars_of_libraries
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from quantspec import GenerationStats
-
 # Columns of a table that no terminal limits.
 _PIPED_WIDTH = 160
 
@@ -35,10 +33,10 @@ def stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 
 
-def print_statistics(stats: GenerationStats) -> None:
-    """On stderr, a name and what is to it in each row; what is long goes on below its beginning."""
+def print_rows(lines: str) -> None:
+    """On stderr, lines of a name, two spaces or more, and a text; what is long goes on below its beginning."""
     table = Table.grid(padding=(0, 2))
-    for line in str(stats).splitlines():
+    for line in lines.splitlines():
         name, _, text = line.partition("  ")
         table.add_row(Text(name), Text(text.strip()))
     stderr().print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import print_statistics, working
+from .console import print_rows, working
 from .errors import CommandError, read_stdin, read_text
 from .loading import find_pair
 from .options import ModelOptions, SamplingOptions, SplitRunOptions
@@ -86,7 +86,7 @@ def command(
         if as_json:
             print(json.dumps(_as_json(qs, tokenizer, new_tokens), ensure_ascii=False))
         if stats and qs.last_stats is not None:
-            print_statistics(qs.last_stats)
+            print_rows(str(qs.last_stats))
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
