@@ -461,7 +461,8 @@ def test_inspect_prints_tables(run, tmp_path):
 
 
 def test_inspect_refuses_a_context_that_does_not_fit(run, folder):
-    assert_error(run("inspect", folder, "--context", 513), "513 tokens are more than max_cache_len=512")
+    too_long = "a text of 513 tokens is longer than the 512 that a pair would take (shorten --context"
+    assert_error(run("inspect", folder, "--context", 513), too_long)
     assert_error(run("inspect", folder, "--context", 0), "--context")
 
 

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .console import stdout, working
+from .errors import CommandError
 from .loading import Kind, Source, dtype_to_load, fetched, find_model, load_config
 from .options import Dtype, ModelOptions, real, tokens, whole
 
@@ -68,9 +69,10 @@ def command(
         sizes = _captured_sizes(source, model)
     num_tokens = context or min(sizes.limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if sizes.limit is not None and num_tokens > sizes.limit:
-        from quantspec.cache import check_cache_len
-
-        check_cache_len(num_tokens, sizes.limit)
+        raise CommandError(
+            f"a text of {num_tokens} tokens is longer than the {sizes.limit} that a pair would take",
+            "shorten --context, or give a larger --max-cache-len",
+        )
     facts = _as_dict(sizes, num_tokens, batch_size)
     if card is not None:
         facts["fit"] = fit(sizes, card, gpu_memory_utilization, num_tokens, batch_size)
