@@ -18,6 +18,7 @@ from conftest import GROUP
 from step_by_step import random_prompt
 from tiny_models import tiny_model
 from torch import nn
+from transformers.generation import stopping_criteria
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
@@ -94,10 +95,7 @@ def test_later_processes_take_what_one_of_two_at_once_kept(tmp_path, folder):
     (_, text), (_, same) = [printed(one) for one in [process(tmp_path, seed) for seed in (1, 2)]]
     assert same == text
     assert len(list(folder.iterdir())) == 1
-    # This process is a third.
-    captures, qs = converted(tiny_model("llama"))
-    assert captures == 0
-    assert qs.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)[0].tolist() == text
+    assert printed(process(tmp_path, 3)) == [0, text]
 
 
 def converted(model, **options) -> tuple[int, quantspec.QuantSpecModel]:
@@ -155,14 +153,19 @@ def test_an_attribute_of_a_module_is_read():
     assert captures_of(model) == 0
 
 
-def test_other_kinds_of_models_in_the_process_change_nothing():
-    """transformers registers classes of every model that is built, and outputs of every one that is imported."""
+def test_what_else_the_process_has_done_changes_nothing():
+    """transformers registers classes of every model that is built and outputs of every one that is imported, and keeps
+    what strings stop at; torch.compile wraps methods of every module."""
     before = running_code(tiny_model("llama"), capture)
     home = {"__module__": "transformers.models.other.modeling_other"}
     other = type("OtherForCausalLM", (modeling_llama.LlamaForCausalLM,), dict(home))
     other(tiny_model("llama").config)
     type("OtherOutput", (ModelOutput,), home | {"__annotations__": {}})
     assert running_code(tiny_model("llama"), capture) == before
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert running_code(tiny_model("llama"), capture) == before
+    with mock.patch.dict(stopping_criteria.STOP_STRING_EMBEDDING_CACHE, {("a",): 1}):
+        assert running_code(tiny_model("llama"), capture) == before
 
 
 @pytest.mark.usefixtures("llama_is_kept")

@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.generic import GeneralInterface
+from transformers.utils.generic import GeneralInterface, ModelOutput
 
 # Functions of these are followed to what they call; those of torch and Python are as their versions say.
 _FOLLOWED = ("transformers", "quantspec")
@@ -145,6 +145,8 @@ class _Reader:
 
     def _is_of_another_model(self, entry: Any) -> bool:
         """Registries have classes, or their names, of every kind of model that the process has imported or built."""
+        if isinstance(entry, type) and issubclass(entry, ModelOutput):
+            return True
         name = str(entry) if isinstance(entry, str | type) else ""
         return name.startswith(_OF_MODELS) and _home(name) not in self._homes
 
@@ -166,7 +168,8 @@ class _Reader:
             raise CannotTell(f"{home}.{function.__qualname__}")
         self._say(home, function.__qualname__)
         self._code(function.__code__)
-        if _package(home) in _FOLLOWED:
+        # No forward generates; what does has caches.
+        if _package(home) in _FOLLOWED and not home.startswith("transformers.generation."):
             self._to_follow.append(function)
         self.read(function.__defaults__)
         self.read(function.__kwdefaults__)
@@ -186,6 +189,9 @@ class _Reader:
         # What every model has is mostly for loading, saving and generating.
         of_all_models = kind in PreTrainedModel.__mro__
         for name, value in vars(kind).items():
+            if name in ("__init__", "__setstate__") and issubclass(kind, nn.Module):
+                # The modules are made; torch.compile wraps what makes them.
+                continue
             if isinstance(value, FunctionType) and of_all_models:
                 self._say(name)
                 self._code(value.__code__)
