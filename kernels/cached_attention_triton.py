@@ -39,6 +39,7 @@ from .stretches_triton import (
     soft_cap,
     stored_group,
 )
+from .value_parts import two_value_parts_at_once
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _load_value_scales(
     stored,
     tile,
     num_bytes,
-    PARTS: tl.constexpr,
+    SCALES: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,8 +89,8 @@ def _load_value_scales(
     inside = byte < num_bytes
     if HALF < BLOCK:
         stored = stored[:, None]
-    low_at = (stored * (2 * HALF) + byte % HALF) * PARTS
-    high_at = low_at + HALF * PARTS
+    low_at = (stored * (2 * HALF) + byte % HALF) * SCALES
+    high_at = low_at + HALF * SCALES
     vs_low = tl.load(v_scale + low_at, inside, other=1)
     vs_high = tl.load(v_scale + high_at, inside, other=1)
     vz_low = tl.load(v_zero + low_at, inside, other=0)
@@ -151,6 +152,7 @@ def _attend_planes(
     PART: tl.constexpr,
     BLOCK_PART: tl.constexpr,
     PARTS: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -187,7 +189,7 @@ def _attend_planes(
     offset_1 = norm
     first_place = _place(first_tile, chosen, first_unjudged, SPARSE)
     next_stored = _stored(table, first_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
-    next_scales = _load_value_scales(v_scale, v_zero, next_stored, first_place, num_bytes, PARTS, HALF, BLOCK)
+    next_scales = _load_value_scales(v_scale, v_zero, next_stored, first_place, num_bytes, SCALES, HALF, BLOCK)
     for number in range(first_tile, last_tile):
         tile = _place(number, chosen, first_unjudged, SPARSE)
         vs_low, vs_high, vz_low, vz_high = next_scales
@@ -195,7 +197,7 @@ def _attend_planes(
         next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
         stored = next_stored if AHEAD else _stored(table, tile, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
         next_stored = _stored(table, next_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
-        next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, PARTS, HALF, BLOCK)
+        next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, SCALES, HALF, BLOCK)
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
             row = (tile % (HALF // BLOCK)) * BLOCK + i
@@ -248,8 +250,8 @@ def _attend_planes(
         y_high = s_high + log_high
         best = tl.maximum(y_low, y_high)
         if PARTS == 2:
-            low_at = (stored * (2 * HALF) + row)[:, None] * PARTS
-            high_at = low_at + HALF * PARTS
+            low_at = (stored * (2 * HALF) + row)[:, None] * SCALES
+            high_at = low_at + HALF * SCALES
             log_low_1 = fast_log2(
                 tl.load(v_scale + low_at + 1, inside[:, None], other=1).to(tl.float32) * step, USE_ASM
             )
@@ -338,6 +340,7 @@ def _attend_recent(
     PART: tl.constexpr,
     BLOCK_PART: tl.constexpr,
     PARTS: tl.constexpr,
+    VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTARY: tl.constexpr,
     ANGLES: tl.constexpr,
@@ -366,7 +369,7 @@ def _attend_recent(
         v_mask = mine & (c[None, :] < PART)
         channel = part * PART + c[None, :]
         new_value = tl.load(value + new[:, None] * stride_value + channel, v_mask)
-        tl.store(v_recent + slot[:, None] * (PARTS * PART) + channel, new_value, v_mask)
+        tl.store(v_recent + slot[:, None] * VALUES + channel, new_value, v_mask)
     # The block is read back below by other threads of this program.
     tl.debug_barrier()
 
@@ -377,7 +380,7 @@ def _attend_recent(
     weights, inverse, lse = recent_weights(
         scores, slot, inside, position, oldest, newest, softcap_log2, HAS_SOFTCAP, USE_ASM
     )
-    v_at = v_recent + slot[None, :] * (PARTS * PART) + c[:, None]
+    v_at = v_recent + slot[None, :] * VALUES + c[:, None]
     v_mask = inside[None, :] & (c[:, None] < PART)
     values = tl.load(v_at, v_mask, other=0)
     out = exact_dot(values, weights.to(dtype), USE_ASM) * inverse
@@ -456,6 +459,8 @@ def _attend_kernel(
     PART: tl.constexpr,
     BLOCK_PART: tl.constexpr,
     PARTS: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALES: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     RECENT_SPLITS: tl.constexpr,
@@ -537,6 +542,7 @@ def _attend_kernel(
                 PART,
                 BLOCK_PART,
                 PARTS,
+                VALUES,
                 BLOCK,
                 ROTARY,
                 ANGLES,
@@ -605,6 +611,7 @@ def _attend_kernel(
                 PART,
                 BLOCK_PART,
                 PARTS,
+                SCALES,
                 BLOCK_ROWS,
                 HALF,
                 BLOCK,
@@ -670,7 +677,9 @@ def launch_config(
     # A tile is a page, so that pages are scored and chosen alone.
     block = PAGE_BYTES
     max_registers = None
-    if head_dim > 128:
+    if head_dim > 256:
+        warps, stages, resident = 8, 2, 1
+    elif head_dim > 128:
         warps, stages, resident = 4, 2, 2
     elif block_rows == 8 and element_size == 2:
         warps, stages, resident, max_registers = 2, 3, 6 if has_lower else 7, 128
@@ -694,6 +703,7 @@ def launch_config(
 
 @cached_attention.register_kernel("cuda")
 @on_tensors_device
+@two_value_parts_at_once
 def cached_attention_triton(
     query: Tensor,
     key: Tensor,
@@ -823,6 +833,8 @@ def cached_attention_triton(
         PART=value_dim // parts,
         BLOCK_PART=max(16, triton.next_power_of_2(value_dim // parts)),
         PARTS=parts,
+        VALUES=v_recent.stride(2),
+        SCALES=v_scale.stride(3),
         HALF=half,
         BLOCK=config.block,
         RECENT_SPLITS=recent_splits,

@@ -73,7 +73,7 @@ def _(*arguments):
 @triton.jit
 def _ordered(scores, page, inside):
     """Scores as unsigned integers of the same order, that of the first page highest; 0 for those outside."""
-    bits = scores.to(tl.int32, bitcast=True)
+    bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
     key = tl.where((page == 0) & (scores > float("-inf")), 0xFFFFFFFF, key.to(tl.int64))
     return tl.where(inside, key, 0)

@@ -32,6 +32,9 @@ from .stretches_triton import (
     stored_group,
 )
 
+# Each multiplies channels of its own. In half precision 16 channels a warp gave wrong results (H100, Triton 3.6).
+_WARPS, _LEAST_CHANNELS = 8, 32
+
 
 class LatentConfig(NamedTuple):
     """How the planes are attended: rows per program, bytes per tile, warps, pipeline stages, splits."""
@@ -57,15 +60,13 @@ def latent_config(
         element_size: bytes of a query's number.
     """
     block_rows = min(32 // element_size, max(8, triton.next_power_of_2(rows)))
-    # Each warp multiplies channels of its own, 16 at least.
-    warps = min(8, max(16, triton.next_power_of_2(value_dim)) // 16)
     # What is read ahead has no room in 99 KB.
     stages = 2 if limits.shared_bytes >= 128 * 1024 else 1
     block = 16
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
     splits = max(1, min(2 * limits.multiprocessors // columns, tiles, 64))
-    return LatentConfig(block_rows, block, warps, stages, splits)
+    return LatentConfig(block_rows, block, _WARPS, stages, splits)
 
 
 @triton.jit
@@ -460,7 +461,7 @@ def attend_latents(
         BLOCK_ROWS=config.rows,
         DV=value_dim,
         CHUNKS=config.warps,
-        CHUNK=max(16, triton.next_power_of_2(value_dim)) // config.warps,
+        CHUNK=max(_LEAST_CHANNELS, triton.next_power_of_2(value_dim) // config.warps),
         REST=rest,
         BLOCK_REST=max(16, triton.next_power_of_2(rest)),
         HALF=half,

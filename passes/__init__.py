@@ -22,6 +22,7 @@ from .int4_epilogues import FuseInt4Epilogues
 from .int4_norms import FuseInt4Norms
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
+from .place_constants import PlaceConstants
 from .plain_weights import plain_weights
 from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
@@ -55,6 +56,7 @@ __all__ = [
     "MaterializePositionTables",
     "Part",
     "Place",
+    "PlaceConstants",
     "PrepackInt4ForCpu",
     "QuantizeWeights",
     "RemoveNoOps",

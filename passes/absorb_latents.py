@@ -186,9 +186,13 @@ class _Origins:
     """
 
     def __init__(self, graph: fx.Graph, node: Any) -> None:
-        ids = graph.find_nodes(op="placeholder")[0]
+        # A graph with states may have sizes that are numbers, with torch 2.11 even where they are symbols.
+        sizes = graph.find_nodes(op="placeholder")[0].meta["val"].shape
+        self._batch, self._tokens = map(_number, sizes, (_BATCH, _TOKENS))
         self._sizes = {
-            size.node.expr: known for size, known in zip(ids.meta["val"].shape, (_BATCH, _TOKENS), strict=True)
+            size.node.expr: number
+            for size, number in zip(sizes, (self._batch, self._tokens), strict=True)
+            if isinstance(size, torch.SymInt)
         }
         _, self.heads, _, self.channels = node.meta["val"].shape
         self._leaves: list[fx.Node] = []
@@ -198,9 +202,9 @@ class _Origins:
         if not self.known:
             return
         widths = torch.tensor([leaf.meta["val"].shape[-1] for leaf in self._leaves], device="cpu")
-        starts = torch.cat((widths.new_zeros(1), (widths * _BATCH * _TOKENS).cumsum(0)))
+        starts = torch.cat((widths.new_zeros(1), (widths * self._batch * self._tokens).cumsum(0)))
         which = torch.bucketize(places.contiguous(), starts, right=True) - 1
-        token = torch.arange(_BATCH * _TOKENS, device="cpu").view(_BATCH, 1, _TOKENS, 1)
+        token = torch.arange(self._batch * self._tokens, device="cpu").view(self._batch, 1, self._tokens, 1)
         channel = places - starts[which] - token * widths[which]
         self._which, self._channel = which[0, :, 0], channel[0, :, 0]
         self.known = bool(
@@ -311,7 +315,12 @@ class _Origins:
         if not isinstance(value, Tensor) or value.dim() < 2:
             return False
         shape = self._shape(node)
-        return shape.numel() == _BATCH * _TOKENS * shape[-1]
+        return shape.numel() == self._batch * self._tokens * shape[-1]
+
+
+def _number(size: int | torch.SymInt, example: int) -> int:
+    """A size of the graph's inputs: ``example`` where any would do."""
+    return example if isinstance(size, torch.SymInt) and not size.node.expr.is_number else int(size)
 
 
 def _is_changed(region: set[fx.Node]) -> bool:

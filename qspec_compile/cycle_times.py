@@ -91,7 +91,7 @@ def _time_cycle(session: Session, num_drafts: int | None) -> CycleTimes:
     count = session.last_stats.num_speculative_tokens if num_drafts is None else num_drafts
     if not 0 <= count <= cache.num_speculative_tokens:
         raise ValueError(f"num_drafts must be between 0 and {cache.num_speculative_tokens}, as generated; not {count}")
-    acceptance = Acceptance(lambda logits, _: logits.float(), session.pair.compiles_on_gpu)
+    acceptance = Acceptance(lambda logits, _: logits.float(), session.pair.captures_cycles)
     cycle = Cycle(session.pair, cache, acceptance)
     # Cycles of sequences that are all done move no length, and write past the verified tokens only.
     cycle.running.zero_()

@@ -148,8 +148,9 @@ def test_graphs_take_turns(gpu_qs, monkeypatch):
 @needs_cuda
 def test_graphs_that_are_not_used_are_released(gpu_qs):
     ids = torch.tensor([random_prompt(LONG, 5)], device="cuda")
-    for top_k in range(1, 20):
-        gpu_qs.generate(ids, max_new_tokens=2, eos_token_id=None, do_sample=True, top_k=top_k)
+    for do_sample, count in itertools.product((False, True), range(1, 11)):
+        options = {"do_sample": do_sample, "num_speculative_tokens": count}
+        gpu_qs.generate(ids, max_new_tokens=count + 1, eos_token_id=None, **options)
     assert len(gpu_qs.session.replays.kept()) == 16
 
 

@@ -49,7 +49,8 @@ def test_compiles_without_graph_break_or_copy_of_the_cache(name: str) -> None:
     assert_equal_results(result, op(*theirs), ours, theirs)
     assert "auto_functionalized" not in code[0]
     written = [arg.alias_info is not None and arg.alias_info.is_write for arg in op._opoverload._schema.arguments]
-    for arg, is_written in zip(ours, written, strict=True):
+    # Arguments that are left out stand last.
+    for arg, is_written in zip(ours, written, strict=False):
         if is_written and isinstance(arg, Tensor):
             assert f"({', '.join(map(str, arg.shape))})" not in "".join(
                 line for line in code[0].splitlines(keepends=True) if "empty_strided" in line

@@ -125,6 +125,8 @@ ATTENTION_CASES = {
     "head dim 80": Case(head_dim=80, value_dim=80, lower=True),
     "head dim 96": Case(head_dim=96, value_dim=96),
     "head dim 128, group 128": Case(head_dim=128, value_dim=128, group=128, lengths=((384, 130),)),
+    "four value parts": Case(head_dim=512, value_dim=512, lengths=((64, 33),), tokens=2, lower=True),
+    "three value parts": Case(head_dim=64, value_dim=129, lengths=((64, 5), (0, 9)), dtype=torch.bfloat16),
     "two value parts": Case(head_dim=256, value_dim=256, group=16, lengths=((48, 17),)),
     "two uneven parts": Case(head_dim=192, value_dim=144, tokens=2, lower=True),
     "different value dim": Case(head_dim=96, value_dim=64, lower=True),

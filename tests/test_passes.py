@@ -22,6 +22,7 @@ from quantspec.passes import (
     FuseSharedInputLinears,
     LowerAttention,
     MaterializePositionTables,
+    PlaceConstants,
     PrepackInt4ForCpu,
     QuantizeWeights,
     RemoveNoOps,
@@ -158,6 +159,27 @@ def test_remove_no_ops_reads_a_slice_however_it_is_written(args, kwargs, no_op):
 def test_remove_no_ops_leaves_a_clean_graph_alone():
     gm = exported(nn.Linear(4, 4), randn(2, 4))
     apply(gm, RemoveNoOps(), modifies=False)
+
+
+# --- PlaceConstants --------------------------------------------------------------------------------------------------
+
+
+def test_constants_move_to_where_the_graph_runs():
+    """Export lifts a number of the model's code onto the CPU."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 3, device="meta")
+    there, lifted = graph.get_attr("there"), graph.get_attr("lifted")
+    graph.output(graph.call_function(aten.add.Tensor, (graph.call_function(aten.mul.Tensor, (x, there)), lifted)))
+    root = nn.Module()
+    root.register_buffer("there", torch.empty(3, device="meta"))
+    root.register_buffer("lifted", torch.tensor(2.0))
+    gm = apply(fx.GraphModule(root, graph), PlaceConstants())
+    constants = {node.target: get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    assert constants.keys() == {"there", "lifted_placed"}
+    assert constants["there"] is root.there
+    assert {tensor.device.type for tensor in constants.values()} == {"meta"}
+    apply(gm, PlaceConstants(), modifies=False)
 
 
 # --- SelectLogitRows -------------------------------------------------------------------------------------------------

@@ -7,17 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import GROUP
 from generation_options import Nothing
 from hypothesis import given
 from hypothesis import strategies as st
 from step_by_step import pad_batch, random_prompt
 from test_cycle import gpu_qs, needs_cuda
 from test_sampling import ALPHA, Table, conditional_pvalue, run_table, small_qs, transition_pvalue
+from tiny_models import tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+import quantspec
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.acceptance import Acceptance
 from quantspec.engine.cycle import Cycle
@@ -473,21 +476,28 @@ def on_gpu(batch: int) -> dict[str, Tensor]:
     return {name: tensor.cuda() for name, tensor in ragged(batch).items()}
 
 
+@pytest.fixture(scope="module")
+def exact_gpu_qs() -> quantspec.QuantSpecModel:
+    """In float32: in bfloat16 drafts may part at near ties, and scores are then of batches of other tokens."""
+    model = tiny_model("llama", torch.float32, hidden_size=256, num_attention_heads=4, head_dim=64).cuda()
+    return quantspec.convert(model, kv_group_size=GROUP, weight_group_size=32, self_check=False)
+
+
 @needs_cuda
 @pytest.mark.parametrize("gamma", [0, 4])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_replays_with_an_option_equal_eager_cycles(gpu_qs, monkeypatch, name, batch, gamma):
+def test_replays_with_an_option_equal_eager_cycles(exact_gpu_qs, monkeypatch, name, batch, gamma):
     options = {"max_new_tokens": 3 * NEW_TOKENS, "eos_token_id": None, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options |= ITERATIVE[name] | {"num_speculative_tokens": gamma} | on_gpu(batch)
-    ours = gpu_qs.generate(**options)
-    assert gpu_qs.session.replays.kept() or gpu_qs.last_stats.cycles == 0
-    monkeypatch.setattr(type(gpu_qs.session.replays), "suit", lambda self: False)
-    eager = gpu_qs.generate(**options)
+    ours = exact_gpu_qs.generate(**options)
+    assert exact_gpu_qs.session.replays.kept() or exact_gpu_qs.last_stats.cycles == 0
+    monkeypatch.setattr(type(exact_gpu_qs.session.replays), "suit", lambda self: False)
+    eager = exact_gpu_qs.generate(**options)
     assert torch.equal(ours.sequences, eager.sequences)
     for replayed, launched in zip(ours.scores + ours.logits, eager.scores + eager.logits, strict=True):
-        torch.testing.assert_close(replayed, launched)
+        torch.testing.assert_close(replayed, launched, rtol=1e-4, atol=1e-4)
 
 
 CHANGES = {

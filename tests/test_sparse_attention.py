@@ -29,6 +29,7 @@ CASES = {
     "window": Case(group=64, window=180, lengths=((256, 70), (64, 64))),
     "window over small groups": Case(group=16, window=120, lengths=((208, 20),), tokens=3),
     "soft cap and sinks": Case(heads=4, kv_heads=2, group=64, softcap=4.0, sinks=True, lengths=((256, 5),)),
+    "four value parts": Case(head_dim=512, value_dim=512, group=64, lengths=((192, 6),)),
     "two value parts": Case(head_dim=256, value_dim=256, group=64, lengths=((192, 6),)),
     "float16": Case(dtype=torch.float16, group=128, lengths=((256, 40),)),
     "bfloat16": Case(dtype=torch.bfloat16, group=64, lengths=((256, 40),), heads=4),

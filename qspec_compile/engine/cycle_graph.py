@@ -60,7 +60,7 @@ class CycleReplay:
         """Compile what is not compiled yet and capture. What cache and texts hold is left as it is."""
         self.program = ScoreProgram(processors, text)
         randomness = Randomness(cache.length) if do_sample else None
-        acceptance = Acceptance(self.program, pair.compiles_on_gpu, randomness, rule)
+        acceptance = Acceptance(self.program, pair.captures_cycles, randomness, rule)
         self._compose(pair, cache, acceptance, lookup)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
@@ -178,8 +178,8 @@ class CycleReplays:
         return {plan for plan, kept in self._kept if kept == wanted}
 
     def suit(self) -> bool:
-        """Whether cycles can be replayed: compiled, and on a GPU."""
-        return self._pair.compiles_on_gpu
+        """Whether cycles can be replayed."""
+        return self._pair.captures_cycles
 
     def of(
         self,
@@ -213,7 +213,7 @@ class CycleReplays:
             most = cache.num_speculative_tokens
             width = max(width, cache.capacity + 2 * (most + 1))
             self._text = Text(cache.batch_size, width, cache.length.device)
-            self._lookup = Lookup(cache.batch_size, width, most, cache.length.device, self._pair.compiles_on_gpu)
+            self._lookup = Lookup(cache.batch_size, width, most, cache.length.device, self._pair.captures_cycles)
         assert self._lookup is not None
         return self._text, self._lookup
 

@@ -232,7 +232,7 @@ class EagerRunner:
         self.lookup = None
         if looks_up:
             most = cache.num_speculative_tokens
-            self.lookup = Lookup(cache.batch_size, _text_width(batch, cache), most, pair.device, pair.compiles_on_gpu)
+            self.lookup = Lookup(cache.batch_size, _text_width(batch, cache), most, pair.device, pair.captures_cycles)
             self.lookup.begin(batch.requests)
         text = None
         if reads_text(processors):
@@ -240,7 +240,7 @@ class EagerRunner:
             text.begin(batch.sequences, batch.context_lens)
         program = ScoreProgram(processors, text)
         randomness = Randomness.of(cache.length, batch.requests)
-        acceptance = Acceptance(program, pair.compiles_on_gpu, randomness, rule)
+        acceptance = Acceptance(program, pair.captures_cycles, randomness, rule)
         self.cycle = kind(pair, cache, acceptance, verifier, program.text, self.lookup)
         self.cycle.begin(pending)
 

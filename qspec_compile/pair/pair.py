@@ -103,6 +103,8 @@ class Pair:
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self.compiles: bool = compiles and not captured.states and not called
+        # Launches one by one are captured, too, but not modules that wait for the device.
+        self.captures_cycles: bool = compiles and not called and self.device.type == "cuda"
         self.graphs: Mapping[Role, torch.nn.Module] = graphs
         if captured.states and seat is None:
             with rope_at(model, rope_context):
@@ -141,11 +143,6 @@ class Pair:
         assert isinstance(embedding.weight, Tensor)
         # A rank may hold some of its rows.
         return embedding.num_embeddings if self.captured.pieces else embedding.weight.shape[0]  # type: ignore[return-value]
-
-    @property
-    def compiles_on_gpu(self) -> bool:
-        """Whether cycles may be fused and captured as CUDA graphs."""
-        return self.compiles and self.device.type == "cuda"
 
     @cached_property
     def weight_bytes(self) -> dict[str, int]:

@@ -33,6 +33,7 @@ from quantspec.passes import (
     LinearReport,
     LowerAttention,
     MaterializePositionTables,
+    PlaceConstants,
     QuantizeWeights,
     RemoveNoOps,
     Role,
@@ -47,6 +48,7 @@ from quantspec.passes.graph import clone
 
 ORDER = (
     CheckTokenMixing,
+    PlaceConstants,
     RemoveNoOps,
     SelectLogitRows,
     MaterializePositionTables,
@@ -169,8 +171,9 @@ def common_graph(captured: Capture, config: QuantSpecConfig, vocab_size: int) ->
     base = clone(captured.graph_module)
     assert config.max_cache_len is not None
     check = CheckTokenMixing(vocab_size, config.max_cache_len)
+    rest = [PlaceConstants(), RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()]
     try:
-        return run_passes(base, [check, RemoveNoOps(), SelectLogitRows(), MaterializePositionTables()])
+        return run_passes(base, [check, *rest])
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
 
