@@ -6,11 +6,11 @@ A capture ends where it first cannot go on, which need not be where the reason l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
@@ -73,7 +73,15 @@ def _cause(model: PreTrainedModel, lengths: tuple[int, int]) -> str | None:
         return "its forward draws random numbers, as hashing by random rotations does, so no text is the model's own"
     if sees_later_tokens(model, lengths):
         return "what it makes of a token depends on the tokens after it, so it cannot be decoded token by token"
-    outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+    outputs: list[Any] = []
+    with _attributes_kept(model) as changed:
+        outputs += [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+        kept = changed()
+    if kept:
+        return (
+            f"its modules keep state of their own ({', '.join(kept)}) beside the layers of transformers' cache, whose "
+            "updates are what a capture sees"
+        )
     short, long = map(_held, outputs)
     return NO_ATTENTION if short and short == long else _own_state(outputs[0])
 
@@ -99,6 +107,29 @@ def _are_far(logits: Tensor, others: Tensor) -> bool:
 def _held(output: Any) -> list[torch.Size]:
     """Shapes of what a forward gives for the next one."""
     return [tensor.shape for name, value in output.items() if name != "logits" for tensor in _tensors(value)]
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Put plain attributes of modules back; yields what names the kinds of those that became other tensors by then."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+
+    def changed() -> list[str]:
+        return list(
+            dict.fromkeys(
+                f"'{type(module).__name__}.{name}'"
+                for module, attributes in before
+                for name, value in vars(module).items()
+                if isinstance(value, Tensor) and value is not attributes.get(name)
+            )
+        )
+
+    try:
+        yield changed
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _own_state(output: Any) -> str | None:
