@@ -82,7 +82,11 @@ REFUSED = {
     "a prefix": (lambda s, p: s.masked_fill((distances(s) > 0) & (torch.arange(s.shape[-1]) > 3), -1e9), "not causal"),
     "soft cap": (lambda s, p: causal(s.tanh()), "not a multiple of queries times keys"),
     "squared distances": (lambda s, p: causal(s - distances(s) ** 2 * 0.1), "a bias that grows with the distance"),
-    "of tokens": (lambda s, p: causal(s + s.mean(1, keepdim=True)), "more than queries times keys"),
+    "of tokens": (
+        lambda s, p: causal(s + s.mean(1, keepdim=True)),
+        "adds a bias that follows from what the tokens say",
+    ),
+    "times tokens": (lambda s, p: causal(s * s.mean(1, keepdim=True)), "makes of other than queries times keys"),
 }
 
 

@@ -6,7 +6,7 @@ A capture ends where it first cannot go on, which need not be where the reason l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,10 +73,9 @@ def _cause(model: PreTrainedModel, lengths: tuple[int, int]) -> str | None:
         return "its forward draws random numbers, as hashing by random rotations does, so no text is the model's own"
     if sees_later_tokens(model, lengths):
         return "what it makes of a token depends on the tokens after it, so it cannot be decoded token by token"
-    outputs: list[Any] = []
-    with _attributes_kept(model) as changed:
-        outputs += [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
-        kept = changed()
+    with _attributes_kept(model):
+        outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+        kept = _state_in_modules(model, ids[:, : lengths[0]], ids[:, -lengths[0] :])
     if kept:
         return (
             f"its modules keep state of their own ({', '.join(kept)}) beside the layers of transformers' cache, whose "
@@ -110,26 +109,32 @@ def _held(output: Any) -> list[torch.Size]:
 
 
 @contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Put plain attributes of modules back; yields what names the kinds of those that became other tensors by then."""
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put plain attributes of modules back."""
     before = [(module, dict(vars(module))) for module in model.modules()]
-
-    def changed() -> list[str]:
-        return list(
-            dict.fromkeys(
-                f"'{type(module).__name__}.{name}'"
-                for module, attributes in before
-                for name, value in vars(module).items()
-                if isinstance(value, Tensor) and value is not attributes.get(name)
-            )
-        )
-
     try:
-        yield changed
+        yield
     finally:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _state_in_modules(model: PreTrainedModel, *texts: Tensor) -> list[str]:
+    """Plain attributes that two texts of one length leave with other values; what follows the length is no state."""
+    left = []
+    for text in texts:
+        model(input_ids=text, use_cache=True)
+        tensors = [(module, *of) for module in model.modules() for of in vars(module).items()]
+        left.append({(module, name): value for module, name, value in tensors if isinstance(value, Tensor)})
+    one, other = left
+    return list(
+        dict.fromkeys(
+            f"'{type(module).__name__}.{name}'"
+            for (module, name), value in other.items()
+            if (module, name) in one and value is not one[module, name] and not torch.equal(value, one[module, name])
+        )
+    )
 
 
 def _own_state(output: Any) -> str | None:

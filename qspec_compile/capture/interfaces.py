@@ -241,9 +241,12 @@ def _reason_of_mask(mask: Tensor, recorder: Recorder) -> str:
 
 
 def _reason_of_keys(query: Tensor, key: Tensor) -> str:
-    sizes = [size.node if isinstance(size, torch.SymInt) else None for size in (query.shape[2], key.shape[2])]
-    if all(sizes) and sizes[0].expr.free_symbols & sizes[1].expr.free_symbols:
-        queries, keys = (size.hint for size in sizes)
+    sizes: list[Any] = [query.shape[2], key.shape[2]]
+    symbols: list[set[Any]] = [
+        size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set() for size in sizes
+    ]
+    if symbols[0] & symbols[1]:
+        queries, keys = (size.node.hint for size in sizes)
         return f"its attention sees {keys} keys in a text of {queries} tokens, other keys than one for each token"
     return "its keys are not those of the text that its queries are of (cross-attention)"
 
