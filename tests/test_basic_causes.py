@@ -171,7 +171,7 @@ def test_a_further_argument_of_attention_is_named_by_its_kind(made, reason):
     [
         (lambda hidden: (hidden @ hidden.transpose(1, 2))[:, None], "the mask of its attention follows from what the"),
         (
-            lambda hidden: hidden.new_ones(1, 1, hidden.shape[1], hidden.shape[1]),
+            lambda hidden: -1e9 * hidden.new_ones(1, 1, hidden.shape[1], hidden.shape[1]).triu(1),
             "it makes the mask of its attention, or a bias in its place, by itself, of positions and sizes alone",
         ),
     ],

@@ -34,7 +34,7 @@ def basic_cause(model: PreTrainedModel) -> str | None:
     model.eval()
     devices = [] if model.device.type == "cpu" else [model.device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=model.device.type):
+        with _attributes_kept(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=model.device.type):
             for lengths in _LENGTHS:
                 # It may not run in these ways, and then what the capture said stands.
                 with contextlib.suppress(Exception):
@@ -73,9 +73,8 @@ def _cause(model: PreTrainedModel, lengths: tuple[int, int]) -> str | None:
         return "its forward draws random numbers, as hashing by random rotations does, so no text is the model's own"
     if sees_later_tokens(model, lengths):
         return "what it makes of a token depends on the tokens after it, so it cannot be decoded token by token"
-    with _attributes_kept(model):
-        outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
-        kept = _state_in_modules(model, ids[:, : lengths[0]], ids[:, -lengths[0] :])
+    outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+    kept = _state_in_modules(model, ids[:, : lengths[0]], ids[:, -lengths[0] :])
     if kept:
         return (
             f"its modules keep state of their own ({', '.join(kept)}) beside the layers of transformers' cache, whose "
