@@ -730,13 +730,14 @@ def cached_attention_triton(
     interleaved: bool = False,
     block_table: Tensor | None = None,
     page_scores: Tensor | None = None,
+    joins: bool = False,
     chosen_pages: Tensor | None = None,
     num_chosen: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernels; as ``quantspec::cached_attention``. Value planes may have any strides over (N, G/2, Dv).
 
-    With ``page_scores`` it does what ``quantspec::scored_attention`` does besides, with the other two it reads as
-    ``quantspec::sparse_attention``; those without elements stand for None.
+    With ``page_scores`` and ``joins`` it does what ``quantspec::scored_attention`` does besides, with the other two it
+    reads as ``quantspec::sparse_attention``; those without elements stand for None.
     """
     if v_recent.shape[3] == 0:
         if cos is not None and sin is not None:
@@ -866,5 +867,6 @@ def cached_attention_triton(
         kv_heads,
         tile_tops if scores else None,
         page_scores if scores else None,
+        joins,
         overlap,
     )

@@ -49,6 +49,7 @@ def scored_attention(
     rotary_dim: int = 0,
     interleaved: bool = False,
     block_table: Tensor | None = None,
+    joins: bool = False,
 ) -> Tensor:
     """The target's 8-bit read of everything cached, and the score of every page.
 
@@ -59,6 +60,7 @@ def scored_attention(
         page_scores: ``(B, K, P)`` float32, mutated: the scores of the whole pages in each sequence's planes, see
             ``pages``; -inf where a window hides all of a page. What lies behind them means nothing. Without
             elements, nothing is scored.
+        joins: whether a score stays where it is the higher one, as another layer that reads the same cache left it.
         cos, sin, rotary_dim, interleaved, block_table: as there.
 
     Returns:
@@ -79,7 +81,7 @@ def scored_attention(
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             span = (first_visible(start, window), start + query.shape[2])
             keys, _ = dense_from(*span, b, quantized, torch.float32, planes, recent, block_table)
-            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options)
+            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options, joins)
     return out
 
 
@@ -93,6 +95,7 @@ def _store_scores(
     quantized: int,
     start: int,
     options: tuple[float, int, float, Tensor | None],
+    joins: bool,
 ) -> None:
     """Score the pages of one sequence by the ``keys`` that its first query sees, and later ones.
 
@@ -103,7 +106,8 @@ def _store_scores(
     scales = groups_of(v_scale, block_table, sequence, first, quantized // group_size).of(v_scale)
     keys, scales = F.pad(keys, (0, 0, hidden, 0)), F.pad(scales, (0, 0, 0, 0, first, 0), value=1)
     scores = score_pages(query, keys, scales, quantized, start, *options)
-    page_scores[:, : scores.shape[1]] = scores
+    stored = page_scores[:, : scores.shape[1]]
+    stored.copy_(stored.maximum(scores) if joins else scores)
 
 
 @scored_attention.register_fake
@@ -158,13 +162,14 @@ def scored_decoded_attention(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None = None,
+    joins: bool = False,
 ) -> Tensor:
     """As ``quantspec::decoded_attention``; the scores of pages take a second product of queries and keys.
 
     Args:
         query, key, value, quantized_len, length, scale, window, softcap, sinks: as in ``quantspec::decoded_attention``.
         k_recent, v_recent, k_decoded, v_decoded: as there, mutated.
-        v_scale, block_table: as in ``quantspec::scored_attention``.
+        v_scale, block_table, joins: as in ``quantspec::scored_attention``.
         page_scores: as in ``quantspec::scored_attention``, mutated.
 
     Returns:
@@ -175,7 +180,7 @@ def scored_decoded_attention(
     if page_scores.shape[2]:
         for b, (quantized, start) in enumerate(zip(quantized_len.tolist(), length.tolist(), strict=True)):
             keys = tokens_of(k_decoded[b], first_visible(start, window), start + query.shape[2])
-            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options)
+            _store_scores(page_scores[b], query[b], keys, v_scale, block_table, b, quantized, start, options, joins)
     return out
 
 

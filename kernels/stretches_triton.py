@@ -124,8 +124,12 @@ def _score_pages(
     PAGE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    JOINS: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits."""
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
+
+    With ``JOINS`` those that are there stay where they are higher.
+    """
     ROWS: tl.constexpr = REPEAT * TOKENS
     COLUMNS: tl.constexpr = 16
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
@@ -160,7 +164,10 @@ def _score_pages(
             score = tl.maximum(score, tl.max(weight, 1))
         # Value scales came in sixteenths, as codes of both planes count.
         score = (score + 4) * 0.6931471805599453
-        tl.store(page_scores + pair.to(tl.int64) * num_pages + page, score, page < num_pages)
+        stored = page_scores + pair.to(tl.int64) * num_pages + page
+        if JOINS:
+            score = tl.maximum(score, tl.load(stored, page < num_pages, other=float("-inf")))
+        tl.store(stored, score, page < num_pages)
 
 
 @triton.jit
@@ -188,6 +195,7 @@ def _merge_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SCORES: tl.constexpr,
+    JOINS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
@@ -222,6 +230,7 @@ def _merge_kernel(
                 PAGE,
                 HAS_SINKS,
                 HAS_WINDOW,
+                JOINS,
             )
         return
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
@@ -278,11 +287,13 @@ def merged(
     kv_heads: int,
     tile_tops: Tensor | None = None,
     page_scores: Tensor | None = None,
+    joins: bool = False,
     overlap: bool = False,
 ) -> Tensor:
     """``out (B, T, H, Dv)``, written from ``partial (B*K, splits, rows, Dv)`` and ``partial_lse (B*K, splits, rows)``.
 
-    With ``page_scores (B, K, P)`` those are written too, from ``tile_tops (B*K, tiles, rows)``.
+    With ``page_scores (B, K, P)`` those are written too, from ``tile_tops (B*K, tiles, rows)``; with ``joins`` where
+    they are higher than what is there.
     """
     pairs, splits, rows, value_dim = partial.shape
     tokens, heads = out.shape[1:3]
@@ -313,6 +324,7 @@ def merged(
         HAS_SINKS=sinks is not None,
         HAS_WINDOW=window != 0,
         SCORES=num_pages > 0,
+        JOINS=joins,
         OVERLAP=overlap,
         num_warps=4,
         **launch_options(overlap),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -43,6 +43,7 @@ class CacheAccess:
         by_name: names of the parts that it takes by keyword, after all its other arguments; ``block_table`` for an op
             that reads planes or scales out of a pool, too.
         fills: whether the op moves tokens into the planes; it takes ``stores`` by keyword then.
+        scores: whether the op leaves scores of pages; it takes ``joins`` by keyword then.
     """
 
     op: torch._ops.OpOverload
@@ -51,6 +52,7 @@ class CacheAccess:
     arguments: tuple[str, ...] = part_names()
     by_name: tuple[str, ...] = ()
     fills: bool = False
+    scores: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -83,7 +85,9 @@ DECODED_ACCESS = CacheAccess(torch.ops.quantspec.decoded_attention.default, _DEC
 """How a CPU's graphs read the cache: dense, old tokens as the planes decode at 8 bits."""
 
 _SCORED = (*part_names(), "page_scores")
-SCORED_ACCESS = CacheAccess(torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED, by_name=_TABLE)
+SCORED_ACCESS = CacheAccess(
+    torch.ops.quantspec.scored_attention.default, _SCORED, arguments=_SCORED, by_name=_TABLE, scores=True
+)
 """How the target reads the cache for a sparse draft: it leaves the scores of pages."""
 
 _SCORED_DECODED = (*_DECODED, "v_scale", "page_scores")
@@ -92,6 +96,7 @@ SCORED_DECODED_ACCESS = CacheAccess(
     _SCORED_DECODED,
     arguments=_SCORED_DECODED,
     by_name=_TABLE,
+    scores=True,
 )
 """The same on a CPU."""
 
@@ -111,18 +116,20 @@ class LowerAttention(PassBase):
 
     Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, and then for every layer in
     order the access's ``inputs``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
-    ``meta["cache_part"]``. Of layers that read the same keys and values, the last one fills their cache.
+    ``meta["cache_part"]``. Of layers that read the same keys and values, the last one fills their cache, and all but
+    the first join their scores of pages to those that are there.
 
     Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
     """
 
-    def __init__(self, access: CacheAccess, group_size: int, read_again: Collection[int] = ()) -> None:
+    def __init__(self, access: CacheAccess, group_size: int, shared: Mapping[int, int] | None = None) -> None:
         """``access`` says what is read by which op, ``group_size`` is the cache's tokens per group (G).
 
-        ``read_again`` are the layers whose keys and values a later one reads, too.
+        ``shared`` has each layer that reads the keys and values of an earlier one, with the number of that.
         """
         super().__init__()
-        self.read_again = read_again
+        self.shared = shared or {}
+        self.last_readers = {home: layer for layer, home in sorted(self.shared.items())}
         self.access = access
         self.group_size = group_size
 
@@ -164,8 +171,11 @@ class LowerAttention(PassBase):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
         lowered.kwargs = {name: inputs[name] for name in self.access.by_name}
-        if self.access.fills and layer in self.read_again:
+        number: Any = layer
+        if self.access.fills and self.last_readers.get(self.shared.get(number, number), number) != number:
             lowered.kwargs = {**lowered.kwargs, "stores": False}
+        if self.access.scores and number in self.shared:
+            lowered.kwargs = {**lowered.kwargs, "joins": True}
         marker.replace_all_uses_with(lowered)
         graph.erase_node(marker)
 

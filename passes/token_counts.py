@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from .graph import aten, fake_mode_of, get_tensor
 
 # Readers that take a tensor's shape, dtype or device alone.
-_SHAPE_READERS = (
+SHAPE_READERS = (
     aten.sym_size,
     aten.zeros_like,
     aten.ones_like,
@@ -133,7 +133,7 @@ def _values_read(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
     if not isinstance(node.target, torch._ops.OpOverload):
         yield from ((source, "") for source in node.all_input_nodes)
         return
-    if node.target.overloadpacket in _SHAPE_READERS:
+    if node.target.overloadpacket in SHAPE_READERS:
         return
     arguments = node.target._schema.arguments
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs

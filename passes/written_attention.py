@@ -13,6 +13,7 @@ from .graph import add_buffer, add_call, aten, describe, finish, get_tensor
 
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+_SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _SHAPES = (
     aten.view.default,
     aten.reshape.default,
@@ -122,10 +123,7 @@ def _match(softmax: fx.Node, free: set[fx.Node]) -> _Found | None:
     while node.target not in _PRODUCTS:
         sources = [source for source in _read(node) if source not in free]
         if len(sources) != 1 or not (_is_elementwise(node) or node.target in _SHAPES):
-            raise WrittenAttentionError(
-                f"{describe(softmax)} is of scores in which there is more than queries times keys and constants, as in "
-                f"attention by relative positions: {describe(node)}"
-            )
+            raise WrittenAttentionError(_reason(softmax, node, len(sources)))
         rule.insert(0, node)
         node = sources[0]
     after: list[fx.Node] = []
@@ -140,6 +138,16 @@ def _match(softmax: fx.Node, free: set[fx.Node]) -> _Found | None:
     if output.target not in _PRODUCTS[:2]:
         raise WrittenAttentionError(f"{describe(softmax)} weighs something else than values")
     return _Found(node, rule, softmax, after, output)
+
+
+def _reason(softmax: fx.Node, node: fx.Node, sources: int) -> str:
+    """Why scores that ``node`` makes of ``sources`` values of the tokens are no rule of queries times keys."""
+    if node.target in _SUMS and sources > 1:
+        return (
+            f"{describe(softmax)} is of scores to which {describe(node)} adds a bias that follows from what the tokens "
+            "say"
+        )
+    return f"{describe(softmax)} is of scores that {describe(node)} makes of other than queries times keys"
 
 
 def _is_of_scores(node: fx.Node) -> bool:

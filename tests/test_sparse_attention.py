@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_triton import DEVICE, TOLERANCE, Case, cache_arguments, relative_error
 from torch import Tensor
@@ -154,6 +154,30 @@ def test_scores_are_the_most_that_a_token_moves_and_verification_is_unchanged(ca
             # Relative to the weight that is found.
             error = (found.exp() - exact[:, :whole]).abs() / exact[:, :whole].clamp(min=1e-20)
             assert (error <= 64 * TOLERANCE[case.dtype]).all()
+
+
+@settings(max_examples=6)
+@given(
+    name=st.sampled_from(sorted(CASES)),
+    seeds=st.lists(st.integers(0, 2**16), min_size=2, max_size=3, unique=True),
+)
+def test_scores_of_layers_that_share_a_cache_are_the_highest_of_them(name: str, seeds: list[int]) -> None:
+    """Of several queries, whatever the order; the first begins anew, and no output changes."""
+    case = CASES[name]
+    arguments, options = inputs(case, lower=True)
+    shape = (len(case.lengths), case.kv_heads, pages_of(case))
+    for op in (scored_attention, scored_attention_triton):
+        joined, alone = torch.full(shape, 77.0, device=DEVICE), []
+        for number, seed in enumerate(seeds):
+            query = torch.randn(arguments["query"].shape, generator=torch.Generator().manual_seed(seed))
+            given_query = arguments | {"query": query.to(arguments["query"])}
+            alone.append(torch.full(shape, -77.0, device=DEVICE))
+            expected = op(**given_query, page_scores=alone[-1], **options)
+            assert torch.equal(op(**given_query, page_scores=joined, **options, joins=number > 0), expected)
+        highest = torch.stack(alone).amax(0)
+        for b, (quantized, _) in enumerate(case.lengths):
+            whole = quantized // PAGE_TOKENS
+            assert torch.equal(joined[b, :, :whole], highest[b, :, :whole])
 
 
 def most_moved(arguments: dict[str, Any], options: dict[str, Any], b: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from step_by_step import assert_is_targets_choice, assert_same_text, pad_batch, random_prompt
 from test_cache import LAYERS, G, Source
+from test_rings import SHARING
 from test_sparse_attention import reference_choice
 from tiny_models import tiny_model
 from torch import Tensor
@@ -194,6 +196,36 @@ def test_the_text_is_the_target_s(architecture: str, short_pages) -> None:
     longer = [*text[0].tolist(), *random_prompt(9, 3)]
     again = qs.generate(torch.tensor([longer]), continue_cache=True, **options)
     assert_is_targets_choice(qs, longer, again[0, len(longer) :].tolist(), tie=0.08)
+
+
+def test_pages_of_a_cache_that_layers_share_are_scored_by_all_of_them(short_pages, monkeypatch) -> None:
+    """The scores that a choice reads are the highest that one of the readers gave, in every verification."""
+    # The package has the op under the name of its file.
+    of_op = sys.modules["quantspec.kernels.scored_attention"]
+    store = of_op._store_scores
+    told: dict[int, list[tuple[bool, Tensor, Tensor]]] = {}
+
+    def storing(scores: Tensor, *of_layer: Any) -> None:
+        alone = torch.full_like(scores, float("-inf"))
+        store(alone, *of_layer[:-1], False)
+        store(scores, *of_layer)
+        told.setdefault(scores.data_ptr(), []).append((of_layer[-1], alone, scores.clone()))
+
+    monkeypatch.setattr(of_op, "_store_scores", storing)
+    qs = sparse_pair("gemma3n_text", **SHARING)
+    assert [layer.reads for layer in qs.layers] == [None, None, 0, 1]
+    ids = torch.tensor([random_prompt(4 * PAGE_TOKENS, 6)])
+    qs.generate(ids, max_new_tokens=20, eos_token_id=None, do_sample=False)
+    assert len(told) == 2
+    for calls in told.values():
+        assert [joins for joins, *_ in calls] == [False, True] * (len(calls) // 2)
+        for (_, first, _), (_, second, kept) in zip(calls[::2], calls[1::2], strict=True):
+            pages = 3
+            assert torch.equal(kept[:, :pages], first.maximum(second)[:, :pages])
+    # Of the layer without a window each reader has the highest score of some page.
+    of_full = list(told.values())[1]
+    assert any((a > b).any() for (_, a, _), (_, b, _) in zip(of_full[::2], of_full[1::2], strict=True))
+    assert any((a < b).any() for (_, a, _), (_, b, _) in zip(of_full[::2], of_full[1::2], strict=True))
 
 
 @pytest.mark.parametrize("draft_attention", ["sparse", "auto"])

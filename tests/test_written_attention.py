@@ -82,7 +82,11 @@ REFUSED = {
     "a prefix": (lambda s, p: s.masked_fill((distances(s) > 0) & (torch.arange(s.shape[-1]) > 3), -1e9), "not causal"),
     "soft cap": (lambda s, p: causal(s.tanh()), "not a multiple of queries times keys"),
     "squared distances": (lambda s, p: causal(s - distances(s) ** 2 * 0.1), "a bias that grows with the distance"),
-    "of tokens": (lambda s, p: causal(s + s.mean(1, keepdim=True)), "more than queries times keys"),
+    "of tokens": (
+        lambda s, p: causal(s + s.mean(1, keepdim=True)),
+        "adds a bias that follows from what the tokens say",
+    ),
+    "times tokens": (lambda s, p: causal(s * s.mean(1, keepdim=True)), "makes of other than queries times keys"),
 }
 
 
@@ -155,7 +159,7 @@ def test_relative_positions_are_refused_by_the_node():
     """What a model that sees later tokens besides is told of that instead."""
     with pytest.raises(UnsupportedModelError, match="depends on the tokens after it") as error:
         capture(tiny_model("xlnet"))
-    assert re.search("XLNetLMHeadModel: node 'softmax'.*attention by relative positions", str(error.value.__cause__))
+    assert re.search("XLNetLMHeadModel: node 'softmax'.*adds a bias that follows from what", str(error.value.__cause__))
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "data2vec-text"])

@@ -146,12 +146,16 @@ def _bidirectional() -> PreTrainedModel:
 # Name -> model. Names are also the test ids.
 UNSUPPORTED: dict[str, Refused] = {
     # Attention that no marker computes.
-    "doge": _architecture("doge", "follows from what the tokens say", "model.layers.0.self_attn"),
+    "doge": _architecture("doge", "mask of its attention follows from what the tokens say", "model.layers.0.self_attn"),
     # Convolutions and recurrences.
     "mamba": _architecture("mamba", _NO_ATTENTION, "MambaForCausalLM", state_size=8),
     "mamba2": _architecture("mamba2", _NO_ATTENTION, "Mamba2ForCausalLM", num_heads=8, head_dim=16, n_groups=1),
     "recurrent_gemma": _architecture(
-        "recurrent_gemma", _STATE, "model.layers.0.temporal_block.conv_1d", num_hidden_layers=3, lru_width=64
+        "recurrent_gemma",
+        "state of their own ('RecurrentGemmaRecurrentBlock.conv1d_state', 'RecurrentGemmaRglru.recurrent_states')",
+        "RecurrentGemmaForCausalLM",
+        num_hidden_layers=3,
+        lru_width=64,
     ),
     "rwkv": _architecture("rwkv", _NO_ATTENTION, "RwkvForCausalLM", attention_hidden_size=64),
     "minimax": _architecture("minimax", "keeps state of its own ('linear_cache')", "MiniMaxCache", **_MOE),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,12 +83,6 @@ def planned_groups(num_tokens: int, kv_group_size: int, max_cache_len: int) -> i
     step = 1 << max(0, groups.bit_length() - 5)
     # At least two groups: torch.compile takes sizes of 0 and 1 for constants.
     return min(max(2, -(-groups // step) * step), -(-max_cache_len // kv_group_size) - 1)
-
-
-def read_again(layers: Sequence[AttentionShape]) -> set[int]:
-    """Numbers of the layers whose keys and values a later one reads, too: all but the last of each cache."""
-    last = {number if layer.reads is None else layer.reads: number for number, layer in enumerate(layers)}
-    return set(range(len(layers))) - set(last.values())
 
 
 def layer_groups(layer: AttentionShape, groups: int, kv_group_size: int) -> int:

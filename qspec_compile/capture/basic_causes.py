@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
@@ -34,7 +34,7 @@ def basic_cause(model: PreTrainedModel) -> str | None:
     model.eval()
     devices = [] if model.device.type == "cpu" else [model.device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=model.device.type):
+        with _attributes_kept(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=model.device.type):
             for lengths in _LENGTHS:
                 # It may not run in these ways, and then what the capture said stands.
                 with contextlib.suppress(Exception):
@@ -74,6 +74,12 @@ def _cause(model: PreTrainedModel, lengths: tuple[int, int]) -> str | None:
     if sees_later_tokens(model, lengths):
         return "what it makes of a token depends on the tokens after it, so it cannot be decoded token by token"
     outputs = [model(input_ids=ids[:, :length], use_cache=True) for length in lengths]
+    kept = _state_in_modules(model, ids[:, : lengths[0]], ids[:, -lengths[0] :])
+    if kept:
+        return (
+            f"its modules keep state of their own ({', '.join(kept)}) beside the layers of transformers' cache, whose "
+            "updates are what a capture sees"
+        )
     short, long = map(_held, outputs)
     return NO_ATTENTION if short and short == long else _own_state(outputs[0])
 
@@ -99,6 +105,35 @@ def _are_far(logits: Tensor, others: Tensor) -> bool:
 def _held(output: Any) -> list[torch.Size]:
     """Shapes of what a forward gives for the next one."""
     return [tensor.shape for name, value in output.items() if name != "logits" for tensor in _tensors(value)]
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put plain attributes of modules back."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _state_in_modules(model: PreTrainedModel, *texts: Tensor) -> list[str]:
+    """Plain attributes that two texts of one length leave with other values; what follows the length is no state."""
+    left = []
+    for text in texts:
+        model(input_ids=text, use_cache=True)
+        tensors = [(module, *of) for module in model.modules() for of in vars(module).items()]
+        left.append({(module, name): value for module, name, value in tensors if isinstance(value, Tensor)})
+    one, other = left
+    return list(
+        dict.fromkeys(
+            f"'{type(module).__name__}.{name}'"
+            for (module, name), value in other.items()
+            if (module, name) in one and value is not one[module, name] and not torch.equal(value, one[module, name])
+        )
+    )
 
 
 def _own_state(output: Any) -> str | None:

@@ -43,6 +43,9 @@ from .state import WithState, state_shapes
 
 _LOGGER = logging.getLogger(__name__)
 
+# Tokens of a text in which a model that chooses blocks of tokens has some to choose from.
+_TEXT_OF_CHOICE = 130
+
 _CONVERSION = LockOfProcess()
 
 
@@ -251,7 +254,7 @@ def _raise_reason_of_reading(model: PreTrainedModel, recorder: Recorder) -> None
     recorder.forget()
     recorder.writes_masks = True
     try:
-        states = state_shapes(model)
+        states = state_shapes(model, _TEXT_OF_CHOICE)
         _export(model, states, recorder)
     except UnsupportedModelError:
         raise

@@ -26,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantspec.cache.geometry import HeldState
 from quantspec.errors import UnsupportedModelError
 from quantspec.kernels import attention, expert_linear
-from quantspec.passes.token_counts import follows_tokens
+
+from .token_flow import follows
 
 IMPLEMENTATION = "quantspec_capture"
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d})
@@ -54,17 +55,14 @@ _NEUTRAL_ATTENTION_KWARGS = frozenset(
 
 
 NOT_CAUSAL = "its attention is not causal"
-_CHOSEN = (
-    "which tokens its attention sees, or a bias of their scores, follows from what the tokens say, as an indexer's "
-    "choice or a dynamic mask does"
-)
+_READS_MASK = "it reads its attention mask itself; only transformers' attention interface may"
 
 
 class MaskReadError(Exception):
     """A model used its attention mask as a tensor."""
 
     def __init__(self) -> None:
-        super().__init__("it reads its attention mask itself; only transformers' attention interface may")
+        super().__init__(_READS_MASK)
 
 
 class StateError(Exception):
@@ -135,6 +133,7 @@ class Recorder:
         self.masks: list[tuple[MaskSpec, nn.Module]] = []
         # Whether masks are tensors, for a model that attends by itself, and the largest of their windows and chunks.
         self.writes_masks = False
+        self.written_masks: list[Tensor] = []
         self.max_window = 0
         # The first that says to see later tokens too, and has a mask that may forbid it.
         self.not_causal: nn.Module | None = None
@@ -143,6 +142,7 @@ class Recorder:
         """Begin anew."""
         self.layers.clear()
         self.masks.clear()
+        self.written_masks.clear()
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
@@ -212,8 +212,7 @@ def _marker_attention(
         if name not in _NEUTRAL_ATTENTION_KWARGS and isinstance(argument, Tensor):
             raise _unsupported(module, _reason_of_argument(name, argument, query, key))
     if isinstance(attention_mask, Tensor):
-        reason = "it computes an attention mask or position bias of its own, such as an indexer's choice of tokens"
-        raise _unsupported(module, _CHOSEN if follows_tokens(attention_mask) else reason)
+        raise _unsupported(module, _reason_of_mask(attention_mask, recorder))
     # The mask is what eager attention obeys; the keyword is only a hint to flash attention.
     window = attention_mask.window if attention_mask is not None else sliding_window or 0
     recorder.masks.append((attention_mask or MaskSpec(window), module))
@@ -233,21 +232,32 @@ def _marker_attention(
     return recorder.attend(query, key, value, scale, window, float(softcap or 0.0), s_aux), None
 
 
+def _reason_of_mask(mask: Tensor, recorder: Recorder) -> str:
+    if any(mask is written for written in recorder.written_masks):
+        return _READS_MASK
+    if follows(mask):
+        return "the mask of its attention follows from what the tokens say"
+    return "it makes the mask of its attention, or a bias in its place, by itself, of positions and sizes alone"
+
+
 def _reason_of_keys(query: Tensor, key: Tensor) -> str:
-    sizes = (query.shape[2], key.shape[2])
+    sizes: list[Any] = [query.shape[2], key.shape[2]]
     symbols: list[set[Any]] = [
         size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set() for size in sizes
     ]
     if symbols[0] & symbols[1]:
-        return "it has other keys than one for each token, such as one for several tokens (compressed attention)"
+        queries, keys = (size.node.hint for size in sizes)
+        return f"its attention sees {keys} keys in a text of {queries} tokens, other keys than one for each token"
     return "its keys are not those of the text that its queries are of (cross-attention)"
 
 
 def _reason_of_argument(name: str, argument: Tensor, query: Tensor, key: Tensor) -> str:
-    if not argument.is_floating_point() and follows_tokens(argument):
-        return _CHOSEN
+    chosen = follows(argument)
+    if not argument.is_floating_point() and chosen:
+        return f"which tokens its attention sees follows from what the tokens say ('{name}')"
     if argument.dim() > 1 and tuple(argument.shape[-2:]) == (query.shape[2], key.shape[2]):
-        return f"its scores get a bias for every query and key ('{name}'), as in attention by relative positions"
+        source = "what the tokens say" if chosen else "positions and sizes alone"
+        return f"its scores get a bias for every query and key ('{name}'), which follows from {source}"
     return f"the attention argument '{name}' is not supported"
 
 
@@ -256,9 +266,11 @@ def _mask_spec(*args, mask_function: Callable | None = None, local_size: int | N
     recorder = _ACTIVE.get()
     if recorder is not None and recorder.writes_masks:
         recorder.max_window = max(recorder.max_window, local_size or 0)
-        return ALL_MASK_ATTENTION_FUNCTIONS["eager"](
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["eager"](
             *args, mask_function=mask_function, local_size=local_size, **kwargs
         )
+        recorder.written_masks.append(mask)
+        return mask
     return MaskSpec(window=local_size or 0, mask_function=mask_function)
 
 

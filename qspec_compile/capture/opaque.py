@@ -7,27 +7,29 @@ granted: the captured graph is tried, with tokens together and apart.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Collection, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from quantspec.kernels import called_module
 from quantspec.passes.called_modules import ModuleCall
 
+_NOT_OF_A_MODEL = {Path(torch.__file__).parent, Path(__file__).parent}
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class DataDependentError(Exception):
-    """What a forward runs depends on the tokens' values."""
+    """What a forward runs depends on the tokens' values; ``where`` is the line of the model that asks for them."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "what its forward runs depends on the tokens' values, as a loop over the experts that they choose or a cut "
-            "of the text where they are surprising does"
-        )
+    def __init__(self, where: str) -> None:
+        super().__init__(f"what its forward runs depends on the tokens' values: {where}")
+        self.where = where
 
 
 @contextlib.contextmanager
@@ -37,8 +39,15 @@ def telling_data_dependence() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "data-dependent" in str(error):
-            raise DataDependentError().with_traceback(error.__traceback__) from error
+            raise DataDependentError(_line_of(error)).with_traceback(error.__traceback__) from error
         raise
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of a model, or of what it calls outside of torch, that led to ``error``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if _NOT_OF_A_MODEL.isdisjoint(Path(frame.filename).parents)][-1]
+    return f"'{frame.line}' ({Path(frame.filename).name}:{frame.lineno})"
 
 
 class OpaqueModules:
@@ -47,7 +56,8 @@ class OpaqueModules:
     def __init__(self, model: nn.Module, never: Collection[nn.Module] = ()) -> None:
         self._model = model
         self._never = {model, *never}
-        self._kinds: set[type[nn.Module]] = set()
+        # And which line of theirs ended an export.
+        self._kinds: dict[type[nn.Module], str] = {}
         self.calls: list[ModuleCall] = []
 
     def take(self, module: nn.Module | None, error: Exception) -> bool:
@@ -55,7 +65,7 @@ class OpaqueModules:
         if module is None or module in self._never or type(module) in self._kinds:
             return False
         if isinstance(error, DataDependentError):
-            self._kinds.add(type(module))
+            self._kinds[type(module)] = error.where
         return isinstance(error, DataDependentError)
 
     @contextlib.contextmanager
@@ -83,6 +93,6 @@ class OpaqueModules:
         like = next((number for number, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if like is None or not all(isinstance(leaf, _CONSTANTS) for leaf in constants):
-            raise DataDependentError
+            raise DataDependentError(self._kinds[type(module)])
         self.calls.append(ModuleCall(path, module, constants, places, spec, like))
         return called_module(tensors, like, len(self.calls) - 1)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 
 from quantspec.cache.geometry import StateShape
+from quantspec.errors import UnsupportedModelError
 
 from .basic_causes import NO_ATTENTION
 from .interfaces import StateError
 from .opaque import telling_data_dependence
+from .token_flow import flow_from
 
 _KINDS = ("conv_states", "recurrent_states")
 
@@ -34,17 +36,23 @@ def keeps_state(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def state_shapes(model: PreTrainedModel) -> tuple[StateShape, ...]:
-    """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers."""
+def state_shapes(model: PreTrainedModel, num_tokens: int = 2) -> tuple[StateShape, ...]:
+    """What transformers' cache of ``model`` holds besides keys and values, in the order of its layers.
+
+    Told by running it on ``num_tokens`` tokens.
+    """
     if not keeps_state(model):
         return ()
     if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
         raise StateError(NO_ATTENTION)
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)
     try:
         # Without a mask, whose values tensors on the meta device do not have.
-        model(input_ids=ids, **{_cache_name(model): cache}, use_cache=True)
+        with flow_from(ids):
+            model(input_ids=ids, **{_cache_name(model): cache}, use_cache=True)
+    except UnsupportedModelError:
+        raise
     except Exception:
         own = model(input_ids=ids, use_cache=True)
         if type(getattr(own, "past_key_values", None)) is DynamicCache:

@@ -14,7 +14,6 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from quantspec.cache import HierarchicalCache, PageBudget
-from quantspec.cache.geometry import read_again
 from quantspec.capture import Capture, capture, check_model, naming_basic_cause, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
@@ -98,7 +97,8 @@ class Pair:
         config = replace(config, max_cache_len=self.max_len, rope_context=rope_context)
         with naming_basic_cause(model):
             self.common: fx.GraphModule = common_graph(cached, config, self.vocab_size)
-        graphs, self.linears = build_graphs(self.common, config, recipes, source, read_again(self.layers))
+        shared = {number: layer.reads for number, layer in enumerate(self.layers) if layer.reads is not None}
+        graphs, self.linears = build_graphs(self.common, config, recipes, source, shared)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
         compiles = self.device.type == "cuda" if config.compile is None else config.compile

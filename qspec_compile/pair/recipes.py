@@ -6,7 +6,7 @@ A new kind of draft is a :class:`Recipe` of the role ``draft`` under a name of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -183,7 +183,7 @@ def build_graphs(
     config: QuantSpecConfig,
     recipes: Mapping[Role, Recipe],
     source: WeightSource | None = None,
-    read_again: Collection[int] = (),
+    shared: Mapping[int, int] | None = None,
 ) -> tuple[Mapping[Role, fx.GraphModule], tuple[LinearReport, ...]]:
     """The lowered graph of each role, and what became of the weights of the draft.
 
@@ -192,11 +192,11 @@ def build_graphs(
         config: the options.
         recipes: of each role.
         source: has ready weights of the draft; without it they are quantized.
-        read_again: layers whose keys and values a later one reads, too.
+        shared: layers that read the keys and values of an earlier one, with the number of that.
     """
     graphs, linears = {}, []
     for role, recipe in recipes.items():
-        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size, read_again), FuseRotation()]
+        passes: list[PassBase] = [LowerAttention(recipe.access, config.kv_group_size, shared), FuseRotation()]
         if recipe.weight_format is not None:
             quantize, of_weights = weight_passes(recipe.weight_format, config, source)
             passes += of_weights
