@@ -64,9 +64,14 @@ class Service:
         self._closed = False
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the engine can take no more steps."""
+        return self._engine.is_lost
+
+    @property
     def is_stuck(self) -> bool:
         """Whether the engine has had work for long without a step, or can take no more."""
-        return self._engine.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
+        return self.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
 
     def close(self) -> None:
         """End the engine, and the requests that are left."""
@@ -88,6 +93,8 @@ class Service:
         return await self._begin(lambda: self._completion_jobs(body, tenant))
 
     async def _begin(self, make_jobs: Callable[[], list[Job]]) -> Answering:
+        if self.is_lost:
+            raise ApiError(503, "the engine takes no steps", "stuck")
         arrival = time.monotonic()
         beginning = asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self._add(make_jobs()))
         try:
