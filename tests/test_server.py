@@ -134,6 +134,12 @@ def test_seeds_and_choices(client):
     assert several.usage.completion_tokens > 12
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-6])
+def test_the_least_temperatures_are_greedy(client, plain, temperature):
+    """float32 has no such number, or scores divided by it may be infinite."""
+    assert chat(client, temperature=temperature).choices[0].message.content == plain
+
+
 def test_lengths(client):
     for name in ("max_tokens", "max_completion_tokens"):
         answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, **{name: 3})

@@ -26,6 +26,8 @@ from .protocol import MOST_CHOICES, ChatBody, CompletionBody, SamplingBody
 _STUCK = 300
 # Tokens of a completion if nobody says, as OpenAI has it; a chat may fill the context.
 _COMPLETION_TOKENS = 16
+# A lower temperature is greedy, as vLLM has it: scores divided by it may be infinite.
+_LEAST_TEMPERATURE = 1e-5
 
 
 class Job(NamedTuple):
@@ -200,7 +202,7 @@ class Service:
         }
         names = ("temperature", "top_p", "top_k", "min_p")
         warpers = {name: value for name in names if (value := getattr(body, name)) is not None}
-        if warpers.get("temperature") == 0:
+        if warpers.get("temperature", 1) < _LEAST_TEMPERATURE:
             options["do_sample"] = False
         elif warpers:
             options |= {"do_sample": True, **warpers}
