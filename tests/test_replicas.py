@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -272,11 +272,17 @@ def test_a_replica_whose_engine_has_died_is_replaced(scaled):
 # --- Where a text goes ------------------------------------------------------------------------------------------------
 
 
+class Name(NamedTuple):
+    """Of a replica, as Ray has it."""
+
+    unique_id: str
+
+
 class Asked:
     """A replica as a router sees it, with a number of requests that it tells whoever asks."""
 
     def __init__(self, name: str, count: int | Exception) -> None:
-        self.replica_id = SimpleNamespace(unique_id=name)
+        self.replica_id = Name(name)
         self.count = count
 
     async def get_queue_len(self, *, deadline_s: float) -> int:

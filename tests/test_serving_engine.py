@@ -386,7 +386,8 @@ def test_a_loop_that_ends_tells_everybody(qs, monkeypatch):
         monkeypatch.setattr(engine._scheduler, "end_all", fail)
         return await first, await collect(read)
 
-    for outputs in asyncio.run(streams()):
+    # Nobody waits so long unless it is for good.
+    for outputs in asyncio.run(asyncio.wait_for(streams(), 120)):
         assert outputs[-1].finish_reason is FinishReason.ERROR
         assert "the device is gone" in str(outputs[-1].error)
     assert engine.is_lost
