@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +23,13 @@ import ray
 from conftest import GROUP, characters
 from openai import AuthenticationError, BadRequestError, OpenAI
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from serving_process import PATIENCE, free_port
 from step_by_step import random_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantspec.model import convert
-from quantspec.serving.ray import PrefixRouter, ReplicaOptions, build, prefix_of, ranking
+from quantspec.serving.ray import Ingress, PrefixRouter, ReplicaOptions, build, prefix_of, ranking
 
 KEY = "secret"
 
@@ -267,6 +268,77 @@ def test_a_replica_whose_engine_has_died_is_replaced(scaled):
     ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(_break_the_engine))
     assert text_of(scaled, prompt) == expected
     assert name not in replica_names()
+
+
+# --- What becomes of a request ----------------------------------------------------------------------------------------
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+END = {"type": "http.response.body", "body": b"text"}
+DIED = ray.exceptions.ActorDiedError()
+FULL = BackPressureError(num_queued_requests=4, max_queued_requests=4)
+
+
+class Scripted:
+    """Replicas, each of which says some messages or fails."""
+
+    def __init__(self, *scripts: list) -> None:
+        self.scripts = list(scripts)
+        self.answer = SimpleNamespace(remote=self.remote)
+
+    def options(self, *, stream: bool) -> Scripted:
+        return self
+
+    async def remote(self, scope: dict[str, Any], body: bytes, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        for message in self.scripts.pop(0):
+            if isinstance(message, Exception):
+                raise message
+            yield message
+
+
+def answered(replicas: Scripted) -> list[dict[str, Any]]:
+    """The messages that a client gets."""
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "root_path": ""}
+    sent: list[dict[str, Any]] = []
+    asked = [{"type": "http.request", "body": b"{}"}]
+
+    async def receive() -> dict[str, Any]:
+        if asked:
+            return asked.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def call() -> None:
+        response = await Ingress.func_or_class([], replicas)(None)
+        await response(scope, receive, send)
+
+    asyncio.run(call())
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("scripts", "status", "left"),
+    [
+        ([[START, END]], 200, 0),
+        ([[DIED], [START, END]], 200, 0),
+        # The third is not asked: it may be the request that ends them.
+        ([[DIED], [DIED], [START, END]], 503, 1),
+        ([[FULL], [START, END]], 429, 1),
+        ([[ray.exceptions.GetTimeoutError()], [START, END]], 503, 1),
+    ],
+)
+def test_what_a_dead_replica_had_not_begun_another_answers(scripts, status, left):
+    replicas = Scripted(*scripts)
+    assert answered(replicas)[0]["status"] == status
+    assert len(replicas.scripts) == left
+
+
+def test_what_had_begun_breaks():
+    """The client has a part of the text, which a second answer would repeat."""
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        answered(Scripted([START, DIED], [START, END]))
 
 
 # --- Where a text goes ------------------------------------------------------------------------------------------------
