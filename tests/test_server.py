@@ -238,6 +238,14 @@ def test_what_vllm_knows_besides(client, plain):
         ({"messages": [{"role": "nobody", "content": ""}]}, openai.BadRequestError, "invalid_value", "role"),
         ({"stop": ""}, openai.BadRequestError, "invalid_value", "stop"),
         ({"top_logprobs": 2}, openai.BadRequestError, None, "logprobs=true"),
+        # Of the forms that a part may have, the error tells of the one that was meant.
+        ({"stop": ["a", ""]}, openai.BadRequestError, "invalid_value", "at least 1 character"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+            openai.BadRequestError,
+            "invalid_value",
+            "valid dictionary",
+        ),
         ({"max_completion_tokens": 2}, openai.BadRequestError, None, "one of them"),
         ({"logit_bias": {"999999": 1}}, openai.BadRequestError, None, "999999"),
         (
