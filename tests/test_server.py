@@ -134,6 +134,12 @@ def test_seeds_and_choices(client):
     assert several.usage.completion_tokens > 12
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-6])
+def test_the_least_temperatures_are_greedy(client, plain, temperature):
+    """float32 has no such number, or scores divided by it may be infinite."""
+    assert chat(client, temperature=temperature).choices[0].message.content == plain
+
+
 def test_lengths(client):
     for name in ("max_tokens", "max_completion_tokens"):
         answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, **{name: 3})
@@ -232,6 +238,14 @@ def test_what_vllm_knows_besides(client, plain):
         ({"messages": [{"role": "nobody", "content": ""}]}, openai.BadRequestError, "invalid_value", "role"),
         ({"stop": ""}, openai.BadRequestError, "invalid_value", "stop"),
         ({"top_logprobs": 2}, openai.BadRequestError, None, "logprobs=true"),
+        # Of the forms that a part may have, the error tells of the one that was meant.
+        ({"stop": ["a", ""]}, openai.BadRequestError, "invalid_value", "at least 1 character"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+            openai.BadRequestError,
+            "invalid_value",
+            "valid dictionary",
+        ),
         ({"max_completion_tokens": 2}, openai.BadRequestError, None, "one of them"),
         ({"logit_bias": {"999999": 1}}, openai.BadRequestError, None, "999999"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import re
 import signal
@@ -99,6 +100,10 @@ def post(server: Server, body: bytes, path: str = "completions") -> httpx2.Respo
         b'{"model": "tiny", "prompt": "a", "temperature": 1e999}',
         b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"model": "tiny", "prompt": [99999999]}',
+        b'{"model": "tiny", "prompt": [99999999999999999999]}',
+        b'{"model": "tiny", "prompt": "a", "top_k": 9223372036854775808}',
+        b'{"model": "tiny", "prompt": "a", "temperature": 1, "repetition_penalty": 1e-40}',
+        b'{"model": "tiny", "prompt": "a", "repetition_penalty": 1e300}',
         b'{"model": "tiny", "prompt": []}',
         b'{"model": "tiny", "prompt": ""}',
     ],
@@ -108,6 +113,15 @@ def test_malformed_bodies(server, body):
     answer = post(server, body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+def test_arguments_of_a_tool_call_that_are_too_deep(server):
+    function = {"name": "f", "arguments": "[" * 100_000}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    body = {"model": "tiny", "messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
+    answer = post(server, json.dumps(body).encode(), path="chat/completions")
+    assert answer.status_code == 400
+    assert "no JSON" in answer.json()["error"]["message"]
 
 
 def test_bodies_that_are_too_large(server):

@@ -218,6 +218,10 @@ def test_an_engine_that_takes_no_step_is_not_healthy():
         engine.heartbeat = float("-inf")
         with pytest.raises(openai.InternalServerError, match="takes no steps"):
             client.get(url, cast_to=object)
+        assert chat(client).choices[0].finish_reason == "stop"
+        engine.is_lost = True
+        with pytest.raises(openai.InternalServerError, match="takes no steps"):
+            chat(client)
 
 
 def test_prompts_are_shared_by_who_has_a_key_and_a_salt():

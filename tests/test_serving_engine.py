@@ -366,6 +366,38 @@ def test_a_failed_cycle_ends_those_in_it_and_the_engine_goes_on(qs, engine, monk
     assert text(engine.generate(asked[:1])[0]) == alone(qs, asked[0])
 
 
+def test_a_loop_that_ends_tells_everybody(qs, monkeypatch):
+    """A device that fails for good fails while the rows are cleared, too: nobody waits for steps that never come."""
+    engine = Engine(qs, max_sequences=1)
+    asked = [Request(random_prompt(9, seed), 400, ()) for seed in range(3)]
+    read = engine.add(asked[2])
+
+    def fail(*_):
+        raise ZeroDivisionError("the device is gone")
+
+    async def streams() -> tuple[list[Output], list[Output]]:
+        async def collect(request: Request | int) -> list[Output]:
+            return [output async for output in engine.stream(request)]
+
+        first = asyncio.create_task(collect(asked[0]))
+        while not engine.statistics().generated_tokens:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(engine._scheduler, "step", fail)
+        monkeypatch.setattr(engine._scheduler, "end_all", fail)
+        return await first, await collect(read)
+
+    # Nobody waits so long unless it is for good.
+    for outputs in asyncio.run(asyncio.wait_for(streams(), 120)):
+        assert outputs[-1].finish_reason is FinishReason.ERROR
+        assert "the device is gone" in str(outputs[-1].error)
+    assert engine.is_lost
+    with pytest.raises(RuntimeError, match="the engine has ended by ZeroDivisionError"):
+        engine.add(asked[0])
+    with pytest.raises(RuntimeError, match="the engine has ended by ZeroDivisionError"):
+        engine.generate(asked)
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [

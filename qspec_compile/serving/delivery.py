@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from .requests import Output
+from .requests import FinishReason, Output
 
 Listener = Callable[[Output], None]
 
@@ -61,6 +61,13 @@ class Delivery:
                 self._unread[id] = None
                 if len(self._unread) > self._most_unread:
                     self._forget(next(iter(self._unread)))
+
+    def fail(self, error: Exception) -> None:
+        """End all requests that have not ended."""
+        with self._lock:
+            left = [id for id in self._listeners if id not in self._unread]
+        for id in left:
+            self.deliver(Output(id, finish_reason=FinishReason.ERROR, error=error))
 
     def forget(self, id: int) -> None:
         """A request has ended, and its caller knows."""

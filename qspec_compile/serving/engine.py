@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -23,6 +24,8 @@ from .row import Row
 from .scheduler import Scheduler
 from .sizes import Sizes, check_positive
 from .split_scheduler import SplitScheduler
+
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -100,6 +103,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._closed = False
+        self._failure: BaseException | None = None
 
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its id. From any thread.
@@ -107,7 +111,7 @@ class Engine:
         Raises:
             TypeError, ValueError, CacheFullError: it cannot be honoured; the error names the fix.
             QueueFullError: ``max_waiting`` requests wait.
-            RuntimeError: the engine is closed.
+            RuntimeError: the engine is closed, or lost.
         """
         return self._add(request, None)
 
@@ -123,6 +127,8 @@ class Engine:
         with self._turn():
             if self._closed:
                 raise RuntimeError("the engine is closed; make another one")
+            if self._failure is not None:
+                raise _lost(self._failure) from self._failure
             self._check_room()
             row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
             if not self._busy:
@@ -241,6 +247,16 @@ class Engine:
 
     def _serve(self) -> None:
         """What the thread does."""
+        try:
+            self._take_steps()
+        # Such as a device that fails whatever it is asked: nobody else takes the steps.
+        except BaseException as error:
+            with self._turn():
+                self._failure = error
+            _logger.error("the engine has ended", exc_info=error)
+            self._delivery.fail(_lost(error))
+
+    def _take_steps(self) -> None:
         while not self._closed:
             if not self._busy:
                 self._wake.wait()
@@ -271,8 +287,8 @@ class Engine:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no request can be answered any more: the ranks of its pair have ended."""
-        return self.pair.split is not None and self.pair.split.ranks.have_ended
+        """Whether no request can be answered any more: the thread that took the steps or the ranks have ended."""
+        return self._failure is not None or (self.pair.split is not None and self.pair.split.ranks.have_ended)
 
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing. From any thread."""
@@ -286,13 +302,18 @@ class Engine:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        for output in self._end_all(FinishReason.CANCELLED):
-            self._delivery.deliver(output)
+        if self._failure is None:
+            for output in self._end_all(FinishReason.CANCELLED):
+                self._delivery.deliver(output)
         self._scheduler.release()
 
     def _end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         with self._turn():
             return self._scheduler.end_all(reason, error)
+
+
+def _lost(failure: BaseException) -> RuntimeError:
+    return RuntimeError(f"the engine has ended by {failure!r}; make another one")
 
 
 class _Turn:

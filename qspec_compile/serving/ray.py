@@ -15,13 +15,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.requests import Request as HttpRequest
@@ -43,6 +44,10 @@ from .server.service import Service
 _PREFIX_CHARACTERS = 1024
 # Requests that a replica may have beyond the one with fewest before a text goes elsewhere, its beginning cached or not.
 _MOST_AHEAD = 4
+# Seconds in which a replica has to say how many requests it has.
+_COUNT_DEADLINE = 0.5
+# Replicas that a request may end with before its client is told: it may be the request's own fault.
+_MOST_REPLICAS = 2
 # Of an ASGI scope, what the endpoints read.
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 
@@ -58,7 +63,8 @@ class ReplicaOptions(BaseModel):
         min_replicas, max_replicas: between which their number follows the load.
         requests_per_replica: that autoscaling aims at.
         api_keys: any of them lets a request in; anybody is let in if there is none.
-        drain_seconds: that a replica which is no longer needed has for the requests it answers.
+        drain_seconds: that a replica which is no longer needed has for the requests it answers; what is left then is
+            cut off. One that answers nothing leaves at once.
         conversion: options of ``convert`` or of a saved pair.
         engine: options of :class:`quantspec.serving.Engine`.
         autoscaling: further fields of Ray's ``AutoscalingConfig``.
@@ -74,7 +80,7 @@ class ReplicaOptions(BaseModel):
     max_replicas: int = Field(1, ge=1)
     requests_per_replica: float = Field(8, gt=0)
     api_keys: list[str] = []
-    drain_seconds: float = Field(30, ge=0)
+    drain_seconds: float = Field(600, ge=0)
     conversion: dict[str, Any] = {}
     engine: dict[str, Any] = {}
     autoscaling: dict[str, Any] = {}
@@ -98,10 +104,13 @@ def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
         ),
         # Some wait beside those that run, so that a place is taken as soon as it is free.
         max_ongoing_requests=2 * max_sequences,
+        max_queued_requests=options.engine.get("max_waiting", 1024),
         graceful_shutdown_timeout_s=options.drain_seconds,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
     )
-    return cast(Any, Ingress).bind(options.api_keys, replica.bind(options))
+    # What it passes on has to end before it does.
+    ingress = cast(Any, Ingress).options(graceful_shutdown_timeout_s=options.drain_seconds)
+    return ingress.bind(options.api_keys, replica.bind(options))
 
 
 class PrefixRouter(RequestRouter):
@@ -115,10 +124,27 @@ class PrefixRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Ranks, the best first."""
-        prefix = "" if pending_request is None else pending_request.kwargs.get("prefix", "")
-        loads = [self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas]
+        prefix = ""
+        if pending_request is not None:
+            prefix = pending_request.kwargs.get("prefix", "")
+            # While all replicas are full, it waits longer each time instead of asking them as fast as it can.
+            pending_request.routing_context.should_backoff = True
+        loads = await asyncio.gather(*map(self._load, candidate_replicas))
         names = [replica.replica_id.unique_id for replica in candidate_replicas]
         return [[candidate_replicas[index]] for index in ranking(prefix, names, loads)]
+
+    async def _load(self, replica: RunningReplica) -> int:
+        """Requests that a replica has: as is known, which is forgotten after some seconds, or as it says."""
+        known = self.replica_queue_len_cache.get(replica.replica_id)
+        if known is not None:
+            return known
+        try:
+            count = await asyncio.wait_for(replica.get_queue_len(deadline_s=_COUNT_DEADLINE), _COUNT_DEADLINE)
+        # Ray asks again before it sends a request there.
+        except (RayError, TimeoutError):
+            return 0
+        self.on_new_queue_len_info(replica.replica_id, count)
+        return count
 
 
 def ranking(prefix: str, names: Sequence[str], loads: Sequence[int]) -> list[int]:
@@ -138,14 +164,14 @@ def prefix_of(body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> str:
     try:
         parsed = json.loads(body)
         text = parsed.get("prompt") or _opening(parsed.get("messages") or [])
-    except (ValueError, AttributeError, TypeError):
+        beginning = json.dumps(text)[:_PREFIX_CHARACTERS].encode()
+    except (ValueError, AttributeError, TypeError, RecursionError):
         # It is for the endpoints to refuse.
         return ""
     if not text:
         return ""
     # Cached prompts are shared by requests of one key only.
     key = next((value for name, value in headers if name == b"authorization"), b"")
-    beginning = json.dumps(text)[:_PREFIX_CHARACTERS].encode()
     return hashlib.sha256(key + b"\0" + beginning).hexdigest()
 
 
@@ -168,7 +194,10 @@ class Replica:
         self._app = build_app(self._service)
 
     async def answer(self, scope: dict[str, Any], body: bytes, prefix: str) -> AsyncIterator[Message]:
-        """The messages with which the endpoints answer; whoever leaves early cancels the request."""
+        """The messages with which the endpoints answer; whoever leaves early cancels the request.
+
+        Where nothing can be answered any more, the replica ends, and whoever waits for a first message asks another.
+        """
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         given = [{"type": "http.request", "body": body, "more_body": False}]
         left = asyncio.Event()
@@ -186,8 +215,13 @@ class Replica:
                 messages.put_nowait(None)
 
         running = asyncio.create_task(run())
+        has_begun = False
         try:
             while (message := await messages.get()) is not None:
+                if not has_begun and self._service.is_lost:
+                    _end_this_replica()
+                    await left.wait()
+                has_begun = True
                 yield message
             await running
         finally:
@@ -195,12 +229,14 @@ class Replica:
             running.cancel()
 
     def check_health(self) -> None:
-        """Have Ray replace a replica whose engine takes no steps.
+        """Have Ray replace a replica whose engine takes no steps: nothing that it was asked can be answered.
 
         Raises:
             RuntimeError: it does not.
         """
         if self._service.is_stuck:
+            # By its error alone Ray would let it drain first.
+            _end_this_replica()
             raise RuntimeError("the engine takes no steps")
 
     def __del__(self) -> None:
@@ -209,7 +245,12 @@ class Replica:
             self._service.close()
 
 
-@serve.deployment(max_ongoing_requests=1000)
+def _end_this_replica() -> None:
+    ray.kill(ray.get_runtime_context().current_actor)
+
+
+# All that replicas and their queue hold; what is more is refused there.
+@serve.deployment(max_ongoing_requests=100_000)
 class Ingress:
     """Keys and limits, and the way to a replica."""
 
@@ -229,8 +270,9 @@ class _Answer(Response):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, as ASGI has it."""
-        await self._app(dict(scope), receive, send)
+        """Answer, as ASGI has it; paths begin behind the application's route prefix."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        await self._app({**scope, "path": path, "raw_path": path.encode(), "root_path": ""}, receive, send)
 
 
 class _Forwarding:
@@ -266,20 +308,26 @@ class _Forwarding:
             leaving.cancel()
 
     async def _relay(self, scope: dict[str, Any], body: bytes, prefix: str, send: Send) -> None:
-        answer = self._replicas.answer.remote(scope, body, prefix=prefix)
-        has_begun = False
-        try:
-            async for message in answer:
-                has_begun = True
-                await send(message)
-        except asyncio.CancelledError:
-            answer.cancel()
-            raise
-        except (RayError, RayServeException) as error:
-            # The connection breaks where a status has been sent.
-            if has_begun:
+        for left in reversed(range(_MOST_REPLICAS)):
+            answer = self._replicas.answer.remote(scope, body, prefix=prefix)
+            has_begun = False
+            try:
+                async for message in answer:
+                    has_begun = True
+                    await send(message)
+                return
+            except asyncio.CancelledError:
+                answer.cancel()
                 raise
-            raise ApiError(503, "the replica did not answer: try again", "no_replica") from error
+            except BackPressureError as error:
+                raise ApiError(429, "too many requests wait already; try again later", "rate_limit_exceeded") from error
+            except (RayError, RayServeException) as error:
+                # The connection breaks where a status has been sent.
+                if has_begun:
+                    raise
+                # Of a replica that has ended, nobody has seen a word.
+                if not left or not isinstance(error, RayActorError):
+                    raise ApiError(503, "the replica did not answer: try again", "no_replica") from error
 
 
 def _state(scope: Scope) -> Mapping[str, Any]:

@@ -204,11 +204,16 @@ async def _answer_error(request: Request, error: Any) -> Response:
 
 async def _answer_invalid(request: Request, error: Any) -> Response:
     """A body that is not as described, in OpenAI's form; what was sent is not repeated."""
-    problem = error.errors()[0]
+    problem = max(error.errors(), key=_how_far)
     place = ".".join(str(part) for part in problem["loc"][1:])
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {place}", "unknown_parameter", place).response()
     return ApiError(400, f"{place or 'body'}: {problem['msg']}", "invalid_value", place or None).response()
+
+
+def _how_far(problem: dict[str, Any]) -> tuple[int, bool]:
+    """How well it tells what is wrong: of forms that a part may have, one which fits but for a value was meant."""
+    return len(problem["loc"]), not problem["type"].endswith(("_type", "literal_error"))
 
 
 async def _answer_http(request: Request, error: Any) -> Response:

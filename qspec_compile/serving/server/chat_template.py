@@ -123,7 +123,8 @@ def _as_template_reads(message: Message) -> dict[str, Any]:
     for call in given.get("tool_calls", ()):
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        except ValueError as error:
+        # Lists within lists, for one, may be too deep to read.
+        except (ValueError, RecursionError) as error:
             message_text = f"the arguments of a tool call are no JSON: {error}"
             raise ApiError(400, message_text, param="messages") from error
     return given

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 # As many choices as a request may ask for, over all of its prompts.
 MOST_CHOICES = 128
 
-_Token = Annotated[int, Field(ge=0)]
+# Beyond these tensors of float32 and int64 would overflow, which is an error of the server's.
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
 _StopString = Annotated[str, Field(min_length=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -62,9 +63,9 @@ class SamplingBody(_Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (

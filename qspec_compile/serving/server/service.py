@@ -26,6 +26,8 @@ from .protocol import MOST_CHOICES, ChatBody, CompletionBody, SamplingBody
 _STUCK = 300
 # Tokens of a completion if nobody says, as OpenAI has it; a chat may fill the context.
 _COMPLETION_TOKENS = 16
+# A lower temperature is greedy, as vLLM has it: scores divided by it may be infinite.
+_LEAST_TEMPERATURE = 1e-5
 
 
 class Job(NamedTuple):
@@ -64,9 +66,14 @@ class Service:
         self._closed = False
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the engine can take no more steps."""
+        return self._engine.is_lost
+
+    @property
     def is_stuck(self) -> bool:
         """Whether the engine has had work for long without a step, or can take no more."""
-        return self._engine.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
+        return self.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
 
     def close(self) -> None:
         """End the engine, and the requests that are left."""
@@ -88,6 +95,8 @@ class Service:
         return await self._begin(lambda: self._completion_jobs(body, tenant))
 
     async def _begin(self, make_jobs: Callable[[], list[Job]]) -> Answering:
+        if self.is_lost:
+            raise ApiError(503, "the engine takes no steps", "stuck")
         arrival = time.monotonic()
         beginning = asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self._add(make_jobs()))
         try:
@@ -193,7 +202,7 @@ class Service:
         }
         names = ("temperature", "top_p", "top_k", "min_p")
         warpers = {name: value for name in names if (value := getattr(body, name)) is not None}
-        if warpers.get("temperature") == 0:
+        if warpers.get("temperature", 1) < _LEAST_TEMPERATURE:
             options["do_sample"] = False
         elif warpers:
             options |= {"do_sample": True, **warpers}
