@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from quantspec.pair.split import StoredCapture, plan, split_capture
 from quantspec.passes import plain_weights
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
+from quantspec.ranks import pickled
 from quantspec.serving import Request
 from quantspec.tensor_parallel import Split
 
@@ -294,6 +296,16 @@ class OnlyHere(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         stops = os.getpid() == self.process and input_ids.shape[1] >= self.length
         return torch.full((len(input_ids),), stops)
+
+
+def test_what_stands_in_the_script_itself_is_not_sent(monkeypatch):
+    """The others would look for it in a script of their own, and all would end."""
+    standing = type("Standing", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Standing", standing, raising=False)
+    for thing in (standing, [standing()]):
+        with pytest.raises(pickle.PicklingError, match="Standing is of the script that runs"):
+            pickled(thing)
+    assert pickle.loads(pickled({"stops": OnlyHere(1, 2)}))["stops"].length == 2
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
@@ -620,7 +632,7 @@ def test_a_saved_pair_is_read_by_four(ranks, tmp_path):
 @pytest.mark.parametrize("ranks", [4], indirect=True)
 def test_random_parts_of_the_benchmark_are_of_one_model(ranks, tmp_path):
     """Two KV heads, each of which two ranks hold."""
-    tiny_model("llama").config.save_pretrained(tmp_path)
+    tiny_model("llama", hidden_size=128, intermediate_size=256).config.save_pretrained(tmp_path)
     config = QuantSpecConfig.from_options(None, OPTIONS)
     stored = plan(hollow_checkpoint(tmp_path, torch.device("cpu"), torch.bfloat16, False), config, ranks.world)
     part = ranks.run(random_part, -1, str(tmp_path), config, stored)
