@@ -1,6 +1,7 @@
 """Decoding on a GPU: ours against Hugging Face ``generate`` and against a strong baseline, on the same weights.
 
     python -m benchmarks.decode --model llama-3.1-8b
+    python -m benchmarks.decode --model llama-3.1-70b --tensor-parallel 4
 
 The strong baseline decodes one token at a time with the same captured graph, the model's own weights and a dense KV
 cache in the model's dtype, through torch.compile, a CUDA graph and FlashAttention.
@@ -8,21 +9,29 @@ cache in the model's dtype, through torch.compile, a CUDA graph and FlashAttenti
 Shapes with random weights accept nothing by themselves, so there acceptance is *synthetic*: every draft token is
 accepted with a given probability, drawn on the device, and everything else is real. SmolLM2 generates with its real
 weights and its real acceptance.
+
+With ``--tensor-parallel`` each of several GPUs makes the random weights of its own part, so that no GPU, host or disk
+needs room for the whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
+import importlib
 import itertools
+import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, fx
@@ -35,7 +44,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 import quantspec
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
-from quantspec.config import DraftAttention
+from quantspec.checkpoint.split_loading import hollow_checkpoint
+from quantspec.config import DraftAttention, QuantSpecConfig
 from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.odds import cycle_tokens
@@ -44,11 +54,15 @@ from quantspec.engine.session import Session
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.cached_attention import rotate
+from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import compile_graph
+from quantspec.pair.split import StoredCapture, plan, split_pair
 from quantspec.passes import Role
 from quantspec.passes.attention_lowering import ACCESSES
 from quantspec.passes.graph import add_call, clone, find_calls
-from quantspec.ranks import Seat
+from quantspec.passes.pieces import Piece
+from quantspec.ranks import Ranks, Seat, check_can_start
+from quantspec.tensor_parallel import Split
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed
@@ -70,14 +84,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
     },
+    "llama-3.1-70b": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
 RATES = (0.85, 0.90, 0.93, 0.95)
 # Tokens a cache has room for beyond the context, for the cycles that are timed.
 CYCLE_TOKENS = 1024
 # Slots of the dense cache beyond the context, so that a token has somewhere to go.
 _SLACK = 64
+# Of random weights, as transformers makes them.
+_STANDARD_DEVIATION = 0.02
 # Replays timed at once.
 _ROW = 5
+# By which ranks keep the only pair of theirs, and the baseline that is made of it.
+_PAIR, _BASELINE = 0, "baseline"
 
 
 @dataclass(frozen=True)
@@ -115,10 +141,13 @@ class Settings:
 
 
 def published(model: str) -> Settings:
-    """The settings of a shape's published table; no table shows SmolLM2."""
+    """The settings of a shape's published table; no table shows SmolLM2, nor yet a model over several GPUs."""
     settings = {
         "llama-3.1-8b": Settings("llama-3.1-8b", (4096, 32768, 131072), gammas=(3, 4, 5), generate_at=(32768,)),
         "llama-2-7b": Settings("llama-2-7b", (4096, 32768, 65536), gammas=(3, 4, 5, 6), generate_at=(4096,)),
+        "llama-3.1-70b": Settings(
+            "llama-3.1-70b", (32768, 131072), gammas=(4, 5, 6), generate_at=(), tensor_parallel=4
+        ),
         # The head is a large part of a small model, and acceptance is its own.
         "smollm2": Settings("smollm2", (4096,), gammas=(4, 6), generate_at=(4096,), quantize_lm_head=False),
     }
@@ -146,18 +175,99 @@ def _(query, key, value, k_cache, v_cache, slot, scale):
     return query.new_empty(batch, tokens, heads, dim)
 
 
-def random_model(name: str, layers: int | None) -> PreTrainedModel:
-    """A Llama of the named shape with random bfloat16 weights on the GPU."""
+def shape_config(name: str, layers: int | None) -> LlamaConfig:
+    """The config of a Llama of the named shape, with ``layers`` layers if they are given."""
     shape = dict(SHAPES[name])
     if layers is not None:
         shape["num_hidden_layers"] = layers
     rope = {"rope_type": "default", "rope_theta": 5e5}
-    config = LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_parameters=rope)
+    return LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_parameters=rope)
+
+
+def check_fits(name: str, layers: int | None, num_gpus: int) -> None:
+    """Refuse a shape whose weights alone, target's and draft's, exceed the memory of so many GPUs.
+
+    Raises:
+        ValueError: naming how many would hold them.
+    """
+    config = shape_config(name, layers)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    count = sum(p.numel() for p in model.parameters())
+    drafted = count - config.vocab_size * config.hidden_size
+    # Two bytes each, and in the draft half a byte with a scale and a zero per group of 128.
+    size = 2 * count + drafted * (0.5 + 4 / 128)
+    room = torch.cuda.get_device_properties(0).total_memory
+    if size > num_gpus * room:
+        enough = next(number for number in itertools.count(1) if size <= 2**number * room)
+        raise ValueError(
+            f"'{name}' has {size / 2**30:.0f} GiB of weights with its draft, and a GPU has {room / 2**30:.0f} GiB; "
+            f"split it with python -m benchmarks.decode --model {name} --tensor-parallel {2**enough}"
+        )
+
+
+def random_model(name: str, layers: int | None) -> PreTrainedModel:
+    """A Llama of the named shape with random bfloat16 weights on the GPU.
+
+    Raises:
+        ValueError: the GPU is too small for it.
+    """
+    check_fits(name, layers, 1)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(shape_config(name, layers)).eval()
     torch.set_default_dtype(torch.float32)
     return model
+
+
+def split_random_pair(model_config: LlamaConfig, num_ranks: int, device_type: str, **options: Any) -> QuantSpecModel:
+    """A pair with random bfloat16 weights over ranks, each of which makes those of its own part on its own device.
+
+    It is what the folder of a model with such weights would become, without the folder; ``options`` are ``convert``'s.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+        UnsupportedModelError: the model cannot be split over so many.
+        RanksError: a rank failed or was ended.
+    """
+    check_can_start(num_ranks, device_type)
+    config = QuantSpecConfig.from_options(None, options)
+    with tempfile.TemporaryDirectory() as folder:
+        model_config.save_pretrained(folder)
+        stored = plan(_hollow_model(folder, device_type), config, num_ranks)
+        ranks = Ranks(num_ranks, device_type)
+        try:
+            pair = ranks.run(random_part, _PAIR, folder, config, stored)
+        except BaseException:
+            ranks.close()
+            raise
+    return QuantSpecModel(pair, Split(pair, ranks, _PAIR, owns_ranks=True))
+
+
+def random_part(seat: Seat, key: int, folder: str, config: QuantSpecConfig, stored: StoredCapture | None) -> Pair:
+    """This rank's part of the pair of the config in ``folder``; what several ranks hold is the same on all.
+
+    The rank keeps a session of it by ``key``.
+    """
+    model = _hollow_model(folder, seat.device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def read(name: str, piece: Piece | None) -> Tensor:
+        whole = torch.empty(shapes[name], dtype=torch.bfloat16, device="meta")
+        held = whole if piece is None else piece.of(whole)
+        weight = torch.empty(held.shape, dtype=held.dtype, device=seat.device)
+        if weight.dim() == 1:
+            return weight.fill_(1)
+        generator = torch.Generator(seat.device).manual_seed(zlib.crc32(repr((name, piece)).encode()))
+        return weight.normal_(0, _STANDARD_DEVIATION, generator=generator)
+
+    pair = split_pair(seat, model, read, config, stored)
+    seat.kept[key] = Session(pair)
+    return pair
+
+
+def _hollow_model(folder: str, device: torch.device | str) -> PreTrainedModel:
+    return hollow_checkpoint(Path(folder), torch.device(device), torch.bfloat16, trust_remote_code=False)
 
 
 def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
@@ -329,14 +439,14 @@ def synthetic_rows(
     for rate in rates:
         drawn.fill_(rate)
         rewind(cache, context)
-        CycleResult.read(replay())
+        _read(qs, replay())
         tokens, on_gpu, start = 0, [], time.perf_counter()
         for _ in range(cycles):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             packed = replay()
             last.record()
-            result = CycleResult.read(packed)
+            result = _read(qs, packed)
             if result.flush_due:
                 replay.flush()
             tokens += sum(result.accepted) + cache.batch_size
@@ -351,6 +461,12 @@ def synthetic_rows(
             "cycle_ms": 1000 * wall / cycles,
             "cycle_gpu_ms": sum(first.elapsed_time(last) for first, last in on_gpu) / cycles,
         }
+
+
+def _read(qs: QuantSpecModel, packed: Tensor) -> CycleResult:
+    # As generate does: what waits for a rank that has ended would never end.
+    qs.pair.wait_with_ranks()
+    return CycleResult.read(packed)
 
 
 def measure_context(
@@ -400,6 +516,7 @@ def measure_context(
             LOG.debug(result)
             row["synthetic"].append(result)
     row["decode_peak_bytes"] = torch.cuda.max_memory_allocated()
+    row["cache_bytes"] = cache.bytes_by_part()
     del cache
     free()
     if batch == 1 and context in settings.generate_at:
@@ -451,55 +568,65 @@ def free() -> None:
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """One row per batch and context."""
-    LOG.info("loading the model")
-    if settings.model == "smollm2":
-        model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
-        text = tokenizer(python_reference(), return_tensors="pt").input_ids[:, PROMPT_START:].cuda()
-    else:
-        model = random_model(settings.model, settings.layers)
-        text = torch.randint(0, model.config.vocab_size, (1, max(settings.contexts)), device="cuda")
-    LOG.info("converting")
-    start = time.perf_counter()
-    size = 64 if settings.model == "smollm2" else 128
+    """One row per batch and context.
+
+    Raises:
+        ValueError: the GPUs are too few or too small.
+    """
+    LOG.info("loading the model, and converting it")
+    real, num_ranks = settings.model == "smollm2", settings.tensor_parallel
     options: dict[str, Any] = {
-        "weight_group_size": size,
+        "weight_group_size": 64 if real else 128,
         "quantize_lm_head": settings.quantize_lm_head,
         "draft_attention": settings.draft_attention,
         "self_check": False,
     }
-    ranks = settings.tensor_parallel if settings.tensor_parallel > 1 else None
-    with contextlib.closing(quantspec.convert(model, tensor_parallel=ranks, **options)) as qs:
+    if real:
+        model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
+        text = tokenizer(python_reference(), return_tensors="pt").input_ids[:, PROMPT_START:].cuda()
+        make = functools.partial(quantspec.convert, model, tensor_parallel=num_ranks if num_ranks > 1 else None)
+        del model
+    else:
+        config = shape_config(settings.model, settings.layers)
+        text = torch.randint(0, config.vocab_size, (1, max(settings.contexts)), device="cuda")
+        check_fits(settings.model, settings.layers, num_ranks)
+        if num_ranks > 1:
+            make = functools.partial(split_random_pair, config, num_ranks, "cuda")
+        else:
+            make = functools.partial(quantspec.convert, random_model(settings.model, settings.layers))
+    start = time.perf_counter()
+    with contextlib.closing(make(**options)) as qs:
+        # The parts alone are measured.
+        del make
         seconds = time.perf_counter() - start
         LOG.debug("%s\nconverted in %.1f s", qs, seconds)
-        options |= {"model": settings.model, "weights": "real" if settings.model == "smollm2" else "random"}
-        options |= {"layers": model.config.num_hidden_layers, "convert_seconds": seconds}
-        options |= {"tensor_parallel": settings.tensor_parallel}
-        if qs.split is None:
-            rows = measure_contexts(qs, text, settings)
-        else:
-            # The parts alone are measured.
-            del model
-            free()
-            told = (text.cpu(), settings)
-            rows = qs.split.run(measure_part, qs.session, *told, others=(qs.split.key, *told))
-        for row in rows:
+        options |= {"model": settings.model, "weights": "real" if real else "random", "convert_seconds": seconds}
+        options |= {"layers": qs.model.config.num_hidden_layers, "tensor_parallel": num_ranks}
+        options |= {"weight_bytes": qs.weight_bytes()}
+        baseline = Baseline(qs) if settings.baseline and qs.split is None else None
+        free()
+        for batch, context in itertools.product(settings.batches, settings.contexts):
+            prompt = text[:, :context]
+            if qs.split is None:
+                row = measure_context(qs, baseline, prompt, settings, batch)
+            else:
+                told = (prompt.cpu(), settings, batch)
+                row = qs.split.run(measure_part, qs.session, *told, others=(qs.split.key, *told))
             yield row | options
 
 
-def measure_contexts(qs: QuantSpecModel, text: Tensor, settings: Settings) -> Iterator[dict[str, Any]]:
-    """:func:`measure_context` of every context, prompts out of ``text (1, S)``."""
-    baseline = Baseline(qs) if settings.baseline else None
-    for batch, context in itertools.product(settings.batches, settings.contexts):
-        yield measure_context(qs, baseline, text[:, :context], settings, batch)
-
-
-def measure_part(seat: Seat, session: int | Session, text: Tensor, settings: Settings) -> list[dict[str, Any]]:
-    """:func:`measure_contexts` on every rank, whose ``session``, or the key that it keeps it by, has its part."""
+def measure_part(seat: Seat, session: int | Session, prompt: Tensor, settings: Settings, batch: int) -> dict[str, Any]:
+    """:func:`measure_context` on every rank, whose ``session``, or the key that it keeps it by, has its part."""
     own: Session = seat.kept[session] if isinstance(session, int) else session
+    qs = QuantSpecModel(own.pair)
+    if settings.baseline and _BASELINE not in seat.kept:
+        seat.kept[_BASELINE] = Baseline(qs)
     # All ranks draw the same acceptance.
     torch.manual_seed(0)
-    return list(measure_contexts(QuantSpecModel(own.pair), text.to(seat.device), settings))
+    row = measure_context(qs, seat.kept.get(_BASELINE), prompt.to(seat.device), settings, batch)
+    peaks: list[int | None] = [None] * seat.place.world
+    dist.all_gather_object(peaks, row["decode_peak_bytes"])
+    return row | {"decode_peak_bytes_of_ranks": peaks}
 
 
 def main() -> None:
@@ -520,6 +647,7 @@ def main() -> None:
     parser.add_argument("--target-only", action="store_true", help="generate with 0 drafts too")
     parser.add_argument("--draft-attention", choices=[*map(str, DraftAttention)])
     parser.add_argument("--quantize-lm-head", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--tensor-parallel", type=int, help="GPUs to split the model and the baseline over")
     parser.add_argument("--out", type=Path)
     arguments = vars(parser.parse_args())
     settings = published(arguments.pop("model"))
@@ -533,4 +661,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # What is sent to other processes is found there by the name of this module, which is not that of a script.
+    assert __spec__ is not None
+    importlib.import_module(__spec__.name).main()

@@ -13,6 +13,8 @@ from torch.distributed import _functional_collectives as collectives
 
 # A longer sum is bound by bytes, of which NCCL moves fewer.
 MOST_BYTES_AT_ONCE = 512 * 2**10
+# torch's kernel adds no others; a sum of float16 goes through NCCL.
+_SUMMED_AT_ONCE = (torch.float32, torch.bfloat16)
 # Memory that a group's ranks share, by the group's name; what is missing sums through NCCL.
 _SHARED: dict[str, Tensor] = {}
 
@@ -42,14 +44,20 @@ def forget_memory(group: str) -> None:
     _SHARED.pop(group, None)
 
 
+def sums_at_once(x: Tensor) -> bool:
+    """Whether torch's kernel over shared memory takes a contiguous ``x``: float32 or bfloat16, in whole 16 bytes."""
+    ends = (x.nbytes, x.storage_offset() * x.itemsize)
+    return x.dtype in _SUMMED_AT_ONCE and x.nbytes <= MOST_BYTES_AT_ONCE and not any(end % 16 for end in ends)
+
+
 @torch.library.custom_op("quantspec::reduce_ranks", mutates_args=())
 def reduce_ranks(x: Tensor, group: str) -> Tensor:
     """The sum of every rank's ``x``, of any shape and float dtype, the same bits on all ranks of ``group``."""
-    shared = _SHARED.get(group)
-    if shared is None or x.nbytes > MOST_BYTES_AT_ONCE or x.nbytes % 16:
-        return collectives.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group))
+    shared, x = _SHARED.get(group), x.contiguous()
+    if shared is None or not sums_at_once(x):
+        return collectives.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
     room = shared[: x.nbytes].view(x.dtype).view(x.shape)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x.contiguous(), "sum", group)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x, "sum", group)
 
 
 @reduce_ranks.register_fake

@@ -35,6 +35,10 @@ class Piece:
         parts = [whole.narrow(self.axis, first, last - first) for first, last in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
+    def nbytes_of(self, whole: Tensor) -> int:
+        """Bytes of the piece."""
+        return whole.nbytes if self.is_zero else whole.nbytes // self.size * length(self.ranges)
+
 
 def length(ranges: Ranges) -> int:
     """Indices in ``ranges``."""

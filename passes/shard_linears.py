@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -54,6 +54,19 @@ class Held:
     ranges: Ranges
 
 
+@dataclass
+class _Sources:
+    """What makes a part of a value.
+
+    Attributes:
+        ranges: of the outputs of linears and markers.
+        asked: nodes, axes and ranges that are made of these; a value may be read along more ways than can be gone.
+    """
+
+    ranges: dict[fx.Node, list[tuple[int, int]]] = field(default_factory=dict)
+    asked: set[tuple[fx.Node, int, Ranges]] = field(default_factory=set)
+
+
 class ShardLinears(PassBase):
     """Matches linears, embeddings of tokens and attention markers, writes what one rank computes of them.
 
@@ -89,6 +102,8 @@ class ShardLinears(PassBase):
         self._rows: set[fx.Node] = set()
         # Linears of a single KV head, which every rank has.
         self._of_all: set[fx.Node] = set()
+        # What cannot be made of linears' parts alone, and why; more linears split by rows never change that.
+        self._obstacles: dict[tuple[fx.Node, int, Ranges], fx.Node] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -137,9 +152,9 @@ class ShardLinears(PassBase):
             of_keys = ((one, one + 1),) if kv_heads < world else even(kv_heads, rank, world)
             for number, ranges in enumerate((even(heads, rank, world), of_keys, of_keys)):
                 if number and kv_heads == 1:
-                    self._take_whole(marker.args[number])  # type: ignore[arg-type]
+                    self._take_whole(marker.args[number], set())  # type: ignore[arg-type]
                     continue
-                found: dict[fx.Node, list[tuple[int, int]]] = {}
+                found = _Sources()
                 obstacle = self._ask(marker.args[number], 1, ranges, found)  # type: ignore[arg-type]
                 if obstacle is not None:
                     raise CannotShardError(
@@ -151,9 +166,9 @@ class ShardLinears(PassBase):
             width = shape_of(_weight(node))[_column_axis(node)]
             if node in self._columns:
                 continue
-            found = {}
+            found = _Sources()
             ranges = ((0, width),) if width % world else even(width, rank, world)
-            if self._ask(_operand(node), -1, ranges, found) is None and found:
+            if self._ask(_operand(node), -1, ranges, found) is None and found.ranges:
                 self._check_size(node, width, "input channels")
                 self._take(found)
                 self._rows.add(node)
@@ -171,25 +186,26 @@ class ShardLinears(PassBase):
                 f"cannot split {describe(node)}: its {size} tokens are too few for {self.place.world} ranks; use fewer"
             )
 
-    def _take(self, found: dict[fx.Node, list[tuple[int, int]]]) -> None:
-        for source, ranges in found.items():
+    def _take(self, found: _Sources) -> None:
+        for source, ranges in found.ranges.items():
             if source.target is not _MARKER:
                 self._columns[source] = union([*self._columns.get(source, ()), *ranges])
 
-    def _take_whole(self, node: fx.Node) -> None:
+    def _take_whole(self, node: fx.Node, seen: set[fx.Node]) -> None:
         """Let every rank have all of a value, which may be a part of what a linear makes."""
-        found: dict[fx.Node, list[tuple[int, int]]] = {}
+        if node in seen:
+            return
+        seen.add(node)
+        found = _Sources()
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             size = shape_of(node)[-1]
-            if isinstance(size, int) and self._ask(node, -1, ((0, size),), found) is None and found:
+            if isinstance(size, int) and self._ask(node, -1, ((0, size),), found) is None and found.ranges:
                 self._take(found)
                 return
         for one in node.all_input_nodes:
-            self._take_whole(one)
+            self._take_whole(one, seen)
 
-    def _ask(
-        self, node: fx.Node, axis: int, ranges: Ranges | None, found: dict[fx.Node, list[tuple[int, int]]]
-    ) -> fx.Node | None:
+    def _ask(self, node: fx.Node, axis: int, ranges: Ranges | None, found: _Sources) -> fx.Node | None:
         """Which linears and markers make ``ranges`` of an axis of ``node``, into ``found``.
 
         Returns:
@@ -197,6 +213,19 @@ class ShardLinears(PassBase):
         """
         if ranges is None:
             return node
+        key = (node, axis, ranges)
+        if key in found.asked:
+            return None
+        if key not in self._obstacles:
+            obstacle = self._find(node, axis, ranges, found)
+            if obstacle is None:
+                found.asked.add(key)
+                return None
+            self._obstacles[key] = obstacle
+        return self._obstacles[key]
+
+    def _find(self, node: fx.Node, axis: int, ranges: Ranges, found: _Sources) -> fx.Node | None:
+        """As :meth:`_ask`, of what was not asked before."""
         if node.op == "get_attr":
             return None
         if node.op != "call_function":
@@ -209,12 +238,12 @@ class ShardLinears(PassBase):
         if node.target in _LINEARS and _weight(node).op == "get_attr":
             if axis != dim - 1 or node in self._rows:
                 return node
-            found.setdefault(node, []).extend(ranges)
+            found.ranges.setdefault(node, []).extend(ranges)
             return None
         if node.target is _MARKER:
             if axis != 2 or ranges != even(shape_of(node)[2], self.place.rank, self.place.world):
                 return node
-            found.setdefault(node, []).extend(ranges)
+            found.ranges.setdefault(node, []).extend(ranges)
             return None
         followed = links(node)
         if followed is None:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from .hugging_face.generate import generate
 from .pair import Pair
 from .pair.gather import gather_pair
 from .pair.split import StoredCapture, hollow, plan, split_pair
-from .ranks import Ranks, Seat, check_can_start
+from .ranks import Ranks, Seat, check_can_start, pickled
 from .self_check import self_check
 
 _KEYS = itertools.count()
@@ -68,7 +67,7 @@ class Split:
             TypeError: an argument that cannot be sent.
         """
         try:
-            pickle.dumps((args, options))
+            pickled((args, options))
         except Exception as error:
             raise TypeError(
                 f"an argument of generate() cannot be sent to the other ranks ({error}); define its class in a module"

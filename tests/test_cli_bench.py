@@ -244,7 +244,7 @@ def test_full_settings_are_the_published_ones(run, measured, tmp_path):
     assert measured == [published, replace(published, contexts=(65536,)), decode.published("smollm2")]
 
 
-@pytest.mark.parametrize("model", decode.SHAPES)
+@pytest.mark.parametrize("model", [name for name in decode.SHAPES if decode.published(name).tensor_parallel == 1])
 def test_published_settings_are_those_of_the_results(model):
     settings = decode.published(model)
     rows = json.loads((RESULTS / f"decode-{model}.json").read_text())["rows"]
@@ -265,10 +265,12 @@ def test_published_settings_of_generate_are_those_of_the_results():
 
 
 def test_the_script_takes_its_options(gpu, measured, monkeypatch, tmp_path):
-    options = "--model llama-3.1-8b --gammas 2 4 --no-quantize-lm-head --no-baseline --generate-at --out"
+    options = (
+        "--model llama-3.1-8b --gammas 2 4 --no-quantize-lm-head --no-baseline --generate-at --tensor-parallel 2 --out"
+    )
     monkeypatch.setattr(sys, "argv", ["decode", *options.split(), str(tmp_path / "figures.json")])
     decode.main()
-    changes = {"gammas": [2, 4], "generate_at": [], "baseline": False, "quantize_lm_head": False}
+    changes = {"gammas": [2, 4], "generate_at": [], "baseline": False, "quantize_lm_head": False, "tensor_parallel": 2}
     assert measured == [replace(decode.published("llama-3.1-8b"), **changes)]
     written = json.loads((tmp_path / "figures.json").read_text())
     assert [row["context"] for row in written["rows"]] == [4096, 32768, 131072]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from step_by_step import random_prompt
 from test_score_programs import without_graphs
 
 from quantspec.benchmarks import decode
-from quantspec.benchmarks.decode import Settings, measure_context
+from quantspec.benchmarks.decode import Settings, check_fits, measure_context, random_model
 from quantspec.engine.odds import cycle_tokens
 
 __all__ = ["without_graphs"]
@@ -86,3 +90,29 @@ def test_dense_attention_stores_a_token_of_each_sequence():
         assert torch.equal(alone[0][0, :, 5], key[row, :, 0])
         assert torch.equal(alone[0][0], together[0][row])
         assert torch.equal(alone[1][0], together[1][row])
+
+
+def test_what_exceeds_the_gpus_is_refused_with_how_many_hold_it(monkeypatch):
+    properties = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with pytest.raises(ValueError, match=r"'llama-3\.1-70b' has 166 GiB of weights.*--tensor-parallel 4"):
+        random_model("llama-3.1-70b", None)
+    with pytest.raises(ValueError, match="--tensor-parallel 4"):
+        check_fits("llama-3.1-70b", None, 2)
+    check_fits("llama-3.1-70b", None, 4)
+    check_fits("llama-3.1-8b", None, 1)
+
+
+SCRIPT = """
+import runpy, sys
+from quantspec.benchmarks import decode
+decode.measure = lambda settings: print(type(settings).__module__) or []
+sys.argv = ["decode", "--model", "llama-3.1-8b", "--tensor-parallel", "2"]
+runpy.run_module("quantspec.benchmarks.decode", run_name="__main__")
+"""
+
+
+def test_what_the_script_sends_to_ranks_has_the_name_of_the_module():
+    """They import it by that; a process of its own, since the op of the strong baseline is registered twice."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "quantspec.benchmarks.decode"

@@ -102,6 +102,27 @@ def test_the_card_that_is_here_is_told_without_torch():
         assert here == Card(properties.name, properties.total_memory)
 
 
+def test_the_command_tells_what_each_of_several_gpus_has(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Card, "here", lambda: None)
+    tiny_model("lfm2").config.save_pretrained(tmp_path)
+    one, two = (json.loads(run("inspect", tmp_path, "--json", "--tensor-parallel", n)[1]) for n in (1, 2))
+    assert [facts["tensor_parallel"] for facts in (one, two)] == [1, 2]
+    assert not one["computed_by_every_rank"]
+    assert set(two["computed_by_every_rank"]) == {
+        f"model.layers.0.conv.{x}" for x in ("in_proj", "out_proj", "conv.weight")
+    }
+    assert two["memory"]["cache"]["upper"] * 2 == one["memory"]["cache"]["upper"]
+    assert two["memory"]["cache"]["state"] == one["memory"]["cache"]["state"]
+    assert two["memory"]["weights"]["target"] < one["memory"]["weights"]["target"]
+    out = " ".join(run("inspect", tmp_path, "--tensor-parallel", 2)[1].split())
+    assert "tokens, on each of 2 GPUs" in out
+    assert "of the model whole and computes it: model.layers.*.conv.in_proj (1)" in out
+    assert "Every GPU has all states." in out
+    status, _, err = run("inspect", tmp_path, "--tensor-parallel", 3)
+    assert status != 0
+    assert "its 4 query heads are no multiple of 3 ranks" in " ".join(err.split())
+
+
 def test_the_command_says_whether_it_fits(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Card, "here", lambda: None)
     config = tiny_model("llama").config

@@ -42,11 +42,36 @@ def test_one_layer_of_each_kind_tells_of_all(architecture, monkeypatch):
     assert short == preview.structure_of(config, options, torch.float32)
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "lfm2"])
+def test_one_layer_of_each_kind_tells_what_a_rank_has(architecture, monkeypatch):
+    """Its bytes are those of the pieces that a capture of all layers is split into."""
+    config = deep_config(architecture)
+    options = QuantSpecConfig(kv_group_size=16)
+    whole = preview.structure_of(config, options, torch.float32)
+    short = preview.structure_of(config, options, torch.float32, num_ranks=2)
+    split = []
+    split_capture = preview.split_capture
+    monkeypatch.setattr(preview, "split_capture", lambda *given: split.append(split_capture(*given)) or split[-1])
+    monkeypatch.setattr(preview, "shorten", lambda model: None)
+    assert short == preview.structure_of(config, options, torch.float32, num_ranks=2)
+    assert [(one.query_heads * 2, one.kv_heads * 2) for one in short.layers] == [
+        (one.query_heads, one.kv_heads) for one in whole.layers
+    ]
+    assert short.states == whole.states
+    assert bool(short.whole) == (architecture == "lfm2")
+    # A rank has a half of everything but of what is whole, norms and, in both, what is no matrix.
+    kept = sum(short.whole.values())
+    small = 4 * sum(p.numel() for p in split[0].graph_module.parameters() if p.dim() == 1)
+    assert (whole.weight_bytes["target"] - kept) / 2 <= short.weight_bytes["target"] - kept
+    assert short.weight_bytes["target"] - kept <= (whole.weight_bytes["target"] - kept) / 2 + small + 4096
+    assert short.weight_bytes["draft_int4"] < whole.weight_bytes["draft_int4"]
+
+
 def test_captured_layers_do_not_grow_with_the_model(monkeypatch):
     """A model of many layers takes as long as one of few: one layer of each kind is captured."""
     seen = []
     captured = preview._captured
-    monkeypatch.setattr(preview, "_captured", lambda model, options: seen.append(model) or captured(model, options))
+    monkeypatch.setattr(preview, "_captured", lambda model, *rest: seen.append(model) or captured(model, *rest))
     config = deep_config("gemma2")
     structure = preview.structure_of(config, QuantSpecConfig(kv_group_size=16))
     assert [model.config.num_hidden_layers for model in seen] == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,20 +18,25 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, STATEFUL, tiny_model
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LlamaForCausalLM, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import quantspec
 from quantspec import Engine, Ranks, SavedModelError, UnsupportedModelError
+from quantspec.benchmarks.decode import random_part, shape_config
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
-from quantspec.config import WeightQuantizer
+from quantspec.checkpoint.split_loading import hollow_checkpoint
+from quantspec.config import QuantSpecConfig, WeightQuantizer
 from quantspec.hugging_face.generate import generate
-from quantspec.pair.split import StoredCapture, split_capture
+from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, sums_at_once
+from quantspec.pair.split import StoredCapture, plan, split_capture
 from quantspec.passes import plain_weights
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
+from quantspec.ranks import pickled
 from quantspec.serving import Request
+from quantspec.tensor_parallel import Split
 
 OPTIONS = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
 CALL = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
@@ -290,6 +296,16 @@ class OnlyHere(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         stops = os.getpid() == self.process and input_ids.shape[1] >= self.length
         return torch.full((len(input_ids),), stops)
+
+
+def test_what_stands_in_the_script_itself_is_not_sent(monkeypatch):
+    """The others would look for it in a script of their own, and all would end."""
+    standing = type("Standing", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Standing", standing, raising=False)
+    for thing in (standing, [standing()]):
+        with pytest.raises(pickle.PicklingError, match="Standing is of the script that runs"):
+            pickled(thing)
+    assert pickle.loads(pickled({"stops": OnlyHere(1, 2)}))["stops"].length == 2
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
@@ -577,6 +593,18 @@ def test_a_request_that_cannot_be_sent_is_refused(llama_of_two):
     engine.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shared_memory_sums_what_torchs_kernel_takes(dtype):
+    """It refuses float16, and what ends or begins within 16 bytes."""
+    x = torch.zeros(MOST_BYTES_AT_ONCE // dtype.itemsize + 16, dtype=dtype)
+    per_load = 16 // dtype.itemsize
+    assert sums_at_once(x[per_load:-16]) == (dtype != torch.float16)
+    assert sums_at_once(x[: 2 * per_load]) == (dtype != torch.float16)
+    assert not sums_at_once(x[: 2 * per_load - 1])
+    assert not sums_at_once(x[1 : 1 + per_load])
+    assert not sums_at_once(x)
+
+
 # Last, so that each number of ranks is started once.
 
 
@@ -599,3 +627,27 @@ def test_a_folder_is_read_by_four(ranks, tmp_path):
 @pytest.mark.parametrize("ranks", [4], indirect=True)
 def test_a_saved_pair_is_read_by_four(ranks, tmp_path):
     check_saved_pair(ranks, tmp_path, "llama")
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_random_parts_of_the_benchmark_are_of_one_model(ranks, tmp_path):
+    """Two KV heads, each of which two ranks hold."""
+    tiny_model("llama", hidden_size=128, intermediate_size=256).config.save_pretrained(tmp_path)
+    config = QuantSpecConfig.from_options(None, OPTIONS)
+    stored = plan(hollow_checkpoint(tmp_path, torch.device("cpu"), torch.bfloat16, False), config, ranks.world)
+    part = ranks.run(random_part, -1, str(tmp_path), config, stored)
+    split = Split(part, ranks, -1, owns_ranks=False)
+    converted = quantspec.QuantSpecModel(part, split)
+    whole = quantspec.QuantSpecModel(split.gather(converted.session))
+    ids = random_ids(1, 50)
+    text = converted.generate(ids, **CALL, do_sample=False)
+    assert len(set(text[0, 50:].tolist())) > 1
+    assert torch.equal(whole.generate(ids, **CALL, do_sample=False), text)
+    assert float(whole.model.lm_head.weight.float().std()) == pytest.approx(0.02, rel=0.1)
+    converted.close()
+
+
+def test_the_shape_of_70b_has_as_many_parameters():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape_config("llama-3.1-70b", None))
+    assert sum(p.numel() for p in model.parameters()) == 70_553_706_496

@@ -71,4 +71,5 @@ def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
         cache_parts,
         functools.partial(cache_parts, pooled=True),
         lambda context, batch_size: full_precision_bytes(shapes, context, batch_size, dtype, states),
+        structure.whole,
     )

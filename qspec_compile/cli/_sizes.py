@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from quantspec.config import QuantSpecConfig
 
@@ -57,6 +57,7 @@ class Sizes:
             among them.
         pool_parts: the same of an engine's cache, whose layers have every page, also those with a window.
         full_precision: from the same to bytes of transformers' own cache.
+        whole: of a rank, bytes of what every rank has whole and computes, by name.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Sizes:
     cache_parts: Callable[[int, int], dict[str, int]]
     pool_parts: Callable[[int, int], dict[str, int]]
     full_precision: Callable[[int, int], int]
+    whole: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def limit(self) -> int | None:

@@ -44,6 +44,7 @@ class BenchModel(StrEnum):
     SMOLLM2 = "smollm2"
     LLAMA_31_8B = "llama-3.1-8b"
     LLAMA_2_7B = "llama-2-7b"
+    LLAMA_31_70B = "llama-3.1-70b"
 
 
 SETTINGS = {"epilog": "quantspec bench\nquantspec bench decode --model llama-3.1-8b --contexts 4k,32k"}
@@ -57,7 +58,7 @@ def command(
         BenchModel,
         typer.Option(
             metavar="NAME",
-            help="Of decode: smollm2, or on a GPU random weights of the shape of llama-3.1-8b or llama-2-7b.",
+            help="Of decode: smollm2, or on a GPU random weights of llama-3.1-8b, llama-2-7b or, split, llama-3.1-70b.",
         ),
     ] = BenchModel.SMOLLM2,
     contexts: Annotated[

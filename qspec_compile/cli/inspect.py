@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +12,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from quantspec.names import named_once, without_number
+
 from .console import stdout, working
 from .errors import CommandError
 from .loading import Kind, Source, dtype_to_load, fetched, find_model, load_config
@@ -21,7 +22,6 @@ from .options import Dtype, ModelOptions, real, tokens, whole
 if TYPE_CHECKING:
     from ._sizes import Layer, Linear, Sizes
 
-_LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _DEFAULT_CONTEXT = 32768
 
 
@@ -51,6 +51,9 @@ def command(
             parser=real(0, 1), metavar="X", help="Share of the card's memory for weights and cache, as of `serve`."
         ),
     ] = 0.9,
+    tensor_parallel: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="GPUs to split it over; what is told is then of each.")
+    ] = 1,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show attention layers, linears and the cache's parts.")
     ] = False,
@@ -64,16 +67,18 @@ def command(
     card = Card.here() if gpu is None else Card.named(gpu)
     source = find_model(model)
     dtype = None if model.dtype is Dtype.AUTO else model.dtype.value
-    sizes = plain_sizes(source, QuantSpecConfig.from_options(None, model.conversion()), dtype)
+    sizes = None
+    if tensor_parallel == 1:
+        sizes = plain_sizes(source, QuantSpecConfig.from_options(None, model.conversion()), dtype)
     if sizes is None:
-        sizes = _captured_sizes(source, model)
+        sizes = _captured_sizes(source, model, tensor_parallel)
     num_tokens = context or min(sizes.limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if sizes.limit is not None and num_tokens > sizes.limit:
         raise CommandError(
             f"a text of {num_tokens} tokens is longer than the {sizes.limit} that a pair would take",
             "shorten --context, or give a larger --max-cache-len",
         )
-    facts = _as_dict(sizes, num_tokens, batch_size)
+    facts = _as_dict(sizes, num_tokens, batch_size, tensor_parallel)
     if card is not None:
         facts["fit"] = fit(sizes, card, gpu_memory_utilization, num_tokens, batch_size)
     if as_json:
@@ -82,8 +87,8 @@ def command(
         _print_tables(sizes, facts, layers)
 
 
-def _captured_sizes(source: Source, model: ModelOptions) -> Sizes:
-    """The sizes of any model, from a capture of it without data."""
+def _captured_sizes(source: Source, model: ModelOptions, num_ranks: int) -> Sizes:
+    """The sizes of any model, or of its part of one of several ranks, from a capture of it without data."""
     with working("importing"):
         from quantspec.checkpoint.folder import Description
         from quantspec.checkpoint.loading import changed_options, resolve_dtype
@@ -101,10 +106,10 @@ def _captured_sizes(source: Source, model: ModelOptions) -> Sizes:
         options = QuantSpecConfig.from_options(None, model.conversion())
     config = load_config(source)
     with working("building the model without weights"):
-        return captured_sizes(structure_of(config, options, dtype, model.trust_remote_code), options)
+        return captured_sizes(structure_of(config, options, dtype, model.trust_remote_code, num_ranks), options)
 
 
-def _as_dict(sizes: Sizes, num_tokens: int, batch_size: int) -> dict[str, Any]:
+def _as_dict(sizes: Sizes, num_tokens: int, batch_size: int, num_ranks: int) -> dict[str, Any]:
     """All facts, JSON-ready; bytes everywhere."""
     from ._fit import ways
 
@@ -116,6 +121,8 @@ def _as_dict(sizes: Sizes, num_tokens: int, batch_size: int) -> dict[str, Any]:
         "model": sizes.model,
         "dtype": sizes.dtype,
         "kv_group_size": sizes.options.kv_group_size,
+        "tensor_parallel": num_ranks,
+        "computed_by_every_rank": dict(sizes.whole),
         "attention": [
             {
                 "module": layer.module,
@@ -171,7 +178,9 @@ def _print_tables(sizes: Sizes, facts: dict[str, Any], layers: bool) -> None:
     size = _tokens(memory["context"])
     if memory["batch_size"] > 1:
         size = f"{memory['batch_size']} x {size}"
-    console.print(f"{facts['model']}, {facts['dtype']}, {size} tokens", markup=False)
+    count = facts["tensor_parallel"]
+    split = f", on each of {count} GPUs" if count > 1 else ""
+    console.print(f"{facts['model']}, {facts['dtype']}, {size} tokens{split}", markup=False)
     if fit is None:
         console.print("There is no GPU here; --gpu h100-80 says what fits one.")
     else:
@@ -185,6 +194,14 @@ def _print_tables(sizes: Sizes, facts: dict[str, Any], layers: bool) -> None:
         for note in _notes(sizes):
             console.print(note, markup=False)
         console.print(_memory_table(memory))
+    if sizes.whole:
+        names = ", ".join(named_once(sizes.whole))
+        console.print(
+            f"Every GPU has {_bytes(sum(sizes.whole.values()))} of the model whole and computes it: {names}.",
+            markup=False,
+        )
+    if count > 1 and memory["cache"].get("state"):
+        console.print("Every GPU has all states.")
     own, theirs = sum(memory["cache"].values()), memory["unconverted"]["cache"]
     if own > theirs:
         console.print(
@@ -301,7 +318,7 @@ def _notes(sizes: Sizes) -> Iterator[str]:
 def _alike(linears: tuple[Linear, ...]) -> Iterator[tuple[str, list[Linear]]]:
     groups: dict[tuple, list[Linear]] = {}
     for linear in linears:
-        name = _LAYER_NUMBER.sub(".*", linear.name)
+        name = without_number(linear.name)
         key = (name, linear.in_features, linear.out_features, linear.group_size, linear.note)
         groups.setdefault(key, []).append(linear)
     for (name, *_), alike in groups.items():

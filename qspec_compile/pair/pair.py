@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -18,6 +17,7 @@ from quantspec.capture import Capture, capture, check_model, naming_basic_cause,
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
 from quantspec.config import QuantSpecConfig
+from quantspec.names import named_once
 from quantspec.passes import Role, WeightFormat, WeightSource
 from quantspec.passes.called_modules import called_modules
 from quantspec.passes.state_steps import FillStates
@@ -30,7 +30,6 @@ from .recipes import build_graphs, common_graph, recipes_for, run_passes
 from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
-_LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 class Pair:
@@ -276,19 +275,12 @@ class Pair:
         """What is split, and by name what every rank has and computes whole."""
         facts = [("ranks", f"{seat.place.world}; weights, INT4 linears and cache are of each")]
         if self.captured.whole:
-            whole = Counter(_LAYER_NUMBER.sub(".*", name) for name in self.captured.whole)
-            named = ", ".join(f"{name} ({count})" if "*" in name else name for name, count in whole.items())
-            facts.append(("computed by every rank", f"{self._whole_bytes / 2**20:.1f} MiB of the target: {named}"))
+            named = ", ".join(named_once(self.captured.whole))
+            mebibytes = sum(whole_bytes(self.model, self.captured.whole).values()) / 2**20
+            facts.append(("computed by every rank", f"{mebibytes:.1f} MiB of the target: {named}"))
         if self.captured.states:
             facts.append(("kept by every rank", "all states, which prompts move on token by token"))
         return facts
-
-    @property
-    def _whole_bytes(self) -> int:
-        """Of the matrices of :attr:`Capture.whole`."""
-        whole = set(self.captured.whole)
-        parameters = self.model.named_parameters()
-        return sum(p.nbytes for name, p in parameters if name in whole or name.rpartition(".")[0] in whole)
 
     def title(self) -> str:
         """The model, its dtype and its device."""
@@ -315,6 +307,16 @@ def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture)
             f"('{learned[0]}'); set max_cache_len to at most {learned[1]}, or leave it None"
         )
     return config.max_cache_len
+
+
+def whole_bytes(model: PreTrainedModel, whole: Collection[str]) -> dict[str, int]:
+    """Bytes of what :attr:`Capture.whole` names, by those names, which are of modules and of parameters."""
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        owner = name if name in whole else name.rpartition(".")[0]
+        if owner in whole:
+            found[owner] += parameter.nbytes
+    return {name: found[name] for name in whole if name in found}
 
 
 def by_address(*modules: torch.nn.Module) -> dict[int, Tensor]:

@@ -75,7 +75,7 @@ def plan(model: PreTrainedModel, config: QuantSpecConfig, world: int) -> StoredC
     """
     with converting():
         captured = kept_or_captured(model, rope_context_of(model, config), capture)
-        same_pieces(model, _own_pieces(split_capture(captured, model, Place(0, world, ""))))
+        pieces_by_id(model, split_capture(captured, model, Place(0, world, "")))
         with contextlib.suppress(CannotStore):
             graph, constants = to_json(captured, model)
             return graph, {name: constant.cpu() for name, constant in constants.items()}
@@ -110,7 +110,7 @@ def split_capture(captured: Capture, model: PreTrainedModel, place: Place) -> Ca
 
 def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.device) -> None:
     """Give ``model`` and the graph of its ``captured`` part the same tensors: this rank's piece of each parameter."""
-    shared = same_pieces(model, _own_pieces(captured))
+    shared = pieces_by_id(model, captured)
     made: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module, leaf, parameter in _parameters(model):
@@ -131,8 +131,9 @@ def own_name(name: str) -> str:
     return name.removeprefix(_WRAPPER)
 
 
-def _own_pieces(captured: Capture) -> dict[str, Piece]:
-    return {own_name(name): piece for name, piece in captured.pieces.items()}
+def pieces_by_id(model: PreTrainedModel, captured: Capture) -> dict[int, Piece]:
+    """:func:`same_pieces` of a ``captured`` part of ``model``."""
+    return same_pieces(model, {own_name(name): piece for name, piece in captured.pieces.items()})
 
 
 def same_pieces(model: PreTrainedModel, pieces: dict[str, Piece]) -> dict[int, Piece]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import FunctionType
 from typing import Any, NamedTuple
 
 
@@ -23,9 +25,29 @@ class Report(NamedTuple):
     error: str | None
 
 
+class _Pickler(pickle.Pickler):
+    """Refuses what is named after the script that runs: the other processes run another one."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, type | FunctionType) and thing.__module__ == "__main__":
+            raise pickle.PicklingError(f"{thing.__qualname__} is of the script that runs, which they do not import")
+        return NotImplemented
+
+
+def pickled(message: Any) -> bytes:
+    """What is sent of a message.
+
+    Raises:
+        Exception: of any kind, for what the other processes could not read.
+    """
+    content = io.BytesIO()
+    _Pickler(content).dump(message)
+    return content.getvalue()
+
+
 def send(connection: Connection, message: Any) -> None:
     """Send by value: no memory is shared, and no helper process is started."""
-    connection.send_bytes(pickle.dumps(message))
+    connection.send_bytes(pickled(message))
 
 
 def receive(connection: Connection) -> Any:

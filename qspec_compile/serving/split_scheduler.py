@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import pickle
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from quantspec.engine.session import Session
-from quantspec.ranks import RanksError, Seat
+from quantspec.ranks import RanksError, Seat, pickled
 from quantspec.tensor_parallel import Split
 
 from .admission import check, prepare
@@ -58,7 +57,7 @@ class SplitScheduler(Scheduler):
 
     def add(self, row: Row, request: Request) -> None:
         try:
-            pickle.dumps(request)
+            pickled(request)
         except Exception as error:
             raise TypeError(
                 f"a request cannot be sent to the other ranks ({error}); define the classes of its logits processors "
