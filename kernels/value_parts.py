@@ -39,7 +39,7 @@ def two_value_parts_at_once(launch: Callable[..., Tensor]) -> Callable[..., Tens
                 step = width if _HAS_CHANNELS[name] else 1
                 given[name] = tensor[..., first * step : last * step]
             if page_scores is not None:
-                scores.append(torch.empty_like(page_scores))
+                scores.append(page_scores.clone())
                 given["page_scores"] = scores[-1]
             outputs.append(launch(**given))
         if page_scores is not None:

@@ -90,6 +90,23 @@ def test_a_conversation_goes_on_from_its_states_or_begins_anew(architecture):
     assert torch.equal(text, qs.model.generate(other, attention_mask=mask, **options))
 
 
+@pytest.mark.parametrize("architecture", [*STATEFUL, "jamba"])
+def test_models_that_do_not_go_on_from_states_are_known(architecture):
+    """Jamba's own scan over several tokens begins with zeros."""
+    qs = converted(architecture)
+    assert qs.pair.continues == (architecture != "jamba")
+
+
+def test_a_conversation_with_jamba_begins_anew():
+    qs = converted("jamba")
+    first = qs.generate(torch.tensor([random_prompt(20)]), num_speculative_tokens=4, **GREEDY)
+    longer = torch.cat((first, torch.tensor([random_prompt(9, 1)])), 1)
+    options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 12, "min_new_tokens": 12}
+    text = qs.generate(longer, continue_cache=True, do_sample=False, **options)
+    assert torch.equal(text, qs.model.generate(longer, do_sample=False, **options))
+    assert qs.last_stats.continued_tokens == 0
+
+
 @pytest.mark.xdist_group("granitemoehybrid")
 def test_a_saved_pair_is_the_same(tmp_path):
     qs = converted("granitemoehybrid")

@@ -100,7 +100,7 @@ class Session:
             self.cache = cache = texts = None
             self.replays.clear()
             self.cache = cache = self.pair.new_cache(len(prompts), num_speculative_tokens)
-        if continue_cache and texts is not None:
+        if continue_cache and texts is not None and self.pair.continues:
             same = [_common_prefix(text, prompt[:-1]) for text, prompt in zip(texts, prompts, strict=True)]
             cache.rewind(torch.minimum(cache.length, torch.stack(same)))
         else:

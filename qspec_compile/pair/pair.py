@@ -30,6 +30,8 @@ from .recipes import build_graphs, common_graph, recipes_for, run_passes
 from .tuned import TuneReport
 
 _PREFILL_STEP = 1024
+# Of a state's norm; the roundings of bfloat16 make less.
+_SAME_STATE = 0.02
 
 
 class Pair:
@@ -213,13 +215,33 @@ class Pair:
         if self._seat is not None and self.device.type == "cuda":
             self._seat.wait_for_device()
 
+    @cached_property
+    def continues(self) -> bool:
+        """Whether :meth:`fill` may take a prompt in parts.
+
+        The own forward of some models with state (Jamba) ignores the states before several tokens at once, though not
+        before a single one: found by reading six tokens at once, and three by three.
+        """
+        if not self.captured.states or self._seat is not None:
+            return True
+        ids = torch.arange(6, device=self.device)[None] % self.vocab_size
+        found = []
+        with torch.no_grad():
+            for parts in ((ids,), ids.chunk(2, 1)):
+                cache = self.new_cache(1, 0)
+                cache.reserve(ids.shape[1])
+                for part in parts:
+                    self.fill(part, torch.tensor([part.shape[1]], device=self.device), cache)
+                found.append([state[:, 0].float() for state in cache.states])
+        return all((a - b).norm() <= _SAME_STATE * a.norm() for a, b in zip(*found, strict=True))
+
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 
-        A token's activations are taken to be six of the widest linear's or attention's inputs and outputs in the
+        All, too, where the pair does not :attr:`continue <continues>`. A token's activations are taken to be six of the widest linear's or attention's inputs and outputs in the
         model's dtype.
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.continues:
             return max(1, num_tokens)
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)

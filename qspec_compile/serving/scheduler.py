@@ -33,6 +33,7 @@ class Scheduler:
         self.session = session
         self._pair = pair = session.pair
         self._sizes = sizes
+        self._chunk = sizes.chunk if pair.continues else sizes.length
         self._plan = Plan(sizes.num_drafts)
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
         cache.reserve_pool(sizes.length, sizes.pages)
@@ -171,7 +172,10 @@ class Scheduler:
         """Cache the next part of a text, and let the pages of a chunk be found."""
         assert row.place is not None
         place, prompt, group = self._places[row.place], row.request.prompt, self._group
-        part = row.part(self._sizes.chunk, group)
+        part = row.part(self._chunk, group)
+        if row.filled and not self._pair.continues:
+            # What a preempted row has emitted; more tokens at once would begin anew.
+            part = part[:1]
         logits = self._pair.fill(part[None], prompt.new_tensor([len(part)]), place)
         first, row.filled = row.filled, row.filled + len(part)
         if row.filled < len(prompt):
