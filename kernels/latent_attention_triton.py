@@ -56,12 +56,10 @@ def latent_config(
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    # Every block of rows decodes the codes anew. Where queries are multiplied out of shared memory, there are 228 KB of
-    # it and room for more of them; elsewhere every warp holds them in registers.
-    large = element_size == 2 and limits.shared_bytes >= 200 * 1024
-    block_rows = min(64 if large else 16, max(16, triton.next_power_of_2(rows)))
-    block = 32 if large else 16
-    stages = 2 if large else 1
+    # Every block of rows decodes the codes anew. With 64 rows a warp group has products of its own, out of shared memory
+    # of 228 KB; with fewer every warp holds all channels of its queries, and more than 16 rows of them spill.
+    large = element_size == 2 and rows > 16 and limits.shared_bytes >= 200 * 1024
+    block_rows, block, stages = (64, 64, 1) if large else (16, 16, 1)
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
     programs = limits.multiprocessors * (1 if large else 2)
@@ -199,14 +197,14 @@ def _attend_planes(
             inside = (byte < num_bytes)[:, None]
         mask = inside
         scale_mask = inside
-        if DV < q.shape[1]:
+        if q.shape[1] > DV:
             mask = mask & (c < DV)
             scale_mask = scale_mask & (c < DV)
         keys = _decoded(upper, lower, scale, zero, row + c, scale_row + c, mask, scale_mask, dtype, HAS_LOWER, USE_ASM)
         rest = q_rest
         if REST > 0:
             mask = inside
-            if REST < q_rest.shape[1]:
+            if q_rest.shape[1] > REST:
                 mask = mask & (r < REST)
             rest = _decoded(
                 upper, lower, scale, zero, row + DV + r, scale_row + DV + r, mask, mask, dtype, HAS_LOWER, USE_ASM
