@@ -56,16 +56,16 @@ def latent_config(
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    # Every block of rows decodes the codes anew. With 64 rows a warp group has products of its own, out of shared memory
-    # of 228 KB; with fewer every warp holds all channels of its queries, and more than 16 rows of them spill.
+    # Every block of rows decodes the codes anew. Hopper's products take 64 rows, and a tile of 128 tokens and what they
+    # are multiplied with take 216 KB; elsewhere every warp holds all channels of its rows, and more than 16 spill.
     large = element_size == 2 and rows > 16 and limits.shared_bytes >= 200 * 1024
     block_rows, block, stages = (64, 64, 1) if large else (16, 16, 1)
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
-    programs = limits.multiprocessors * (1 if large else 2)
-    splits = programs // columns
-    if splits * columns < 0.8 * programs:
-        splits = 2 * programs // columns
+    # A multiprocessor has registers for one program; two waves even out what one would leave idle.
+    splits = limits.multiprocessors // columns
+    if splits * columns < 0.8 * limits.multiprocessors:
+        splits = 2 * limits.multiprocessors // columns
     return LatentConfig(block_rows, block, _WARPS, stages, max(1, min(splits, tiles, 64)))
 
 
@@ -78,16 +78,15 @@ def _decoded(
     at,
     scale_at,
     mask,
-    scale_mask,
     dtype: tl.constexpr,
     HAS_LOWER: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """Keys ``(2 * bytes, channels)`` at byte offsets ``at (bytes, channels)``: each low nibble's before its high
-    nibble's. Scales may be one row for all bytes."""
+    nibble's. Scales, and the mask of both, may be one row for all bytes."""
     low, high = centred_codes(upper, lower, at, mask, dtype, HAS_LOWER, USE_ASM)
-    s = tl.load(scale + scale_at, scale_mask, other=0).to(dtype)
-    z = tl.load(zero + scale_at, scale_mask, other=0).to(dtype) + 8 * s
+    s = tl.load(scale + scale_at, mask, other=0).to(dtype)
+    z = tl.load(zero + scale_at, mask, other=0).to(dtype) + 8 * s
     if HAS_LOWER:
         s = s * 0.0625
     return tl.join(low * s + z, high * s + z).permute(0, 2, 1).reshape(2 * at.shape[0], at.shape[1])
@@ -196,18 +195,16 @@ def _attend_planes(
             scale_row = stored[:, None] * D
             inside = (byte < num_bytes)[:, None]
         mask = inside
-        scale_mask = inside
         if q.shape[1] > DV:
             mask = mask & (c < DV)
-            scale_mask = scale_mask & (c < DV)
-        keys = _decoded(upper, lower, scale, zero, row + c, scale_row + c, mask, scale_mask, dtype, HAS_LOWER, USE_ASM)
+        keys = _decoded(upper, lower, scale, zero, row + c, scale_row + c, mask, dtype, HAS_LOWER, USE_ASM)
         rest = q_rest
         if REST > 0:
             mask = inside
             if q_rest.shape[1] > REST:
                 mask = mask & (r < REST)
             rest = _decoded(
-                upper, lower, scale, zero, row + DV + r, scale_row + DV + r, mask, mask, dtype, HAS_LOWER, USE_ASM
+                upper, lower, scale, zero, row + DV + r, scale_row + DV + r, mask, dtype, HAS_LOWER, USE_ASM
             )
         byte = tile * BLOCK + t // 2
         seen = (byte < num_bytes)[None, :]
