@@ -1,8 +1,7 @@
 """Attention on CUDA over one key head whose first channels are its values, as latents are cached.
 
-A program reads a tile of keys once, for the scores and then as the values. It attends to one stretch of one sequence's
-cache, for some rows (tokens of query heads); ``stretches_triton`` merges the stretches. Each warp has channels of its
-own in both products, as the first axis of their operands: with 512 of them together no warp could hold an operand.
+A program decodes a tile of keys once, for the scores and then as the values. It attends to one stretch of one
+sequence's cache, for some rows (tokens of query heads); ``stretches_triton`` merges the stretches.
 """
 
 from __future__ import annotations
@@ -27,13 +26,11 @@ from .stretches_triton import (
     last_contiguous,
     merged,
     newest_hidden,
-    recent_weights,
     soft_cap,
     stored_group,
 )
 
-# Each multiplies channels of its own. In half precision 16 channels a warp gave wrong results (H100, Triton 3.6).
-_WARPS, _LEAST_CHANNELS = 8, 32
+_WARPS = 8
 
 
 class LatentConfig(NamedTuple):
@@ -49,7 +46,7 @@ class LatentConfig(NamedTuple):
 def latent_config(
     limits: DeviceLimits, pairs: int, rows: int, value_dim: int, num_bytes: int, element_size: int
 ) -> LatentConfig:
-    """Configuration by allocated size; not timed, but no generation spills more than 8 bytes with 576 channels.
+    """Configuration by allocated size; by what compilers say of registers and shared memory, not timed.
 
     Args:
         limits: of the device.
@@ -59,14 +56,17 @@ def latent_config(
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    block_rows = min(32 // element_size, max(8, triton.next_power_of_2(rows)))
-    # What is read ahead has no room in 99 KB.
-    stages = 2 if limits.shared_bytes >= 128 * 1024 else 1
-    block = 16
+    # Every block of rows decodes the codes anew. Hopper's products take 64 rows, and a tile of 128 tokens and what they
+    # are multiplied with take 216 KB; elsewhere every warp holds all channels of its rows, and more than 16 spill.
+    large = element_size == 2 and rows > 16 and limits.shared_bytes >= 200 * 1024
+    block_rows, block, stages = (64, 64, 1) if large else (16, 16, 1)
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
-    splits = max(1, min(2 * limits.multiprocessors // columns, tiles, 64))
-    return LatentConfig(block_rows, block, _WARPS, stages, splits)
+    # A multiprocessor has registers for one program; two waves even out what one would leave idle.
+    splits = limits.multiprocessors // columns
+    if splits * columns < 0.8 * limits.multiprocessors:
+        splits = 2 * limits.multiprocessors // columns
+    return LatentConfig(block_rows, block, _WARPS, stages, max(1, min(splits, tiles, 64)))
 
 
 @triton.jit
@@ -82,27 +82,59 @@ def _decoded(
     HAS_LOWER: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Keys ``(..., 2 * bytes, channels)`` at byte offsets ``at (..., bytes, channels)``: each low nibble's before its
-    high nibble's."""
+    """Keys ``(2 * bytes, channels)`` at byte offsets ``at (bytes, channels)``: each low nibble's before its high
+    nibble's. Scales, and the mask of both, may be one row for all bytes."""
     low, high = centred_codes(upper, lower, at, mask, dtype, HAS_LOWER, USE_ASM)
     s = tl.load(scale + scale_at, mask, other=0).to(dtype)
     z = tl.load(zero + scale_at, mask, other=0).to(dtype) + 8 * s
     if HAS_LOWER:
         s = s * 0.0625
-    keys = tl.join(low * s + z, high * s + z)
-    if len(at.shape) == 3:
-        return keys.permute(0, 1, 3, 2).reshape(at.shape[0], 2 * at.shape[1], at.shape[2])
-    else:
-        return keys.permute(0, 2, 1).reshape(2 * at.shape[0], at.shape[1])
+    return tl.join(low * s + z, high * s + z).permute(0, 2, 1).reshape(2 * at.shape[0], at.shape[1])
 
 
 @triton.jit
-def _scores(keys, rest, q, q_rest, REST: tl.constexpr, USE_ASM: tl.constexpr):
-    """``(tokens, rows)`` of keys ``(chunks, tokens, channels)`` and the ``rest (tokens, channels)``."""
-    scores = tl.sum(exact_dot(keys, q, USE_ASM), 0)
+def _add_tile(
+    q,
+    q_rest,
+    keys,
+    rest,
+    seen,
+    top,
+    total,
+    acc,
+    scale_log2,
+    softcap_log2,
+    REST: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """``top``, ``total`` and ``acc (rows, channels)`` with ``keys (tokens, channels)`` and their ``rest`` added, of
+    which, if ``MASKED``, rows see those of ``seen (rows, tokens)``."""
+    scores = exact_dot(q, tl.trans(keys), USE_ASM)
     if REST > 0:
-        scores += exact_dot(rest, q_rest, USE_ASM)
-    return scores
+        scores += exact_dot(q_rest, tl.trans(rest), USE_ASM)
+    scores *= scale_log2
+    if HAS_SOFTCAP:
+        scores = soft_cap(scores, softcap_log2, USE_ASM)
+    if MASKED:
+        scores = tl.where(seen, scores, HIDDEN)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    decay = fast_exp2(top - new_top, USE_ASM)
+    weights = fast_exp2(scores - (new_top - WEIGHT_SHIFT)[:, None], USE_ASM)
+    if MASKED:
+        weights = tl.where(seen, weights, 0)
+    total = total * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None] + exact_dot(weights.to(keys.dtype), keys, USE_ASM)
+    return new_top, total, acc
+
+
+@triton.jit
+def _normalized(top, total, acc):
+    """Outputs, and the log2-sum-exp2."""
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    return acc * (1.0 / divisor)[:, None], lse
 
 
 @triton.jit
@@ -131,64 +163,71 @@ def _attend_planes(
     PAGED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Attend from ``q (chunks, channels, rows)`` and ``q_rest (channels, rows)`` to tiles of ``BLOCK`` bytes (twice as
-    many tokens).
+    """Attend from ``q (rows, channels)`` and ``q_rest (rows, channels)`` to tiles of ``BLOCK`` bytes (twice as many
+    tokens).
 
     Returns the normalized outputs as ``q``, in float32, and the log2-sum-exp2.
     """
     dtype: tl.constexpr = q.dtype
     D: tl.constexpr = DV + REST
-    CHUNKS: tl.constexpr = q.shape[0]
-    CHUNK: tl.constexpr = q.shape[1]
-    ROWS: tl.constexpr = q.shape[2]
+    ROWS: tl.constexpr = q.shape[0]
+    # Tiles then lie in one group each, and none is partly empty.
+    EVEN: tl.constexpr = HALF % BLOCK == 0
     i = tl.arange(0, BLOCK)
     t = tl.arange(0, 2 * BLOCK)
-    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
-    r = tl.arange(0, q_rest.shape[0])[None, :]
+    c = tl.arange(0, q.shape[1])[None, :]
+    r = tl.arange(0, q_rest.shape[1])[None, :]
     top = tl.full((ROWS,), HIDDEN, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((CHUNKS, CHUNK, ROWS), tl.float32)
+    acc = tl.zeros((ROWS, q.shape[1]), tl.float32)
     for tile in range(first_tile, last_tile):
-        byte = tile * BLOCK + i
-        inside = byte < num_bytes
-        stored = stored_group(table, byte // HALF, inside, places, HAS_WINDOW, PAGED)
-        at = ((stored * HALF + byte % HALF) * D)[None, :, None] + c
-        scale_at = (stored * D)[None, :, None] + c
-        mask = inside[None, :, None]
-        if DV < CHUNKS * CHUNK:
+        if EVEN:
+            group = tile // (HALF // BLOCK)
+            stored = stored_group(table, group, group * HALF < num_bytes, places, HAS_WINDOW, PAGED)
+            row = (stored * HALF + tile % (HALF // BLOCK) * BLOCK + i)[:, None] * D
+            scale_row = stored * D
+            # A mask known to be true leaves no instruction behind.
+            inside = tl.full((1, 1), 1, tl.int1)
+        else:
+            byte = tile * BLOCK + i
+            stored = stored_group(table, byte // HALF, byte < num_bytes, places, HAS_WINDOW, PAGED)
+            row = (stored * HALF + byte % HALF)[:, None] * D
+            scale_row = stored[:, None] * D
+            inside = (byte < num_bytes)[:, None]
+        mask = inside
+        if q.shape[1] > DV:
             mask = mask & (c < DV)
-        keys = _decoded(upper, lower, scale, zero, at, scale_at, mask, dtype, HAS_LOWER, USE_ASM)
+        keys = _decoded(upper, lower, scale, zero, row + c, scale_row + c, mask, dtype, HAS_LOWER, USE_ASM)
         rest = q_rest
         if REST > 0:
-            at = ((stored * HALF + byte % HALF) * D + DV)[:, None] + r
-            scale_at = (stored * D + DV)[:, None] + r
-            mask = inside[:, None] & (r < REST)
-            rest = _decoded(upper, lower, scale, zero, at, scale_at, mask, dtype, HAS_LOWER, USE_ASM)
-        scores = _scores(keys, rest, q, q_rest, REST, USE_ASM) * scale_log2
-        if HAS_SOFTCAP:
-            scores = soft_cap(scores, softcap_log2, USE_ASM)
+            mask = inside
+            if q_rest.shape[1] > REST:
+                mask = mask & (r < REST)
+            rest = _decoded(
+                upper, lower, scale, zero, row + DV + r, scale_row + DV + r, mask, dtype, HAS_LOWER, USE_ASM
+            )
         byte = tile * BLOCK + t // 2
-        seen = (byte < num_bytes)[:, None]
+        seen = (byte < num_bytes)[None, :]
         if HAS_WINDOW:
             token = byte // HALF * (2 * HALF) + byte % HALF + t % 2 * HALF
-            seen = seen & (token[:, None] > oldest[None, :])
-        scores = tl.where(seen, scores, HIDDEN)
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        decay = fast_exp2(top - new_top, USE_ASM)
-        top = new_top
-        weights = tl.where(seen, fast_exp2(scores - (top - WEIGHT_SHIFT)[None, :], USE_ASM), 0)
-        total = total * decay + tl.sum(weights, 0)
-        acc = _add_values(keys, weights, acc * decay[None, None, :], USE_ASM)
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
-    return acc * (1.0 / divisor)[None, None, :], lse
-
-
-@triton.jit
-def _add_values(keys, weights, acc, USE_ASM: tl.constexpr):
-    """``acc (chunks, channels, rows)`` and ``keys (chunks, tokens, channels)`` by ``weights (tokens, rows)``."""
-    w = tl.broadcast_to(weights.to(keys.dtype)[None], (keys.shape[0], weights.shape[0], weights.shape[1]))
-    return acc + exact_dot(tl.permute(keys, (0, 2, 1)), w, USE_ASM)
+            seen = seen & (token[None, :] > oldest[:, None])
+        top, total, acc = _add_tile(
+            q,
+            q_rest,
+            keys,
+            rest,
+            seen,
+            top,
+            total,
+            acc,
+            scale_log2,
+            softcap_log2,
+            REST,
+            HAS_WINDOW or not EVEN,
+            HAS_SOFTCAP,
+            USE_ASM,
+        )
+    return _normalized(top, total, acc)
 
 
 @triton.jit
@@ -219,8 +258,7 @@ def _attend_recent(
     :func:`_attend_planes`.
     """
     D: tl.constexpr = DV + REST
-    CHUNKS: tl.constexpr = q.shape[0]
-    CHUNK: tl.constexpr = q.shape[1]
+    ROWS: tl.constexpr = q.shape[0]
     d = tl.arange(0, triton.next_power_of_2(D))[None, :]
     new = tl.arange(0, BLOCK_TOKENS)
     slot = num_old + new
@@ -231,18 +269,30 @@ def _attend_recent(
 
     slot = first_slot + tl.arange(0, SLOTS)
     inside = slot < num_old + TOKENS
-    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
-    keys = tl.load(recent + slot[None, :, None] * D + c, inside[None, :, None] & (c < DV), other=0)
+    c = tl.arange(0, q.shape[1])[None, :]
+    keys = tl.load(recent + slot[:, None] * D + c, inside[:, None] & (c < DV), other=0)
     rest = q_rest
     if REST > 0:
-        r = tl.arange(0, q_rest.shape[0])[None, :]
+        r = tl.arange(0, q_rest.shape[1])[None, :]
         rest = tl.load(recent + slot[:, None] * D + DV + r, inside[:, None] & (r < REST), other=0)
-    scores = _scores(keys, rest, q, q_rest, REST, USE_ASM) * scale_log2
-    weights, inverse, lse = recent_weights(
-        scores, slot, inside, position, oldest, newest, softcap_log2, HAS_SOFTCAP, USE_ASM
+    at = (position + slot)[None, :]
+    top, total, acc = _add_tile(
+        q,
+        q_rest,
+        keys,
+        rest,
+        inside[None, :] & (at > oldest[:, None]) & (at <= newest[:, None]),
+        tl.full((ROWS,), HIDDEN, tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+        tl.zeros((ROWS, q.shape[1]), tl.float32),
+        scale_log2,
+        softcap_log2,
+        REST,
+        True,
+        HAS_SOFTCAP,
+        USE_ASM,
     )
-    none = tl.zeros(q.shape, tl.float32)
-    return _add_values(keys, weights, none, USE_ASM) * inverse[None], lse
+    return _normalized(top, total, acc)
 
 
 @triton.jit
@@ -282,8 +332,7 @@ def _attend_latents_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DV: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     HALF: tl.constexpr,
@@ -313,16 +362,16 @@ def _attend_latents_kernel(
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
     oldest = newest_hidden(newest, window, HAS_WINDOW)
-    c = tl.arange(0, CHUNKS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
-    r = tl.arange(0, BLOCK_REST)[:, None]
-    q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
-    q_at += (rows % TOKENS)[None, :] * stride_qt
-    mask = real[None, None, :] & (c < DV)
-    q = tl.load(q_at[None] + c, mask, other=0)
-    q_rest = tl.load(q_at + DV + r, real[None, :] & (r < REST), other=0)
+    c = tl.arange(0, BLOCK_DV)[None, :]
+    r = tl.arange(0, BLOCK_REST)[None, :]
+    q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[:, None] * stride_qh
+    q_at += (rows % TOKENS)[:, None] * stride_qt
+    mask = real[:, None] & (c < DV)
+    q = tl.load(q_at + c, mask, other=0)
+    q_rest = tl.load(q_at + DV + r, real[:, None] & (r < REST), other=0)
 
     at = (tl.program_id(1).to(tl.int64) * num_splits + split) * (REPEAT * TOKENS) + rows
-    out_at = partial + at[None, None, :] * DV + c
+    out_at = partial + at[:, None] * DV + c
     if split < RECENT_SPLITS:
         if split * (2 * BLOCK) < start - quantized + TOKENS:
             out, lse = _attend_recent(
@@ -460,8 +509,7 @@ def attend_latents(
         BLOCK_TOKENS=triton.next_power_of_2(tokens),
         BLOCK_ROWS=config.rows,
         DV=value_dim,
-        CHUNKS=config.warps,
-        CHUNK=max(_LEAST_CHANNELS, triton.next_power_of_2(value_dim) // config.warps),
+        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         REST=rest,
         BLOCK_REST=max(16, triton.next_power_of_2(rest)),
         HALF=half,

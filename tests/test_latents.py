@@ -328,7 +328,7 @@ CASES = {
     "verification of several sequences": Case(tokens=3, lengths=((64, 33), (0, 5), (96, 40)), lower=True),
     "everything is value": Case(heads=2, tokens=2, dim=32, lower=True, window=20, softcap=5.0, sinks=True),
     "two heads, chunks": Case(kv_heads=2, tokens=2, dim=96, values=80, dtype=torch.bfloat16, window=-24),
-    "more rows than a block": Case(heads=12, tokens=3, lower=True, dtype=torch.float16),
+    "more rows than a block": Case(heads=24, tokens=3, lower=True, dtype=torch.float16),
     "out of a pool": Case(tokens=2, lengths=((64, 3), (32, 40)), lower=True, pool=True),
 }
 
