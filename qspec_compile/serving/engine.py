@@ -169,8 +169,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile and capture what requests need, so that none waits for it: prefill, and cycles of every size.
 
-        A text of two chunks is read and a few tokens are generated. Cycles are those of a request without options. Those
-        with other processors, or with sampling where the model's default is greedy, are captured when they first come.
+        A text of two chunks is read and a few tokens are generated. Cycles are those of a request without options.
+        Those with other processors, or that sample where the model is greedy by default, are captured when they come.
 
         Raises:
             RuntimeError: requests wait or run, or the engine is closed or lost.
