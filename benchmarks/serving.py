@@ -80,12 +80,7 @@ def measure_users(
         LOG.info("%d users, %d tokens: %s", row["users"], row["context"], mode)
         options = {"max_sequences": len(prompts), "max_length": row["context"] + new_tokens, **MODES[mode]}
         with contextlib.closing(Engine(qs, **options)) as engine:
-            # Compiles and captures; one place more at a time, as they are prefilled.
-            count = options["max_sequences"]
-            for request in requests([prompt[:1] for prompt in prompts[:count]], 16):
-                engine.add(request)
-            while engine.step() or engine.statistics().running:
-                pass
+            engine.warm_up()
             row[mode] = timed(engine, requests(prompts, new_tokens))
         free()
     return row

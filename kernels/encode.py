@@ -9,6 +9,8 @@ lengths on the device, so their grids depend on the allocated sizes only. The co
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from .block_table import launched, num_places, strides
@@ -18,6 +20,11 @@ from .optional_triton import tl, triton
 # Adding 1.5 * 2^23 to a small float32 rounds it to the nearest even integer and leaves that in the low bits.
 _ROUND = tl.constexpr(12582912.0)
 
+
+# What differs from prompt to prompt and from sequence to sequence, and makes no kernel faster: Triton would compile one
+# more, for seconds, where a number is a multiple of 16 or the lengths of a sequence lie beside such an address.
+_VARYING = ("max_groups", "places", "stride_table")
+_OF_SEQUENCES = ("table", "quantized_len", "length", "num_new")
 
 # Bytes of a plane that one program encodes at a time, and its warps.
 BLOCK_ELEMENTS = 8192
@@ -44,9 +51,9 @@ def _load_slots(
 
 
 @triton.jit
-def _num_flushed(num_slots, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr):
+def _num_flushed(num_slots, max_groups, GROUP: tl.constexpr):
     """Groups to encode so that fewer than 2G slots remain and at least G stay."""
-    return tl.minimum(tl.maximum(num_slots // GROUP - 1, 0), MAX_GROUPS)
+    return tl.minimum(tl.maximum(num_slots // GROUP - 1, 0), max_groups)
 
 
 @triton.jit
@@ -161,7 +168,7 @@ def _encode_values(
             _store_codes(upper, lower, at, mask, low, high, s_low, z_low, s_high, z_high)
 
 
-@triton.jit
+@functools.partial(triton.jit, do_not_specialize=_VARYING, do_not_specialize_on_alignment=_OF_SEQUENCES)
 def _encode_kernel(
     key,
     value,
@@ -179,6 +186,7 @@ def _encode_kernel(
     quantized_len,
     length,
     num_new,
+    max_groups,
     places,
     stride_kb,
     stride_kh,
@@ -210,7 +218,6 @@ def _encode_kernel(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
     HAS_NEW: tl.constexpr,
     PAGED: tl.constexpr,
 ):
@@ -222,7 +229,7 @@ def _encode_kernel(
     num_slots = num_recent
     if HAS_NEW:
         num_slots += tl.load(num_new + sequence).to(tl.int32)
-    flushed = _num_flushed(num_slots, 2 * HALF, MAX_GROUPS)
+    flushed = _num_flushed(num_slots, max_groups, 2 * HALF)
     # Of more groups than places the last ones stay.
     if (tl.program_id(0) < flushed) & (tl.program_id(0) >= flushed - places):
         group = (quantized // (2 * HALF) + tl.program_id(0)).to(tl.int64)
@@ -270,13 +277,14 @@ def _encode_kernel(
             )
 
 
-@triton.jit
+@functools.partial(triton.jit, do_not_specialize=("max_groups",), do_not_specialize_on_alignment=_OF_SEQUENCES[1:])
 def _move_kernel(
     new,
     recent,
     quantized_len,
     length,
     num_new,
+    max_groups,
     stride_nb,
     stride_nh,
     stride_nt,
@@ -287,7 +295,6 @@ def _move_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
     HAS_NEW: tl.constexpr,
 ):
     """Program (batch * KV head) moves the slots that stay to the front of the recent buffer."""
@@ -299,7 +306,7 @@ def _move_kernel(
         num_slots += tl.load(num_new + sequence).to(tl.int32)
     recent += sequence * stride_rb + head * stride_rh
     new += sequence * stride_nb + head * stride_nh
-    flushed = _num_flushed(num_slots, GROUP, MAX_GROUPS) * GROUP
+    flushed = _num_flushed(num_slots, max_groups, GROUP) * GROUP
     channel = tl.arange(0, BLOCK_WIDTH)[None, :]
     # Without a flush the slots already there stay where they are.
     first = 0 if flushed > 0 else num_recent
@@ -364,6 +371,7 @@ def encode_oldest_groups(
         quantized_len,
         length,
         num_new,
+        max_groups,
         num_places(k_upper, block_table),
         *key.stride()[:3],
         *value.stride()[:3],
@@ -382,7 +390,6 @@ def encode_oldest_groups(
         PARTS=parts,
         HALF=half,
         ROWS=min(half, max(1, BLOCK_ELEMENTS // triton.next_power_of_2(max(1, part)))),
-        MAX_GROUPS=max_groups,
         HAS_NEW=new is not None,
         PAGED=paged,
         num_warps=WARPS,
@@ -397,6 +404,7 @@ def encode_oldest_groups(
             quantized_len,
             length,
             num_new,
+            max_groups,
             *fresh.stride()[:3],
             *recent.stride()[:2],
             KV_HEADS=kv_heads,
@@ -404,7 +412,6 @@ def encode_oldest_groups(
             BLOCK_WIDTH=triton.next_power_of_2(width),
             GROUP=group,
             BLOCK=min(64, group, 16384 // triton.next_power_of_2(width)),
-            MAX_GROUPS=max_groups,
             HAS_NEW=new is not None,
             num_warps=8,
         )

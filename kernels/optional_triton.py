@@ -19,7 +19,7 @@ except ModuleNotFoundError:
         __version__ = "0"
 
         @staticmethod
-        def jit(kernel: Any) -> Any:
+        def jit(kernel: Any, **options: Any) -> Any:
             return kernel
 
         @staticmethod

@@ -28,6 +28,29 @@ CASES = [
     "choice of pages",
 ]
 
+# Places of a batch in turn, prompts of other lengths, and tables of other widths.
+ENCODINGS = """
+import torch
+from compile_kernels import compiled_for
+from quantspec.kernels.encode import encode_oldest_groups
+
+def encode(place, tokens, groups):
+    half, dim, slots, row = 64, 64, 261, slice(place, place + 1)
+    plane = torch.zeros(1, 2, 40, half, dim, dtype=torch.uint8)
+    scales, token_scales = (torch.zeros(1, 2, 40, *shape, dtype=torch.float16) for shape in ((dim,), (2 * half, 1)))
+    recent = torch.zeros(3, 2, slots, dim, dtype=torch.bfloat16)[row]
+    lengths = torch.zeros(3, dtype=torch.int64)[row]
+    table = torch.zeros(3, groups, dtype=torch.int32)[row]
+    new = torch.zeros(1, 2, tokens, dim, dtype=torch.bfloat16)
+    cache = recent, recent, plane, plane, scales, scales, plane, plane, token_scales, token_scales
+    encode_oldest_groups((new, new, torch.tensor([tokens])), *cache, lengths, lengths, table)
+
+with compiled_for(90) as kernels:
+    for place, tokens, groups in ((0, 1, 32), (1, 1, 33), (2, 1024, 34), (1, 1000, 1), (0, 4096, 33)):
+        encode(place, tokens, groups)
+print(len(set(map(id, kernels))), len(kernels))
+"""
+
 
 def launched_kernels() -> set[str]:
     """Names of all kernels that the library launches."""
@@ -58,6 +81,21 @@ def test_every_kernel_compiles_for_the_oldest_and_the_newest_generation(tmp_path
         assert all(row["instructions"] > 10 and row["registers"] > 0 for row in ours)
         # Attention and INT4 linears overlap with what precedes them where the GPU can.
         assert any(row["overlaps"] for row in ours) == (capability >= 90)
+
+
+def test_one_compilation_encodes_prompts_of_any_length_in_any_place() -> None:
+    """Each takes seconds, in which all requests of an engine wait."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", ENCODINGS],
+        env=environment | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    # What encodes and, for keys and for values, what moves the rest: three launches for each prompt.
+    assert result.stdout.split() == ["2", "15"]
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,38 @@ def test_captured_cycles(qs, without_graphs):
     qs.reset()
 
 
+def test_a_warm_engine_captures_nothing_for_plain_requests(qs, without_graphs):
+    """Whatever number of them there is; and the warm-up leaves nothing behind that changes a text."""
+    qs.reset()
+    asked = [Request(random_prompt(5 * GROUP, seed), 20, ()) for seed in range(6)]
+    expected = [alone(qs, request) for request in asked]
+    without_graphs.clear()
+    with contextlib.closing(Engine(qs, max_sequences=5)) as engine:
+        engine.warm_up()
+        assert sorted(replay.cycle.cache.batch_size for replay in without_graphs) == [1, 2, 4, 5]
+        assert engine.statistics().pages_used == engine.statistics().running == 0
+        assert [text(outputs) for outputs in run(engine, map(engine.add, asked)).values()] == expected
+        assert len(without_graphs) == 4
+        # A thread takes the steps from here on.
+        assert [text(outputs) for outputs in engine.generate(asked)] == expected
+        engine.warm_up()
+        assert len(without_graphs) == 4
+        engine.add(asked[0])
+        with pytest.raises(RuntimeError, match="warm it up before the first one"):
+            engine.warm_up()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.warm_up()
+    qs.reset()
+
+
+def test_a_warm_up_that_fails_tells_why(qs, engine, monkeypatch):
+    monkeypatch.setattr(type(qs.pair), "fill", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.warm_up()
+    monkeypatch.undo()
+    engine.warm_up()
+
+
 # --- Failures --------------------------------------------------------------------------------------------------------
 
 

@@ -567,6 +567,7 @@ def test_an_engine_answers_as_it_does_in_one_process(ranks, llama_of_two):
     for qs in (whole_pair("llama"), llama_of_two):
         # Two places for three requests, and a prompt of several chunks.
         engine = Engine(qs, max_sequences=2, max_length=128, max_num_batched_tokens=32)
+        engine.warm_up()
         outputs = engine.generate(requests)
         answers.append([[token for output in one for token in output.token_ids] for one in outputs])
         assert outputs[1][-1].logprobs is not None

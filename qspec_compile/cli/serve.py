@@ -79,7 +79,6 @@ def command(
             message = f"serving needs packages that are not installed: {error}"
             raise CommandError(message, install_command("serve")) from error
         from quantspec.serving.engine import Engine
-        from quantspec.serving.requests import Request
         from quantspec.serving.server.service import Service
     if tune and run.tensor_parallel > 1:
         raise CommandError("a pair that is split over ranks is not tuned", "tune it on one GPU: `quantspec tune`")
@@ -108,7 +107,7 @@ def command(
         name = server.name or model.model
         service = Service(engine, found.tokenizer, name)
         with working("warming up"):
-            engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
+            engine.warm_up()
         stderr().print(
             f"serving '{name}' at http://{server.host}:{server.port}: {engine.max_sequences} requests at once, of "
             f"{engine.max_length} tokens at most, and {engine.num_tokens} tokens in all",

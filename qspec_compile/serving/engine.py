@@ -27,6 +27,9 @@ from .split_scheduler import SplitScheduler
 
 _logger = logging.getLogger(__name__)
 
+# Generated to warm up: enough for cycles.
+_WARM_UP_TOKENS = 8
+
 
 class Engine:
     """Runs the requests of many callers on one pair.
@@ -125,10 +128,7 @@ class Engine:
         shares = not inner.captured.states
         keys = page_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
         with self._turn():
-            if self._closed:
-                raise RuntimeError("the engine is closed; make another one")
-            if self._failure is not None:
-                raise _lost(self._failure) from self._failure
+            self._check_open()
             self._check_room()
             row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
             if not self._busy:
@@ -137,6 +137,12 @@ class Engine:
             self._delivery.expect(row.id, listener)
         self._wake.set()
         return row.id
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed; make another one")
+        if self._failure is not None:
+            raise _lost(self._failure) from self._failure
 
     def _check_room(self) -> None:
         if (count := len(self._scheduler.waiting)) >= self._max_waiting:
@@ -159,6 +165,34 @@ class Engine:
         while self._cancelled:
             cancelled.add(self._cancelled.popleft())
         return self._scheduler.step(cancelled)
+
+    def warm_up(self) -> None:
+        """Compile and capture what requests need, so that none waits for it: prefill, and cycles of every size.
+
+        A text of two chunks is read and a few tokens are generated. Cycles are those of a request without options.
+        Those with other processors, or that sample where the model is greedy by default, are captured when they come.
+
+        Raises:
+            RuntimeError: requests wait or run, or the engine is closed or lost.
+            Exception: whatever ended the request, such as logits that are NaN.
+        """
+        pair = self.pair.pair
+        new = min(_WARM_UP_TOKENS, self.max_length - 1)
+        # A CPU compiles nothing for prompts, and would take its time to read one.
+        length = self._chunk + pair.config.kv_group_size if pair.device.type == "cuda" else 1
+        request = Request([0] * min(length, self.max_length - new), new, ())
+        checked = check(pair, request, self._tokenizer, self.max_length)
+        with self._turn():
+            self._check_open()
+            if self._busy:
+                raise RuntimeError("the engine has requests; warm it up before the first one")
+            row = Row(next(self._ids), prepare(pair, checked), None, ())
+            self._scheduler.add(row, request)
+            while self._busy:
+                self._step()
+            if row.error is not None:
+                raise row.error
+            self._scheduler.capture(row, request)
 
     def cancel(self, id: int) -> None:
         """Have a request end with the next step, as ``FinishReason.CANCELLED``; from any thread.

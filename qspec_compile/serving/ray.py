@@ -34,7 +34,6 @@ from quantspec.checkpoint.folder import DESCRIPTION_FILE
 from quantspec.model import QuantSpecModel, convert, from_pretrained
 
 from .engine import Engine
-from .requests import Request
 from .server.app import build_app
 from .server.errors import ApiError
 from .server.gate import Gate
@@ -188,8 +187,7 @@ class Replica:
     def __init__(self, options: ReplicaOptions) -> None:
         qs, tokenizer = _load(options)
         engine = Engine(qs, tokenizer=tokenizer, **options.engine)
-        # Compiles and captures what requests need.
-        engine.generate([Request([0], max_new_tokens=min(8, engine.max_length - 1))])
+        engine.warm_up()
         self._service = Service(engine, tokenizer, options.name or options.model)
         self._app = build_app(self._service)
 

@@ -83,6 +83,19 @@ class Scheduler:
         return self._told([*dropped, *rows])
 
     @torch.no_grad()
+    def capture(self, row: Row, request: Request) -> None:
+        """Capture cycles of every size, where cycles are captured, for rows like ``row``, which has ended.
+
+        ``request`` is what it was made of.
+        """
+        with self.session.exclusive():
+            for size, bucket in sorted(self._buckets.items()):
+                if bucket.replays.suit():
+                    self._batch_of({size - 1: row})
+        # What runs begins anew on them.
+        self._batch = None
+
+    @torch.no_grad()
     def end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         """End every request; returns their last outputs."""
         rows = [*self.waiting, *self.running]

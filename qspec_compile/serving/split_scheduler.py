@@ -78,6 +78,9 @@ class SplitScheduler(Scheduler):
             return [*told, *super().end_all(FinishReason.ERROR, error)]
         return self.done
 
+    def capture(self, row: Row, request: Request) -> None:
+        self._split.run(_capture, self, row, request, others=(self._number, None, request))
+
     def end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
         new, self._new = self._new, []
         # Where they have ended, this rank is left.
@@ -110,6 +113,17 @@ def _step(
     return outputs
 
 
+def _capture(seat: Seat, scheduler: SplitScheduler | int, row: Row | None, request: Request) -> None:
+    if isinstance(scheduler, SplitScheduler):
+        assert row is not None
+        Scheduler.capture(scheduler, row, request)
+    else:
+        follower: _Follower = seat.kept[_key(scheduler)]
+        row = _row(follower, _New(0, request, ()))
+        row.end(FinishReason.LENGTH)
+        follower.scheduler.capture(row, request)
+
+
 def _end_all(
     seat: Seat,
     scheduler: SplitScheduler | int,
@@ -130,11 +144,15 @@ def _with(seat: Seat, scheduler: SplitScheduler | int, new: Sequence[_New]) -> S
     if isinstance(scheduler, SplitScheduler):
         return scheduler
     follower: _Follower = seat.kept[_key(scheduler)]
-    pair = follower.scheduler.session.pair
-    for id, request, keys in new:
-        checked = check(pair, request, follower.tokenizer, pair.max_len)
-        follower.scheduler.add(Row(id, prepare(pair, checked), checked.logprobs, keys), request)
+    for one in new:
+        follower.scheduler.add(_row(follower, one), one.request)
     return follower.scheduler
+
+
+def _row(follower: _Follower, new: _New) -> Row:
+    pair = follower.scheduler.session.pair
+    checked = check(pair, new.request, follower.tokenizer, pair.max_len)
+    return Row(new.id, prepare(pair, checked), checked.logprobs, new.keys)
 
 
 def _key(number: int) -> str:
