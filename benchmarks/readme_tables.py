@@ -384,6 +384,29 @@ def needle(*names: str) -> str:
     return markdown_table(["task", "tokens", "documents", *roles], rows) + f"\n\n{sources}"
 
 
+def serving(name: str) -> str:
+    """Tokens per second of all users, how many times those one after another, and the median time to a first token."""
+    data = _load(name)
+    kinds = {
+        "one_after_another": "one after another",
+        "batch_without_drafts": "together, without drafts",
+        "batch": "together",
+    }
+    rows = []
+    for row in data["rows"]:
+        alone = row["one_after_another"]
+        for kind, text in kinds.items():
+            found = row[kind]
+            rates = [
+                f"{found[rate]:,.0f} ({found[rate] / alone[rate]:.2f}x)"
+                for rate in ("tokens_per_second", "decode_tokens_per_second")
+            ]
+            first = f"{found['first_token_seconds_median']:.1f} s"
+            rows.append([str(row["users"]), f"{row['context']:,}", str(row["new_tokens"]), text, *rates, first])
+    header = ["users", "prompt", "new tokens", "requests", "tokens/s", "after the last first token", "first token"]
+    return markdown_table(header, rows) + _source(data, name)
+
+
 def _documents(report: dict[str, Any]) -> str:
     """How much the tasks of a parity report hold."""
     limit = report["options"]["limit"]
@@ -402,6 +425,7 @@ TABLES = {
     "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "drafts": lambda: draft_sources("drafts-smollm2.json"),
+    "serving": lambda: serving("serving-llama-3.1-8b.json"),
     "options": lambda: options("options.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),

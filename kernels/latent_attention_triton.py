@@ -46,7 +46,11 @@ class LatentConfig(NamedTuple):
 def latent_config(
     limits: DeviceLimits, pairs: int, rows: int, value_dim: int, num_bytes: int, element_size: int
 ) -> LatentConfig:
-    """Configuration by allocated size; by what compilers say of registers and shared memory, not timed.
+    """Configuration by allocated size, timed on an H100 with Triton 3.6: 128 heads, 512 and 64 channels, groups of 128.
+
+    A layer's draft and its verification of five tokens take 41 and 87 us at 4,096 tokens, 99 and 372 at 32,768; in
+    tiles of 16 bytes 44 and 106, 135 and 535; of 16 rows 50 and 252, 300 and 1,807. Tiles of 64 bytes are faster, 27
+    and 72, 75 and 280, and wrong by 5%.
 
     Args:
         limits: of the device.
@@ -56,10 +60,10 @@ def latent_config(
         num_bytes: byte rows of one head's planes (half its tokens).
         element_size: bytes of a query's number.
     """
-    # Every block of rows decodes the codes anew. Hopper's products take 64 rows, and a tile of 128 tokens and what they
-    # are multiplied with take 216 KB; elsewhere every warp holds all channels of its rows, and more than 16 spill.
+    # Every block of rows decodes the codes anew. Hopper's products take 64 rows; elsewhere every warp holds all
+    # channels of its rows, and more than 16 spill.
     large = element_size == 2 and rows > 16 and limits.shared_bytes >= 200 * 1024
-    block_rows, block, stages = (64, 64, 1) if large else (16, 16, 1)
+    block_rows, block, stages = (64, 32, 1) if large else (16, 16, 1)
     columns = pairs * triton.cdiv(rows, block_rows)
     tiles = triton.cdiv(num_bytes, block)
     # A multiprocessor has registers for one program; two waves even out what one would leave idle.
