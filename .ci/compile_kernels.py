@@ -243,7 +243,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "verification 8/4 of 256": lambda: attention(8, 4, 256, 6, True, BFLOAT, rotary=256),
     "draft 16/1 of 512": lambda: attention(16, 1, 512, 1, False, BFLOAT, rotary=128),
     "scored verification 16/1 of 512": lambda: attention(16, 1, 512, 6, True, BFLOAT, rotary=128, scored=True),
-    "verification 8/2 of 512, float32": lambda: attention(8, 2, 512, 6, True, torch.float32),
+    "verification 8/2 of 128, float32": lambda: attention(8, 2, 128, 6, True, torch.float32),
     "draft 8/4 of 80, float32": lambda: attention(8, 4, 80, 1, False, torch.float32),
     "draft 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 1, False, BFLOAT, latent=512),
     "verification 128/1 of a latent of 512 and 64": lambda: attention(128, 1, 576, 6, True, BFLOAT, latent=512),

@@ -32,8 +32,6 @@ from .cache_layout import part_names
 from .hierarchical import dense_key_value, stored_values
 from .pages import read_tokens
 
-# Of keys and values, on CUDA: a program holds two value groups at most.
-MAX_HEAD_DIM = 512
 # Of a latent and its RoPE part together, on CUDA: 576 channels in half precision.
 MAX_LATENT_BYTES = 1152
 
@@ -343,8 +341,8 @@ def cached_attention(
         ``(B, T, H, Dv)`` in the query's dtype.
 
     Raises:
-        ValueError: on CUDA, heads of more than 512 dims, or latents of more than 576 with their RoPE part (288 in
-            float32).
+        ValueError: on CUDA, heads of more than 512 dims (in float32 of 256 or 128, by shared memory), or latents of
+            more than 576 with their RoPE part (288 in float32).
     """
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     if cos is not None and sin is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .block_table import launched, num_places, strides
-from .cached_attention import MAX_HEAD_DIM, cached_attention, rotate
+from .cached_attention import cached_attention, rotate
 from .current_device import on_tensors_device
 from .inline_asm import exact_dot, fast_exp2, fast_log2, launches_overlap, use_inline_asm
 from .latent_attention_triton import attend_latents
@@ -38,6 +38,7 @@ from .stretches_triton import (
     recent_weights,
     soft_cap,
     stored_group,
+    widest_head,
 )
 from .value_parts import two_value_parts_at_once
 
@@ -746,8 +747,9 @@ def cached_attention_triton(
         return attend_latents(query, key, value.shape[3], *cache, scale, window, softcap, sinks)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim, parts = key.shape[1], value.shape[3], v_scale.shape[-1]
-    if max(head_dim, value_dim) > MAX_HEAD_DIM:
-        raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {MAX_HEAD_DIM} are supported on CUDA")
+    widest = widest_head(device_limits(query.device), query.element_size())
+    if max(head_dim, value_dim) > widest:
+        raise ValueError(f"head dims of {head_dim} and {value_dim}: at most {widest} are supported on this GPU")
     groups, half = num_places(k_upper, block_table), k_upper.shape[3]
     table, stride_table, paged = launched(block_table, quantized_len)
     rows = heads // kv_heads * tokens

@@ -67,7 +67,7 @@ def scored_attention(
         ``(B, T, H, Dv)`` in the query's dtype.
 
     Raises:
-        ValueError: on CUDA, heads of more than 512 dims.
+        ValueError: on CUDA, heads of more than 512 dims (in float32 of 256 or 128, by shared memory).
     """
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
     options = (scale, window, softcap, sinks)

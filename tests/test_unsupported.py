@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -11,6 +13,7 @@ from unsupported_models import UNSUPPORTED
 
 from quantspec import UnsupportedModelError, convert
 from quantspec.capture import IMPLEMENTATION, capture, check_head_dims
+from quantspec.kernels.stretches_triton import DeviceLimits
 
 
 def state(model: nn.Module) -> dict[str, tuple]:
@@ -98,8 +101,17 @@ def test_the_captures_attention_does_not_run_outside_a_capture():
         model(torch.tensor([[3, 4, 5]]))
 
 
-def test_heads_that_a_gpu_does_not_decode_are_refused_by_module():
-    layers = capture(tiny_model("llama", head_dim=512)).layers
-    check_head_dims(layers, torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers\.0\.self_attn': it has heads of 512 dims"):
-        check_head_dims(layers, torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("shared", "dtype", "most"),
+    [(228, torch.float32, 512), (164, torch.float32, 256), (100, torch.float32, 128), (100, torch.bfloat16, 512)],
+)
+def test_heads_that_a_gpu_does_not_decode_are_refused_by_module(monkeypatch, shared, dtype, most):
+    """By the shared memory of its multiprocessors, in KB."""
+    limits = DeviceLimits(100, shared * 1024)
+    monkeypatch.setattr("quantspec.capture.checks.device_limits", lambda device: limits)
+    (layer, *_) = capture(tiny_model("llama")).layers
+    allowed, too_wide = (replace(layer, key_dim=dim, value_dim=dim) for dim in (most, most + 16))
+    check_head_dims([allowed], torch.device("cuda"), dtype)
+    check_head_dims([too_wide], torch.device("cpu"), dtype)
+    with pytest.raises(UnsupportedModelError, match=rf"self_attn': it has heads of {most + 16} dims"):
+        check_head_dims([too_wide], torch.device("cuda"), dtype)

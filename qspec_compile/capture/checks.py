@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from quantspec.errors import UnsupportedModelError
-from quantspec.kernels.cached_attention import MAX_HEAD_DIM
+from quantspec.kernels.stretches_triton import device_limits, widest_head
 
 from .interfaces import CapturedLayer, MaskSpec, Recorder
 from .rope import follows_length
@@ -261,10 +261,10 @@ def chunked_layers(recorder: Recorder, masks: Sequence[tuple[MaskSpec, nn.Module
     return found
 
 
-def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device) -> None:
+def check_head_dims(layers: Sequence[CapturedLayer], device: torch.device, dtype: torch.dtype) -> None:
     """Raise ``UnsupportedModelError`` for heads that the kernels of ``device`` do not decode."""
     for layer in layers:
         dim = max(layer.key_dim, layer.value_dim)
-        if device.type == "cuda" and dim > MAX_HEAD_DIM:
-            reason = f"it has heads of {dim} dims; a GPU decodes at most {MAX_HEAD_DIM}, a CPU any number"
+        if device.type == "cuda" and dim > (widest := widest_head(device_limits(device), dtype.itemsize)):
+            reason = f"it has heads of {dim} dims; this GPU decodes at most {widest} in {dtype}, a CPU any number"
             raise UnsupportedModelError(f"cannot convert module '{layer.module}': {reason}")

@@ -162,7 +162,7 @@ def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | N
             "interface, so its key/value cache cannot be replaced"
         )
     check_precision(model, program, recorder)
-    check_head_dims(layers, model.device)
+    check_head_dims(layers, model.device, model.dtype)
     chunked = chunked_layers(recorder, masks, model.device)
     if states:
         try:
