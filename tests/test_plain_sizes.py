@@ -65,7 +65,7 @@ def captured(source, options, dtype=None):
 def assert_alike(source, options=OPTIONS, dtype=None):
     plain, other = plain_sizes(source, options, dtype), captured(source, options, dtype)
     for context, batch_size in ((1, 1), (200, 2), (4999, 3)):
-        assert _as_dict(plain, context, batch_size) == _as_dict(other, context, batch_size)
+        assert _as_dict(plain, context, batch_size, 1) == _as_dict(other, context, batch_size, 1)
     assert plain.limit == other.limit
 
 
@@ -117,7 +117,7 @@ def test_what_transformers_writes_of_a_config_is_read_in_the_same_way(kind, tmp_
     expected = plain_sizes(source, OPTIONS, None)
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
     found = plain_sizes(source, OPTIONS, None)
-    assert _as_dict(found, 999, 2) == _as_dict(expected, 999, 2)
+    assert _as_dict(found, 999, 2, 1) == _as_dict(expected, 999, 2, 1)
 
 
 @pytest.mark.parametrize(
