@@ -238,7 +238,7 @@ class Pair:
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 
-        All, too, where the pair does not :attr:`continue <continues>`. A token's activations are taken to be six of the
+        All, too, where :attr:`continues` is false. A token's activations are taken to be six of the
         widest linear's or attention's inputs and outputs in the model's dtype.
         """
         if self.device.type != "cuda" or not self.continues:
