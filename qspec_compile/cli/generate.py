@@ -148,12 +148,12 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 
 
 def warm_up(qs: QuantSpecModel, arguments: dict[str, Any]) -> None:
-    """Compile the pair, if it is to be compiled, before anything is timed.
+    """Compile the pair and capture its cycles, where that is done, before anything is timed.
 
     It begins the very call that ``arguments`` make, since what is compiled depends on the length of the cache, on the
     prompt and on how tokens are sampled, and ends it after a few tokens.
     """
-    if not qs.compiles:
+    if not (qs.compiles or qs.pair.captures_cycles):
         return
     from transformers import StoppingCriteriaList
 

@@ -53,6 +53,7 @@ class Pair:
         max_len: most tokens that a sequence may hold.
         frozen: what the graphs hold of the model, see :meth:`check_unmoved`.
         compiles: whether the graphs of recipes that say so go through torch.compile; those with state never do.
+        captures_cycles: whether cycles are captured as CUDA graphs, compiled or launch by launch.
         tuned: what tuning did to the draft; None before.
     """
 
