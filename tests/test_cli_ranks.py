@@ -85,7 +85,8 @@ def test_serve_answers_and_says_so_when_it_cannot(saved_model):
         assert answers[0]["choices"] == answers[1]["choices"]
         os.kill(int(rank), signal.SIGKILL)
         failed = httpx2.post(f"{server.url}/v1/completions", json=request, timeout=PATIENCE)
-        assert failed.status_code == 500
+        # 500 if the request came before anybody knew.
+        assert failed.status_code in (500, 503)
         assert "rank 1 was ended by SIGKILL" in failed.text
         assert server.get("/health").status_code == 503
     assert not Path(f"/proc/{rank}").exists()

@@ -64,7 +64,7 @@ class ScriptedEngine:
 
     max_length = 256
     heartbeat = float("inf")
-    is_lost = False
+    loss = None
 
     def __init__(self, tokens: list[int], error: Exception | None = None, ends: bool = True) -> None:
         self.pair = SimpleNamespace(model=tiny_model("qwen2"), vocab_size=300)
@@ -219,8 +219,8 @@ def test_an_engine_that_takes_no_step_is_not_healthy():
         with pytest.raises(openai.InternalServerError, match="takes no steps"):
             client.get(url, cast_to=object)
         assert chat(client).choices[0].finish_reason == "stop"
-        engine.is_lost = True
-        with pytest.raises(openai.InternalServerError, match="takes no steps"):
+        engine.loss = "rank 1 was ended by SIGKILL"
+        with pytest.raises(openai.InternalServerError, match="the engine has ended: rank 1 was ended by SIGKILL"):
             chat(client)
 
 

@@ -581,7 +581,7 @@ def test_an_engine_answers_as_it_does_in_one_process(ranks, llama_of_two):
     assert all(len(answer) == 12 for answer in answers[0])
     kept = ranks.run(names_kept)
     assert not [name for name in kept if str(name).startswith("engine")]
-    assert not engine.is_lost
+    assert engine.loss is None
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)

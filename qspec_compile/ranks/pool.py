@@ -122,9 +122,9 @@ class Ranks:
             self._end()
 
     @property
-    def have_ended(self) -> bool:
-        """Whether they take no more work."""
-        return self._cause is not None
+    def cause(self) -> str | None:
+        """Why they take no more work; None while they do."""
+        return self._cause
 
     @property
     def process_ids(self) -> tuple[int, ...]:

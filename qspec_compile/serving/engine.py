@@ -320,9 +320,11 @@ class Engine:
         return self._scheduler.last_step if self._busy else time.monotonic()
 
     @property
-    def is_lost(self) -> bool:
-        """Whether no request can be answered any more: the thread that took the steps or the ranks have ended."""
-        return self._failure is not None or (self.pair.split is not None and self.pair.split.ranks.have_ended)
+    def loss(self) -> str | None:
+        """Why no request can be answered any more: what ended the thread that took the steps, or the ranks; or None."""
+        if self._failure is not None:
+            return repr(self._failure)
+        return None if self.pair.split is None else self.pair.split.ranks.cause
 
     def statistics(self) -> EngineStatistics:
         """What it has done, and what it is doing. From any thread."""

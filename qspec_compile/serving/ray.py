@@ -232,10 +232,12 @@ class Replica:
         Raises:
             RuntimeError: it does not.
         """
-        if self._service.is_stuck:
+        try:
+            self._service.check_health()
+        except ApiError as error:
             # By its error alone Ray would let it drain first.
             _end_this_replica()
-            raise RuntimeError("the engine takes no steps")
+            raise RuntimeError(str(error)) from error
 
     def __del__(self) -> None:
         """End the engine, once the requests are answered or given up."""

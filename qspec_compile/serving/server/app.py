@@ -80,8 +80,7 @@ def build_app(service: Service) -> FastAPI:
         """Whether requests are taken and answered."""
         if request.state.is_draining:
             raise ApiError(503, "the server is shutting down", "shutting_down")
-        if service.is_stuck:
-            raise ApiError(503, "the engine takes no steps", "stuck")
+        service.check_health()
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)

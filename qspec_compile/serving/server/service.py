@@ -68,12 +68,21 @@ class Service:
     @property
     def is_lost(self) -> bool:
         """Whether the engine can take no more steps."""
-        return self._engine.is_lost
+        return self._engine.loss is not None
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether the engine has had work for long without a step, or can take no more."""
-        return self.is_lost or time.monotonic() - self._engine.heartbeat > _STUCK
+    def check_health(self) -> None:
+        """Whether requests are answered.
+
+        Raises:
+            ApiError: the engine has had work for long without a step, or can take no more.
+        """
+        self._check_engine()
+        if time.monotonic() - self._engine.heartbeat > _STUCK:
+            raise ApiError(503, "the engine takes no steps", "stuck")
+
+    def _check_engine(self) -> None:
+        if (loss := self._engine.loss) is not None:
+            raise ApiError(503, f"the engine has ended: {loss}", "engine_ended")
 
     def close(self) -> None:
         """End the engine, and the requests that are left."""
@@ -95,8 +104,7 @@ class Service:
         return await self._begin(lambda: self._completion_jobs(body, tenant))
 
     async def _begin(self, make_jobs: Callable[[], list[Job]]) -> Answering:
-        if self.is_lost:
-            raise ApiError(503, "the engine takes no steps", "stuck")
+        self._check_engine()
         arrival = time.monotonic()
         beginning = asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self._add(make_jobs()))
         try:
