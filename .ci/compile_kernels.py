@@ -57,6 +57,9 @@ _LAUNCHERS = (
     "encode",
     "expert_linear",
 )
+# How many products a warp's instruction sums, and how many neighbours of them a thread holds. Triton 3.6 makes it eight
+# where codes of a byte are joined, also where fewer than 32 are summed.
+_PRODUCT = re.compile(r"tt\.dot .*: tensor<\d+x(\d+)x\w+, #ttg\.dot_op<{opIdx = 0, [^}]*kWidth = (\d+)")
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -254,6 +257,9 @@ CASES: dict[str, Callable[[], Callable]] = {
         16, 1, 576, 6, True, BFLOAT, latent=512, window=4096, softcap=30.0, sinks=empty(16)
     ),
     "draft 8/1 of a latent of 64 and 16": lambda: attention(8, 1, 80, 1, False, BFLOAT, latent=64),
+    "verification 4/1 of a latent of 16 and 8": lambda: attention(4, 1, 24, 3, True, HALF, latent=16),
+    "draft 4/2 of 16": lambda: attention(4, 2, 16, 1, False, BFLOAT),
+    "scored verification 4/2 of 16, window": lambda: attention(4, 2, 16, 3, True, HALF, window=500, scored=True),
     "encoding of latents": lambda: encode(576, latent=True),
     "linear 1 row, 4096 to 14336": lambda: linear(1, 14336, 4096, 128, BFLOAT),
     "linear 16 rows, 4096 to 4096": lambda: linear(16, 4096, 4096, 128, BFLOAT),
@@ -337,12 +343,15 @@ def disassembled(kernel: Any) -> dict[str, int]:
     }
 
 
-def faults(row: dict[str, Any], ptx: str, capability: int) -> Iterator[str]:
-    """What a generation cannot do of it."""
+def faults(row: dict[str, Any], asm: dict[str, str], capability: int) -> Iterator[str]:
+    """What a generation cannot do of it, or Triton compiles wrongly."""
     if row["shared_bytes"] > SHARED_KB[capability] * 1024:
         yield f"takes {row['shared_bytes']} bytes of shared memory of {SHARED_KB[capability]} KB"
-    if capability < 90 and (row["overlaps"] or "griddepcontrol" in ptx):
+    if capability < 90 and (row["overlaps"] or "griddepcontrol" in asm["ptx"]):
         yield "overlaps launches, which needs compute capability 9.0"
+    for depth, width in _PRODUCT.findall(asm["ttgir"]):
+        if int(depth) < 4 * int(width):
+            yield f"sums {depth} products where each of four threads holds {width}: some twice, others never"
 
 
 def compile_case(capability: int, name: str, disassemble: bool) -> tuple[list[dict[str, Any]], list[str]]:
@@ -356,7 +365,7 @@ def compile_case(capability: int, name: str, disassemble: bool) -> tuple[list[di
     for kernel in kernels:
         row = {"capability": capability, "triton": triton.__version__, "case": name} | needs(kernel)
         rows.append(row | disassembled(kernel) if disassemble else row)
-        texts = faults(row, kernel.asm["ptx"], capability)
+        texts = faults(row, kernel.asm, capability)
         wrong += [f"sm_{capability}, {name}, {row['kernel']}: {text}" for text in texts]
     return rows, wrong
 

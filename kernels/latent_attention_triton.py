@@ -31,6 +31,8 @@ from .stretches_triton import (
 )
 
 _WARPS = 8
+# Where codes of a byte are joined, Triton 3.6 gives each of four threads eight channels of a product's operand.
+_LEAST_CHANNELS = 32
 
 
 class LatentConfig(NamedTuple):
@@ -513,9 +515,9 @@ def attend_latents(
         BLOCK_TOKENS=triton.next_power_of_2(tokens),
         BLOCK_ROWS=config.rows,
         DV=value_dim,
-        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_DV=max(_LEAST_CHANNELS, triton.next_power_of_2(value_dim)),
         REST=rest,
-        BLOCK_REST=max(16, triton.next_power_of_2(rest)),
+        BLOCK_REST=max(_LEAST_CHANNELS, triton.next_power_of_2(rest)),
         HALF=half,
         BLOCK=config.block,
         RECENT_SPLITS=recent_splits,

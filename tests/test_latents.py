@@ -325,6 +325,7 @@ class Case:
 GROUP = 32
 CASES = {
     "draft": Case(),
+    "draft in bfloat16": Case(dtype=torch.bfloat16),
     "verification of several sequences": Case(tokens=3, lengths=((64, 33), (0, 5), (96, 40)), lower=True),
     "everything is value": Case(heads=2, tokens=2, dim=32, lower=True, window=20, softcap=5.0, sinks=True),
     "two heads, chunks": Case(kv_heads=2, tokens=2, dim=96, values=80, dtype=torch.bfloat16, window=-24),
