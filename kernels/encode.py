@@ -108,7 +108,7 @@ def _encode_keys(
 ):
     """One group of one head, ``BLOCK_D`` channels at a time; the scale is shared by the tokens of a channel."""
     i = tl.arange(0, HALF)[:, None]
-    for first in tl.static_range(0, D, BLOCK_D):
+    for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, :]
         mask = d < D
         low = _load_slots(recent, new, first_slot, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
@@ -146,7 +146,7 @@ def _encode_values(
     WIDTH: tl.constexpr = PARTS * PART
     c = tl.arange(0, BLOCK_PART)[None, :]
     mask = c < PART
-    for first in tl.static_range(0, HALF, ROWS):
+    for first in range(0, HALF, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         for part in tl.static_range(PARTS):
             channel = part * PART + c
