@@ -74,7 +74,9 @@ def test_host_lengths_of_an_engine_are_those_of_its_cache(qs):
         ids = [engine.add(request) for request in (*asked, *asked)]
         left = set(ids)
         while left:
-            left -= {output.id for output in engine.step() if output.finish_reason is not None}
+            outputs = engine.step()
+            assert not any(output.error for output in outputs)
+            left -= {output.id for output in outputs if output.finish_reason is not None}
         statistics = engine.statistics()
     assert statistics.preemptions
     assert statistics.cached_prompt_tokens
