@@ -37,6 +37,7 @@ from triton.runtime.jit import JITFunction
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
 from quantspec.kernels.choose_pages import choose_pages_triton
 from quantspec.kernels.cut_off import cut_off_triton
+from quantspec.kernels.dense_tokens import dense_tokens_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_linear_triton
 from quantspec.kernels.hierarchical import num_value_groups
@@ -192,6 +193,30 @@ def encode(dim: int, latent: bool = False) -> Callable:
     return call
 
 
+def later_chunk(dim: int, dtype: torch.dtype, latent: bool = False) -> Callable:
+    """What a prompt's later chunk reads, of two heads: all of it, the end of it, and all of it out of a pool."""
+    heads, groups, parts = 2, 8, num_value_groups(dim)
+    plane = empty(2, heads, groups, GROUP // 2, dim, dtype=torch.uint8)
+    scales = empty(2, heads, groups, dim, dtype=torch.float16)
+    token_scales = empty(2, heads, groups, GROUP, parts, dtype=torch.float16)
+    tokens_adjacent = plane.transpose(-1, -2).contiguous().transpose(-1, -2)
+    values = (tokens_adjacent, tokens_adjacent, token_scales, token_scales)
+    recent = empty(2, heads, 2 * GROUP + 8, dim, dtype=dtype)
+    recents = (recent, recent[..., :0] if latent else recent)
+    if latent:
+        values = tuple(x[..., :0] for x in values)
+    new = empty(2, 500, heads, dim, dtype=dtype).transpose(1, 2)[1]
+    cached = (dtype, (plane, plane, scales, scales, *values), recents)
+
+    def call() -> None:
+        for first in (0, 777):
+            dense_tokens_triton(new, new, first, groups * GROUP + 130, 1, groups * GROUP, *cached, None)
+        table = empty(2, groups, dtype=torch.int32)
+        dense_tokens_triton(new, new, 0, groups * GROUP + 130, 1, groups * GROUP, *cached, table)
+
+    return call
+
+
 def experts(dtype: torch.dtype) -> Callable:
     x, ids = empty(6, 256, dtype=dtype), empty(6, dtype=torch.int64)
     weight = empty(4, 512, 256, dtype=dtype)
@@ -269,6 +294,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "queries, keys and values of 6 rows": lambda: shared_input(6, 4096, 1024, 1024),
     "gates and factors": gates,
     "encoding of 128": lambda: encode(128),
+    "later chunk of 128": lambda: later_chunk(128, BFLOAT),
+    "later chunk of 80, float32": lambda: later_chunk(80, torch.float32),
+    "later chunk of a latent of 512 and 64": lambda: later_chunk(576, HALF, latent=True),
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),
 }

@@ -1,9 +1,9 @@
 """Custom ops, registered by importing: a file per op, or two of a kind, with formula, implementation, fake and kernels.
 
 The kernels of a large op stand beside it, as ``cached_attention_triton``. What several ops share: ``cache_layout`` has
-the table of the cache's parts, ``hierarchical`` its code, ``encode`` the kernels that write it, ``pages`` what
-sparse attention chooses among, ``stretches_triton`` what kernels of attention have in common, ``inline_asm`` device
-functions, ``current_device`` the guard around launches.
+the table of the cache's parts, ``hierarchical`` its code, ``encode`` the kernels that write it, ``dense_tokens`` the
+one that decodes it for prompts, ``pages`` what sparse attention chooses among, ``stretches_triton`` what kernels of
+attention have in common, ``inline_asm`` device functions, ``current_device`` the guard around launches.
 """
 
 # transformers looks for Hugging Face's library `kernels` and, where Python runs in the checkout, imports this folder

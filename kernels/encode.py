@@ -32,7 +32,7 @@ WARPS = 4
 
 
 @triton.jit
-def _load_slots(
+def load_slots(
     recent, new, first, i, channel, num_recent, mask, stride_new, WIDTH: tl.constexpr, HAS_NEW: tl.constexpr
 ):
     """Tokens at slots ``first + i`` (a column): of the recent buffer or, past its ``num_recent`` tokens, new ones."""
@@ -111,10 +111,8 @@ def _encode_keys(
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, :]
         mask = d < D
-        low = _load_slots(recent, new, first_slot, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
-        high = _load_slots(recent, new, first_slot + HALF, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(
-            tl.float32
-        )
+        low = load_slots(recent, new, first_slot, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
+        high = load_slots(recent, new, first_slot + HALF, i, d, num_recent, mask, stride_new, D, HAS_NEW).to(tl.float32)
         least = tl.min(tl.minimum(low, high), 0)[None, :]
         s, z = _scale_and_zero(least, tl.max(tl.maximum(low, high), 0)[None, :])
         tl.store(scale + d, s, mask)
@@ -150,10 +148,10 @@ def _encode_values(
         row = first + tl.arange(0, ROWS)[:, None]
         for part in tl.static_range(PARTS):
             channel = part * PART + c
-            low = _load_slots(recent, new, first_slot, row, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW).to(
+            low = load_slots(recent, new, first_slot, row, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW).to(
                 tl.float32
             )
-            high = _load_slots(
+            high = load_slots(
                 recent, new, first_slot + HALF, row, channel, num_recent, mask, stride_new, WIDTH, HAS_NEW
             )
             high = high.to(tl.float32)
@@ -315,7 +313,7 @@ def _move_kernel(
         i = tl.arange(0, BLOCK)[:, None]
         slot = start + i
         mask = (channel < WIDTH) & (slot < num_slots - flushed)
-        x = _load_slots(recent, new, start + flushed, i, channel, num_recent, mask, stride_nt, WIDTH, HAS_NEW)
+        x = load_slots(recent, new, start + flushed, i, channel, num_recent, mask, stride_nt, WIDTH, HAS_NEW)
         tl.store(recent + slot * WIDTH + channel, x, mask)
 
 

@@ -16,12 +16,15 @@ is the target's one 8-bit code: ``x8 = (s/16) * (16u + l) + z``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .attention import compute_dtype
 from .block_table import Groups
+
+_Number = TypeVar("_Number", int, Tensor)
 
 # Channels of one token that share a value scale; wider heads are split evenly.
 MAX_VALUE_CHANNELS = 128
@@ -139,7 +142,7 @@ def decode_values(upper: Tensor, lower: Tensor | None, scale: Tensor, zero: Tens
     return (codes * scale.to(dtype).unsqueeze(-1) + zero.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
-def num_flushed_groups(unquantized: int | Tensor, group_size: int) -> int | Tensor:
+def num_flushed_groups(unquantized: _Number, group_size: int) -> _Number:
     """Groups to quantize out of ``unquantized`` recent tokens so that fewer than 2G remain and at least G stay."""
     excess = unquantized // group_size - 1
     return excess.clamp(min=0) if isinstance(excess, Tensor) else max(0, excess)

@@ -3,11 +3,14 @@
 The ``num_new[b]`` new tokens attend to each other and to the recent buffer at full precision, and to tokens already in
 the planes through the target's INT8 read (chunked prompts, continued conversations). Of the tokens then unquantized,
 the oldest whole groups go into the planes such that G..2G-1 stay in the recent buffer; fewer than 2G all stay there.
+
+Which kernels attend, and over how many keys, follows from the lengths, so the host has to know them. Who calls every
+layer with the same ones passes them: no layer then waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +18,15 @@ from torch import Tensor
 from .attention import attention_dtype, first_visible, masked_attention
 from .block_table import groups_of, num_places
 from .cache_layout import part_names
-from .cached_attention import dense_from
+from .dense_tokens import dense_tokens, dense_tokens_triton
 from .encode import encode_oldest_groups
-from .hierarchical import encode_keys, encode_values, num_flushed_groups, stored_values, write_groups
+from .hierarchical import encode_keys, encode_values, num_flushed_groups, write_groups
+
+
+def _lengths_of(lengths: tuple[Tensor, Tensor, Tensor], host_lengths: Tensor | None) -> list[tuple[int, ...]]:
+    """(quantized, cached, new) tokens of each sequence; without ``host_lengths`` one copy waits for the device."""
+    known = torch.stack(lengths) if host_lengths is None else host_lengths
+    return list(zip(*known.tolist(), strict=True))
 
 
 def _attend_prompts(
@@ -31,30 +40,34 @@ def _attend_prompts(
     softcap: float,
     sinks: Tensor | None,
     block_table: Tensor | None,
+    dense: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Attention of the new tokens; ``state`` holds (quantized, cached, new) tokens per sequence. Padding rows are 0.
 
-    ``cache`` is the planes, scales and zeros of keys, those of values, and the two recent buffers.
+    ``cache`` is the planes, scales and zeros of keys, those of values, and the two recent buffers; ``dense`` is
+    :func:`dense_tokens`, or what does the same.
     """
     batch, heads, tokens, _ = query.shape
     if all(start == 0 and new == tokens for _, start, new in state):
         return masked_attention(query, key, value, 0, scale, window, softcap, sinks)
-    out = query.new_zeros(batch, tokens, heads, value.shape[3])
     dtype = attention_dtype(query)
-    planes, (k_recent, v_recent) = cache[:-2], cache[-2:]
-    for b, (quantized, start, new) in enumerate(state):
-        if new == 0:
-            continue
+    planes, recent = cache[:-2], (cache[-2], cache[-1])
+
+    def attended(b: int, quantized: int, start: int, new: int) -> Tensor:
         keys, values = key[b, :, :new], value[b, :, :new]
         oldest = first_visible(start, window)
         if start:
-            span, recent = (oldest, start), (k_recent, v_recent)
-            old_keys, old_values = dense_from(*span, b, quantized, dtype, planes, recent, block_table)  # type: ignore[arg-type]
-            cached = (old_keys, stored_values(old_values, old_keys, value.shape[3]))
-            pairs = zip(cached, (keys.to(dtype), values.to(dtype)), strict=True)
-            keys, values = (torch.cat(pair, 1) for pair in pairs)
+            keys, values = dense(keys, values, oldest, start, b, quantized, dtype, planes, recent, block_table)
         rows, offset = query[b : b + 1, :, :new].to(keys.dtype), start - oldest
-        out[b, :new] = masked_attention(rows, keys[None], values[None], offset, scale, window, softcap, sinks)[0]
+        return masked_attention(rows, keys[None], values[None], offset, scale, window, softcap, sinks)
+
+    # A single sequence without padding is the output itself.
+    if batch == 1 and state[0][2] == tokens:
+        return attended(0, *state[0]).to(query.dtype)
+    out = query.new_zeros(batch, tokens, heads, value.shape[3])
+    for b, (quantized, start, new) in enumerate(state):
+        if new:
+            out[b, :new] = attended(b, quantized, start, new)[0]
     return out
 
 
@@ -82,6 +95,7 @@ def prefill_attention(
     sinks: Tensor | None,
     block_table: Tensor | None = None,
     stores: bool = True,
+    host_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attend over right-padded new tokens and cache the valid ones.
 
@@ -97,14 +111,16 @@ def prefill_attention(
         scale, window, softcap, sinks: as in ``quantspec::attention``.
         block_table: as in ``quantspec::cached_attention``; it names the blocks that groups are written to, too.
         stores: False leaves the cache as it is, for a later layer that reads the same keys and values.
+        host_lengths: ``(3, B)`` int64 on the CPU, what ``quantized_len``, ``length`` and ``num_new`` hold. Without it
+            the op reads those, and on a GPU waits for them.
 
     Returns:
         ``(B, T, H, Dv)`` in the query's dtype; zero in padding rows.
     """
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
-    state = list(zip(quantized_len.tolist(), length.tolist(), num_new.tolist(), strict=True))
+    state = _lengths_of((quantized_len, length, num_new), host_lengths)
     cache = (*planes, k_recent, v_recent)
-    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
+    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table, dense_tokens)
     if not stores:
         return out
     group_size = 2 * k_upper.shape[3]
@@ -154,14 +170,15 @@ def prefill_attention_triton(
     sinks: Tensor | None,
     block_table: Tensor | None = None,
     stores: bool = True,
+    host_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention by torch's kernels, encoding by Triton's; as ``quantspec::prefill_attention``."""
+    """Attention by torch's kernels, decoding and encoding by Triton's; as ``quantspec::prefill_attention``."""
     planes = (k_upper, k_lower, k_scale, k_zero, v_upper, v_lower, v_scale, v_zero)
-    # One copy to the host for all three lengths; a prefill is long enough not to mind.
-    state = [tuple(row) for row in torch.stack((quantized_len, length, num_new), dim=1).tolist()]
+    state = _lengths_of((quantized_len, length, num_new), host_lengths)
     cache = (*planes, k_recent, v_recent)
-    out = _attend_prompts(query, key, value, cache, state, scale, window, softcap, sinks, block_table)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    options = (scale, window, softcap, sinks, block_table)
+    out = _attend_prompts(query, key, value, cache, state, *options, dense_tokens_triton)
     if stores:
-        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
         encode_oldest_groups((key, value, num_new), k_recent, v_recent, *planes, quantized_len, length, block_table)
     return out

@@ -42,7 +42,8 @@ class CacheAccess:
         arguments: names of the parts that the op takes, None for those that are not in ``parts``.
         by_name: names of the parts that it takes by keyword, after all its other arguments; ``block_table`` for an op
             that reads planes or scales out of a pool, too.
-        fills: whether the op moves tokens into the planes; it takes ``stores`` by keyword then.
+        fills: whether the op moves tokens into the planes; it takes ``stores`` and ``host_lengths`` by keyword then,
+            and the graph has ``host_lengths`` as an input.
         scores: whether the op leaves scores of pages; it takes ``joins`` by keyword then.
     """
 
@@ -114,10 +115,11 @@ def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ..
 class LowerAttention(PassBase):
     """Matches ``quantspec::attention(q, k, v, layer, ...)`` markers, writes the op of a :class:`CacheAccess` for each.
 
-    Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, and then for every layer in
-    order the access's ``inputs``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as
-    ``meta["cache_part"]``. Of layers that read the same keys and values, the last one fills their cache, and all but
-    the first join their scores of pages to those that are there.
+    Adds the inputs ``quantized_len`` and ``length`` (B,) int64, the access's ``state``, for an op that fills the cache
+    ``host_lengths (2 + len(state), B)`` with the same numbers on the CPU, and then for every layer in order the
+    access's ``inputs``, named ``cache_{layer}_{part}`` and with their :class:`CachePart` as ``meta["cache_part"]``. Of
+    layers that read the same keys and values, the last one fills their cache, and all but the first join their scores
+    of pages to those that are there.
 
     Requires one marker per layer index, else raises ``ValueError``. Ensures that no marker is left.
     """
@@ -149,13 +151,24 @@ class LowerAttention(PassBase):
         query = markers[0].args[0].meta["val"]  # type: ignore[union-attr]
         counts = query.new_empty(query.shape[:1], dtype=torch.int64)
         state = [add_placeholder(graph, name, counts) for name in ("quantized_len", "length", *self.access.state)]
+        named = {}
+        if self.access.fills:
+            known = counts.new_empty((len(state), *counts.shape), device="cpu")
+            named["host_lengths"] = add_placeholder(graph, "host_lengths", known)
         values = _CacheValues(graph, self.group_size)
         for marker in markers:
-            self._lower(graph, marker, state, values)
+            self._lower(graph, marker, state, named, values)
         finish(graph_module)
         return PassResult(graph_module, True)
 
-    def _lower(self, graph: fx.Graph, marker: fx.Node, state: list[fx.Node], values: _CacheValues) -> None:
+    def _lower(
+        self,
+        graph: fx.Graph,
+        marker: fx.Node,
+        state: list[fx.Node],
+        named: Mapping[str, fx.Node],
+        values: _CacheValues,
+    ) -> None:
         query, key, value, layer, *options = marker.args
         dense = {"keys": key.meta["val"], "values": value.meta["val"]}  # type: ignore[union-attr]
         if values_in_keys(marker):
@@ -170,7 +183,7 @@ class LowerAttention(PassBase):
         with graph.inserting_before(marker):
             arguments = (query, key, value, *cache, *state, *options)
             lowered = add_call(graph, self.access.op, arguments, marker, value=marker.meta.get("val"))
-        lowered.kwargs = {name: inputs[name] for name in self.access.by_name}
+        lowered.kwargs = {**{name: inputs[name] for name in self.access.by_name}, **named}
         number: Any = layer
         if self.access.fills and self.last_readers.get(self.shared.get(number, number), number) != number:
             lowered.kwargs = {**lowered.kwargs, "stores": False}

@@ -26,6 +26,7 @@ class StepByStep:
         count = torch.tensor([len(prompt)])
         positions = torch.arange(len(prompt))[None]
         state = (self.cache.quantized_len, self.cache.length, count)
+        state = (*state, torch.stack(state))
         inputs = (torch.tensor([list(prompt)]), positions, count[:, None] - 1)
         self.logits: Tensor = qs.pair.forward(Role.PREFILL, *inputs, *state, cache=self.cache)[0, -1].float()
         self.cache.advance_prefill(count)

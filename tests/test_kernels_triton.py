@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantspec.kernels.cached_attention import cached_attention_reference
 from quantspec.kernels.cached_attention_triton import cached_attention_triton
+from quantspec.kernels.dense_tokens import dense_tokens, dense_tokens_triton
 from quantspec.kernels.encode import encode_oldest_groups
 from quantspec.kernels.epilogue import gated
 from quantspec.kernels.expert_linear import (
@@ -443,6 +444,47 @@ def test_prefill_encodes_as_reference(dims, group, dtype, state) -> None:
         [s[0] + f for s, f in zip(state, flushed, strict=True)],
         [n - f for n, f in zip(slots, flushed, strict=True)],
     )
+
+
+@pytest.mark.parametrize(
+    ("dims", "group", "dtype", "span"),
+    [
+        # The oldest token that is wanted, tokens in the planes, in the recent buffer, and new ones.
+        ((64, 64), 32, torch.float32, (0, 96, 41, 70)),
+        ((80, 144), 16, torch.float16, (37, 48, 20, 3)),
+        ((128, 128), 128, torch.bfloat16, (0, 256, 255, 1)),
+        ((576, 0), 64, torch.bfloat16, (0, 128, 65, 9)),
+        ((64, 64), 16, torch.float64, (50, 32, 30, 5)),
+        ((96, 256), 16, torch.bfloat16, (0, 0, 7, 20)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("places", ["own", "ring", "pool"])
+def test_dense_tokens_are_those_of_the_reference(dims, group, dtype, span, places) -> None:
+    first, quantized, recent, new = span
+    groups, sequence, start = quantized // group + 1, 1, quantized + recent
+    cache = random_cache(2, 2, groups, 2 * group + 8, *dims, group, dtype)
+    table = None
+    if places == "ring":
+        # One place less than there are groups: the last takes that of the first.
+        first, groups = min(max(first, group), start), max(1, groups - 2)
+        cache[2:] = [part[:, :, :groups] for part in cache[2:]]
+    elif places == "pool":
+        cache[2:] = [part.transpose(0, 1).flatten(1, 2)[None] for part in cache[2:]]
+        table = torch.randperm(2 * groups, device=DEVICE).to(torch.int32).view(2, groups)
+    k_recent, v_recent, *planes = cache
+    key = random(2, new, 2, dims[0], dtype=dtype).transpose(1, 2)
+    value = random(2, 2, new, dims[1], dtype=dtype) if dims[1] else key[..., :512]
+    where = (first, start, sequence, quantized, dtype, tuple(planes), (k_recent, v_recent), table)
+    expected = dense_tokens(key[sequence], value[sequence], *where)
+    actual = dense_tokens_triton(key[sequence], value[sequence], *where)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.shape == theirs.shape
+        if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+            # The interpreter cuts bits off where a GPU rounds.
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(ours, theirs)
 
 
 def test_flush_moves_one_due_group() -> None:

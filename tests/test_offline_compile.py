@@ -21,6 +21,7 @@ CASES = [
     "draft 8/1 of a latent of 64 and 16",
     "linear 8 rows, 4096 to 1024, group 32",
     "encoding of 128",
+    "later chunk of 128",
     "experts",
     "cut-offs",
     "queries, keys and values of 6 rows",
@@ -48,6 +49,30 @@ def encode(place, tokens, groups):
 with compiled_for(90) as kernels:
     for place, tokens, groups in ((0, 1, 32), (1, 1, 33), (2, 1024, 34), (1, 1000, 1), (0, 4096, 33)):
         encode(place, tokens, groups)
+print(len(set(map(id, kernels))), len(kernels))
+"""
+
+# The same, with other lengths in the planes and beside them, and windows.
+LATER_CHUNKS = """
+import torch
+from compile_kernels import compiled_for
+from quantspec.kernels.dense_tokens import dense_tokens_triton
+
+def later_chunk(place, tokens, groups, recent, first):
+    half, dim, slots = 64, 64, 261
+    plane = torch.zeros(1, 2, 40, half, dim, dtype=torch.uint8)
+    scales, token_scales = (torch.zeros(1, 2, 40, *shape, dtype=torch.float16) for shape in ((dim,), (2 * half, 1)))
+    buffer = torch.zeros(3, 2, slots, dim, dtype=torch.bfloat16)
+    table = torch.zeros(3, groups + 1, dtype=torch.int32)
+    new = torch.zeros(3, tokens, 2, dim, dtype=torch.bfloat16).transpose(1, 2)[place]
+    quantized = groups * 2 * half
+    planes = (plane, plane, scales, scales, plane, plane, token_scales, token_scales)
+    where = (first, quantized + recent, place, quantized, torch.bfloat16, planes, (buffer, buffer), table)
+    dense_tokens_triton(new, new, *where)
+
+with compiled_for(90) as kernels:
+    for case in ((0, 1, 1, 1, 0), (1, 16, 16, 130, 0), (2, 1024, 31, 255, 1), (1, 1000, 2, 128, 300), (0, 7, 0, 5, 0)):
+        later_chunk(*case)
 print(len(set(map(id, kernels))), len(kernels))
 """
 
@@ -83,19 +108,27 @@ def test_every_kernel_compiles_for_the_oldest_and_the_newest_generation(tmp_path
         assert any(row["overlaps"] for row in ours) == (capability >= 90)
 
 
-def test_one_compilation_encodes_prompts_of_any_length_in_any_place() -> None:
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        # What encodes and, for keys and for values, what moves the rest: three launches for each prompt.
+        pytest.param(ENCODINGS, ["2", "15"], id="encoding"),
+        # One for each chunk.
+        pytest.param(LATER_CHUNKS, ["1", "5"], id="later chunks"),
+    ],
+)
+def test_one_compilation_serves_prompts_of_any_length_in_any_place(script: str, expected: list[str]) -> None:
     """Each takes seconds, in which all requests of an engine wait."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", ENCODINGS],
+        [sys.executable, "-c", script],
         env=environment | {"PYTHONPATH": str(SCRIPT.parent)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    # What encodes and, for keys and for values, what moves the rest: three launches for each prompt.
-    assert result.stdout.split() == ["2", "15"]
+    assert result.stdout.split() == expected
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,9 @@ def lowered_inputs(role: Role, tokens: int) -> tuple[list[Tensor], HierarchicalC
     cache = HierarchicalCache(_captured("llama").layers, 2, GROUP, 4, 512, torch.float32, torch.device("cpu"))
     cache.reserve(3 * GROUP)
     state = [cache.quantized_len, cache.length]
-    state += [torch.full((2,), tokens)] if role is Role.PREFILL else []
+    if role is Role.PREFILL:
+        state.append(torch.full((2,), tokens))
+        state.append(torch.stack(state))
     return [*state, *cache.inputs(cache_parts(role))], cache
 
 
@@ -255,7 +257,7 @@ def test_lower_attention_writes_the_roles_op_for_every_marker(role):
 def test_lower_attention_names_its_inputs_in_order(role):
     gm = apply(decoder(), LowerAttention(ACCESSES[role], GROUP))
     names = [node.target for node in gm.graph.nodes if node.op == "placeholder"]
-    state = ["quantized_len", "length"] + (["num_new"] if role is Role.PREFILL else [])
+    state = ["quantized_len", "length"] + (["num_new", "host_lengths"] if role is Role.PREFILL else [])
     assert names[2:] == state + [f"cache_{layer}_{part}" for layer in range(2) for part in cache_parts(role)]
 
 

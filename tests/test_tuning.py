@@ -231,7 +231,7 @@ def draft_step(qs: QuantSpecModel, ids: Tensor) -> Tensor:
     """The draft's logits ``(B, V)`` of the last token, on the target's cache of those before it."""
     cache = qs.pair.new_cache(len(ids), 1)
     cache.reserve(ids.shape[1])
-    qs.pair.fill(ids[:, :-1], torch.full((len(ids),), ids.shape[1] - 1), cache)
+    qs.pair.fill(ids[:, :-1], [ids.shape[1] - 1] * len(ids), cache)
     return qs.pair.read(Role.DRAFT, ids[:, -1:], cache)[:, 0]
 
 

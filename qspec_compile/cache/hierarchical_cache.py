@@ -19,9 +19,10 @@ from quantspec.kernels.attention import first_visible
 from quantspec.kernels.block_table import groups_of, is_paged, num_places
 from quantspec.kernels.cache_layout import CACHE_PARTS, TABLE_PART, parts_on
 from quantspec.kernels.decoded_attention import put_tokens
-from quantspec.kernels.hierarchical import dense_key_value, num_flushed_groups
+from quantspec.kernels.hierarchical import dense_key_value
 
 from .geometry import AttentionShape, StateShape, layer_groups, part_shape, planned_groups, recent_slots, state_slots
+from .lengths import Lengths
 from .page_choice import PageBudget, PageChoice
 
 
@@ -253,9 +254,14 @@ class HierarchicalCache:
         """Count ``num_new`` (B,) int64 tokens that every layer has stored through ``quantspec::prefill_attention``."""
         before = self.quantized_len.clone()
         self._kept.zero_()
-        self.length += num_new
-        self.quantized_len += num_flushed_groups(self.length - self.quantized_len, self.group_size) * self.group_size
+        Lengths(self.quantized_len, self.length).fill(num_new, self.group_size)
         self.decode(before)
+
+    @torch.inference_mode(False)
+    def host_lengths(self) -> Lengths:
+        """The lengths on the host, which waits for the device; they stay as they are when the cache moves on."""
+        lengths = torch.stack((self.quantized_len, self.length)).to("cpu", copy=True)
+        return Lengths(*lengths)
 
     def accept(self, num_tokens: Tensor) -> bool:
         """Keep ``num_tokens`` (B,) int64 of the tokens just verified; the rest is abandoned. Flushes where it is due.
@@ -293,15 +299,21 @@ class HierarchicalCache:
         for layer in self.layers:
             flush(*layer.parts(), self.quantized_len, length, self.block_table)
         before = self.quantized_len.clone()
-        self.quantized_len += full * self.group_size
+        Lengths(self.quantized_len, self.length).settle(self.group_size)
         self.decode(before)
 
-    def resume(self, num_tokens: int) -> None:
-        """Hold the first ``num_tokens``, a multiple of G, that are in the planes, also since before a :meth:`reset`."""
+    @torch.inference_mode(False)
+    def resume(self, num_tokens: int) -> Lengths:
+        """Hold the first ``num_tokens``, a multiple of G, that are in the planes, also since before a :meth:`reset`.
+
+        Returns:
+            The lengths on the host.
+        """
         self.reset()
         self.length.fill_(num_tokens)
         self.quantized_len.fill_(num_tokens)
         self.decode(torch.zeros_like(self.length))
+        return Lengths(*torch.full((2, self.batch_size), num_tokens, dtype=torch.int64, device="cpu"))
 
     def choose_pages(self) -> None:
         """Choose what the next draft steps read, by the verification that ran last, if their attention is sparse."""

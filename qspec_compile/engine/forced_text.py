@@ -83,6 +83,6 @@ def read_incrementally(
     """
     cache = pair.new_cache(1, 2 * max(steps))
     cache.reserve(ids.shape[1])
-    logits = [pair.fill(ids[:, :prompt_len], torch.tensor([prompt_len], device=ids.device), cache)]
+    logits = [pair.fill(ids[:, :prompt_len], [prompt_len], cache)]
     blocks = forced_blocks(pair, cache, [ids[0, prompt_len:]], role, steps)
     return torch.cat([*logits, *(block.logits for block in blocks)], 1)

@@ -27,9 +27,10 @@ def prefill(pair: Pair, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> 
     Returns:
         Logits ``(B, 1, V)`` of each prompt's last token; meaningless for a prompt with nothing new.
     """
-    new = [prompt[count:] for prompt, count in zip(prompts, cache.length.tolist(), strict=True)]
+    # The only time that the host waits for the device: from here on it counts by itself.
+    lengths = cache.host_lengths()
+    new = [prompt[count:] for prompt, count in zip(prompts, lengths.length.tolist(), strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
-    lens = torch.tensor([len(row) for row in new], device=ids.device)
     tokens = ids.shape[1]
     chunk = pair.fill_chunk(*ids.shape)
     logits = None
@@ -38,10 +39,14 @@ def prefill(pair: Pair, cache: HierarchicalCache, prompts: Sequence[Tensor]) -> 
     with told as advance:
         for first in range(0, tokens, chunk):
             part = ids[:, first : first + chunk]
-            num_new = (lens - first).clamp(0, part.shape[1])
-            scored = pair.fill(part, num_new, cache)
-            # The last token of a shorter prompt lies in an earlier chunk.
-            logits = scored if logits is None else torch.where((num_new > 0)[:, None, None], scored, logits)
+            num_new = [min(max(len(row) - first, 0), part.shape[1]) for row in new]
+            scored = pair.fill(part, num_new, cache, lengths)
+            if logits is None or all(num_new):
+                logits = scored
+            else:
+                # The last token of a shorter prompt lies in an earlier chunk.
+                for row in (row for row, count in enumerate(num_new) if count):
+                    logits[row] = scored[row]
             advance(part.shape[1])
     assert logits is not None
     return logits

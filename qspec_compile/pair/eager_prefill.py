@@ -52,8 +52,8 @@ class EagerPrefill(nn.Module):
         States are moved on in place; so are the parts of the cache.
         """
         num_states = len(self.captured.states)
-        states, (_, quantized_len, length, num_new, *parts) = inputs[:num_states], inputs[num_states:]
-        counts = num_new.tolist()
+        states, (_, quantized_len, length, num_new, host_lengths, *parts) = inputs[:num_states], inputs[num_states:]
+        counts = host_lengths[2].tolist()
         alike = len(set(counts)) == 1
         rows = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(counts))]
         logits: list[Tensor | None] = []
@@ -66,6 +66,7 @@ class EagerPrefill(nn.Module):
                 self.captured,
                 [part[row] for part in parts],
                 (quantized_len[row], length[row], num_new[row]),
+                host_lengths[:, row],
                 self._latents,
             )
             with attending(recorder):
@@ -88,12 +89,14 @@ class _PrefillRecorder(Recorder):
         captured: Capture,
         parts: list[Tensor],
         lengths: tuple[Tensor, Tensor, Tensor],
+        host_lengths: Tensor,
         latents: Mapping[str, Tensor],
     ) -> None:
         super().__init__(model)
         self._captured = captured
         self._parts = parts
         self._lengths = lengths
+        self._host_lengths = host_lengths
         self._latents = latents
         self._weights = dict(model.named_parameters())
 
@@ -108,9 +111,9 @@ class _PrefillRecorder(Recorder):
         *cache, table = parts
 
         def read(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return prefill_attention(
-                query, key, value, *cache, *self._lengths, scale, window, softcap, sinks, block_table=table
-            )
+            options = (scale, window, softcap, sinks)
+            named = {"block_table": table, "host_lengths": self._host_lengths}
+            return prefill_attention(query, key, value, *cache, *self._lengths, *options, **named)
 
         latent = self._captured.latents.get(number)
         return read(query, key, value) if latent is None else self._absorbed(latent, query, key, read)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from quantspec.cache import HierarchicalCache, PageBudget
+from quantspec.cache import HierarchicalCache, Lengths, PageBudget
+from quantspec.cache.lengths import copied_to
 from quantspec.capture import Capture, capture, check_model, naming_basic_cause, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
@@ -38,9 +39,10 @@ class Pair:
     """A target and a draft of one model, which share its weights and the layout of their cache.
 
     A role's graph takes ``input_ids (B, T)``, ``position_ids (B, T)``, ``logit_rows (B, R)``, ``quantized_len (B,)``,
-    ``length (B,)``, the state inputs of its recipe, all int64, and the cache's tensors; it returns logits ``(B, R, V)``
-    in the model's dtype. :meth:`read` and :meth:`fill` call them so. Where layers keep state, that follows the
-    positions, and prefill is an :class:`quantspec.pair.eager_prefill.EagerPrefill`; on ranks it is a graph, too.
+    ``length (B,)``, the state inputs of its recipe, that of prefill ``host_lengths (3, B)``, all int64, and the cache's
+    tensors; it returns logits ``(B, R, V)`` in the model's dtype. :meth:`read` and :meth:`fill` call them so. Where
+    layers keep state, that follows the positions, and prefill is an
+    :class:`quantspec.pair.eager_prefill.EagerPrefill`; on ranks it is a graph, too.
 
     Attributes:
         model: the Hugging Face model, untouched; its tensors are the target's.
@@ -189,18 +191,31 @@ class Pair:
         states = [state[:, num_ahead:] for state in cache.states]
         return self.forward(role, ids, positions, *states, rows, cache.quantized_len, length, cache=cache)
 
-    def fill(self, ids: Tensor, num_new: Tensor, cache: HierarchicalCache) -> Tensor:
-        """Cache the first ``num_new (B,)`` of right-padded ``ids (B, T)``, both int64, as verified tokens.
+    def fill(
+        self, ids: Tensor, num_new: Sequence[int], cache: HierarchicalCache, lengths: Lengths | None = None
+    ) -> Tensor:
+        """Cache the first ``num_new[b]`` of right-padded ``ids (B, T)`` int64 as verified tokens.
+
+        Args:
+            ids: tokens that follow what ``cache`` holds.
+            num_new: how many of each sequence there are.
+            cache: of this pair.
+            lengths: those of ``cache`` on the host, which move on with it; without them the host waits for the device
+                to tell them.
 
         Returns:
             Logits ``(B, 1, V)`` of each sequence's last new token; meaningless without one.
         """
+        lengths = cache.host_lengths() if lengths is None else lengths
+        counts = torch.tensor(num_new, dtype=torch.int64, device="cpu")
+        on_device = copied_to(ids.device, counts)
         columns = torch.arange(ids.shape[1], device=ids.device)
         positions = (cache.length[:, None] + columns).clamp(max=self.max_len - 1)
-        last = (num_new - 1).clamp(min=0)[:, None]
-        state = (cache.quantized_len, cache.length, num_new)
+        last = (on_device - 1).clamp(min=0)[:, None]
+        state = (cache.quantized_len, cache.length, on_device, torch.stack((*lengths, counts)))
         logits = self.forward(Role.PREFILL, ids, positions, *cache.states, last, *state, cache=cache)
-        cache.advance_prefill(num_new)
+        cache.advance_prefill(on_device)
+        lengths.fill(counts, cache.group_size)
         return logits
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
@@ -232,7 +247,7 @@ class Pair:
                 cache = self.new_cache(1, 0)
                 cache.reserve(ids.shape[1])
                 for part in parts:
-                    self.fill(part, torch.tensor([part.shape[1]], device=self.device), cache)
+                    self.fill(part, [part.shape[1]], cache)
                 found.append([state[:, 0].float() for state in cache.states])
         return all((a - b).norm() <= _SAME_STATE * a.norm() for a, b in zip(*found, strict=True))
 

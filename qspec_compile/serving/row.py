@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantspec.cache import Lengths
 from quantspec.engine.cycles import NAN_LOGITS, NO_DISTRIBUTION
 from quantspec.engine.logits_processors import FollowingProcessor, apply_processors, compilable
 from quantspec.engine.request import Request
@@ -26,6 +27,7 @@ class Row:
         keys: of the pages of its prompt that may be shared.
         pages: it holds, of its text in order.
         filled: tokens of its text that are cached.
+        lengths: of its place, on the host, while its text is being cached; None while it waits.
         flushes: lengths of its text at which a group of it went into a page, since its prompt was cached.
         shared: tokens of its prompt that were cached when it got its first place; None before.
         on_host: whether its processors need the host, token by token.
@@ -41,6 +43,7 @@ class Row:
         self.place: int | None = None
         self.pages: list[int] = []
         self.filled = 0
+        self.lengths: Lengths | None = None
         self.flushes: list[int] = []
         self.shared: int | None = None
         self.on_host = len(compilable(request.processors)) < len(request.processors)

@@ -158,7 +158,7 @@ class Scheduler:
         row.pages, row.filled = shared, len(shared) * group
         self._cache.set_blocks(place, 0, shared)
         self._hold(row, new)
-        self._places[place].resume(row.filled)
+        row.lengths = self._places[place].resume(row.filled)
         if row.shared is None:
             row.shared = row.filled
             self._prompt_tokens += len(row.request.prompt)
@@ -184,15 +184,17 @@ class Scheduler:
     def _fill(self, row: Row) -> None:
         """Cache the next part of a text, and let the pages of a chunk be found."""
         assert row.place is not None
+        assert row.lengths is not None
         place, prompt, group = self._places[row.place], row.request.prompt, self._group
         part = row.part(self._chunk, group)
         if row.filled and not self._pair.continues:
             # What a preempted row has emitted; more tokens at once would begin anew.
             part = part[:1]
-        logits = self._pair.fill(part[None], prompt.new_tensor([len(part)]), place)
+        logits = self._pair.fill(part[None], [len(part)], place, row.lengths)
         first, row.filled = row.filled, row.filled + len(part)
         if row.filled < len(prompt):
             place.settle()
+            row.lengths.settle(group)
             new = slice(first // group, row.filled // group)
             for page, key in zip(row.pages[new], row.keys[new], strict=False):
                 self._pool.publish(page, key)
@@ -272,7 +274,7 @@ class Scheduler:
         # Attention reads nothing of an idle place.
         self._places[row.place].reset()
         self._pool.release(row.pages)
-        row.place, row.pages = None, []
+        row.place, row.pages, row.lengths = None, [], None
 
     def _told(self, rows: Sequence[Row]) -> list[Output]:
         """What the callers of ``rows`` have to be told."""
