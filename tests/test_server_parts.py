@@ -86,7 +86,7 @@ class ScriptedEngine:
         self.closed.set()
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, {})
+        return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, {})
 
     async def stream(self, id: int) -> AsyncIterator[Output]:
         for start in range(0, len(self.tokens), 3):
