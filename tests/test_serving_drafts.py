@@ -320,17 +320,20 @@ def test_a_warm_engine_begins_with_what_is_fastest(simulation, qs, without_graph
 
 
 def test_only_decoding_is_timed(simulation, qs):
-    """Neither a step that also prefilled nor the first after it, nor one whose rows need the host."""
-    with contextlib.closing(Engine(qs, max_sequences=4, num_speculative_tokens="auto")) as engine:
-        for length in (3, 200):
-            engine.add(Request(random_prompt(length, length), 60, (), {"do_sample": False}))
-            for _ in range(6):
+    """Neither a step that also prefilled nor the first of a batch, nor one whose rows need the host."""
+    sizes = {"max_sequences": 4, "max_num_batched_tokens": GROUP, "num_speculative_tokens": "auto"}
+    with contextlib.closing(Engine(qs, **sizes)) as engine:
+        # The second prompt has twelve chunks, the last of which is followed by a cycle of both rows.
+        for length, steps in ((3, 6), (12 * GROUP, 16)):
+            engine.add(Request(random_prompt(length, length), 200, (), {"do_sample": False}))
+            for _ in range(steps):
                 engine.step()
         engine.add(Request(random_prompt(3, 1), 60, (), {"logits_processor": [Host()]}))
         for _ in range(4):
             engine.step()
-    expected = [None if place % 6 == 0 else cycle[2] for place, cycle in enumerate(simulation.cycles[:12])]
-    assert simulation.told == [*(pytest.approx(seconds) if seconds else None for seconds in expected), *[None] * 4]
+    untimed = {0, *range(6, 18), *range(22, 26)}
+    expected = [None if place in untimed else cycle[2] for place, cycle in enumerate(simulation.cycles)]
+    assert simulation.told == [None if seconds is None else pytest.approx(seconds) for seconds in expected]
 
 
 def test_time_to_capture_and_to_change_cycles_is_left_out(simulation, qs, alternating, without_graphs, monkeypatch):
