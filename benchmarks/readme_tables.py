@@ -391,11 +391,14 @@ def serving(name: str) -> str:
         "one_after_another": "one after another",
         "batch_without_drafts": "together, without drafts",
         "batch": "together",
+        "batch_auto": "together, drafts as they pay",
     }
     rows = []
     for row in data["rows"]:
         alone = row["one_after_another"]
         for kind, text in kinds.items():
+            if kind not in row:
+                continue
             found = row[kind]
             rates = [
                 f"{found[rate]:,.0f} ({found[rate] / alone[rate]:.2f}x)"

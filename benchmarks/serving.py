@@ -35,6 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one_after_another": {"max_sequences": 1},
     "batch_without_drafts": {"num_speculative_tokens": 0},
     "batch": {},
+    "batch_auto": {"num_speculative_tokens": "auto"},
 }
 
 
@@ -67,7 +68,7 @@ def timed(engine: Engine, asked: Sequence[Request]) -> dict[str, float]:
         "decode_tokens_per_second": late / decoding if decoding else float("nan"),
         "first_token_seconds_median": statistics.median(first.values()),
         "first_token_seconds_most": max(first.values()),
-        "mean_acceptance_length": 1 + done.accepted_tokens / max(1, done.drafts),
+        "mean_acceptance_length": 1 + done.accepted_tokens / max(1, done.cycles),
     }
 
 

@@ -12,6 +12,7 @@ AUTO = "auto"
 GROUP_SIZES = (32, 64, 128, 256)
 """Numbers of input channels that may share an INT4 scale."""
 MAX_SPECULATIVE_TOKENS = 15
+DEFAULT_SPECULATIVE_TOKENS = 4
 # Hugging Face's names for options of ours, accepted wherever ours are.
 ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}
 
@@ -99,7 +100,7 @@ class QuantSpecConfig:
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
-    num_speculative_tokens: int | str = 4
+    num_speculative_tokens: int | str = DEFAULT_SPECULATIVE_TOKENS
     draft: Draft = Draft.SELF
     kv_group_size: int = 128
     weight_group_size: int = 128

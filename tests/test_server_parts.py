@@ -20,9 +20,11 @@ from doc_blocks import stand_in_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_model import printable_tokenizer
+from serving_process import free_port
 from tiny_models import tiny_model
 
 from quantspec.serving.requests import EngineStatistics, FinishReason, Output, Request
+from quantspec.serving.server.metrics import Metrics
 from quantspec.serving.server.penalties import CountPenalty
 from quantspec.serving.server.run import Server, bind
 from quantspec.serving.server.service import Service
@@ -86,7 +88,7 @@ class ScriptedEngine:
         self.closed.set()
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, {})
+        return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, {})
 
     async def stream(self, id: int) -> AsyncIterator[Output]:
         for start in range(0, len(self.tokens), 3):
@@ -247,6 +249,28 @@ def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "quantspec.serving.server.run", raising=False)
     assert_error(run("serve", saved_model), "uvicorn", install_command("serve"))
+
+
+def test_what_the_engine_of_a_server_drafts(run, saved_model, monkeypatch):
+    """As many as pay where that is asked for; the pair keeps its own number, which is the most."""
+    asked = []
+
+    def engine(pair, **options):
+        asked.append((pair.config.num_speculative_tokens, options["num_speculative_tokens"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("quantspec.serving.engine.Engine", engine)
+    for options in ((), ("--num-speculative-tokens", "auto"), ("--gamma", "3")):
+        run("serve", saved_model, "--port", free_port(), "--no-self-check", *options)
+    assert asked == [(4, None), (4, "auto"), (3, None)]
+
+
+def test_metrics_tell_drafts_from_cycles():
+    statistics = EngineStatistics(0, 0, 0, 1, 0, 0, 0, 9, 7, 3, 12, 5, {})
+    lines = Metrics(lambda: statistics, "tiny").text().decode().splitlines()
+    told = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:spec")}
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    assert [told[f"vllm:spec_decode_num_{name}_total"] for name in names] == [3, 12, 5]
 
 
 def test_slow_tokenizers_are_refused():

@@ -17,3 +17,4 @@ def test_every_mode_is_timed(qs):
         assert 0 < figures["first_token_seconds_median"] <= figures["first_token_seconds_most"] <= figures["seconds"]
     assert row["batch_without_drafts"]["mean_acceptance_length"] == 1
     assert row["batch"]["mean_acceptance_length"] >= 1
+    assert row["batch_auto"]["mean_acceptance_length"] >= 1

@@ -480,7 +480,8 @@ def test_bad_requests_are_refused_and_the_others_go_on(qs, engine, request_, err
         ({"max_num_batched_tokens": 15}, ValueError, "kv_group_size=16"),
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": "all"}, TypeError, "gpu_memory_utilization"),
-        ({"num_speculative_tokens": "auto"}, ValueError, "num_speculative_tokens=4"),
+        ({"num_speculative_tokens": "fast"}, TypeError, "an int or 'auto'"),
+        ({"num_speculative_tokens": 16}, ValueError, "between 0 and 15"),
     ],
 )
 def test_bad_options_of_an_engine(qs, options, error, message):
@@ -532,7 +533,7 @@ def test_outputs_count_what_was_drafted(qs, engine):
     statistics = engine.statistics()
     assert (outputs[-1].drafted, outputs[-1].accepted) == (statistics.draft_tokens, statistics.accepted_tokens)
     # The first token is prefill's, and each cycle yields one that is not drafted.
-    assert 1 + statistics.drafts + statistics.accepted_tokens in (30, 31)
+    assert 1 + statistics.cycles + statistics.accepted_tokens in (30, 31)
 
 
 def test_structures():

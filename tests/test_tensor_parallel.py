@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pickle
 import signal
@@ -28,6 +29,8 @@ from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
 from quantspec.checkpoint.split_loading import hollow_checkpoint
 from quantspec.config import QuantSpecConfig, WeightQuantizer
+from quantspec.engine.draft_count import AutoDraftCount
+from quantspec.engine.plan import Plan
 from quantspec.hugging_face.generate import generate
 from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, sums_at_once
 from quantspec.pair.split import StoredCapture, plan, split_capture
@@ -582,6 +585,29 @@ def test_an_engine_answers_as_it_does_in_one_process(ranks, llama_of_two):
     kept = ranks.run(names_kept)
     assert not [name for name in kept if str(name).startswith("engine")]
     assert engine.loss is None
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_rank_0_decides_what_an_engine_drafts(llama_of_two, monkeypatch):
+    """By times that the others do not have; here it alone takes every number in turn."""
+    counts = itertools.cycle([4, 0, 2])
+    monkeypatch.setattr(AutoDraftCount, "choose", lambda *_: Plan(next(counts)))
+    prompts = [random_ids(1, count, seed=count)[0].tolist() for count in (40, 20, 70)]
+    options = ({"do_sample": False}, {"do_sample": True, "seed": 3}, {"do_sample": False})
+    requests = [Request(prompt, 12, (), own) for prompt, own in zip(prompts, options, strict=True)]
+    answers = []
+    for qs in (whole_pair("llama"), llama_of_two):
+        engine = Engine(qs, max_sequences=2, max_length=128, num_speculative_tokens="auto")
+        engine.warm_up()
+        answer: dict[int, list[int]] = {engine.add(request): [] for request in requests}
+        while engine.statistics().running or engine.statistics().waiting:
+            for output in engine.step():
+                answer[output.id] += output.token_ids
+        answers.append(list(answer.values()))
+        statistics = engine.statistics()
+        assert 0 < statistics.drafts < statistics.cycles
+        engine.close()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)

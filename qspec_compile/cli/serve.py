@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import typer
 
+from quantspec.config import AUTO
 from quantspec.versions import install_command
 
 from .console import stderr, working
@@ -87,7 +88,10 @@ def command(
     except OSError as error:
         message = f"cannot listen at {server.host}:{server.port}: {error.strerror}"
         raise CommandError(message, "choose another --port, or an address of this machine as --host") from error
-    found = find_pair(model, run, generation={}, num_ranks=run.tensor_parallel)
+    # The pair keeps its own number, which is the most that the engine then drafts.
+    is_auto = model.num_speculative_tokens == AUTO
+    converted = replace(model, num_speculative_tokens=None) if is_auto else model
+    found = find_pair(converted, run, generation={}, num_ranks=run.tensor_parallel)
     if server.max_length is not None:
         found.check_fit(server.max_length)
     with contextlib.closing(found.load()) as qs:
@@ -103,6 +107,7 @@ def command(
             max_waiting=server.max_waiting,
             max_num_batched_tokens=server.max_num_batched_tokens,
             gpu_memory_utilization=server.gpu_memory_utilization,
+            num_speculative_tokens=AUTO if is_auto else None,
         )
         name = server.name or model.model
         service = Service(engine, found.tokenizer, name)

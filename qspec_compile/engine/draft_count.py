@@ -150,11 +150,26 @@ class AutoDraftCount:
     It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
     """
 
-    def __init__(self, costs: Costs = ON_GPU, draft: Draft = Draft.SELF, known_times: KnownTimes | None = None) -> None:
-        """``costs``: what to expect of plans that nobody has timed; ``known_times``: of earlier processes."""
+    def __init__(
+        self,
+        costs: Costs = ON_GPU,
+        draft: Draft = Draft.SELF,
+        known_times: KnownTimes | None = None,
+        self_counts: Sequence[int] = SELF_COUNTS,
+        odds: Odds | None = None,
+    ) -> None:
+        """What it decides by.
+
+        Args:
+            costs: what to expect of plans that nobody has timed.
+            draft: where drafts come from.
+            known_times: of earlier processes.
+            self_counts: numbers of the draft's own tokens to choose from, besides none.
+            odds: what others learn of the same rows, too; None for odds of its own.
+        """
         self.looks_up = draft is not Draft.SELF
         sources = {Draft.SELF: (Source.SELF,), Draft.LOOKUP: (Source.LOOKUP,), Draft.BOTH: (*Source,)}[draft]
-        counts = {Source.SELF: SELF_COUNTS, Source.LOOKUP: LOOKUP_COUNTS}
+        counts = {Source.SELF: self_counts, Source.LOOKUP: LOOKUP_COUNTS}
         self._plans = [PLAIN, *(Plan(count, source) for source in sources for count in counts[source])]
         # What tells most cheaply whether drafts of a source are accepted.
         self._trials = [Plan(2 if source is Source.SELF else 3, source) for source in sources]
@@ -162,7 +177,7 @@ class AutoDraftCount:
         self._known_times = known_times
         earlier = {} if known_times is None else known_times.seconds
         self.durations = Durations(self._plans, costs, {p: s for p, s in earlier.items() if p in self._plans})
-        self._odds = Odds()
+        self._odds = Odds() if odds is None else odds
         self._warm: set[Plan] = set()
         self._cycle = 0
         self._last: dict[Plan, int] = {}
@@ -171,7 +186,7 @@ class AutoDraftCount:
         self._trial: tuple[Plan, float] | None = None
         self._gained: Plan | None = None
         self._plans_run: deque[Plan] = deque(maxlen=_NEWEST)
-        self._tokens_run: deque[int] = deque(maxlen=_NEWEST)
+        self._tokens_run: deque[float] = deque(maxlen=_NEWEST)
         # Seconds that a pass took to capture, all cycles took, and plans would have saved if they had been captured.
         self._capture = _CAPTURE
         self._elapsed = 0.0
@@ -197,7 +212,7 @@ class AutoDraftCount:
         outlook, finds = self._odds.of(matched), any(matched)
         seconds, rows = self.durations.seconds, len(outlook.own)
         tokens = {plan: outlook.tokens(plan) for plan in self._plans if finds or plan.source is Source.SELF}
-        speed = self._speed() or max(tokens[plan] / seconds[plan] for plan in tokens)
+        speed = rows * self._speed() or max(tokens[plan] / seconds[plan] for plan in tokens)
         gains = {
             plan: count - speed * seconds[plan] * (1.0 if self.durations.knows(plan) else _WORTH_TRYING)
             for plan, count in tokens.items()
@@ -257,12 +272,12 @@ class AutoDraftCount:
             self._gained = tried if lost < 0 else None
         self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
         self._plans_run.append(plan)
-        self._tokens_run.append(tokens)
+        self._tokens_run.append(tokens / len(accepted))
         self._cycle += 1
         self._last[plan] = self._cycle
 
     def _speed(self) -> float:
-        """Tokens per second of the newest cycles, by what is known of durations now."""
+        """Tokens per second of each row in the newest cycles, by what is known of durations now."""
         time = sum(map(self.durations.seconds.__getitem__, self._plans_run))
         return sum(self._tokens_run) / time if time else 0.0
 

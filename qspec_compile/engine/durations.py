@@ -46,10 +46,17 @@ class Durations:
         self._plans = plans
         self._times: dict[Plan, deque[float]] = {}
         self._before = {plan: costs.of(plan) for plan in plans}
-        self.in_seconds = bool(earlier)
+        self.in_seconds = False
+        self._known: set[Plan] = set()
+        self.seconds = dict(self._before)
         if earlier:
-            self._before = {plan: earlier.get(plan) or self._expected(plan, earlier) for plan in plans}
-        self._known = set(earlier or ())
+            self.expect(earlier)
+
+    def expect(self, seconds: Mapping[Plan, float]) -> None:
+        """Begin with what such cycles took elsewhere, of one plan at least; nothing was timed here yet."""
+        self._before = {plan: seconds.get(plan) or self._expected(plan, seconds) for plan in self._plans}
+        self._known = set(seconds)
+        self.in_seconds = True
         self.seconds = dict(self._before)
 
     def knows(self, plan: Plan) -> bool:

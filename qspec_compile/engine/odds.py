@@ -121,6 +121,10 @@ class Odds:
         """Other texts are in the rows from now on."""
         self._rows.clear()
 
+    def forget(self, row: int) -> None:
+        """Another text is in a row from now on."""
+        self._rows.pop(row, None)
+
     def of(self, matched: Sequence[int | None]) -> Outlook:
         """The next cycle's; a lookup found so many tokens of each row's end earlier in its text, None of rows done."""
         own, lookups = [], []

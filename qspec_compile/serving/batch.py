@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -46,15 +46,20 @@ class Batch:
     Attributes:
         requests: of all places of the bucket; those of idle ones have ended.
         width: most tokens of a text.
+        matched: 0 for each place that has a row, None for idle ones; nothing is looked up.
+        on_host: whether a row needs the host, token by token.
+        plan: of the cycle that ran last, as it was run: towards the end of the texts less may be drafted.
+        is_new: whether that had to be captured.
+        accepted: drafts of each row in it.
     """
 
-    def __init__(self, bucket: Bucket, rows: Mapping[int, Row], width: int, plan: Plan) -> None:
-        """Capture a cycle of ``plan`` for them, if cycles are captured and there is none.
+    plan: Plan
+    is_new: bool
+    accepted: list[int]
 
-        ``rows`` by their places; each has a token that is not cached yet.
-        """
+    def __init__(self, bucket: Bucket, rows: Mapping[int, Row], width: int) -> None:
+        """``rows`` by their places, in order; each has a token that is not cached yet."""
         self.width = width
-        self._plan = plan
         self.rows = dict(rows)
         self._bucket = bucket
         pair, cache = bucket.pair, bucket.cache
@@ -62,19 +67,24 @@ class Batch:
         self.requests: Sequence[Request] = [
             rows[place].request if place in rows else idle for place in range(cache.batch_size)
         ]
-        self._on_host = any(row.on_host for row in rows.values())
+        self.matched = [0 if place in rows else None for place in range(cache.batch_size)]
+        self.on_host = any(row.on_host for row in rows.values())
         processors = merge_processors([compilable(request.processors) for request in self.requests])
         newest = [request.tokens[-1] if request.tokens else 0 for request in self.requests]
         pending = torch.tensor(newest, device="cpu").to(pair.device)
         self._runner: Runner
         if bucket.replays.suit():
-            kind = ProposalReplay if self._on_host else CycleReplay
+            kind = ProposalReplay if self.on_host else CycleReplay
             self._runner = ReplayRunner(bucket.replays, cache, self, processors, pending, kind, False)
         else:
-            cycle = LockstepCycle if self._on_host else Cycle
+            cycle = LockstepCycle if self.on_host else Cycle
             self._runner = EagerRunner(pair, cache, self, processors, pending, cycle, False, bucket.rule)
-        self._runner.prepare(plan)
-        self._runner.cycle.running.copy_(torch.tensor(self.running, device="cpu"))
+        self._told: Cycle | None = None
+
+    @property
+    def captured(self) -> Collection[Plan] | None:
+        """Plans that run without being captured first; None where none is captured."""
+        return self._runner.captured
 
     @property
     def running(self) -> list[bool]:
@@ -100,16 +110,26 @@ class Batch:
         """Tokens of each text so far."""
         return [len(request.prompt) + len(request.tokens) for request in self.requests]
 
-    def run(self) -> None:
-        """Run one cycle: each row emits what it accepts and a token more, or ends by what is wrong with it alone."""
-        self._runner.prepare(self._plan)
-        if self._on_host:
-            self._judge_on_host()
-        else:
-            self._judge()
+    def prepare(self, plan: Plan) -> None:
+        """Make ready for a cycle of ``plan``; capture it, if cycles are captured and there is none."""
+        self.plan, self.is_new = plan, self._runner.prepare(plan)
+        if (cycle := self._runner.cycle) is not self._told:
+            cycle.running.copy_(torch.tensor(self.running, device="cpu"))
+            self._told = cycle
 
-    def _judge(self) -> None:
-        """Have the device judge all rows."""
+    def run(self) -> None:
+        """Run a cycle: each row emits what it accepts and a token more, or ends by what is wrong with it alone."""
+        drafted, self.accepted = self._judge_on_host() if self.on_host else self._judge()
+        self.plan = self.plan._replace(num_drafts=drafted)
+
+    def rehearse(self) -> None:
+        """Run a cycle of rows that have all ended, which moves nothing, and wait for it."""
+        packed = self._runner.proposed().packed if self.on_host else self._runner.judged()
+        self._bucket.pair.wait_with_ranks()
+        packed.tolist()
+
+    def _judge(self) -> tuple[int, list[int]]:
+        """Have the device judge all rows; returns how much was drafted, and of it accepted in each row."""
         judged = self._runner.judged()
         self._bucket.pair.wait_with_ranks()
         result = CycleResult.read(judged)
@@ -120,9 +140,10 @@ class Batch:
         for place, row in self.rows.items():
             verdict = result.accepted[place], result.next_tokens[place], result.fails[place]
             _emit(row, result.drafts[place], *verdict, None if logits is None else logits[place])
+        return len(result.drafts[0]), [result.accepted[place] for place in self.rows]
 
-    def _judge_on_host(self) -> None:
-        """Judge rows whose processors need the host there, each by itself, and the others on the device."""
+    def _judge_on_host(self) -> tuple[int, list[int]]:
+        """Judge rows whose processors need the host there, each by itself, and the others on the device; as above."""
         runner = self._runner
         drafts, logits, *_ = runner.proposed()
         # On a GPU the replay is under way, and nothing has waited for it yet.
@@ -145,6 +166,7 @@ class Batch:
         moved = torch.tensor(kept, device="cpu").to(drafts.device)
         if bool(runner.cycle.keep(moved[:, 0], moved[:, 1])):
             runner.flush()
+        return drafts.shape[1], [kept[place][0] for place in self.rows]
 
 
 def _emit(row: Row, drafts: Sequence[int], accepted: int, next_token: int, fails: int, logits: Tensor | None) -> None:

@@ -54,7 +54,7 @@ class Engine:
         max_waiting: int = 1024,
         max_num_batched_tokens: int = 1024,
         gpu_memory_utilization: float = 0.9,
-        num_speculative_tokens: int | None = None,
+        num_speculative_tokens: int | str | None = None,
         num_pages: int | None = None,
     ) -> None:
         """An engine without requests; its cache is allocated here.
@@ -70,7 +70,9 @@ class Engine:
                 last chunk has up to a group more. A prompt shares with earlier ones as many whole chunks as they begin
                 alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
-            num_speculative_tokens: tokens drafted per cycle; the pair's own number if None.
+            num_speculative_tokens: tokens drafted per cycle; the pair's own number if None. With ``"auto"`` none, the
+                pair's own number (4 if that is ``"auto"`` or 0) or half of it: for each size of the batch what its
+                measured cycles and the acceptance of its requests make fastest.
             num_pages: pages of ``kv_group_size`` tokens that all requests share. If None, as many as ``max_sequences``
                 of ``max_length`` can use or, on a GPU, as there is room for.
 
@@ -92,7 +94,8 @@ class Engine:
             num_pages,
         )
         self.pair = pair
-        self.max_sequences, self.max_length, self._chunk, _, self.num_pages = sizes
+        self.max_sequences, self.max_length, self._chunk = sizes.sequences, sizes.length, sizes.chunk
+        self.num_pages = sizes.pages
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
         self._ids = itertools.count()

@@ -94,7 +94,8 @@ class EngineStatistics:
         preemptions: times that a running request had to give up its slot and its pages.
         prompt_tokens, cached_prompt_tokens: of requests that got a slot, and of these those that were not prefilled.
         generated_tokens: over all requests.
-        drafts: cycles, counted once for each request that took part.
+        cycles: counted once for each request that took part.
+        drafts: of these, those that drafted.
         draft_tokens, accepted_tokens: drafted in them, and accepted.
         finished: requests by how they ended.
     """
@@ -107,6 +108,7 @@ class EngineStatistics:
     prompt_tokens: int
     cached_prompt_tokens: int
     generated_tokens: int
+    cycles: int
     drafts: int
     draft_tokens: int
     accepted_tokens: int

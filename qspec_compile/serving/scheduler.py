@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -13,10 +14,14 @@ from quantspec.engine.plan import Plan
 from quantspec.engine.session import Session
 
 from .batch import Batch, Bucket
+from .draft_choice import DraftChoice
 from .pool import Pool
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 from .sizes import Sizes
+
+# Cycles that are timed of each plan while it is warmed up.
+_REHEARSALS = 3
 
 
 class Scheduler:
@@ -34,7 +39,6 @@ class Scheduler:
         self._pair = pair = session.pair
         self._sizes = sizes
         self._chunk = sizes.chunk if pair.continues else sizes.length
-        self._plan = Plan(sizes.num_drafts)
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
         cache.reserve_pool(sizes.length, sizes.pages)
         self._places = [cache.view(place, 1) for place in range(sizes.sequences)]
@@ -43,6 +47,7 @@ class Scheduler:
         if pair.config.draft_attention is DraftAttention.FULL:
             smaller = [1 << power for power in range(sizes.sequences.bit_length()) if 1 << power < sizes.sequences]
             self._buckets |= {size: Bucket(pair, cache.view(0, size), session.rule) for size in smaller}
+        self._drafting = DraftChoice(pair, sizes.draft_counts, self._buckets)
         self._batch: Batch | None = None
         self._pool = Pool(sizes.pages)
         self._group = pair.config.kv_group_size
@@ -51,7 +56,8 @@ class Scheduler:
         self.last_step = time.monotonic()
         self._finished: Counter[FinishReason] = Counter()
         self._preemptions = 0
-        self._generated = self._prompt_tokens = self._shared_tokens = self._drafts = self._drafted = self._accepted = 0
+        self._generated = self._prompt_tokens = self._shared_tokens = 0
+        self._cycles = self._drafts = self._drafted = self._accepted = 0
 
     @property
     def running(self) -> list[Row]:
@@ -84,16 +90,26 @@ class Scheduler:
 
     @torch.no_grad()
     def capture(self, row: Row, request: Request) -> None:
-        """Capture cycles of every size, where cycles are captured, for rows like ``row``, which has ended.
+        """Capture cycles of every size and plan, where cycles are captured, for rows like ``row``, which has ended.
 
         ``request`` is what it was made of.
         """
         with self.session.exclusive():
             for size, bucket in sorted(self._buckets.items()):
                 if bucket.replays.suit():
-                    self._batch_of({size - 1: row})
+                    self._rehearse(size, row)
         # What runs begins anew on them.
         self._batch = None
+
+    def _rehearse(self, size: int, row: Row) -> None:
+        """Capture each plan of a bucket, and have the choice know what it takes."""
+        seconds = {}
+        for plan in self._drafting.plans:
+            batch = self._prepare({size - 1: row}, plan)
+            if not self._drafting.is_fixed:
+                seconds[plan] = min(_seconds_of(batch.rehearse) for _ in range(_REHEARSALS))
+        if seconds:
+            self._drafting.expect(size, seconds)
 
     @torch.no_grad()
     def end_all(self, reason: FinishReason, error: Exception | None = None) -> list[Output]:
@@ -123,6 +139,7 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._shared_tokens,
             generated_tokens=self._generated,
+            cycles=self._cycles,
             drafts=self._drafts,
             draft_tokens=self._drafted,
             accepted_tokens=self._accepted,
@@ -154,6 +171,7 @@ class Scheduler:
         self.waiting.popleft()
         row.place = place = self._rows.index(None)
         self._rows[place] = row
+        self._drafting.forget(place)
         pool.share(shared)
         row.pages, row.filled = shared, len(shared) * group
         self._cache.set_blocks(place, 0, shared)
@@ -190,6 +208,7 @@ class Scheduler:
         if row.filled and not self._pair.continues:
             # What a preempted row has emitted; more tokens at once would begin anew.
             part = part[:1]
+        self._drafting.interrupt()
         logits = self._pair.fill(part[None], [len(part)], place, row.lengths)
         first, row.filled = row.filled, row.filled + len(part)
         if row.filled < len(prompt):
@@ -228,37 +247,57 @@ class Scheduler:
         self._provide()
         rows = {row.place: row for row in self.running if row.decodes and row.place is not None}
         if not rows:
-            self._batch = None
+            self._forget_batch()
             return
         before = [(row.drafted, row.accepted) for row in rows.values()]
         try:
-            if self._batch is None or self._batch.rows != rows:
-                self._batch = self._batch_of(rows)
-            self._batch.run()
+            self._run(rows)
         # Nobody knows whose fault it is.
         except Exception as error:
-            self._batch = None
+            self._forget_batch()
             for row in rows.values():
                 if row.finish_reason is None:
                     row.end(FinishReason.ERROR, error)
         for row in rows.values():
             row.advance(self._group)
-        self._drafts += len(rows)
+        self._cycles += len(rows)
         for row, (drafted, accepted) in zip(rows.values(), before, strict=True):
+            self._drafts += row.drafted > drafted
             self._drafted += row.drafted - drafted
             self._accepted += row.accepted - accepted
 
-    def _batch_of(self, rows: Mapping[int, Row]) -> Batch:
-        """Rows by their places in the smallest bucket that has these."""
-        bucket = self._buckets[min(size for size in self._buckets if size > max(rows))]
-        try:
-            return Batch(bucket, rows, self._sizes.length, self._plan)
-        except torch.OutOfMemoryError:
-            # Captured cycles, which the batch before holds too, are all that can be given back.
-            self._batch = None
-            for known in self._buckets.values():
-                known.replays.clear()
-            return Batch(bucket, rows, self._sizes.length, self._plan)
+    def _run(self, rows: Mapping[int, Row]) -> None:
+        """Run a cycle of rows by their places, of the plan that is chosen for them."""
+        plan = self._drafting.choose(self._prepare(rows))
+        start = time.perf_counter()
+        batch = self._prepare(rows, plan)
+        preparing = time.perf_counter() - start
+        batch.run()
+        self._drafting.record(batch, preparing)
+
+    def _prepare(self, rows: Mapping[int, Row], plan: Plan | None = None) -> Batch:
+        """A batch of rows by their places in the smallest bucket that has these, ready for a cycle of ``plan``."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._batch_of(rows, plan)
+        # Captured cycles, which the batch before holds too, are all that can be given back.
+        self._forget_batch()
+        for known in self._buckets.values():
+            known.replays.clear()
+        return self._batch_of(rows, plan)
+
+    def _batch_of(self, rows: Mapping[int, Row], plan: Plan | None) -> Batch:
+        if self._batch is None or self._batch.rows != rows:
+            self._forget_batch()
+            bucket = self._buckets[min(size for size in self._buckets if size > max(rows))]
+            self._batch = Batch(bucket, rows, self._sizes.length)
+        if plan is not None:
+            self._batch.prepare(plan)
+        return self._batch
+
+    def _forget_batch(self) -> None:
+        """Nothing goes on as it did."""
+        self._batch = None
+        self._drafting.interrupt()
 
     def _leave(self, row: Row) -> None:
         """Take a row's place, or its turn to get one."""
@@ -284,3 +323,9 @@ class Scheduler:
             if output.finish_reason is not None:
                 self._finished[output.finish_reason] += 1
         return outputs
+
+
+def _seconds_of(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantspec.cache.geometry import planned_groups
-from quantspec.config import Draft, check_num_speculative_tokens
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, Draft, check_num_speculative_tokens
 from quantspec.memory import cache_bytes_per_token, expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
@@ -23,15 +23,20 @@ class Sizes(NamedTuple):
         sequences: that run at once.
         length: most tokens of each.
         chunk: tokens of a prompt that are prefilled between two cycles, a multiple of G.
-        num_drafts: of each cycle.
+        draft_counts: tokens that a cycle may draft; several where the engine chooses.
         pages: of G tokens, for all sequences together.
     """
 
     sequences: int
     length: int
     chunk: int
-    num_drafts: int
+    draft_counts: tuple[int, ...]
     pages: int
+
+    @property
+    def num_drafts(self) -> int:
+        """Most tokens that a cycle drafts."""
+        return max(self.draft_counts)
 
     @classmethod
     def of(
@@ -41,7 +46,7 @@ class Sizes(NamedTuple):
         max_length: int | None,
         max_num_batched_tokens: int,
         gpu_memory_utilization: float,
-        num_speculative_tokens: int | None,
+        num_speculative_tokens: int | str | None,
         num_pages: int | None,
     ) -> Sizes:
         """From the options of :class:`quantspec.Engine`.
@@ -55,7 +60,7 @@ class Sizes(NamedTuple):
             raise TypeError(f"gpu_memory_utilization must be a number, not {gpu_memory_utilization!r}")
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
-        num_drafts = _num_drafts(pair, num_speculative_tokens)
+        draft_counts = _draft_counts(pair, num_speculative_tokens)
         if not pair.pair.reads_pools:
             raise ValueError(
                 f"draft_recipe {pair.config.draft_recipe!r} reads the cache without a block_table, so its sequences "
@@ -74,7 +79,7 @@ class Sizes(NamedTuple):
         if num_pages is not None:
             check_positive("num_pages", num_pages)
         longest = max_length or (inner.max_len if inner.device.type == "cuda" else min(inner.max_len, _LENGTH_ON_CPU))
-        pages = num_pages or _num_pages(inner, max_sequences, longest, num_drafts, gpu_memory_utilization)
+        pages = num_pages or _num_pages(inner, max_sequences, longest, max(draft_counts), gpu_memory_utilization)
         # The newest tokens of a text are in no page.
         length = min(longest, (pages + 1) * group)
         if max_length is not None and length < max_length:
@@ -82,7 +87,7 @@ class Sizes(NamedTuple):
                 f"max_length={max_length} is more than the {length} tokens that {pages} pages hold; pass a smaller "
                 "one, or a larger num_pages or gpu_memory_utilization"
             )
-        return cls(max_sequences, length, max_num_batched_tokens // group * group, num_drafts, pages)
+        return cls(max_sequences, length, max_num_batched_tokens // group * group, draft_counts, pages)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -93,17 +98,22 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def _num_drafts(pair: QuantSpecModel, asked: int | None) -> int:
-    """Tokens drafted per cycle."""
+def _draft_counts(pair: QuantSpecModel, asked: int | str | None) -> tuple[int, ...]:
+    """Tokens that a cycle may draft: with "auto" none, the pair's own number, or half of it.
+
+    Each is captured for every bucket, so there are few.
+    """
     if pair.config.draft is not Draft.SELF:
         raise ValueError(
             f"an engine drafts with the pair itself: convert with draft='self', not {pair.config.draft.value!r}"
         )
-    count = pair.config.num_speculative_tokens if asked is None else asked
+    own = pair.config.num_speculative_tokens
+    count = own if asked is None else asked
     check_num_speculative_tokens(count)
-    if isinstance(count, str):
-        raise ValueError(f"an engine drafts a fixed number of tokens, not {count!r}: pass num_speculative_tokens=4")
-    return count
+    if isinstance(count, int):
+        return (count,)
+    most = own if isinstance(own, int) and own else DEFAULT_SPECULATIVE_TOKENS
+    return tuple(sorted({0, most // 2, most}))
 
 
 def _num_pages(pair: Pair, sequences: int, length: int, num_drafts: int, utilization: float) -> int:
