@@ -109,7 +109,8 @@ class WeightFormat:
             torch.empty(shape, dtype=part.dtype(weight.dtype), device=weight.device)
             for part, shape in zip(self.parts, self.shapes(weight.shape, group_size), strict=True)
         )
-        for matrix, *parts in [(weight, *made)] if weight.dim() == 2 else zip(weight, *made, strict=True):
+        matrices = [(weight, *made)] if weight.dim() == 2 else list(zip(weight, *made, strict=True))
+        for matrix, *parts in matrices:
             rows, width = matrix.shape
             length = max(1, _ELEMENTS_AT_ONCE // width)
             for start in range(0, rows, length):
