@@ -8,7 +8,9 @@ from collections import defaultdict
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_buffer, add_call, aten, finish
+from quantspec.freed_memory import FreedMemory
+
+from .graph import add_buffer, add_call, aten, finish, release
 from .weight_formats import PACKED_LINEARS, PackedLinears, check_packed, format_of, plain_parts
 
 
@@ -26,9 +28,10 @@ class FuseSharedInputLinears(PassBase):
         check_packed(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        fused = _alike(graph_module)
+        fused, freed = _alike(graph_module), FreedMemory()
         for nodes in fused:
-            self._fuse(graph_module, nodes)
+            for tensor in self._fuse(graph_module, nodes):
+                freed.after(tensor)
         if fused:
             finish(graph_module)
         return PassResult(graph_module, bool(fused))
@@ -38,7 +41,8 @@ class FuseSharedInputLinears(PassBase):
         assert not _alike(graph_module)
 
     @staticmethod
-    def _fuse(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    def _fuse(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[Tensor, ...]:
+        """Returns the stacked weights."""
         graph, first = gm.graph, nodes[0]
         weight_format = format_of(first)
         stacked = weight_format.stacked([plain_parts(gm, node) for node in nodes])
@@ -61,7 +65,10 @@ class FuseSharedInputLinears(PassBase):
                     add_call(graph, operator.getitem, (parts, index), node, value=node.meta.get("val"))
                 )
         for node in nodes:
+            weights_before = node.all_input_nodes
             graph.erase_node(node)
+            release(gm, weights_before)
+        return stacked
 
 
 def _alike(gm: fx.GraphModule) -> list[list[fx.Node]]:

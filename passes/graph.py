@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -117,6 +117,20 @@ def finish(gm: fx.GraphModule) -> None:
         if name not in read:
             delattr(gm, name)
     gm.recompile()
+
+
+def release(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Drop those of ``nodes`` that read a buffer for nobody, and buffers that are read no more; others are left.
+
+    What replaces weights one by one would else hold all of the old ones until :func:`finish`.
+    """
+    for node in nodes:
+        if node.op != "get_attr" or node.users:
+            continue
+        gm.graph.erase_node(node)
+        name = str(node.target)
+        if name in gm._buffers and not any(name == other.target for other in gm.graph.find_nodes(op="get_attr")):
+            delattr(gm, name)
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:

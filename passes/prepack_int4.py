@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from quantspec.freed_memory import FreedMemory
 from quantspec.kernels.int4_linear import pack_int4, unpack_int4
 
-from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
+from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor, release
 from .weight_formats import PACKED_LINEARS, WeightLayout, check_packed
 
 # Rows of the output that aten's CPU packing handles together.
@@ -34,9 +37,9 @@ class PrepackInt4ForCpu(WeightLayout):
         check_packed(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        found = _on_cpu(graph_module)
+        found, freed = _on_cpu(graph_module), FreedMemory()
         for node in found:
-            self._rewrite(graph_module, node)
+            freed.after(self._rewrite(graph_module, node))
         if found:
             finish(graph_module)
         return PassResult(graph_module, bool(found))
@@ -52,14 +55,17 @@ class PrepackInt4ForCpu(WeightLayout):
         return unpack_cpu_layout(packed)[:rows], params[:, :rows]
 
     @staticmethod
-    def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
+    def _rewrite(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+        """Returns the packed codes."""
         graph = gm.graph
         x, qdata_node, params_node, bias = node.args
-        codes = unpack_int4(get_tensor(gm, qdata_node)).int()  # type: ignore[arg-type]
-        params = get_tensor(gm, params_node)  # type: ignore[arg-type]
-        rows, in_features = codes.shape
+        qdata, params = (get_tensor(gm, part) for part in (qdata_node, params_node))  # type: ignore[arg-type]
+        rows, in_features = qdata.shape[0], 2 * qdata.shape[1]
         padding = -rows % _ROW_BLOCK
-        packed = _pack(F.pad(codes, (0, 0, 0, padding)))
+        blocks = (unpack_int4(block) for block in qdata.split(_ROWS_TOGETHER))
+        packed = _pack(
+            (F.pad(block, (0, 0, 0, -len(block) % _ROW_BLOCK)) for block in blocks), rows + padding, in_features
+        )
         params = F.pad(params, (0, 0, 0, padding)).contiguous()
         value = x.meta["val"]  # type: ignore[union-attr]
         with graph.inserting_before(node):
@@ -86,6 +92,8 @@ class PrepackInt4ForCpu(WeightLayout):
                 out = add_call(graph, aten.reshape.default, (out, [*leading, -1, rows]), node, value=node.meta["val"])
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+        release(gm, (qdata_node, params_node))  # type: ignore[arg-type]
+        return packed
 
 
 def _on_cpu(gm: fx.GraphModule) -> list[fx.Node]:
@@ -111,10 +119,9 @@ def unpack_cpu_layout(packed: Tensor) -> Tensor:
         codes = torch.empty(rows * in_features, dtype=torch.uint8)
         codes[places[rows]] = unpack_int4(block).flatten()
         blocks.append(codes.view(rows, in_features))
-    codes = torch.cat(blocks)
-    if not torch.equal(_pack(codes.int()), packed):
+    if not torch.equal(_pack(blocks, len(packed), 2 * packed.shape[1]), packed):
         raise RuntimeError("this CPU packs INT4 weights in a layout that cannot be read back; please report it")
-    return pack_int4(codes)
+    return torch.cat([pack_int4(codes) for codes in blocks])
 
 
 def _places(rows: int, in_features: int) -> Tensor:
@@ -123,10 +130,16 @@ def _places(rows: int, in_features: int) -> Tensor:
     places = torch.zeros_like(numbers)
     for shift in range(0, int(numbers[-1]).bit_length(), 4):
         digits = (numbers >> shift & 15).view(rows, in_features)
-        places += unpack_int4(_pack(digits.int())).flatten().long() << shift
+        places += unpack_int4(_pack([digits], rows, in_features)).flatten().long() << shift
     return places
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """``(N, K)`` int32 codes in the CPU's layout, ``(N, K/2)`` uint8."""
-    return aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+def _pack(blocks: Iterable[Tensor], rows: int, in_features: int) -> Tensor:
+    """Codes ``(N, K)``, given by blocks of :data:`_ROWS_TOGETHER` rows, in the CPU's layout, ``(N, K/2)`` uint8.
+
+    A block is packed alone, since aten takes int32, eight times what it makes.
+    """
+    packed = torch.empty(rows, in_features // 2, dtype=torch.uint8)
+    for codes, place in zip(blocks, packed.split(_ROWS_TOGETHER), strict=True):
+        place.copy_(aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
+    return packed

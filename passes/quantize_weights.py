@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
+from quantspec.freed_memory import FreedMemory
 from quantspec.logging import counting
 
 from .called_modules import called_modules
@@ -116,8 +117,10 @@ class QuantizeWeights(PassBase):
         weights = self.weight_format.name.upper()
         doing = f"quantizing to {weights}" if self.source is None else f"reading {weights} weights"
         with counting(_LOGGER, doing, len(plans)) as advance:
+            freed = FreedMemory()
             for node, name, tensor, size in plans:
                 self._rewrite(graph_module, node, name, tensor, size)
+                freed.after(tensor)
                 advance(1)
         if plans:
             finish(graph_module)

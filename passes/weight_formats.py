@@ -19,6 +19,8 @@ from .graph import get_tensor
 
 # Node metadata: the PackedLinears whose weights a call holds.
 PACKED_LINEARS = "packed_linears"
+# Of a weight that is packed: 2 MiB in float32, some of which stay in a CPU's cache and still keep a GPU busy.
+_ELEMENTS_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class WeightFormat:
     Attributes:
         name: in node metadata and in the registry.
         parts: the tensors of a weight.
-        pack: from a weight ``(N, K)``, a group size and a quantizer to its parts.
+        pack: from rows ``(N, K)`` of a weight, a group size and a quantizer to their parts.
         linear: op ``(x (..., K), *parts, bias) -> (..., N)``.
         expert_linear: op ``(x (R, K), expert_ids (R,), *parts, bias) -> (R, N)``, or None where experts stay in full
             precision.
@@ -98,11 +100,25 @@ class WeightFormat:
     learned: str | None = None
 
     def packed(self, weight: Tensor, group_size: int, quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
-        """The parts of a weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``."""
-        if weight.dim() == 2:
-            return self.pack(weight, group_size, quantizer)
-        experts = [self.pack(matrix, group_size, quantizer) for matrix in weight]
-        return tuple(torch.stack(tensors) for tensors in zip(*experts, strict=True))
+        """The parts of a weight ``(N, K)``, or of a stack of experts' ``(E, N, K)``.
+
+        Rows are packed block by block: quantizers work on several float32 copies of what they are given, which of a
+        whole language-model head are more than many a layer's weights.
+        """
+        made = tuple(
+            torch.empty(shape, dtype=part.dtype(weight.dtype), device=weight.device)
+            for part, shape in zip(self.parts, self.shapes(weight.shape, group_size), strict=True)
+        )
+        matrices = [(weight, *made)] if weight.dim() == 2 else list(zip(weight, *made, strict=True))
+        for matrix, *parts in matrices:
+            rows, width = matrix.shape
+            length = max(1, _ELEMENTS_AT_ONCE // width)
+            for start in range(0, rows, length):
+                block = matrix[start : start + length]
+                ours = self.rows(tuple(parts), start, len(block))
+                for place, packed in zip(ours, self.pack(block, group_size, quantizer), strict=True):
+                    place.copy_(packed)
+        return made
 
     def shapes(self, shape: Sequence[int], group_size: int) -> list[tuple[int, ...]]:
         """Shape of each part of a weight of this shape, ``(N, K)`` or ``(E, N, K)``."""

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from quantspec import backend
 from quantspec.kernels.int4_linear import dequantize_int4
 from quantspec.passes.int4_weights import INT4, WeightQuantizer, quantize_int4
+from quantspec.passes.weight_formats import WeightFormat
 
 
 def test_backend_is_listed() -> None:
@@ -148,15 +149,15 @@ def test_weights_are_quantized_once_per_model(mlps, monkeypatch) -> None:
 
 def test_models_are_freed(mlps, monkeypatch) -> None:
     """The INT4 weights of a model go with it."""
-    sources, packed = [], []
+    packed, pack = [], WeightFormat.packed
 
-    def note(weight, *options):
-        tensors = quantize_int4(weight, *options)
-        sources.append(weakref.ref(weight))
+    def note(*arguments):
+        tensors = pack(*arguments)
         packed.append(weakref.ref(tensors[0]))
         return tensors
 
-    monkeypatch.setattr(backend, "INT4", dataclasses.replace(INT4, pack=note, layouts=()))
+    monkeypatch.setattr(WeightFormat, "packed", note)
+    monkeypatch.setattr(backend, "INT4", dataclasses.replace(INT4, layouts=()))
     with torch.no_grad():
         for model in mlps:
             _compiled(model)(ROWS)

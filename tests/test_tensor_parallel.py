@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, STATEFUL, tiny_model
 from torch import Tensor
@@ -27,14 +28,19 @@ from quantspec import Engine, Ranks, SavedModelError, UnsupportedModelError
 from quantspec.benchmarks.decode import random_part, shape_config
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
-from quantspec.checkpoint.split_loading import hollow_checkpoint
+from quantspec.checkpoint.split_loading import (
+    hollow_checkpoint,
+    hollow_saved_pair,
+    part_of_checkpoint,
+    part_of_saved_pair,
+)
 from quantspec.config import QuantSpecConfig, WeightQuantizer
 from quantspec.engine.draft_count import AutoDraftCount
 from quantspec.engine.plan import Plan
 from quantspec.hugging_face.generate import generate
 from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, sums_at_once
 from quantspec.pair.split import StoredCapture, plan, split_capture
-from quantspec.passes import plain_weights
+from quantspec.passes import plain_weights, weight_formats
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
 from quantspec.ranks import pickled
@@ -117,6 +123,20 @@ def names_kept(seat) -> list:
     names: list = [None] * seat.place.world
     dist.all_gather_object(names, list(seat.kept))
     return names[-1]
+
+
+def share_and_peak(seat, is_saved: bool, folder: Path, config: QuantSpecConfig, stored: StoredCapture) -> list:
+    """Of every rank the bytes of weights that it keeps, and the most that tensors had while it loaded them."""
+    # Blocks are to these weights what they are to those of large models.
+    with pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+        patch.setattr(weight_formats, "_ELEMENTS_AT_ONCE", 2**13)
+        if is_saved:
+            pair = part_of_saved_pair(seat, folder, None, False, config, stored)
+        else:
+            pair = part_of_checkpoint(seat, folder, config, stored, None, False)
+    every: list = [None] * seat.place.world
+    dist.all_gather_object(every, (sum(pair.weight_bytes.values()), live.peak))
+    return every
 
 
 def fail_on(seat, number: int) -> None:
@@ -236,6 +256,22 @@ def test_layers_with_states_are_whole_on_every_rank_which_says_so(ranks):
     total = sum(p.nbytes for p in whole.model.parameters())
     assert sum(p.nbytes for p in own.values()) <= shared + (total - shared) * 0.51
     part.close()
+
+
+# Beside the short convolution above: Mamba 2 and attention within one layer.
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("architecture", ["falcon_h1"])
+def test_hybrids_over_ranks_write_what_one_process_writes(ranks, architecture):
+    model = tiny_model(architecture)
+    pairs = [quantspec.convert(model, **OPTIONS), quantspec.convert(model, tensor_parallel=ranks, **OPTIONS)]
+    ids = random_ids(1, 24)
+    for options in ({"do_sample": False}, {"do_sample": True, "seed": 3}):
+        whole, part = (qs.generate(ids, max_new_tokens=12, eos_token_id=None, **options) for qs in pairs)
+        assert torch.equal(part, whole)
+    accepted = [qs.last_stats.accepted for qs in pairs]
+    assert accepted[0] == accepted[1] > 0
+    assert pairs[1].layers[-1].query_heads * 2 == pairs[0].layers[-1].query_heads
+    pairs[1].close()
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
@@ -517,6 +553,39 @@ def check_saved_pair(ranks, tmp_path, architecture: str) -> None:
     assert torch.equal(*texts)
     # The same codes draft the same tokens.
     assert part.last_stats.accepted == whole.last_stats.accepted
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_saved_pairs_groups_may_be_larger_than_those_of_a_rank(ranks, tmp_path):
+    """Groups of 64 inputs, of which a rank has as many, of 32: the one in the middle is of both."""
+    options = {**OPTIONS, "weight_group_size": 64}
+    whole = quantspec.convert(tiny_model("llama", intermediate_size=192), **options)
+    whole.save_pretrained(tmp_path)
+    part = quantspec.from_pretrained(tmp_path, tensor_parallel=ranks)
+    sizes = [{r.name: r.group_size for r in qs.linears}["model.layers.0.mlp.down_proj"] for qs in (whole, part)]
+    assert sizes == [64, 32]
+    ids = random_ids(1, 50)
+    assert torch.equal(*(qs.generate(ids, **CALL, do_sample=False) for qs in (whole, part)))
+    # The same codes and scales draft the same tokens.
+    assert part.last_stats.accepted == whole.last_stats.accepted
+    part.close()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("is_saved", [False, True], ids=["checkpoint", "saved pair"])
+def test_loading_a_part_holds_little_more_than_the_part(ranks, tmp_path, is_saved):
+    # A head that is a good part of all weights, as an 8B model's is.
+    sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+    model = tiny_model("llama", torch.bfloat16, **sizes)
+    config = QuantSpecConfig.from_options(None, OPTIONS)
+    if is_saved:
+        quantspec.convert(model, config).save_pretrained(tmp_path)
+        hollow, config = hollow_saved_pair(tmp_path, torch.device("cpu"), None, True, False, {})
+    else:
+        model.save_pretrained(tmp_path)
+        hollow = hollow_checkpoint(tmp_path, torch.device("cpu"), None, False)
+    for share, peak in ranks.run(share_and_peak, is_saved, tmp_path, config, plan(hollow, config, ranks.world)):
+        assert share <= peak <= 1.15 * share
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)

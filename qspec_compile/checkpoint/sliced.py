@@ -25,24 +25,26 @@ class SlicedFiles:
         """``single`` names the file, ``index`` the list of files where there are several."""
         path = folder / index
         names = sorted(set(json.loads(path.read_text())["weight_map"].values())) if path.exists() else [single]
-        self._readers: dict[str, Any] = {}
-        for name in names:
-            if (folder / name).exists():
-                reader = safetensors.safe_open(folder / name, framework="pt")
-                self._readers |= dict.fromkeys(reader.keys(), reader)
+        self._paths: dict[str, Path] = {}
+        for path in (folder / name for name in names):
+            if path.exists():
+                with safetensors.safe_open(path, framework="pt") as file:
+                    self._paths |= dict.fromkeys(file.keys(), path)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._readers
+        return key in self._paths
 
     def get(self, key: str, piece: Piece | None = None) -> Tensor:
-        """A tensor or a piece of it, in host memory."""
-        stored = self._readers[key].get_slice(key)
-        if piece is None:
-            return stored[:]
-        if piece.is_zero:
-            return torch.zeros_like(stored[:])
-        before = (slice(None),) * (len(stored.get_shape()) + piece.axis)
-        return torch.cat([stored[(*before, slice(first, last))] for first, last in piece.ranges], piece.axis)
+        """A tensor or a piece of it, in host memory of its own."""
+        # Opened for each: pages that were read count as the process's memory until the file is let go.
+        with safetensors.safe_open(self._paths[key], framework="pt") as file:
+            stored = file.get_slice(key)
+            if piece is None:
+                return stored[:].clone()
+            if piece.is_zero:
+                return torch.zeros_like(stored[:])
+            before = (slice(None),) * (len(stored.get_shape()) + piece.axis)
+            return torch.cat([stored[(*before, slice(first, last))] for first, last in piece.ranges], piece.axis)
 
 
 def weight_files(folder: Path) -> SlicedFiles:

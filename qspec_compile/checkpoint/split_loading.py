@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from quantspec.errors import SavedModelError
 from quantspec.pair import Pair
 from quantspec.pair.split import Read, StoredCapture, hollow, split_pair
 from quantspec.passes import LinearReport, WeightFormat
-from quantspec.passes.pieces import Piece, scaled
+from quantspec.passes.pieces import Piece, Ranges
 from quantspec.ranks import Seat
 
 from .folder import DRAFT_PREFIX, MODEL_PREFIX, TENSOR_FILES, Description, check_files
@@ -138,33 +139,48 @@ class _PiecesOfDraft:
     def packed(
         self, weight_format: WeightFormat, linear: str, shape: tuple[int, ...], group_size: int
     ) -> tuple[Tensor, ...] | None:
-        """A :data:`quantspec.passes.WeightSource`: the same codes, in groups that may be parts of the saved ones."""
+        """A :data:`quantspec.passes.WeightSource`: the same codes and scales, in parts of the saved groups."""
         report, piece = self._reports[linear], self._pieces.get(linear)
         # The whole model may absorb latents of which a rank makes its few heads.
         if report.group_size is None:
             return None
         whole = (*shape[:-2], report.out_features, report.in_features)
+        of_rows = shape[-2] != report.out_features
         parts = []
-        for part, saved, ours in zip(
+        for part, saved, ours, in_saved_groups in zip(
             weight_format.parts,
             weight_format.shapes(whole, report.group_size),
             weight_format.shapes(shape, group_size),
+            weight_format.shapes(shape, report.group_size),
             strict=True,
         ):
             key = f"{DRAFT_PREFIX}{linear}.{part.name}"
-            rows = shape[-2] != report.out_features
-            axis = part.row_axis
-            if not rows:
-                axis = next((n - len(saved) for n in range(len(saved)) if saved[n] != ours[n]), part.row_axis)
-            if piece is None or (not rows and saved == ours and shape[-1] == report.in_features):
+            # A rank may have as many groups as the whole, smaller ones, so their number does not tell the axis.
+            differing = (n - len(saved) for n in range(len(saved)) if saved[n] != in_saved_groups[n])
+            axis = part.row_axis if of_rows else next(differing, None)
+            if piece is None or axis is None:
                 parts.append(self._saved.get(key))
                 continue
-            size = report.out_features if rows else report.in_features
-            ranges = scaled(piece.ranges, saved[axis], size)
-            if ranges is None:
+            size, own_size = (report.out_features, shape[-2]) if of_rows else (report.in_features, shape[-1])
+            indices = _indices(piece.ranges, size // saved[axis], own_size // ours[axis])
+            if indices is None:
                 raise SavedModelError(
                     f"'{key}' was quantized in groups of {report.group_size}, which do not end where a rank's part of "
                     f"{linear} does; convert the model with a smaller weight_group_size"
                 )
-            parts.append(self._saved.get(key, Piece(axis, ranges, saved[axis])))
+            first, last = indices[0], indices[-1] + 1
+            span = self._saved.get(key, Piece(axis, ((first, last),), saved[axis]))
+            whole_span = indices == list(range(first, last))
+            parts.append(span if whole_span else span.index_select(axis, torch.tensor(indices) - first))
         return tuple(parts)
+
+
+def _indices(ranges: Ranges, saved_step: int, own_step: int) -> list[int] | None:
+    """Which entries of a saved part, of ``saved_step`` channels each, a rank's entries of ``own_step`` channels are.
+
+    None where one of the rank's would be of several saved ones.
+    """
+    bounds = itertools.chain(*ranges)
+    if saved_step % own_step or any(bound % own_step for bound in bounds):
+        return None
+    return [channel // saved_step for first, last in ranges for channel in range(first, last, own_step)]

@@ -27,7 +27,7 @@ from quantspec.ranks import Seat
 from .pair import Pair
 
 Read = Callable[[str, Piece | None], Tensor]
-"""Looks up a parameter of the model by name, or a piece of it."""
+"""Looks up a parameter of the model by name, or a piece of it, in memory of its own."""
 SplitSource = Callable[[Capture], WeightSource]
 StoredCapture = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """A capture as :func:`quantspec.capture.stored.to_json` describes it."""
@@ -54,7 +54,7 @@ def hollow(model: PreTrainedModel, device: torch.device) -> Read:
 
     def read(name: str, piece: Piece | None) -> Tensor:
         tensor = whole[name].detach()
-        return tensor if piece is None else piece.of(tensor)
+        return (tensor if piece is None else piece.of(tensor)).clone(memory_format=torch.contiguous_format)
 
     return read
 
@@ -116,7 +116,7 @@ def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.de
     for module, leaf, parameter in _parameters(model):
         key = id(parameter)
         if key not in made:
-            tensor = read(names[key], shared.get(key)).to(device, copy=True, memory_format=torch.contiguous_format)
+            tensor = read(names[key], shared.get(key)).to(device, memory_format=torch.contiguous_format)
             made[key] = nn.Parameter(tensor, requires_grad=False)
         module._parameters[leaf] = made[key]
     own = dict(model.named_parameters(remove_duplicate=False))
