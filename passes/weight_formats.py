@@ -19,8 +19,8 @@ from .graph import get_tensor
 
 # Node metadata: the PackedLinears whose weights a call holds.
 PACKED_LINEARS = "packed_linears"
-# Of a weight that is packed: 2 MiB in float32, some of which stay in a CPU's cache and still keep a GPU busy.
-_ELEMENTS_AT_ONCE = 2**19
+# Of a weight that is packed: 2 MiB in float32, some of which stay in a CPU's cache, and 128 MiB, which keep a GPU busy.
+_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_GPU = 2**19, 2**25
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,11 @@ class WeightFormat:
             torch.empty(shape, dtype=part.dtype(weight.dtype), device=weight.device)
             for part, shape in zip(self.parts, self.shapes(weight.shape, group_size), strict=True)
         )
+        at_once = _ELEMENTS_AT_ONCE if weight.device.type == "cpu" else _ELEMENTS_AT_ONCE_ON_GPU
         matrices = [(weight, *made)] if weight.dim() == 2 else list(zip(weight, *made, strict=True))
         for matrix, *parts in matrices:
             rows, width = matrix.shape
-            length = max(1, _ELEMENTS_AT_ONCE // width)
+            length = max(1, at_once // width)
             for start in range(0, rows, length):
                 block = matrix[start : start + length]
                 ours = self.rows(tuple(parts), start, len(block))
