@@ -142,9 +142,19 @@ def test_one_compilation_serves_prompts_of_any_length_in_any_place(script: str, 
     ],
 )
 def test_what_a_generation_lacks_is_a_fault(row: dict, ptx: str, capability: int, expected: list[str]) -> None:
-    found = list(loaded(SCRIPT).faults(row, ptx, capability))
+    found = list(loaded(SCRIPT).faults(row, {"ptx": ptx, "ttgir": ""}, capability))
     assert len(found) == len(expected)
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("depth", "is_fault"), [(16, True), (32, False)])
+def test_products_shorter_than_their_threads_hold_are_a_fault(depth: int, is_fault: bool) -> None:
+    left, right = (f"#ttg.dot_op<{{opIdx = {at}, parent = #mma, kWidth = 8}}>" for at in (0, 1))
+    types = f"tensor<16x{depth}xf16, {left}> * tensor<{depth}x32xf16, {right}> -> tensor<16x32xf32, #mma>"
+    line = f"%s = tt.dot %a, %b, %c : {types}"
+    row = {"shared_bytes": 0, "overlaps": False}
+    found = list(loaded(SCRIPT).faults(row, {"ptx": "", "ttgir": line}, 90))
+    assert [text.startswith("sums 16 products") for text in found] == [True] * is_fault
 
 
 def test_the_page_tells_what_was_compiled() -> None:
