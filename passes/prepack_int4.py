@@ -139,7 +139,7 @@ def _pack(blocks: Iterable[Tensor], rows: int, in_features: int) -> Tensor:
 
     A block is packed alone, since aten takes int32, eight times what it makes.
     """
-    packed = torch.empty(rows, in_features // 2, dtype=torch.uint8)
+    packed = torch.empty(rows, in_features // 2, dtype=torch.uint8, device="cpu")
     for codes, place in zip(blocks, packed.split(_ROWS_TOGETHER), strict=True):
         place.copy_(aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
     return packed

@@ -171,7 +171,7 @@ class _PiecesOfDraft:
             first, last = indices[0], indices[-1] + 1
             span = self._saved.get(key, Piece(axis, ((first, last),), saved[axis]))
             whole_span = indices == list(range(first, last))
-            parts.append(span if whole_span else span.index_select(axis, torch.tensor(indices) - first))
+            parts.append(span if whole_span else span.index_select(axis, torch.tensor(indices, device="cpu") - first))
         return tuple(parts)
 
 
