@@ -54,7 +54,7 @@ def test_the_server_answers_as_it_should(folder):
 
 def test_parity_with_the_quantized_pair(folder):
     lm = QuantSpecLM(str(folder), dtype="float32", device="cpu")
-    options = ParityOptions(limit=1, batch_size=1, context_tokens=320, scored_tokens=64, prompts=0)
+    options = ParityOptions(limit=1, batch_size=1, context_tokens=320, scored_tokens=24, prompts=0)
     # Longer than the 2G = 256 tokens that are not quantized.
     tasks = ["reference_choice", "reference_cloze@320", "niah_single_1@512"]
     report = parity(lm.qs, tokenizer=lm.tokenizer, tasks=tasks, options=options)
