@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-# Over models of two layers torch's memory of what it has traced costs a third of a capture and saves nothing.
+# Over models of two layers torch's cache of what it has traced costs a quarter of a conversion and saves nothing.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 import pytest
@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 import quantspec
 from quantspec.cli import main
 
-# What is imported stays: collections of garbage that walk over it take a tenth of a conversion.
+# What is imported stays: collections of garbage that walk over it take 8% of a conversion.
 gc.freeze()
 
 # Converting and generating make examples slow and uneven; shared models are stateless between calls, as tests show.
