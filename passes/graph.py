@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
@@ -80,6 +81,13 @@ def add_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     return node
 
 
+def value_of(mode: FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``target`` makes of fake tensors of ``mode``."""
+    # torch 2.11 decomposes a linear of symbolic sizes by what knows plain sizes alone, unless Python dispatches.
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
 def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node, value: Any = None) -> fx.Node:
     """Insert a call at the current insertion point, with its value metadata.
 
@@ -94,8 +102,7 @@ def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node, value: 
     values = fx.node.map_arg(args, lambda argument: argument.meta.get("val"))
     mode = fake_mode_of(graph)
     if mode is not None and all("val" in argument.meta for argument in node.all_input_nodes):
-        with mode:
-            node.meta["val"] = target(*values)
+        node.meta["val"] = value_of(mode, target, *values)
     return node
 
 

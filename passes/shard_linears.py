@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, get_tensor, module_path
+from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, get_tensor, module_path, value_of
 from .held_axes import FACTORIES, Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
 from .join_written_parts import JoinWrittenParts
 from .logit_rows import LINEAR_TARGETS, logits_linear
@@ -563,8 +563,7 @@ def _renew_values(gm: fx.GraphModule) -> None:
             node.meta["val"] = mode.from_tensor(get_tensor(gm, node), static_shapes=True)
         elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
-            with mode:
-                node.meta["val"] = node.target(*args, **kwargs)
+            node.meta["val"] = value_of(mode, node.target, *args, **kwargs)
         if _described(node.meta.get("val")) != _described(before):
             changed.add(node)
 

@@ -6,11 +6,12 @@ Nothing in it waits for the host, so a cycle can be captured as a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fused import fused
 from .sampling import Randomness, accept, perturb, perturbation
 
 Process = Callable[[Tensor, int], Tensor]
@@ -44,8 +45,9 @@ class Acceptance:
         self.randomness = randomness
         self._process = process
         self._rule = rule
-        compiled: Callable[..., Any] = torch.compile if compiles else lambda function: function
-        self._choose, self._judge, self._perturbation = compiled(_choose), compiled(_judge), compiled(perturbation)
+        self._choose, self._judge, self._perturbation = (
+            fused(function, compiles) for function in (_choose, _judge, perturbation)
+        )
 
     def draft(self, logits: Tensor, step: int) -> Tensor:
         """The token ``(B,)`` that the draft's logits ``(B, 1, V)`` choose behind ``step`` drafts of the cycle."""

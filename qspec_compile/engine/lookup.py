@@ -6,12 +6,13 @@ and no shape follows from data, so a captured cycle holds the search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import fused
 from .request import Request
 from .text import Positions, Text
 
@@ -64,7 +65,7 @@ class Lookup:
         self.text = Text(batch, width, device)
         self.drafts = torch.zeros(batch, most, dtype=torch.int64, device=device)
         self.matched = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._search: Callable[..., tuple[Tensor, Tensor]] = torch.compile(continuations) if compiles else continuations
+        self._search = fused(continuations, compiles)
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Take over the rows' texts so far, and search them."""
