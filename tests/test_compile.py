@@ -1,12 +1,19 @@
 """The pair under torch.compile."""
 
+import contextlib
+
 import pytest
 import torch
 from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 
 import quantspec
+from quantspec import Engine
 from quantspec.passes import Role, cache_parts
+from quantspec.serving import Request
+
+# Of prompts.
+LENGTHS = (1, 2, 32, 33, 70, 100)
 
 pytestmark = pytest.mark.xdist_group("compile")
 
@@ -89,3 +96,20 @@ def test_compiled_code_copies_no_cache(one_layer, role: Role) -> None:
     allocations = [line for line in code[0].splitlines() if "empty_strided" in line and "=" in line]
     assert allocations
     assert not [line for line in allocations if f" {slots}," in line or "uint8" in line]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: compiling prompts for a CPU takes minutes")
+def test_an_engines_prompts_are_compiled_once():
+    """A prompt of one chunk and one of several; then lengths and numbers of chunks that were not there before."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model("llama", torch.float32, num_hidden_layers=4, hidden_size=256, head_dim=64).cuda()
+    qs = quantspec.convert(model, kv_group_size=16, weight_group_size=32, self_check=False)
+    expected = [qs.generate(_prompt(n).cuda(), max_new_tokens=20, do_sample=False, eos_token_id=None) for n in LENGTHS]
+    with contextlib.closing(Engine(qs, max_sequences=2, max_length=128, max_num_batched_tokens=32)) as engine:
+        engine.warm_up()
+        before = counters["stats"]["unique_graphs"]
+        requests = [Request(_prompt(n)[0].tolist(), 20, (), {"do_sample": False}) for n in LENGTHS]
+        for n, outputs, ids in zip(LENGTHS, engine.generate(requests), expected, strict=True):
+            assert [token for output in outputs for token in output.token_ids] == ids[0, n:].tolist()
+    assert counters["stats"]["unique_graphs"] == before

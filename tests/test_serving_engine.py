@@ -733,3 +733,24 @@ def test_sparse_drafts():
     asked = [Request(random_prompt(1200 - 500 * seed, seed), 20, ()) for seed in range(3)]
     assert [text(own) for own in engine.generate(asked)] == [alone(pair, request) for request in asked]
     engine.close()
+
+
+def test_prompts_go_through_what_is_compiled_but_a_single_token(qs, monkeypatch):
+    inner, lengths = qs.pair, []
+    prompts = [random_prompt(length, length) for length in (1, GROUP, GROUP + 1, 6 * GROUP)]
+    asked = [Request(prompt, 20, (), {"do_sample": False}) for prompt in prompts]
+
+    def texts() -> list[list[int]]:
+        options = {"max_sequences": 2, "max_length": 160, "max_num_batched_tokens": 2 * GROUP}
+        with contextlib.closing(Engine(qs, **options)) as engine:
+            return [text(outputs) for outputs in engine.generate(asked)]
+
+    def compiled_graph(graph):
+        return lambda ids, *inputs: lengths.append(ids.shape[1]) or graph(ids, *inputs)
+
+    expected = texts()
+    monkeypatch.setattr("quantspec.pair.pair.compile_graph", compiled_graph)
+    monkeypatch.setattr(inner, "_forwards", dict(inner._forwards))
+    monkeypatch.setattr(inner, "compiles", True)
+    assert texts() == expected
+    assert sorted(lengths) == [GROUP, GROUP + 1, 2 * GROUP, 2 * GROUP, 2 * GROUP]

@@ -6,6 +6,7 @@ small tensor per cycle, which also says whether a flush is due.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -74,7 +75,10 @@ class Cycle:
         running: ``(B,)`` bool; sequences that are done go through the motions and keep their state.
         text: what logits processors on the device read, moved on by a cycle; None if they read nothing.
         lookup: the source of drafts out of the text, moved on by a cycle; None where no cycle of the call needs it.
+        cut: called behind each drafted token, where a capture may begin a graph of its own.
     """
+
+    cut: Callable[[], object] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -152,6 +156,7 @@ class Cycle:
             if self.text is not None:
                 self.text.write(step, current[:, None])
             tokens.append(current)
+            self.cut()
         return torch.stack(tokens, 1) if tokens else self.pending.new_empty(self.cache.batch_size, 0)
 
     def look_up(self, num_drafts: int) -> Tensor:

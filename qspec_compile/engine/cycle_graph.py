@@ -1,4 +1,4 @@
-"""Cycles captured as CUDA graphs and replayed: one per plan, with sampling or not, and kinds of processors.
+"""Cycles captured as CUDA graphs and replayed: a row of them per plan, with sampling or not, and kinds of processors.
 
 Lengths, texts, the processors' parameters and the rows' seeds live in tensors that the replays read.
 """
@@ -19,6 +19,7 @@ from quantspec.pair import Pair
 
 from .acceptance import Acceptance, Rule
 from .cycle import Cycle, LockstepCycle, Proposal
+from .graph_row import GraphRow
 from .logits_processors import ScoreProgram, program_key
 from .lookup import Lookup
 from .plan import Plan
@@ -70,13 +71,13 @@ class CycleReplay:
         self.cycle = Cycle(pair, cache, acceptance, text=self.program.text, lookup=lookup)
 
     def _works(self, plan: Plan) -> tuple[Callable[[], object], ...]:
-        """What is captured, a graph for each."""
+        """What is captured, a row of graphs for each."""
         return lambda: self._work(plan), self.cycle.cache.flush
 
     def _capture(self, plan: Plan) -> None:
         device, cache, works = self.cycle.pair.device, self.cycle.cache, self._works(plan)
-        self._graphs = tuple(torch.cuda.CUDAGraph() for _ in works)
         stream = torch.cuda.Stream(device)
+        self._graphs = tuple(GraphRow(stream) for _ in works)
         stream.wait_stream(torch.cuda.current_stream(device))
         with (
             torch.cuda.stream(stream),
@@ -87,9 +88,9 @@ class CycleReplay:
                     work()
                 advance(1)
             torch.cuda.synchronize(device)
-            for graph, work in zip(self._graphs, works, strict=True):
-                with torch.cuda.graph(graph, stream=stream):
-                    work()
+            for graphs, work in zip(self._graphs, works, strict=True):
+                self.cycle.cut = graphs.cut
+                graphs.capture(work)
             advance(1)
         torch.cuda.current_stream(device).wait_stream(stream)
         # Warm-ups choose by what no text says.

@@ -15,5 +15,5 @@ def fused(function: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
     """``function`` under torch.compile; as it is unless ``compiles``."""
     if not compiles:
         return function
-    options = {_UNSOUND: False} if _UNSOUND in torch._inductor.list_options() else None
+    options: dict[str, Any] | None = {_UNSOUND: False} if _UNSOUND in torch._inductor.list_options() else None
     return torch.compile(function, options=options)

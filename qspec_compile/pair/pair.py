@@ -222,6 +222,18 @@ class Pair:
         """What rank 0 has for ``numbers``; themselves where one process has the whole model."""
         return list(numbers) if self._seat is None else self._seat.agree(numbers)
 
+    def compile_prefill(self) -> None:
+        """Let :meth:`fill` go through torch.compile, where the pair does: for who reads prompts in short chunks.
+
+        The launches of a chunk take the host longer than the device, until pointwise ones are fused.
+        """
+        graph = self.graphs[Role.PREFILL]
+        if self.compiles and self._forwards[Role.PREFILL] is graph:
+            assert isinstance(graph, fx.GraphModule)
+            compiled = compile_graph(graph)
+            # torch.compile takes a size of 1 for a constant: a single token would be compiled by itself.
+            self._forwards[Role.PREFILL] = lambda ids, *inputs: (compiled if ids.shape[1] > 1 else graph)(ids, *inputs)
+
     def wait_with_ranks(self) -> None:
         """Wait for the device where it waits for other ranks, which may end; else return at once.
 

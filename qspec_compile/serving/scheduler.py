@@ -37,6 +37,7 @@ class Scheduler:
         """``session`` is that of the pair, whose weights and rule are used; the cache is a new one."""
         self.session = session
         self._pair = pair = session.pair
+        pair.compile_prefill()
         self._sizes = sizes
         self._chunk = sizes.chunk if pair.continues else sizes.length
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
