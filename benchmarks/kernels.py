@@ -55,6 +55,7 @@ class Cases:
         linears: input and output channels.
         rows: of the linears' input.
         groups: input channels that share a scale.
+        pools: sequences and tokens of each that are attended to out of a pool, by the first layout.
     """
 
     layouts: Sequence[tuple[int, int]] = tuple(LAYOUTS)
@@ -63,10 +64,19 @@ class Cases:
     linears: Sequence[tuple[int, int]] = tuple(LINEAR_SHAPES)
     rows: Sequence[int] = (1, 8, 16)
     groups: Sequence[int] = (128, 64, 32)
+    pools: Sequence[tuple[int, int]] = ((1, 131072), (8, 4096), (8, 32768))
 
 
 # One layer of Llama-3.1-8B.
-QUICK = Cases(layouts=((32, 8),), contexts=(32768,), batches=(1,), linears=((4096, 14336),), rows=(1, 8), groups=(128,))
+QUICK = Cases(
+    layouts=((32, 8),),
+    contexts=(32768,),
+    batches=(1,),
+    linears=((4096, 14336),),
+    rows=(1, 8),
+    groups=(128,),
+    pools=((8, 32768),),
+)
 
 
 def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -150,6 +160,22 @@ def attention_inputs(heads: int, kv_heads: int, tokens: int, batch: int, context
     ]
 
 
+def pooled_inputs(
+    heads: int, kv_heads: int, tokens: int, batch: int, context: int
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """The same over a pool of as many groups, in no order, and the table that names them."""
+    own = attention_inputs(heads, kv_heads, tokens, batch, GROUP)
+    pool = attention_inputs(heads, kv_heads, tokens, 1, batch * context)
+    planes = {3 + index for index, part in enumerate(CACHE_PARTS) if part.kind != "recent"}
+    arguments = [
+        theirs if place in planes else ours for place, (ours, theirs) in enumerate(zip(own, pool, strict=True))
+    ]
+    quantized = torch.full((batch,), context, device="cuda")
+    arguments[-6:-4] = quantized, quantized + 192
+    table = torch.randperm(batch * context // GROUP, dtype=torch.int32, device="cuda").view(batch, -1)
+    return arguments, {"block_table": table}
+
+
 def num_bytes(arguments: list[Any]) -> int:
     """Bytes of all tensors among the arguments."""
     return sum(x.nbytes for x in arguments if isinstance(x, Tensor))
@@ -199,6 +225,26 @@ def attention_rows(cases: Cases) -> Iterator[dict[str, Any]]:
                                 ]
                             )
                         )
+
+
+def pool_rows(cases: Cases) -> Iterator[dict[str, Any]]:
+    """Attention out of planes of each sequence's own beside that out of a pool, through a table."""
+    heads, kv_heads = cases.layouts[0]
+    for batch, context in cases.pools:
+        for op, tokens in (("draft_attention", 1), ("verify_attention", 5)):
+            shape = {"op": op, "heads": heads, "kv_heads": kv_heads, "tokens": tokens}
+            shape |= {"batch": batch, "context": context, "dtype": "float16"}
+            count = rotation(num_bytes(attention_inputs(heads, kv_heads, tokens, batch, context)))
+            for implementation in ("own planes", "pool"):
+                sets = []
+                for _ in range(count):
+                    if implementation == "pool":
+                        arguments, table = pooled_inputs(heads, kv_heads, tokens, batch, context)
+                    else:
+                        arguments, table = attention_inputs(heads, kv_heads, tokens, batch, context), {}
+                    sets.append(functools.partial(cached_attention, *arguments, **table))
+                yield shape | {"implementation": implementation} | measure(sets)
+                del sets
 
 
 def linear_rows(cases: Cases) -> Iterator[dict[str, Any]]:
@@ -282,7 +328,7 @@ def measured_rows(cases: Cases, commit: str | None = None) -> Iterator[dict[str,
         "copy_gb_per_s": round(bandwidth, 1),
     }
     LOG.debug(environment)
-    for rows in (linear_rows(cases), encode_rows(), attention_rows(cases)):
+    for rows in (linear_rows(cases), encode_rows(), attention_rows(cases), pool_rows(cases)):
         for row in rows:
             if "bytes" in row:
                 row["floor_us"] = round(row["bytes"] / bandwidth / 1e3, 2)

@@ -3,7 +3,8 @@
     python -m benchmarks.serving --model llama-3.1-8b --contexts 4096 32768
     python -m benchmarks.serving --model smollm2 --device cpu --users 1 4 --contexts 500
 
-Every user sends one request of a prompt of its own. Rates are tokens of all users per second: ``tokens_per_second``
+Every user sends one request of a prompt of its own; in mode ``shared`` the prompts are alike but for their last 128
+tokens. Rates are tokens of all users per second: ``tokens_per_second``
 from the arrival to the last token, ``decode_tokens_per_second`` after the last first token. As in
 ``benchmarks.decode``, shapes with random weights accept synthetically.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +38,10 @@ MODES: dict[str, dict[str, Any]] = {
     "batch_without_drafts": {"num_speculative_tokens": 0},
     "batch": {},
     "batch_auto": {"num_speculative_tokens": "auto"},
+    "shared": {},
 }
+# Tokens at the end of a prompt that is shared otherwise.
+_OWN = 128
 
 
 def requests(prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Request]:
@@ -69,6 +74,8 @@ def timed(engine: Engine, asked: Sequence[Request]) -> dict[str, float]:
         "first_token_seconds_median": statistics.median(first.values()),
         "first_token_seconds_most": max(first.values()),
         "mean_acceptance_length": 1 + done.accepted_tokens / max(1, done.cycles),
+        "prompt_tokens": done.prompt_tokens,
+        "cached_prompt_tokens": done.cached_prompt_tokens,
     }
 
 
@@ -82,13 +89,23 @@ def measure_users(
         options = {"max_sequences": len(prompts), "max_length": row["context"] + new_tokens, **MODES[mode]}
         with contextlib.closing(Engine(qs, **options)) as engine:
             engine.warm_up()
-            row[mode] = timed(engine, requests(prompts, new_tokens))
+            begun = engine.statistics()
+            asked = [[*prompts[0][:-_OWN], *own[-_OWN:]] for own in prompts] if mode == "shared" else prompts
+            row[mode] = timed(engine, requests(asked, new_tokens))
+            for count in ("prompt_tokens", "cached_prompt_tokens"):
+                row[mode][count] -= getattr(begun, count)
         free()
     return row
 
 
 def measure(
-    model_name: str, device: str, contexts: Sequence[int], users: Sequence[int], new_tokens: int, rate: float
+    model_name: str,
+    device: str,
+    contexts: Sequence[int],
+    users: Sequence[int],
+    new_tokens: Sequence[int],
+    rate: float,
+    modes: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """One row per context and number of users."""
     most = max(users)
@@ -98,14 +115,16 @@ def measure(
     else:
         model = random_model(model_name, None)
         text = torch.randint(0, model.config.vocab_size, (max(contexts) + most * 1000,)).tolist()
-    qs = quantspec.convert(model, weight_group_size=64 if model_name == "smollm2" else 128, self_check=False)
+    group = 64 if model_name == "smollm2" else 128
+    # As in benchmarks.decode, the head of a small model is a large part of it.
+    qs = quantspec.convert(model, weight_group_size=group, quantize_lm_head=group == 128, self_check=False)
     if model_name != "smollm2":
         qs.session.rule = synthetic_acceptance(torch.tensor(rate, device=device))
     for context in contexts:
         # Their beginnings differ, so that nothing is shared.
         prompts = [text[1000 * user :][:context] for user in range(most)]
-        for count in users:
-            row = measure_users(qs, prompts[:count], new_tokens)
+        for count, new in itertools.product(users, new_tokens):
+            row = measure_users(qs, prompts[:count], new, modes)
             row |= {"model": model_name, "synthetic_acceptance_rate": None if model_name == "smollm2" else rate}
             LOG.debug(row)
             yield row
@@ -118,14 +137,16 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--users", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=[*MODES])
     parser.add_argument("--rate", type=float, default=0.93, help="synthetic acceptance rate, of random weights")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     print_progress()
     rows = []
-    for row in measure(given.model, given.device, given.contexts, given.users, given.new_tokens, given.rate):
+    asked = (given.contexts, given.users, given.new_tokens, given.rate, given.modes)
+    for row in measure(given.model, given.device, *asked):
         rows.append(row)
         write_results(given.out or RESULTS / f"serving-{given.model}.json", given.device, rows)
 

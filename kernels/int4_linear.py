@@ -668,7 +668,8 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int, ga
             return LinearConfig(2, 4 if outputs <= 4096 else 2, min(2, splits), 1, 1)
         if share == 4:
             return LinearConfig(1, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(2, 4, splits, 1, 1)
-        return LinearConfig(1, 8 if share == 2 else 4, 1, 1, 0)
+        # A language-model head has programs enough: 82 us instead of 93 for 128,256 outputs of 4,096 inputs (H200).
+        return LinearConfig(2, 2, 1, 2, 0) if outputs > 4096 else LinearConfig(1, 8 if share == 2 else 4, 1, 1, 0)
     if rows > 8:
         return LinearConfig(2, 2, splits, 2, 0)
     if share == 1:

@@ -48,9 +48,13 @@ class ServerOptions:
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a request. [default: what memory allows]"),
     ] = None
     max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(parser=tokens(), metavar="N", help="Tokens of a prompt that are prefilled between two cycles."),
-    ] = 1024
+        int | None,
+        typer.Option(
+            parser=tokens(),
+            metavar="N",
+            help="Tokens of prompts that are prefilled between two cycles. [default: 4096 on a GPU, 1024 on a CPU]",
+        ),
+    ] = None
     gpu_memory_utilization: Annotated[
         float, typer.Option(parser=real(0, 1), metavar="X", help="Share of a GPU's memory for weights and cache.")
     ] = 0.9

@@ -35,9 +35,9 @@ class Engine:
     """Runs the requests of many callers on one pair.
 
     A step takes what is new at the edge of a cycle: requests that were cancelled leave, waiting ones take their places,
-    one chunk of one prompt is prefilled, and the rows that have their prompts run one cycle. What a request gets does
-    not depend on what runs beside it, but for the rounding of larger matrix products: its chunks begin where its own
-    text says, its randomness is its seed's, and its failures are its own.
+    chunks of prompts are prefilled, one prompt after another, and the rows that have their prompts run one cycle. What
+    a request gets does not depend on what runs beside it, but for the rounding of larger matrix products: its chunks
+    begin where its own text says, its randomness is its seed's, and its failures are its own.
 
     Attributes:
         pair: whose weights and captured graphs it uses, by turns with ``generate``.
@@ -52,7 +52,7 @@ class Engine:
         max_sequences: int = 8,
         max_length: int | None = None,
         max_waiting: int = 1024,
-        max_num_batched_tokens: int = 1024,
+        max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         num_speculative_tokens: int | str | None = None,
         num_pages: int | None = None,
@@ -66,9 +66,9 @@ class Engine:
             max_length: most tokens of a request, prompt and output. If None, the pair's ``max_cache_len``, on a CPU
                 at most 8,192; less where all pages hold less.
             max_waiting: requests that may wait; more are refused.
-            max_num_batched_tokens: tokens of a prompt that are prefilled between two cycles, in whole KV groups; the
-                last chunk has up to a group more. A prompt shares with earlier ones as many whole chunks as they begin
-                alike.
+            max_num_batched_tokens: tokens of prompts that are prefilled between two cycles, in chunks of at most 1,024
+                and of whole KV groups; the last chunk of a prompt has up to a group more. If None, 4,096 on a GPU and
+                1,024 on a CPU. A prompt shares with earlier ones as many whole chunks as they begin alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
             num_speculative_tokens: tokens drafted per cycle; the pair's own number if None. With ``"auto"`` none, the
                 pair's own number (4 if that is ``"auto"`` or 0) or half of it: for each size of the batch what its
@@ -152,7 +152,7 @@ class Engine:
             raise QueueFullError(f"{count} requests wait already (max_waiting={self._max_waiting}); try again later")
 
     def step(self) -> list[Output]:
-        """Drop what was cancelled, admit, prefill one chunk of one prompt, run one cycle; returns what came of it.
+        """Drop what was cancelled, admit, prefill chunks of prompts, run one cycle; returns what came of it.
 
         One output for each request that got tokens or ended.
         """

@@ -75,10 +75,9 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self, cancelled: Collection[int]) -> list[Output]:
-        """Drop the requests of these ids, admit, prefill one chunk of one prompt, run one cycle; returns what came."""
+        """Drop the requests of these ids, admit, prefill some chunks of prompts, run one cycle; returns what came."""
         with self.session.exclusive():
             dropped = self._drop(cancelled)
-            self._admit()
             self._prefill()
             # Those of them that give way have to be told, too.
             rows = self.running
@@ -191,14 +190,21 @@ class Scheduler:
         row.pages += new
 
     def _prefill(self) -> None:
-        """Cache a part of the one text that is not cached yet; the last one of a prompt gives the first token."""
-        for row in self.running:
-            if row.fills:
-                # A failed processor or a full memory is the end of this request alone.
-                try:
-                    self._fill(row)
-                except Exception as error:
-                    row.end(FinishReason.ERROR, error)
+        """Cache chunks of texts, one text after another; the last one of a prompt gives the first token."""
+        left = self._sizes.chunks * self._sizes.chunk
+        while left > 0:
+            self._admit()
+            row = next((row for row in self.running if row.fills), None)
+            if row is None:
+                return
+            before = row.filled
+            # A failed processor or a full memory is the end of this request alone.
+            try:
+                self._fill(row)
+            except Exception as error:
+                row.end(FinishReason.ERROR, error)
+            # A short text takes the host as long as a chunk.
+            left -= max(self._sizes.chunk, row.filled - before)
 
     def _fill(self, row: Row) -> None:
         """Cache the next part of a text, and let the pages of a chunk be found."""

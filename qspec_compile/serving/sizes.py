@@ -14,6 +14,10 @@ from quantspec.pair import Pair
 
 # Tokens of a sequence on a CPU, if nobody says.
 _LENGTH_ON_CPU = 8192
+# Tokens between two cycles, if nobody says: on an H200 a shape of 8B reads so many in 0.1 s.
+_BATCHED_ON_CPU, _BATCHED_ON_GPU = 1024, 4096
+# Tokens of a prompt at once: prompts share whole chunks, and a GPU gains little by longer ones.
+_CHUNK = 1024
 
 
 class Sizes(NamedTuple):
@@ -22,7 +26,8 @@ class Sizes(NamedTuple):
     Attributes:
         sequences: that run at once.
         length: most tokens of each.
-        chunk: tokens of a prompt that are prefilled between two cycles, a multiple of G.
+        chunk: tokens of a prompt that are prefilled at once, a multiple of G.
+        chunks: prefilled between two cycles.
         draft_counts: tokens that a cycle may draft; several where the engine chooses.
         pages: of G tokens, for all sequences together.
     """
@@ -30,6 +35,7 @@ class Sizes(NamedTuple):
     sequences: int
     length: int
     chunk: int
+    chunks: int
     draft_counts: tuple[int, ...]
     pages: int
 
@@ -44,7 +50,7 @@ class Sizes(NamedTuple):
         pair: QuantSpecModel,
         max_sequences: int,
         max_length: int | None,
-        max_num_batched_tokens: int,
+        max_num_batched_tokens: int | None,
         gpu_memory_utilization: float,
         num_speculative_tokens: int | str | None,
         num_pages: int | None,
@@ -55,7 +61,8 @@ class Sizes(NamedTuple):
             TypeError, ValueError: an option that cannot be honoured.
         """
         check_positive("max_sequences", max_sequences)
-        check_positive("max_num_batched_tokens", max_num_batched_tokens)
+        if max_num_batched_tokens is not None:
+            check_positive("max_num_batched_tokens", max_num_batched_tokens)
         if isinstance(gpu_memory_utilization, bool) or not isinstance(gpu_memory_utilization, int | float):
             raise TypeError(f"gpu_memory_utilization must be a number, not {gpu_memory_utilization!r}")
         if not 0 < gpu_memory_utilization <= 1:
@@ -67,11 +74,14 @@ class Sizes(NamedTuple):
                 "cannot share pages; an engine needs a recipe whose access names it"
             )
         inner, group = pair.pair, pair.config.kv_group_size
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = max(group, _BATCHED_ON_GPU if inner.device.type == "cuda" else _BATCHED_ON_CPU)
         if max_num_batched_tokens < group:
             raise ValueError(
                 f"max_num_batched_tokens must be at least kv_group_size={group} of the pair, not "
                 f"{max_num_batched_tokens}"
             )
+        chunk = max(group, min(_CHUNK, max_num_batched_tokens) // group * group)
         if max_length is not None:
             check_positive("max_length", max_length)
             if max_length > inner.max_len:
@@ -87,7 +97,7 @@ class Sizes(NamedTuple):
                 f"max_length={max_length} is more than the {length} tokens that {pages} pages hold; pass a smaller "
                 "one, or a larger num_pages or gpu_memory_utilization"
             )
-        return cls(max_sequences, length, max_num_batched_tokens // group * group, draft_counts, pages)
+        return cls(max_sequences, length, chunk, max_num_batched_tokens // chunk, draft_counts, pages)
 
 
 def check_positive(name: str, value: Any) -> None:
