@@ -29,6 +29,7 @@ from torch import Tensor
 from .attention import compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .block_table import groups_of
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .hierarchical import dense_key_value, stored_values
 from .pages import read_tokens
 
@@ -283,7 +284,7 @@ def attend_plainly(
     return out
 
 
-@torch.library.custom_op("quantspec::cached_attention", mutates_args=part_names("recent"))
+@cache_op("quantspec::cached_attention", mutates_args=part_names("recent"))
 def cached_attention(
     query: Tensor,
     key: Tensor,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cache_op import cache_op
 from .current_device import on_tensors_device
 from .optional_triton import tl, triton
 from .pages import PAGE_TOKENS
@@ -29,7 +30,7 @@ def num_kept(pages: int, share: int, least: int) -> int:
     return min(pages, max(least, -(-pages * share // SHARE_UNIT)))
 
 
-@torch.library.custom_op("quantspec::choose_pages", mutates_args=("chosen_pages", "num_chosen"))
+@cache_op("quantspec::choose_pages", mutates_args=("chosen_pages", "num_chosen"))
 def choose_pages(
     page_scores: Tensor,
     chosen_pages: Tensor,

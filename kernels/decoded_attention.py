@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import first_visible, masked_attention
+from .cache_op import cache_op
 from .hierarchical import stored_values
 
 
@@ -69,7 +70,7 @@ def _attend(
     return out.reshape(batch, heads, tokens, -1).transpose(1, 2)
 
 
-@torch.library.custom_op(
+@cache_op(
     "quantspec::decoded_attention", mutates_args=("k_recent", "v_recent", "k_decoded", "v_decoded"), device_types="cpu"
 )
 def decoded_attention(

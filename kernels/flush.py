@@ -6,16 +6,16 @@ Decided per sequence from ``length - quantized_len``, so one call serves a ragge
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .block_table import groups_of
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values, write_groups
 
 
-@torch.library.custom_op("quantspec::flush", mutates_args=part_names())
+@cache_op("quantspec::flush", mutates_args=part_names())
 def flush(
     k_recent: Tensor,
     v_recent: Tensor,

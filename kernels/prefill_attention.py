@@ -18,6 +18,7 @@ from torch import Tensor
 from .attention import attention_dtype, first_visible, masked_attention
 from .block_table import groups_of, num_places
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .dense_tokens import dense_tokens, dense_tokens_triton
 from .encode import encode_oldest_groups
 from .hierarchical import encode_keys, encode_values, num_flushed_groups, write_groups
@@ -71,7 +72,7 @@ def _attend_prompts(
     return out
 
 
-@torch.library.custom_op("quantspec::prefill_attention", mutates_args=part_names())
+@cache_op("quantspec::prefill_attention", mutates_args=part_names())
 def prefill_attention(
     query: Tensor,
     key: Tensor,

@@ -16,13 +16,14 @@ from torch import Tensor
 from .attention import first_visible
 from .block_table import groups_of
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .cached_attention import append_recent, attend_plainly, dense_from, rotate
 from .cached_attention_triton import cached_attention_triton
 from .decoded_attention import attend_decoded, tokens_of
 from .pages import score_pages
 
 
-@torch.library.custom_op("quantspec::scored_attention", mutates_args=(*part_names("recent"), "page_scores"))
+@cache_op("quantspec::scored_attention", mutates_args=(*part_names("recent"), "page_scores"))
 def scored_attention(
     query: Tensor,
     key: Tensor,
@@ -140,7 +141,7 @@ def scored_attention_triton(
     return cached_attention_triton(query, key, value, *cache, *state, **options, page_scores=page_scores)
 
 
-@torch.library.custom_op(
+@cache_op(
     "quantspec::scored_decoded_attention",
     mutates_args=("k_recent", "v_recent", "k_decoded", "v_decoded", "page_scores"),
     device_types="cpu",

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .cached_attention import append_recent, attend_plainly, rotate
 from .cached_attention_triton import cached_attention_triton
 
 
-@torch.library.custom_op("quantspec::sparse_attention", mutates_args=part_names("recent"))
+@cache_op("quantspec::sparse_attention", mutates_args=part_names("recent"))
 def sparse_attention(
     query: Tensor,
     key: Tensor,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .attention import attention_dtype, compute_dtype, first_visible, masked_attention, softmax_with_sinks
 from .cache_layout import part_names
+from .cache_op import cache_op
 from .cached_attention import append_recent
 from .hierarchical import decode_keys, decode_values, num_flushed_groups
 
@@ -27,7 +28,7 @@ from .hierarchical import decode_keys, decode_values, num_flushed_groups
 _ROWS = 512
 
 
-@torch.library.custom_op("quantspec::teaching_attention", mutates_args=part_names("recent"))
+@cache_op("quantspec::teaching_attention", mutates_args=part_names("recent"))
 def teaching_attention(
     query: Tensor,
     key: Tensor,

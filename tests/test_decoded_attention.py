@@ -81,7 +81,7 @@ def test_the_op_is_registered_as_it_should_be(sinks):
     recent = [part.float() for part in cache.view(False)[:2]]
     options = (0.3, 5, 0.0, randn(4, seed=9, dtype=torch.float32) if sinks else None)
     arguments = (*new, *recent, *decoded_copy(cache, torch.float32), *cache.state(), *options)
-    torch.library.opcheck(decoded_attention, arguments)
+    torch.library.opcheck(decoded_attention.overload, arguments)
 
 
 def test_only_a_cpu_has_the_copy():

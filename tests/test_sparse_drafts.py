@@ -268,7 +268,7 @@ def test_a_cpu_s_verification_is_unchanged_and_scores_as_the_planes_do() -> None
         scores = held.page_scores.clone()
         scored_attention(*new, *held.parts(), held.page_scores, *state, *options)
         torch.testing.assert_close(scores[0], held.page_scores[0])
-        torch.library.opcheck(scored_decoded_attention, arguments)
+        torch.library.opcheck(scored_decoded_attention.overload, arguments)
 
 
 def test_the_cache_tells_the_bytes_of_pages(short_pages) -> None:
