@@ -11,7 +11,7 @@ from quantspec import QuantSpecConfig
 from quantspec.pair import preview
 from quantspec.pair.layer_kinds import shorten
 
-LAYERS = 4
+LAYERS = 3
 # One of each way in which layers differ: not at all, windows, sinks, chunks, experts in all or some, latents, inputs
 # of their own, and states in some (lfm2) or beside attention in all (falcon_h1).
 KINDS = ["llama", "gemma2", "gpt_oss", "llama4_text", "qwen3_moe", "deepseek_v3", "gemma4", "lfm2", "falcon_h1"]
@@ -20,12 +20,12 @@ KINDS = ["llama", "gemma2", "gpt_oss", "llama4_text", "qwen3_moe", "deepseek_v3"
 def deep_config(architecture: str, **changes):
     """The tiny model's config with more layers, those of two kinds taking turns.
 
-    Capturing states takes long, so of such models there are three layers: the last has states, or (falcon_h1) all have.
+    Capturing states takes long, so of such models the last layer alone has states, or (falcon_h1) all have.
     """
     config = tiny_model(architecture, **changes).config
     text = config.get_text_config()
     kinds = text.num_hidden_layers
-    order = [1, 1, 0] if architecture in STATEFUL else [*range(kinds)] * (LAYERS // kinds)
+    order = [1, 1, 0] if architecture in STATEFUL else [1, 0, 1]
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == kinds and "layer" in name:
             setattr(text, name, [value[kind] for kind in order])

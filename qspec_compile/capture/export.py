@@ -19,6 +19,7 @@ from quantspec.passes.absorb_latents import Latent
 from quantspec.passes.called_modules import CallModules
 from quantspec.passes.counted_positions import FollowPositionIds
 from quantspec.passes.graph import find_calls, module_path
+from quantspec.passes.out_of_place import OutOfPlaceError, WriteOutOfPlace
 from quantspec.passes.pieces import Piece
 from quantspec.passes.remove_no_ops import RemoveNoOps
 from quantspec.passes.state_steps import StateStepsError, StepStates
@@ -47,6 +48,9 @@ _LOGGER = logging.getLogger(__name__)
 _TEXT_OF_CHOICE = 130
 
 _CONVERSION = LockOfProcess()
+
+# An exported program, and its graph with the model's own tensors.
+_Export = tuple[torch.export.ExportedProgram, fx.GraphModule]
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | N
     with held_rope, capture_interfaces(model) as recorder, torch.no_grad():
         try:
             states = state_shapes(model)
-            program = _export_with(opaque, recorder, lambda: _export(model, states, recorder))
+            program, graph_module = _export_with(opaque, recorder, lambda: _export(model, states, recorder))
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -147,12 +151,11 @@ def _capture(model: PreTrainedModel, structure_only: bool, rope_context: int | N
             first = first_position(model, recorder, positions)
             # Rules that hold tensors can be asked only where those are real.
             masks = recorder.masks[len(layers) : 2 * len(layers)]
-        graph_module = program.module(check_guards=False)
         if not layers:
             layers = _written_layers(model, graph_module, recorder.max_window)
         calls = opaque.calls
         with opaque.marked():
-            held = held_states(model, len(layers))
+            held = held_states(model, [layer.window for layer in layers])
     if recorder.not_causal is not None and not structure_only and sees_later_tokens(model):
         raise recorder.unsupported(recorder.not_causal, NOT_CAUSAL)
     layers = tuple(replace(layer, held=state) for layer, state in zip(layers, held, strict=True))
@@ -231,9 +234,7 @@ def _written_layers(model: PreTrainedModel, graph_module: fx.GraphModule, max_wi
     return tuple(layers)
 
 
-def _export_with(
-    opaque: OpaqueModules, recorder: Recorder, export: Callable[[], torch.export.ExportedProgram]
-) -> torch.export.ExportedProgram:
+def _export_with(opaque: OpaqueModules, recorder: Recorder, export: Callable[[], _Export]) -> _Export:
     """``export``, again and again, with one more kind of module called as it is where that keeps it from going on."""
     while True:
         recorder.forget()
@@ -245,7 +246,7 @@ def _export_with(
                 raise
 
 
-def _export(model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder) -> torch.export.ExportedProgram:
+def _export(model: PreTrainedModel, states: tuple[StateShape, ...], recorder: Recorder) -> _Export:
     return _export_token(model, states) if states else _export_tokens(model, recorder)
 
 
@@ -262,21 +263,22 @@ def _raise_reason_of_reading(model: PreTrainedModel, recorder: Recorder) -> None
         _LOGGER.debug("what the mask is read for is not known: %s", error)
 
 
-def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> torch.export.ExportedProgram:
+def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> _Export:
     """``model`` as a function of the tokens of each sequence; with masks as tensors where it attends by itself."""
     ids = torch.zeros(2, 7, dtype=torch.long, device=model.device)
     inputs = (ids, torch.arange(7, device=model.device).expand(2, 7).clone())
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with RefuseConvolutions():
         try:
-            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+            program = torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
         except MaskReadError:
             recorder.forget()
             recorder.writes_masks = True
-            return torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+            program = torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+    return program, program.module(check_guards=False)
 
 
-def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> torch.export.ExportedProgram:
+def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> _Export:
     """``model`` as a function of one token of each sequence and of the states before it, without side effects."""
     ids = torch.zeros(2, 1, dtype=torch.long, device=model.device)
     before = tuple(torch.zeros(2, *state.shape, dtype=state.dtype, device=model.device) for state in states)
@@ -284,4 +286,12 @@ def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> tor
     inputs = (ids, torch.full_like(ids, 7), *before)
     shapes = (batch, batch, tuple(batch for _ in before))
     program = torch.export.export(WithState(model, states), inputs, dynamic_shapes=shapes, strict=False)
-    return program.run_decompositions({})
+    graph_module = program.module(check_guards=False)
+    try:
+        WriteOutOfPlace()(graph_module)
+    except OutOfPlaceError as error:
+        _LOGGER.debug("the graph is traced again, for the writes of %s", error)
+        program = program.run_decompositions({})
+        return program, program.module(check_guards=False)
+    RemoveNoOps()(graph_module)
+    return program, graph_module

@@ -20,13 +20,13 @@ from .state import keeps_state
 _LOGGER = logging.getLogger(__name__)
 
 
-def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | None]:
+def held_states(model: PreTrainedModel, windows: Sequence[int]) -> Sequence[HeldState | None]:
     """What the cache that transformers makes for ``model`` holds, read off two lengths of text without computing.
 
     One for each attention call; layers of that cache that hold nothing are left out, and calls beyond the rest hold
-    nothing. None for all where the model does not run so.
+    nothing. None for all where the model does not run so. ``windows``: tokens that each call sees, or 0 for all.
     """
-    lengths = (2, _long_text(model))
+    num_calls, lengths = len(windows), (2, _long_text(model, windows))
     try:
         short, long = (_held_elements(model, num_tokens) for num_tokens in lengths)
     except Exception as error:
@@ -40,7 +40,7 @@ def held_states(model: PreTrainedModel, num_calls: int) -> Sequence[HeldState | 
     return [*states, *[HeldState(0, 0)] * (num_calls - len(states))]
 
 
-def _long_text(model: PreTrainedModel) -> int:
+def _long_text(model: PreTrainedModel, windows: Sequence[int]) -> int:
     """Tokens of a text beyond every window."""
     config = model.config.get_text_config()
 
@@ -48,8 +48,8 @@ def _long_text(model: PreTrainedModel) -> int:
         return [value for value in (getattr(config, name, None) for name in names) if value]
 
     limit = next(iter(told("max_position_embeddings", "max_seq_len")), 2**20)
-    # States are computed chunk by chunk, which takes long for a long text even without data.
-    beyond = 2 * max([1024, *told("sliding_window", "attention_chunk_size")]) if keeps_state(model) else limit
+    # States are computed token by token or chunk by chunk, which takes long for a long text even without data.
+    beyond = 2 * max([16, *told("sliding_window", "attention_chunk_size"), *windows]) if keeps_state(model) else limit
     return min(limit, beyond)
 
 
