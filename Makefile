@@ -70,7 +70,7 @@ newest:
 	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(DIST)
 
-# What reaches into torch, transformers and the libraries of the command line and of pictures; minutes, not the suite's hour.
+# What reaches into torch, transformers and the libraries of the command line and of pictures.
 OLDEST_TESTS := $(addprefix tests/, test_passes.py test_shard_linears.py test_states.py test_cycle.py test_compile.py \
 	test_tensor_parallel.py::test_logits_of_the_parts_are_the_wholes \
 	test_tensor_parallel.py::test_texts_are_those_of_one_process_on_all_ranks \
