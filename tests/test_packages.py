@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from test_floors import arrows
 
 from quantspec.cli import main
@@ -118,6 +119,28 @@ def test_the_container_serves(capsys, monkeypatch):
     assert "serve" in extras.split(",")
     (port,) = (argument for name, argument in instructions() if name == "EXPOSE")
     assert port in told
+
+
+def test_the_oldest_releases_are_those_that_contributors_read_of():
+    """The table of versions begins at what the metadata allows."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Versions")[1].split("\n\n")[1]
+    told = {cells[1].strip().lower(): cells for line in table.splitlines() if len(cells := line.split("|")) > 3}
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        if requirement.name in told:
+            (oldest,) = (one.version for one in requirement.specifier if one.operator == ">=")
+            _, _, supported, run, _ = told[requirement.name]
+            assert re.match(r"[\d.]+", supported.strip())[0] == oldest
+            assert f"{oldest}." in run
+    assert {"torch", "triton", "transformers", "torchao"} <= told.keys()
+
+
+def test_the_tests_that_run_with_the_oldest_releases_exist():
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (listed,) = re.findall(r"^OLDEST_TESTS := \$\(addprefix tests/, (.*)\)$", makefile, re.MULTILINE)
+    for name in listed.split():
+        file, _, function = name.partition("::")
+        text = (ROOT / "tests" / file).read_text()
+        assert not function or f"\ndef {function}(" in text, name
 
 
 @pytest.mark.parametrize("folder", ["tests", "docs", "examples", ".ci"])

@@ -37,6 +37,16 @@ def test_a_captured_block_is_the_models_own_forward(architecture):
     assert len(states) > 0
 
 
+@pytest.mark.parametrize("architecture", ["lfm2", "falcon_h1"])
+def test_weights_that_need_no_gradients_are_captured_alike(architecture):
+    """The oldest torch decomposes their linears in another way."""
+    model = tiny_model(architecture)
+    learning, frozen = (capture(model.requires_grad_(learns)) for learns in (True, False))
+    graphs = [[str(node.target) for node in it.graph_module.graph.nodes] for it in (learning, frozen)]
+    assert graphs[0] == graphs[1]
+    assert learning.states == frozen.states
+
+
 @pytest.mark.parametrize("architecture", in_groups(STATEFUL))
 def test_a_padded_batch_is_generated_as_alone(architecture):
     """Padding does not enter states, and rejected drafts leave none."""

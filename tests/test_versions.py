@@ -10,7 +10,7 @@ import quantspec
 from quantspec import versions
 from quantspec.cli.errors import describe
 
-NOTE = r"transformers 9\.1\.0 is installed, but this quantspec was tested with transformers<5\.\d+,>=5\.13"
+NOTE = r"transformers 9\.1\.0 is installed, but this quantspec was tested with transformers<5\.\d+,>=5\.15"
 TESTED = {"transformers": "5.24.0", "torchao": "0.18.0", "torch": "2.13.0+cpu", "triton": "3.7.1"}
 
 
@@ -55,7 +55,7 @@ def test_a_failing_import_names_both_versions(newer_transformers, monkeypatch):
         quantspec.convert  # noqa: B018
 
 
-@pytest.mark.parametrize("installed", ["5.24.3", "5.13.0"])
+@pytest.mark.parametrize("installed", ["5.24.3", "5.15.0"])
 def test_tested_versions_are_not_mentioned(monkeypatch, installed):
     """The caps are of minor versions, and a local build of torch counts as its version."""
     install(monkeypatch, transformers=installed)

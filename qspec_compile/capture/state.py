@@ -95,8 +95,7 @@ class WithState(nn.Module):
 
 
 def _is_stateful(layer: object) -> bool:
-    # Older versions of transformers have no such layers.
-    return isinstance(layer, getattr(cache_utils, "LinearAttentionCacheLayerMixin", ()))
+    return isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin)
 
 
 def _states(cache: Any) -> Iterator[tuple[int, str, int, Tensor]]:
