@@ -22,6 +22,7 @@ from quantspec.engine.request import Request as InnerRequest
 from quantspec.kernels.cache_layout import part_names
 from quantspec.passes import CacheAccess
 from quantspec.serving import Engine, FinishReason, Request
+from quantspec.serving.chunks import Chunks
 from quantspec.serving.pool import Pool, page_keys
 from quantspec.serving.row import Row
 
@@ -38,7 +39,7 @@ class Text:
 
     def __init__(self, tokens: list[int], salt: str) -> None:
         self.tokens, self.salt = tokens, salt
-        self.keys = page_keys(tokens, CHUNK, PAGE, salt)
+        self.keys = page_keys(tokens, Chunks(CHUNK, CHUNK), PAGE, salt)
         self.pages: list[int] = []
         self.written = 0
 
@@ -175,16 +176,47 @@ def test_the_model_finds_planted_faults(monkeypatch, fault):
 
 
 def test_keys_leave_a_group_and_depend_on_everything_before():
-    tokens = list(range(10))
-    assert [len(page_keys(tokens[:count], 4, 2)) for count in (1, 5, 6, 9, 10)] == [0, 0, 2, 2, 4]
-    first, second, third, _ = page_keys(tokens, 4, 2)
-    assert page_keys([*tokens[:5], 9, *tokens[6:]], 4, 2)[:3] == [
+    tokens, fours = list(range(10)), Chunks(4, 4)
+    assert [len(page_keys(tokens[:count], fours, 2)) for count in (1, 5, 6, 9, 10)] == [0, 0, 2, 2, 4]
+    first, second, third, _ = page_keys(tokens, fours, 2)
+    assert page_keys([*tokens[:5], 9, *tokens[6:]], fours, 2)[:3] == [
         first,
         second,
-        page_keys([*tokens[:5], 9, *tokens], 4, 2)[2],
+        page_keys([*tokens[:5], 9, *tokens], fours, 2)[2],
     ]
-    assert page_keys([9, *tokens[1:]], 4, 2)[2] != third
-    assert not set(page_keys(tokens, 4, 2, "another")) & {first, second, third}
+    assert page_keys([9, *tokens[1:]], fours, 2)[2] != third
+    assert not set(page_keys(tokens, fours, 2, "another")) & {first, second, third}
+
+
+def test_chunks_double_up_to_the_longest():
+    chunks, ends = Chunks(4, 12), [0]
+    while ends[-1] < 50:
+        ends.append(chunks.end(ends[-1]))
+    assert ends == [0, 4, 8, 16, 28, 40, 52]
+    assert [chunks.last_end(count) for count in (0, 3, 4, 15, 16, 27, 28, 51)] == [0, 0, 4, 8, 16, 16, 28, 40]
+    assert len(page_keys(list(range(30)), chunks, 2)) == 14
+
+
+def test_chunks_that_grow_are_shared_as_wholes(qs, monkeypatch):
+    """Prompts that begin alike, of which later ones find whole chunks, say what each says in an empty engine."""
+    monkeypatch.setattr("quantspec.serving.sizes._CHUNK", GROUP)
+    beginning = random_prompt(7 * GROUP, 3)
+    prompts = [[*beginning, *random_prompt(count, count)] for count in (2 * GROUP, 5 * GROUP, 7)]
+    options = {"max_sequences": 2, "max_length": 16 * GROUP, "max_num_batched_tokens": 4 * GROUP}
+
+    def run(engine, prompt):
+        (outputs,) = engine.generate([Request(prompt, 30, (), {"do_sample": False})])
+        return [token for output in outputs for token in output.token_ids], outputs[-1].cached_tokens
+
+    with contextlib.closing(Engine(qs, **options)) as engine:
+        found = [run(engine, prompt) for prompt in prompts]
+    alone = []
+    for prompt in prompts:
+        with contextlib.closing(Engine(qs, **options)) as engine:
+            alone.append(run(engine, prompt))
+    assert [text for text, _ in found] == [text for text, _ in alone]
+    # Chunks end at 1, 2, 4 and 8 groups.
+    assert [cached for _, cached in found] == [0, 4 * GROUP, 4 * GROUP]
 
 
 def test_the_end_of_the_text_that_left_first_is_taken_first():

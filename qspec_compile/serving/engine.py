@@ -66,9 +66,10 @@ class Engine:
             max_length: most tokens of a request, prompt and output. If None, the pair's ``max_cache_len``, on a CPU
                 at most 8,192; less where all pages hold less.
             max_waiting: requests that may wait; more are refused.
-            max_num_batched_tokens: tokens of prompts that are prefilled between two cycles, in chunks of at most 1,024
-                and of whole KV groups; the last chunk of a prompt has up to a group more. If None, 4,096 on a GPU and
-                1,024 on a CPU. A prompt shares with earlier ones as many whole chunks as they begin alike.
+            max_num_batched_tokens: tokens of prompts that are prefilled between two cycles. If None, 4,096 on a GPU
+                and 1,024 on a CPU. A prompt's chunks end at 1,024 tokens, 2,048, 4,096 and so on, none longer than
+                this, in whole KV groups; the last one has up to a group more. A prompt shares with earlier ones as many
+                whole chunks as they begin alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
             num_speculative_tokens: tokens drafted per cycle; the pair's own number if None. With ``"auto"`` none, the
                 pair's own number (4 if that is ``"auto"`` or 0) or half of it: for each size of the batch what its
@@ -94,7 +95,7 @@ class Engine:
             num_pages,
         )
         self.pair = pair
-        self.max_sequences, self.max_length, self._chunk = sizes.sequences, sizes.length, sizes.chunk
+        self.max_sequences, self.max_length, self._chunks = sizes.sequences, sizes.length, sizes.chunks
         self.num_pages = sizes.pages
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
@@ -129,7 +130,7 @@ class Engine:
         checked = check(inner, request, self._tokenizer, self.max_length)
         # States are not kept for other prompts.
         shares = not inner.captured.states
-        keys = page_keys(checked.tokens, self._chunk, inner.config.kv_group_size, request.salt) if shares else []
+        keys = page_keys(checked.tokens, self._chunks, inner.config.kv_group_size, request.salt) if shares else []
         with self._turn():
             self._check_open()
             self._check_room()
@@ -182,7 +183,7 @@ class Engine:
         pair = self.pair.pair
         new = min(_WARM_UP_TOKENS, self.max_length - 1)
         # A CPU compiles nothing for prompts, and would take its time to read one.
-        length = self._chunk + pair.config.kv_group_size if pair.device.type == "cuda" else 1
+        length = self._chunks.shortest + pair.config.kv_group_size if pair.device.type == "cuda" else 1
         request = Request([0] * min(length, self.max_length - new), new, ())
         checked = check(pair, request, self._tokenizer, self.max_length)
         with self._turn():

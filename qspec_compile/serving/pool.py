@@ -13,14 +13,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+from .chunks import Chunks
 
-def page_keys(tokens: Sequence[int], chunk: int, group: int, salt: str = "") -> list[bytes]:
+
+def page_keys(tokens: Sequence[int], chunks: Chunks, group: int, salt: str = "") -> list[bytes]:
     """A key for each page of a prompt's chunks but the last: of its tokens, the key before it, and the ``salt``.
 
-    At least ``group`` tokens are left, which stay in full precision. ``chunk`` is a multiple of ``group``.
+    At least ``group`` tokens are left, which stay in full precision.
     """
     key, keys = blake2b(salt.encode(), digest_size=16).digest(), []
-    for first in range(0, (len(tokens) - group) // chunk * chunk, group):
+    for first in range(0, chunks.last_end(len(tokens) - group), group):
         key = blake2b(key + array("q", tokens[first : first + group]).tobytes(), digest_size=16).digest()
         keys.append(key)
     return keys

@@ -13,6 +13,7 @@ from quantspec.engine.logits_processors import FollowingProcessor, apply_process
 from quantspec.engine.request import Request
 from quantspec.engine.sampling import perturb
 
+from .chunks import Chunks
 from .requests import FinishReason, Output, TokenLogprobs
 
 
@@ -72,7 +73,7 @@ class Row:
         """Pages that its text is in, once that is cached."""
         return max(0, len(self.request.prompt) // group - 1) + len(self.flushes)
 
-    def part(self, chunk: int, group: int) -> Tensor:
+    def part(self, chunks: Chunks, group: int) -> Tensor:
         """The tokens to cache next, ``(n,)``; where they end depends on the text alone.
 
         Of the prompt they are a chunk, and what it has emitted ends where it went into pages: so it is read as it was
@@ -80,7 +81,7 @@ class Row:
         """
         prompt, tokens = self.request.prompt, self.request.tokens
         if self.filled < len(prompt):
-            end = self.filled + chunk
+            end = chunks.end(self.filled)
             return prompt[self.filled : end if len(prompt) - end >= group else None]
         end = next((flush for flush in self.flushes if flush > self.filled), self.length)
         return prompt.new_tensor(tokens[self.filled - len(prompt) : end - len(prompt)])

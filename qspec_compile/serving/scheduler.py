@@ -14,6 +14,7 @@ from quantspec.engine.plan import Plan
 from quantspec.engine.session import Session
 
 from .batch import Batch, Bucket
+from .chunks import Chunks
 from .draft_choice import DraftChoice
 from .pool import Pool
 from .requests import EngineStatistics, FinishReason, Output, Request
@@ -39,7 +40,7 @@ class Scheduler:
         self._pair = pair = session.pair
         pair.compile_prefill()
         self._sizes = sizes
-        self._chunk = sizes.chunk if pair.continues else sizes.length
+        self._chunks = sizes.chunks if pair.continues else Chunks(sizes.length, sizes.length)
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
         cache.reserve_pool(sizes.length, sizes.pages)
         self._places = [cache.view(place, 1) for place in range(sizes.sequences)]
@@ -164,7 +165,7 @@ class Scheduler:
         row, group, pool = self.waiting[0], self._group, self._pool
         shared = pool.find(row.keys)
         # A chunk that is not there as a whole is read as a whole.
-        del shared[len(shared) - len(shared) % (self._sizes.chunk // group) :]
+        del shared[self._sizes.chunks.last_end(len(shared) * group) // group :]
         new = row.num_pages(group) - len(shared)
         if not pool.has_room(shared, new + 1):
             return
@@ -191,7 +192,7 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Cache chunks of texts, one text after another; the last one of a prompt gives the first token."""
-        left = self._sizes.chunks * self._sizes.chunk
+        left = self._sizes.chunks.longest
         while left > 0:
             self._admit()
             row = next((row for row in self.running if row.fills), None)
@@ -203,15 +204,15 @@ class Scheduler:
                 self._fill(row)
             except Exception as error:
                 row.end(FinishReason.ERROR, error)
-            # A short text takes the host as long as a chunk.
-            left -= max(self._sizes.chunk, row.filled - before)
+            # A short text takes the host as long as a first chunk.
+            left -= max(self._sizes.chunks.shortest, row.filled - before)
 
     def _fill(self, row: Row) -> None:
         """Cache the next part of a text, and let the pages of a chunk be found."""
         assert row.place is not None
         assert row.lengths is not None
         place, prompt, group = self._places[row.place], row.request.prompt, self._group
-        part = row.part(self._chunk, group)
+        part = row.part(self._chunks, group)
         if row.filled and not self._pair.continues:
             # What a preempted row has emitted; more tokens at once would begin anew.
             part = part[:1]

@@ -12,11 +12,13 @@ from quantspec.memory import cache_bytes_per_token, expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
 
+from .chunks import Chunks
+
 # Tokens of a sequence on a CPU, if nobody says.
 _LENGTH_ON_CPU = 8192
 # Tokens between two cycles, if nobody says: on an H200 a shape of 8B reads so many in 0.1 s.
 _BATCHED_ON_CPU, _BATCHED_ON_GPU = 1024, 4096
-# Tokens of a prompt at once: prompts share whole chunks, and a GPU gains little by longer ones.
+# Tokens of a prompt's first chunk. An H200 reads 1,024 of an 8B shape in 50 ms, and 4,096 in 123.
 _CHUNK = 1024
 
 
@@ -26,16 +28,14 @@ class Sizes(NamedTuple):
     Attributes:
         sequences: that run at once.
         length: most tokens of each.
-        chunk: tokens of a prompt that are prefilled at once, a multiple of G.
-        chunks: prefilled between two cycles.
+        chunks: of prompts; the longest has as many tokens as are prefilled between two cycles.
         draft_counts: tokens that a cycle may draft; several where the engine chooses.
         pages: of G tokens, for all sequences together.
     """
 
     sequences: int
     length: int
-    chunk: int
-    chunks: int
+    chunks: Chunks
     draft_counts: tuple[int, ...]
     pages: int
 
@@ -81,7 +81,8 @@ class Sizes(NamedTuple):
                 f"max_num_batched_tokens must be at least kv_group_size={group} of the pair, not "
                 f"{max_num_batched_tokens}"
             )
-        chunk = max(group, min(_CHUNK, max_num_batched_tokens) // group * group)
+        shortest = max(group, min(_CHUNK, max_num_batched_tokens) // group * group)
+        chunks = Chunks(shortest, max_num_batched_tokens // shortest * shortest)
         if max_length is not None:
             check_positive("max_length", max_length)
             if max_length > inner.max_len:
@@ -97,7 +98,7 @@ class Sizes(NamedTuple):
                 f"max_length={max_length} is more than the {length} tokens that {pages} pages hold; pass a smaller "
                 "one, or a larger num_pages or gpu_memory_utilization"
             )
-        return cls(max_sequences, length, chunk, max_num_batched_tokens // chunk, draft_counts, pages)
+        return cls(max_sequences, length, chunks, draft_counts, pages)
 
 
 def check_positive(name: str, value: Any) -> None:
