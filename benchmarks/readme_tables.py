@@ -22,7 +22,7 @@ from .decode import SHAPES
 from .plot_decode import NAMES, RATES, best_rows, computed_speedup, speedup
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tensor-parallel.md")
 # Acceptance nearer to that of small models than the drawn rates; their speed-up follows from the measured cycles.
 COMPUTED_RATES = (0.75, 0.80)
 # Those that all published results drew.
@@ -264,6 +264,60 @@ def decoding(*names: str) -> str:
     return markdown_table(header, rows) + sources[0][0] + ", " + " and ".join(source[1] for source in sources) + slower
 
 
+def sparse_decoding(name: str) -> str:
+    """As :func:`decoding`, of drafts that read all of the cache and of sparse ones, for acceptance of 0.93 and 0.97."""
+    data = _load(name)
+    plain = {row["context"]: row["baseline_token_ms"] for row in data["rows"] if "baseline_token_ms" in row}
+    rows = []
+    for row in sorted(data["rows"], key=lambda row: (row["context"], row["draft_attention"])):
+        cells = [f"{row['context'] // 1024}k", row["draft_attention"], f"{plain[row['context']]:.2f}"]
+        cells.append(f"{row['draft_step_ms']:.2f}")
+        for rate in (0.93, 0.97):
+            cycles = [cycle for cycle in row["synthetic"] if cycle["synthetic_acceptance_rate"] == rate]
+            best = max(cycles, key=lambda cycle: cycle["tokens_per_second"])
+            drafts = best["num_speculative_tokens"]
+            if rate == 0.93:
+                cells.append(f"{row['verify_ms'][str(drafts + 1)]:.2f} ({drafts + 1})")
+            speedup = best["tokens_per_second"] * plain[row["context"]] / 1000
+            cells.append(f"{speedup:.2f}x ({drafts} drafts, {best['cycle_ms']:.1f} ms)")
+        rows.append(cells)
+    header = ["context", "draft reads", "baseline token, ms", "draft step, ms", "verification, ms (tokens)"]
+    header += [f"speed-up at a = {rate} (cycle)" for rate in (0.93, 0.97)]
+    return markdown_table(header, rows) + _source(data, name)
+
+
+def two_gpus(name: str, alone: str) -> str:
+    """Steps of a shape on one GPU, by another file's rows, and over two."""
+    data = _load(name)
+    one = {row["context"]: row for row in _load(alone)["rows"] if row["draft_attention"] == "full"}
+    rows = []
+    for row in data["rows"]:
+        for step, of in (
+            ("draft step", lambda row: row["draft_step_ms"]),
+            ("verification of 5", lambda row: row["verify_ms"]["5"]),
+            ("baseline token", lambda row: row["baseline_token_ms"]),
+        ):
+            single, split = of(one[row["context"]]), of(row)
+            rows.append([f"{row['context']:,}", step, f"{single:.2f}", f"{split:.2f}", f"{split / single:.2f}"])
+    return markdown_table(["context", "step", "one GPU, ms", "two GPUs, ms", "ratio"], rows) + _source(data, name)
+
+
+def pools(name: str) -> str:
+    """Attention out of a pool beside that out of planes of each sequence's own."""
+    data = _load(name)
+    times: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in data["rows"]:
+        shape = (f"{row['op'].removesuffix('_attention')}, {row['tokens']}", row["batch"], row["context"])
+        times.setdefault(shape, {})[row["implementation"]] = row["median_us"]
+    rows = [
+        [shape[0], str(shape[1]), f"{shape[2]:,}", f"{of['own planes']:.1f}", f"{of['pool']:.1f}", f"{ratio:+.1%}"]
+        for shape, of in times.items()
+        if (ratio := of["pool"] / of["own planes"] - 1)
+    ]
+    header = ["attention, tokens", "sequences", "context", "own planes, µs", "pool, µs", "difference"]
+    return markdown_table(header, rows) + _source(data, name)
+
+
 def speedups(*names: str) -> str:
     """What :func:`decoding` shows, for those who only want to know how much faster."""
     rows = []
@@ -392,10 +446,12 @@ def serving(name: str) -> str:
         "batch_without_drafts": "together, without drafts",
         "batch": "together",
         "batch_auto": "together, drafts as they pay",
+        "shared": "together, all but 128 tokens of the prompts alike",
     }
     rows = []
-    for row in data["rows"]:
-        alone = row["one_after_another"]
+    known = {(row["users"], row["context"]): row["one_after_another"] for row in data["rows"] if "batch" in row}
+    for row in sorted(data["rows"], key=lambda row: (row["context"], row["users"], row["new_tokens"])):
+        alone = row.get("one_after_another") or known[row["users"], row["context"]]
         for kind, text in kinds.items():
             if kind not in row:
                 continue
@@ -405,7 +461,7 @@ def serving(name: str) -> str:
                 for rate in ("tokens_per_second", "decode_tokens_per_second")
             ]
             first = f"{found['first_token_seconds_median']:.1f} s"
-            rows.append([str(row["users"]), f"{row['context']:,}", str(row["new_tokens"]), text, *rates, first])
+            rows.append([str(row["users"]), f"{row['context']:,}", f"{row['new_tokens']:,}", text, *rates, first])
     header = ["users", "prompt", "new tokens", "requests", "tokens/s", "after the last first token", "first token"]
     return markdown_table(header, rows) + _source(data, name)
 
@@ -429,9 +485,12 @@ TABLES = {
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "drafts": lambda: draft_sources("drafts-smollm2.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
+    "pools": lambda: pools("pool.json"),
     "options": lambda: options("options.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
+    "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
+    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-h200.json"),
     "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
