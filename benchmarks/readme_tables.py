@@ -309,11 +309,10 @@ def pools(name: str) -> str:
     for row in data["rows"]:
         shape = (f"{row['op'].removesuffix('_attention')}, {row['tokens']}", row["batch"], row["context"])
         times.setdefault(shape, {})[row["implementation"]] = row["median_us"]
-    rows = [
-        [shape[0], str(shape[1]), f"{shape[2]:,}", f"{of['own planes']:.1f}", f"{of['pool']:.1f}", f"{ratio:+.1%}"]
-        for shape, of in times.items()
-        if (ratio := of["pool"] / of["own planes"] - 1)
-    ]
+    rows = []
+    for (attention, batch, context), of in times.items():
+        own, pool = of["own planes"], of["pool"]
+        rows.append([attention, str(batch), f"{context:,}", f"{own:.1f}", f"{pool:.1f}", f"{pool / own - 1:+.1%}"])
     header = ["attention, tokens", "sequences", "context", "own planes, µs", "pool, µs", "difference"]
     return markdown_table(header, rows) + _source(data, name)
 
@@ -449,9 +448,13 @@ def serving(name: str) -> str:
         "shared": "together, all but 128 tokens of the prompts alike",
     }
     rows = []
-    known = {(row["users"], row["context"]): row["one_after_another"] for row in data["rows"] if "batch" in row}
+    known = {
+        (row["users"], row["context"], row["new_tokens"]): row["one_after_another"]
+        for row in data["rows"]
+        if "one_after_another" in row
+    }
     for row in sorted(data["rows"], key=lambda row: (row["context"], row["users"], row["new_tokens"])):
-        alone = row.get("one_after_another") or known[row["users"], row["context"]]
+        alone = known[row["users"], row["context"], row["new_tokens"]]
         for kind, text in kinds.items():
             if kind not in row:
                 continue

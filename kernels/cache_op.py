@@ -13,7 +13,7 @@ import torch
 
 
 class CacheOp:
-    """An op without a gradient; called as its overload in ``torch.ops`` is.
+    """An op without a gradient, whatever its arguments have; called as its overload in ``torch.ops`` is.
 
     Attributes:
         name: with its namespace.
@@ -31,7 +31,7 @@ class CacheOp:
         self.__doc__ = function.__doc__
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, device_types, function)
+        torch.library.impl(name, device_types, torch.no_grad()(function))
         namespace, _, own = name.partition("::")
         self.overload = getattr(getattr(torch.ops, namespace), own).default
 
@@ -42,7 +42,7 @@ class CacheOp:
         """Let a function run for tensors on devices of a type."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            torch.library.register_kernel(self.name, device_type, function)
+            torch.library.register_kernel(self.name, device_type, torch.no_grad()(function))
             return function
 
         return register

@@ -56,6 +56,7 @@ class WriteOutOfPlace(PassBase):
             if _writes(node):
                 self._rewrite(graph, node, place, makers)
                 modified = True
+                continue
             shared = [makers[source] for source in _may_share(node)]
             makers[node] = set[fx.Node]().union(*shared) if shared else {node}
         if modified:
@@ -83,6 +84,8 @@ class WriteOutOfPlace(PassBase):
             ):
                 raise OutOfPlaceError(other)
         node.target = returning
+        # Other memory now, but a later write has to reach whoever read the same before.
+        makers[node] = makers[written]
         results = [node]
         for view in views[:-1]:
             source: Any = view.args[0]
@@ -93,7 +96,7 @@ class WriteOutOfPlace(PassBase):
             whole.meta.update({key: node.meta[key] for key in ORIGIN_KEYS if key in node.meta})
             whole.meta["val"] = source.meta["val"]
             place[whole] = place[node]
-            makers[whole] = {whole}
+            makers[whole] = makers[written]
             results.append(whole)
         for view, result in zip(views, results, strict=True):
             view.replace_all_uses_with(result, delete_user_cb=lambda user: place[user] > place[node])

@@ -19,6 +19,7 @@ from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
 from quantspec.kernels.attention import QUERY_BLOCK, masked_attention
 from quantspec.kernels.cache_layout import part_names
+from quantspec.kernels.cache_op import CacheOp
 from quantspec.kernels.hierarchical import (
     decode_keys,
     decode_values,
@@ -681,8 +682,20 @@ def test_every_op_has_a_case():
 @pytest.mark.parametrize("name", OP_CASES)
 def test_opcheck(name):
     op, args = OP_CASES[name]
-    results = torch.library.opcheck(getattr(op, "overload", op), copied(args))
+    results = torch.library.opcheck(op.overload if isinstance(op, CacheOp) else op, copied(args))
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_what_writes_the_cache_has_no_gradient():
+    """Else its body would be differentiated, which writes in place."""
+    name = next(name for name in OP_CASES if name.startswith("prefill_attention"))
+    op, args = OP_CASES[name]
+    query, *rest = copied(args)
+    scale = torch.ones((), requires_grad=True)
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        (scale * op(query.requires_grad_(), *rest)).sum().backward()
+    assert scale.grad is not None
+    assert query.grad is None
 
 
 @pytest.mark.parametrize("name", OP_CASES)
@@ -719,7 +732,7 @@ def test_ops_are_registered_once_when_python_runs_in_the_checkout():
         "import sys, torch, quantspec.kernels as kernels, transformers.integrations.hub_kernels\n"
         "assert 'kernels' in sys.modules and 'kernels.flush' not in sys.modules\n"
         "for name in ('flush', 'cached_attention'):\n"
-        "    assert getattr(kernels, name)._opoverload is getattr(torch.ops.quantspec, name).default\n"
+        "    assert getattr(kernels, name).overload is getattr(torch.ops.quantspec, name).default\n"
     )
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

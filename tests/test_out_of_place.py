@@ -83,6 +83,42 @@ class Promotes(nn.Module):
         return half
 
 
+class WrittenTwice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.clone()
+        row = state[0]
+        row.mul_(2)
+        row.add_(1)
+        return state
+
+
+class SliceWrittenTwice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.clone()
+        part = state[:, 1:3]
+        part *= 2
+        part += 1
+        return state
+
+
+class ReadAfterItsWhole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.clone()
+        row = state[0]
+        row.mul_(2)
+        state.add_(1)
+        return row + 0
+
+
+class PartOfAPart(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.clone()
+        part = state[:, 1:]
+        part[0].copy_(x[1, 1:])
+        part.add_(1)
+        return state
+
+
 def exported(module: nn.Module) -> fx.GraphModule:
     rows = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(module, (torch.zeros(3, 5),), dynamic_shapes=(rows,), strict=False)
@@ -106,11 +142,20 @@ def test_results_are_those_of_the_writes(module):
 
 @pytest.mark.parametrize(
     ("module", "named"),
-    [(SeenOtherwise(), "transpose"), (SeenThroughAComposition(), "dropout"), (Input(), "mul_"), (Promotes(), "eq_")],
+    [
+        (SeenOtherwise(), "transpose"),
+        (SeenThroughAComposition(), "dropout"),
+        (Input(), "mul_"),
+        (Promotes(), "eq_"),
+        (WrittenTwice(), ""),
+        (SliceWrittenTwice(), ""),
+        (ReadAfterItsWhole(), ""),
+        (PartOfAPart(), ""),
+    ],
     ids=lambda it: type(it).__name__ if isinstance(it, nn.Module) else "",
 )
 def test_what_others_may_see_otherwise_is_refused(module, named):
-    with pytest.raises(OutOfPlaceError, match=f"'{named}'"):
+    with pytest.raises(OutOfPlaceError, match=f"'{named}"):
         WriteOutOfPlace()(exported(module))
 
 

@@ -205,9 +205,9 @@ class Simulation:
             rehearse(batch)
             self.clock += self.seconds(len(batch.requests), batch.plan.num_drafts)
 
-        def filled(*arguments):
+        def filled(*arguments, **options):
             self.clock += 1.0
-            return fill(*arguments)
+            return fill(*arguments, **options)
 
         def recorded(count, plan, matched, accepted, seconds, capturing=0.0):
             self.told.append(seconds)

@@ -27,6 +27,7 @@ import quantspec
 from quantspec import CacheFullError
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.errors import QueueFullError
+from quantspec.passes import Role
 from quantspec.serving import Engine, FinishReason, Output, Request
 from quantspec.serving.sizes import fitting_pages
 
@@ -163,7 +164,7 @@ def test_texts_do_not_depend_on_what_is_cached(qs, chunk, lengths, shared):
     prompts = [[*beginning[:length], *random_prompt(length, length)][:length] for length in lengths]
     asked = [Request(prompt, 6, (), {"logprobs": 3}) for prompt in prompts]
     filled, fill = [], qs.pair.fill
-    qs.pair.fill = lambda ids, *rest: filled.append(ids.shape[1]) or fill(ids, *rest)
+    qs.pair.fill = lambda ids, *rest, **more: filled.append(ids.shape[1]) or fill(ids, *rest, **more)
     try:
         with contextlib.closing(Engine(qs, **options)) as engine:
             together = [*engine.generate(asked), *engine.generate(asked)]
@@ -745,12 +746,60 @@ def test_prompts_go_through_what_is_compiled_but_a_single_token(qs, monkeypatch)
         with contextlib.closing(Engine(qs, **options)) as engine:
             return [text(outputs) for outputs in engine.generate(asked)]
 
-    def compiled_graph(graph):
-        return lambda ids, *inputs: lengths.append(ids.shape[1]) or graph(ids, *inputs)
+    def compiled(ids, *inputs):
+        lengths.append(ids.shape[1])
+        return inner.graphs[Role.PREFILL](ids, *inputs)
 
     expected = texts()
-    monkeypatch.setattr("quantspec.pair.pair.compile_graph", compiled_graph)
-    monkeypatch.setattr(inner, "_forwards", dict(inner._forwards))
+    monkeypatch.setattr(type(inner), "_compiled_prefill", property(lambda self: compiled))
     monkeypatch.setattr(inner, "compiles", True)
     assert texts() == expected
     assert sorted(lengths) == [GROUP, GROUP + 1, 2 * GROUP, 2 * GROUP, 2 * GROUP]
+    # Its own prompts are read in few chunks.
+    qs.generate(torch.tensor([prompts[-1]]), max_new_tokens=2)
+    assert len(lengths) == 5
+
+
+@pytest.mark.parametrize("longest", [GROUP, 4 * GROUP])
+def test_no_more_than_asked_is_read_between_two_cycles(qs, monkeypatch, longest):
+    """But for the group that a last chunk may have more, and short texts, which count as a first chunk."""
+    monkeypatch.setattr("quantspec.serving.sizes._CHUNK", GROUP)
+    lengths = [1, 5, 6 * GROUP, 13 * GROUP + 7, 2, 4 * GROUP, 9 * GROUP + 1]
+    steps, read = [], []
+    fill = type(qs.pair).fill
+
+    def counted(pair, ids, *rest, **more):
+        read.append(ids.shape[1])
+        return fill(pair, ids, *rest, **more)
+
+    monkeypatch.setattr(type(qs.pair), "fill", counted)
+    options = {"max_sequences": 4, "max_length": 20 * GROUP, "max_num_batched_tokens": longest}
+    with contextlib.closing(Engine(qs, **options)) as engine:
+        left = {engine.add(Request(random_prompt(length, length), 3, (), {"do_sample": False})) for length in lengths}
+        while left:
+            read.clear()
+            left -= {output.id for output in engine.step() if output.finish_reason is not None}
+            steps.append([max(GROUP, count) for count in read])
+    assert all(sum(step) <= longest + GROUP for step in steps)
+    assert sum(len(step) for step in steps) > len(lengths)
+    assert (max(len(step) for step in steps) > 1) == (longest > GROUP)
+
+
+def test_nothing_more_is_read_after_a_failure(qs, monkeypatch):
+    """The one whose prompt it was ends, and the next waits for the next step."""
+    monkeypatch.setattr("quantspec.serving.sizes._CHUNK", GROUP)
+    fill, calls = type(qs.pair).fill, []
+
+    def failing(*given, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("the first")
+        return fill(*given, **more)
+
+    monkeypatch.setattr(type(qs.pair), "fill", failing)
+    with contextlib.closing(Engine(qs, max_sequences=4, max_num_batched_tokens=4 * GROUP)) as engine:
+        first, second = (engine.add(Request(random_prompt(5, seed), 3, ())) for seed in (1, 2))
+        (output,) = engine.step()
+        assert (output.id, output.finish_reason) == (first, FinishReason.ERROR)
+        assert len(calls) == 1
+        assert text(run(engine, [second])[second])

@@ -91,6 +91,7 @@ class CycleReplay:
             for graphs, work in zip(self._graphs, works, strict=True):
                 self.cycle.cut = graphs.cut
                 graphs.capture(work)
+            del self.cycle.cut
             advance(1)
         torch.cuda.current_stream(device).wait_stream(stream)
         # Warm-ups choose by what no text says.

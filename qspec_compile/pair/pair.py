@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -192,7 +192,12 @@ class Pair:
         return self.forward(role, ids, positions, *states, rows, cache.quantized_len, length, cache=cache)
 
     def fill(
-        self, ids: Tensor, num_new: Sequence[int], cache: HierarchicalCache, lengths: Lengths | None = None
+        self,
+        ids: Tensor,
+        num_new: Sequence[int],
+        cache: HierarchicalCache,
+        lengths: Lengths | None = None,
+        compiled: bool = False,
     ) -> Tensor:
         """Cache the first ``num_new[b]`` of right-padded ``ids (B, T)`` int64 as verified tokens.
 
@@ -202,6 +207,8 @@ class Pair:
             cache: of this pair.
             lengths: those of ``cache`` on the host, which move on with it; without them the host waits for the device
                 to tell them.
+            compiled: go through torch.compile, where the pair does: for short chunks, whose launches one by one take
+                the host longer than the device.
 
         Returns:
             Logits ``(B, 1, V)`` of each sequence's last new token; meaningless without one.
@@ -213,7 +220,10 @@ class Pair:
         positions = (cache.length[:, None] + columns).clamp(max=self.max_len - 1)
         last = (on_device - 1).clamp(min=0)[:, None]
         state = (cache.quantized_len, cache.length, on_device, torch.stack((*lengths, counts)))
-        logits = self.forward(Role.PREFILL, ids, positions, *cache.states, last, *state, cache=cache)
+        inputs = (ids, positions, *cache.states, last, *state)
+        # torch.compile takes a size of 1 for a constant: a single token would be compiled by itself.
+        run = self._compiled_prefill if compiled and self.compiles and ids.shape[1] > 1 else None
+        logits = self.forward(Role.PREFILL, *inputs, cache=cache, run=run)
         cache.advance_prefill(on_device)
         lengths.fill(counts, cache.group_size)
         return logits
@@ -221,18 +231,6 @@ class Pair:
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """What rank 0 has for ``numbers``; themselves where one process has the whole model."""
         return list(numbers) if self._seat is None else self._seat.agree(numbers)
-
-    def compile_prefill(self) -> None:
-        """Let :meth:`fill` go through torch.compile, where the pair does: for who reads prompts in short chunks.
-
-        The launches of a chunk take the host longer than the device, until pointwise ones are fused.
-        """
-        graph = self.graphs[Role.PREFILL]
-        if self.compiles and self._forwards[Role.PREFILL] is graph:
-            assert isinstance(graph, fx.GraphModule)
-            compiled = compile_graph(graph)
-            # torch.compile takes a size of 1 for a constant: a single token would be compiled by itself.
-            self._forwards[Role.PREFILL] = lambda ids, *inputs: (compiled if ids.shape[1] > 1 else graph)(ids, *inputs)
 
     def wait_with_ranks(self) -> None:
         """Wait for the device where it waits for other ranks, which may end; else return at once.
@@ -337,11 +335,22 @@ class Pair:
         return f"{type(self.model).__name__}, {str(self.model.dtype).removeprefix('torch.')}, {self.device}"
 
     @torch.no_grad()
-    def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
-        """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
+    def forward(
+        self, role: Role, *inputs: Tensor, cache: HierarchicalCache, run: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them.
+
+        ``run``: another form of it.
+        """
         if self._seat is not None:
             self._seat.check_at_work()
-        return self._forwards[role](*inputs, *cache.inputs(self._recipes[role].access.inputs))
+        return (run or self._forwards[role])(*inputs, *cache.inputs(self._recipes[role].access.inputs))
+
+    @cached_property
+    def _compiled_prefill(self) -> Callable[..., Tensor]:
+        graph = self.graphs[Role.PREFILL]
+        assert isinstance(graph, fx.GraphModule)
+        return compile_graph(graph)
 
 
 def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:

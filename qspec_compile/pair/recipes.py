@@ -100,7 +100,7 @@ def register(recipe: Recipe) -> Recipe:
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears()]))
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
-# Long prompts take their time in large matmuls: not worth the wait for a compilation, see Pair.compile_prefill.
+# Long prompts take their time in large matmuls: not worth the wait for a compilation, see Pair.fill.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 class Chunks(NamedTuple):
     """Chunks as long as all before them together, between a shortest and a longest.
 
-    So a prompt shares half of what it begins like others with, or more, while a long one is read in few passes. Where
-    chunks end depends on nothing but how much lies before them.
+    So a prompt shares about half of what it begins like others with, or more, while a long one is read in few passes.
+    Where chunks end depends on nothing but how much lies before them.
 
     Attributes:
         shortest: tokens of the first chunk, a multiple of G.
-        longest: tokens of a chunk at most, a multiple of ``shortest``.
+        longest: tokens of a chunk at most, too.
     """
 
     shortest: int

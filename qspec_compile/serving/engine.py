@@ -173,8 +173,9 @@ class Engine:
     def warm_up(self) -> None:
         """Compile and capture what requests need, so that none waits for it: prefill, and cycles of every size.
 
-        A text of two chunks is read and a few tokens are generated. Cycles are those of a request without options.
-        Those with other processors, or that sample where the model is greedy by default, are captured when they come.
+        A text with a chunk of every length is read and a few tokens are generated. Cycles are those of a request
+        without options. Those with other processors, or that sample where the model is greedy by default, are captured
+        when they come.
 
         Raises:
             RuntimeError: requests wait or run, or the engine is closed or lost.
@@ -183,7 +184,7 @@ class Engine:
         pair = self.pair.pair
         new = min(_WARM_UP_TOKENS, self.max_length - 1)
         # A CPU compiles nothing for prompts, and would take its time to read one.
-        length = self._chunks.shortest + pair.config.kv_group_size if pair.device.type == "cuda" else 1
+        length = 2 * self._chunks.longest + pair.config.kv_group_size if pair.device.type == "cuda" else 1
         request = Request([0] * min(length, self.max_length - new), new, ())
         checked = check(pair, request, self._tokenizer, self.max_length)
         with self._turn():

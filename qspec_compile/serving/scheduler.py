@@ -8,10 +8,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from quantspec.config import DraftAttention
 from quantspec.engine.plan import Plan
 from quantspec.engine.session import Session
+from quantspec.ranks import RanksError
 
 from .batch import Batch, Bucket
 from .chunks import Chunks
@@ -38,7 +40,6 @@ class Scheduler:
         """``session`` is that of the pair, whose weights and rule are used; the cache is a new one."""
         self.session = session
         self._pair = pair = session.pair
-        pair.compile_prefill()
         self._sizes = sizes
         self._chunks = sizes.chunks if pair.continues else Chunks(sizes.length, sizes.length)
         self._cache = cache = pair.new_cache(sizes.sequences, sizes.num_drafts)
@@ -192,32 +193,41 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Cache chunks of texts, one text after another; the last one of a prompt gives the first token."""
-        left = self._sizes.chunks.longest
+        shortest, longest = self._sizes.chunks
+        left = longest
         while left > 0:
+            if left < longest:
+                # Who is admitted waits for the device, and that for a rank which may have ended.
+                self._pair.wait_with_ranks()
             self._admit()
             row = next((row for row in self.running if row.fills), None)
             if row is None:
                 return
-            before = row.filled
+            part = row.part(self._chunks, self._group)
+            # A short text takes the host as long as a first chunk, and a last chunk has up to a group more.
+            taken = max(shortest, len(part))
+            if left < longest and taken > left + self._group:
+                return
             # A failed processor or a full memory is the end of this request alone.
             try:
-                self._fill(row)
+                self._fill(row, part)
+            except RanksError:
+                raise
             except Exception as error:
                 row.end(FinishReason.ERROR, error)
-            # A short text takes the host as long as a first chunk.
-            left -= max(self._sizes.chunks.shortest, row.filled - before)
+                return
+            left -= taken
 
-    def _fill(self, row: Row) -> None:
-        """Cache the next part of a text, and let the pages of a chunk be found."""
+    def _fill(self, row: Row, part: Tensor) -> None:
+        """Cache the next ``part (n,)`` of a text, and let the pages of a chunk be found."""
         assert row.place is not None
         assert row.lengths is not None
         place, prompt, group = self._places[row.place], row.request.prompt, self._group
-        part = row.part(self._chunks, group)
         if row.filled and not self._pair.continues:
             # What a preempted row has emitted; more tokens at once would begin anew.
             part = part[:1]
         self._drafting.interrupt()
-        logits = self._pair.fill(part[None], [len(part)], place, row.lengths)
+        logits = self._pair.fill(part[None], [len(part)], place, row.lengths, compiled=True)
         first, row.filled = row.filled, row.filled + len(part)
         if row.filled < len(prompt):
             place.settle()

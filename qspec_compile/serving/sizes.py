@@ -82,7 +82,7 @@ class Sizes(NamedTuple):
                 f"{max_num_batched_tokens}"
             )
         shortest = max(group, min(_CHUNK, max_num_batched_tokens) // group * group)
-        chunks = Chunks(shortest, max_num_batched_tokens // shortest * shortest)
+        chunks = Chunks(shortest, max_num_batched_tokens // group * group)
         if max_length is not None:
             check_positive("max_length", max_length)
             if max_length > inner.max_len:
