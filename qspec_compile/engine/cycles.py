@@ -1,4 +1,4 @@
-"""Two ways to run a cycle on behalf of the host, each replayed as a CUDA graph or launched kernel by kernel.
+"""Two ways to run a cycle on behalf of the host, each replayed as CUDA graphs or launched kernel by kernel.
 
 They differ in where logits processors run. Judged cycles hold those that a program on the device can hold, and accept
 there. Lockstep shows any processor what it sees in plain decoding, token by token on the host.
@@ -271,7 +271,7 @@ class EagerRunner:
 
 
 class ReplayRunner:
-    """Replays cycles as CUDA graphs, one graph per plan."""
+    """Replays cycles as CUDA graphs, a row of them per plan."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from .known_times import KnownTimes
 from .odds import Odds
 from .plan import PLAIN, Plan, Source
 
-# Each plan has a CUDA graph of its own, so there are few.
+# Each plan has CUDA graphs of its own, so there are few.
 SELF_COUNTS = (1, 2, 4, 6, 8, 12)
 LOOKUP_COUNTS = (3, 15)
 # Cycles without drafts after which one is drafted, where drafts did not pay: it tells whether they do by now.
