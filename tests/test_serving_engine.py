@@ -297,7 +297,7 @@ def test_a_warm_engine_captures_nothing_for_plain_requests(qs, without_graphs):
 
 
 def test_a_warm_up_that_fails_tells_why(qs, engine, monkeypatch):
-    monkeypatch.setattr(type(qs.pair), "fill", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(qs.pair), "fill", lambda *_, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.warm_up()
     monkeypatch.undo()
@@ -358,7 +358,7 @@ def test_a_processor_that_raises_ends_its_own_row_alone(qs, engine, where):
 def test_a_full_memory_in_prefill_ends_one_request(qs, engine, monkeypatch):
     fill = qs.pair.fill
 
-    def fails_once(*arguments):
+    def fails_once(*arguments, **options):
         monkeypatch.setitem(vars(qs.pair), "fill", fill)
         raise torch.OutOfMemoryError("no more")
 

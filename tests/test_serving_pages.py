@@ -451,7 +451,7 @@ def test_a_long_beginning_is_prefilled_once_for_sixteen(qs):
     common = random_prompt(16 * GROUP, 1)
     asked = [Request([*common, *random_prompt(GROUP + 3, seed)], 8, ()) for seed in range(2, 18)]
     filled, fill = [], qs.pair.fill
-    qs.pair.fill = lambda ids, *rest: filled.append(ids.shape[1]) or fill(ids, *rest)
+    qs.pair.fill = lambda ids, *rest, **more: filled.append(ids.shape[1]) or fill(ids, *rest, **more)
     try:
         with contextlib.closing(
             Engine(qs, max_sequences=16, num_pages=16 + 3 * 16, max_num_batched_tokens=4 * GROUP)
