@@ -222,8 +222,10 @@ class Pair:
         state = (cache.quantized_len, cache.length, on_device, torch.stack((*lengths, counts)))
         inputs = (ids, positions, *cache.states, last, *state)
         # torch.compile takes a size of 1 for a constant: a single token would be compiled by itself.
-        run = self._compiled_prefill if compiled and self.compiles and ids.shape[1] > 1 else None
-        logits = self.forward(Role.PREFILL, *inputs, cache=cache, run=run)
+        if compiled and self.compiles and ids.shape[1] > 1:
+            logits = self._run(self._compiled_prefill, Role.PREFILL, inputs, cache)
+        else:
+            logits = self.forward(Role.PREFILL, *inputs, cache=cache)
         cache.advance_prefill(on_device)
         lengths.fill(counts, cache.group_size)
         return logits
@@ -334,17 +336,17 @@ class Pair:
         """The model, its dtype and its device."""
         return f"{type(self.model).__name__}, {str(self.model.dtype).removeprefix('torch.')}, {self.device}"
 
-    @torch.no_grad()
-    def forward(
-        self, role: Role, *inputs: Tensor, cache: HierarchicalCache, run: Callable[..., Tensor] | None = None
-    ) -> Tensor:
-        """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them.
+    def forward(self, role: Role, *inputs: Tensor, cache: HierarchicalCache) -> Tensor:
+        """Run a role's graph on its ``inputs`` and the cache's tensors; :meth:`read` and :meth:`fill` make them."""
+        return self._run(self._forwards[role], role, inputs, cache)
 
-        ``run``: another form of it.
-        """
+    @torch.no_grad()
+    def _run(
+        self, graph: Callable[..., Tensor], role: Role, inputs: Sequence[Tensor], cache: HierarchicalCache
+    ) -> Tensor:
         if self._seat is not None:
             self._seat.check_at_work()
-        return (run or self._forwards[role])(*inputs, *cache.inputs(self._recipes[role].access.inputs))
+        return graph(*inputs, *cache.inputs(self._recipes[role].access.inputs))
 
     @cached_property
     def _compiled_prefill(self) -> Callable[..., Tensor]:
