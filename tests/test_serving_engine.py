@@ -499,9 +499,11 @@ def test_as_many_pages_as_memory_allows(qs, pages):
     sizes = cache.bytes_by_part()
     # A GPU has no decoded copy.
     room = sum(size for kind, size in sizes.items() if kind != "decoded")
-    assert fitting_pages(qs.pair, 3, 4, room) == pages
-    assert fitting_pages(qs.pair, 3, 4, room - 1) == pages - 1
-    assert fitting_pages(qs.pair, 3, 4, 0) < 0
+    # Queries, keys and values of 64 numbers each are narrower than an MLP's 64 and 96.
+    read_at_once = 4096 * 6 * (64 + 96) * 4
+    assert fitting_pages(qs.pair, 3, 4, 4096, room + read_at_once) == pages
+    assert fitting_pages(qs.pair, 3, 4, 4096, room + read_at_once - 1) == pages - 1
+    assert fitting_pages(qs.pair, 3, 4, 0, 0) < 0
 
 
 # --- What is reported ------------------------------------------------------------------------------------------------

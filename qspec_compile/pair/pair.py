@@ -266,20 +266,26 @@ class Pair:
     def fill_chunk(self, batch_size: int, num_tokens: int) -> int:
         """Prompt tokens per :meth:`fill`: all on a CPU; on a GPU what half the free memory holds, in 1,024s.
 
-        All, too, where :attr:`continues` is false. A token's activations are taken to be six of the
-        widest linear's or attention's inputs and outputs in the model's dtype.
+        All, too, where :attr:`continues` is false.
         """
         if self.device.type != "cuda" or not self.continues:
             return max(1, num_tokens)
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        per_token = batch_size * self.activation_bytes
+        (chunk,) = self.agree([max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)])
+        return chunk
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes that :meth:`fill` holds for a token while it runs: six of the widest linear's or attention's inputs and
+        outputs in the model's dtype.
+        """
         # Logits are made of one token per prompt, so the language-model head does not count.
         width = max(r.in_features + r.out_features for r in self.linears if r.out_features != self.vocab_size)
         # Every head of a latent is as wide as it.
         width = max(width, *(layer.query_heads * (layer.key_dim + layer.value_dim) for layer in self.layers))
-        per_token = batch_size * 6 * width * self.model.dtype.itemsize
-        (chunk,) = self.agree([max(_PREFILL_STEP, free // 2 // per_token // _PREFILL_STEP * _PREFILL_STEP)])
-        return chunk
+        return 6 * width * self.model.dtype.itemsize
 
     @property
     def rope_held(self) -> contextlib.AbstractContextManager[None]:

@@ -90,7 +90,9 @@ class Sizes(NamedTuple):
         if num_pages is not None:
             check_positive("num_pages", num_pages)
         longest = max_length or (inner.max_len if inner.device.type == "cuda" else min(inner.max_len, _LENGTH_ON_CPU))
-        pages = num_pages or _num_pages(inner, max_sequences, longest, max(draft_counts), gpu_memory_utilization)
+        pages = num_pages or _num_pages(
+            inner, max_sequences, longest, max(draft_counts), chunks.longest, gpu_memory_utilization
+        )
         # The newest tokens of a text are in no page.
         length = min(longest, (pages + 1) * group)
         if max_length is not None and length < max_length:
@@ -127,16 +129,19 @@ def _draft_counts(pair: QuantSpecModel, asked: int | str | None) -> tuple[int, .
     return tuple(sorted({0, most // 2, most}))
 
 
-def _num_pages(pair: Pair, sequences: int, length: int, num_drafts: int, utilization: float) -> int:
+def _num_pages(
+    pair: Pair, sequences: int, length: int, num_drafts: int, batched_tokens: int, utilization: float
+) -> int:
     """Pages that ``sequences`` of ``length`` tokens can use or, on a GPU, as many of them as there is room for."""
     useful = max(1, sequences * planned_groups(length, pair.config.kv_group_size, pair.max_len))
     if pair.device.type != "cuda":
         return useful
-    fitting = fitting_pages(pair, sequences, num_drafts, _room(pair.device, utilization))
+    fitting = fitting_pages(pair, sequences, num_drafts, batched_tokens, _room(pair.device, utilization))
     if fitting < 1:
         raise ValueError(
-            f"gpu_memory_utilization={utilization} leaves no room for {sequences} sequences beside the weights; "
-            "pass more of it, or fewer max_sequences"
+            f"gpu_memory_utilization={utilization} leaves no room for {sequences} sequences, and {batched_tokens} "
+            "prompt tokens at once, beside the weights; pass more of it, fewer max_sequences, or a smaller "
+            "max_num_batched_tokens"
         )
     return min(useful, fitting)
 
@@ -148,8 +153,10 @@ def _room(device: torch.device, utilization: float) -> float:
     return free + cached - (1 - utilization) * total
 
 
-def fitting_pages(pair: Pair, max_sequences: int, num_drafts: int, room: float) -> int:
-    """Pages that there is room for in so many bytes, beside what each sequence has of its own."""
+def fitting_pages(pair: Pair, max_sequences: int, num_drafts: int, batched_tokens: int, room: float) -> int:
+    """Pages that there is room for in so many bytes, beside what each sequence has of its own and what as many prompt
+    tokens as are read at once take meanwhile.
+    """
     group = pair.config.kv_group_size
     own = expected_memory(
         pair.layers,
@@ -162,4 +169,4 @@ def fitting_pages(pair: Pair, max_sequences: int, num_drafts: int, room: float) 
         states=pair.captured.states,
     )
     per_page = sum(cache_bytes_per_token(pair.layers, group).values()) * group
-    return int((room - sum(own.values())) // per_page)
+    return int((room - sum(own.values()) - batched_tokens * pair.activation_bytes) // per_page)
