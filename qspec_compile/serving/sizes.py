@@ -90,8 +90,9 @@ class Sizes(NamedTuple):
         if num_pages is not None:
             check_positive("num_pages", num_pages)
         longest = max_length or (inner.max_len if inner.device.type == "cuda" else min(inner.max_len, _LENGTH_ON_CPU))
+        batched = min(chunks.longest, longest)
         pages = num_pages or _num_pages(
-            inner, max_sequences, longest, max(draft_counts), chunks.longest, gpu_memory_utilization
+            inner, max_sequences, longest, max(draft_counts), batched, gpu_memory_utilization
         )
         # The newest tokens of a text are in no page.
         length = min(longest, (pages + 1) * group)
