@@ -22,12 +22,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig
 
 from quantspec.kernels import called_module, repeated_layer
+from quantspec.passes.graph import looks
 from quantspec.passes.repeated_layers import ENDS, MADE_BY, OUTPUT, LayerCall, RepeatLayers
 
 from .interfaces import MaskSpec, Recorder
 
 # An attribute that counts layers, such as layer_idx.
 COUNTS = re.compile(r"idx|index|layer_id|number")
+# What stands for nodes that are not there yet.
+_MARKERS = (called_module._opoverload, repeated_layer._opoverload)
 # Arguments and outputs that are what they say.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, MaskSpec)
 
@@ -38,7 +41,7 @@ class _Traced:
 
     Attributes:
         number: what its nodes are marked with.
-        path, module: of the layer.
+        path, module, attributes: of the layer, before it ran.
         leaves, spec: its arguments, flattened.
         outputs, out_spec: what it returned, flattened, with one tensor at ``out_place``.
         reads: what counts layers and was read, by module and attribute.
@@ -48,6 +51,7 @@ class _Traced:
     number: int
     path: str
     module: nn.Module
+    attributes: dict[tuple[str, str], Any]
     leaves: list[Any]
     spec: TreeSpec
     outputs: list[Any]
@@ -64,13 +68,12 @@ class RepeatedLayers:
         self._model = model
         self._recorder = recorder
         self._traced: list[_Traced] = []
-        self._count = 0
         self._calls: list[LayerCall] = []
 
     @contextlib.contextmanager
     def marked(self) -> Iterator[None]:
         """Let them leave markers, whose calls begin anew."""
-        self._traced, self._calls, self._count = [], [], 0
+        self._traced, self._calls = [], []
         layers = [(path, layer) for path, layer in _layers(self._model) if "forward" not in vars(layer)]
         for path, layer in layers:
             layer.forward = partial(self._call, path, layer)  # type: ignore[method-assign]
@@ -110,7 +113,7 @@ class RepeatedLayers:
         stands_for: dict[int, Tensor] = {}
         for old, new in zip(traced.leaves, leaves, strict=True):
             if isinstance(old, Tensor) and isinstance(new, Tensor):
-                if stands_for.setdefault(id(old), new) is not new or _looks(old) != _looks(new):
+                if stands_for.setdefault(id(old), new) is not new or looks(old) != looks(new):
                     return None
             elif not _same(old, new):
                 return None
@@ -119,10 +122,10 @@ class RepeatedLayers:
             for place, (old, new) in enumerate(zip(traced.leaves, leaves, strict=True))
             if isinstance(old, Tensor) and old is not new
         }
-        if not places or (layer is not traced.module and not _alike(traced.module, layer, traced.reads)):
+        if not places or not _alike(traced, layer):
             return None
-        out = _looks(traced.outputs[traced.out_place])
-        if not any(_looks(leaves[place]) == out for place in places.values()):
+        out = looks(traced.outputs[traced.out_place])
+        if not any(looks(leaves[place]) == out for place in places.values()):
             return None
         shift = len(self._recorder.layers) - traced.attention.start
         return LayerCall(traced.number, (traced.path, path), tuple(places.values()), shift)
@@ -136,8 +139,8 @@ class RepeatedLayers:
             recorder.layers.append(replace(layer, module=name))
             recorder.masks.append((mask, self._model.get_submodule(name) if layer.module else module))
         inputs = [leaves[place] for place in call.places]
-        out = _looks(traced.outputs[traced.out_place])
-        like = next(place for place, tensor in enumerate(inputs) if _looks(tensor) == out)
+        out = looks(traced.outputs[traced.out_place])
+        like = next(place for place, tensor in enumerate(inputs) if looks(tensor) == out)
         self._calls.append(call)
         outputs = list(traced.outputs)
         outputs[traced.out_place] = repeated_layer(inputs, like, len(self._calls) - 1)
@@ -150,40 +153,48 @@ class RepeatedLayers:
         recorder = self._recorder
         last = next(reversed(tracer.graph.nodes))
         first, masks, written = len(recorder.layers), len(recorder.masks), len(recorder.written_masks)
-        before = _attributes(layer)
+        attributes = _attributes(layer)
         # Told now, since a no-op makes its input a result of its own.
         ends = [(place, _node_of(leaf, tracer)) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         with _noting_reads(layer) as reads:
             result = forward(*args, **kwargs)
-        made = list(takewhile(lambda node: node is not last, reversed(tracer.graph.nodes)))
         outputs, out_spec = tree_flatten(result)
         tensors = [place for place, leaf in enumerate(outputs) if isinstance(leaf, Tensor)]
-        leaves_after, spec_after = tree_flatten(given)
-        one_output = len(tensors) == 1 and all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in outputs)
-        unchanged = spec_after == spec and all(a is b for a, b in zip(leaves, leaves_after, strict=True))
-        after = _attributes(layer)
-        unchanged &= before.keys() == after.keys() and all(after[key] is value for key, value in before.items())
-        out = _node_of(outputs[tensors[0]], tracer) if one_output else None
+        if len(tensors) != 1 or not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in outputs):
+            return result
+        made = list(takewhile(lambda node: node is not last, reversed(tracer.graph.nodes)))
+        out = _node_of(outputs[tensors[0]], tracer)
         attention = range(first, len(recorder.layers))
+        one_by_one = (len(recorder.masks), len(recorder.written_masks)) == (masks + len(attention), written)
         if (
-            not unchanged
-            or out not in made
+            out not in made
             or first != masks
-            or len(recorder.masks) != len(recorder.layers)
-            or len(recorder.written_masks) != written
-            or any(node.op != "call_function" for node in made)
-            or any(node.target in (called_module._opoverload, repeated_layer._opoverload) for node in made)
+            or not one_by_one
+            or not _same(attributes, _attributes(layer))
+            or not _same((leaves, spec), tree_flatten(given))
+            or any(node.op != "call_function" or node.target in _MARKERS for node in made)
         ):
             return result
-        number = self._count
-        self._count += 1
+        number = len(self._traced)
         for node in made:
             node.meta[MADE_BY] = number
         for place, node in [*ends, (OUTPUT, out)]:
             if node is not None:
                 node.meta.setdefault(ENDS, set()).add((number, place))
         self._traced.append(
-            _Traced(number, path, layer, leaves, spec, outputs, out_spec, tensors[0], frozenset(reads), attention)
+            _Traced(
+                number,
+                path,
+                layer,
+                attributes,
+                leaves,
+                spec,
+                outputs,
+                out_spec,
+                tensors[0],
+                frozenset(reads),
+                attention,
+            )
         )
         return result
 
@@ -202,14 +213,8 @@ def _node_of(value: Tensor, tracer: Any) -> fx.Node | None:
     return None if slot is None else slot.proxy.node
 
 
-def _looks(tensor: Tensor) -> tuple[Any, ...]:
-    """What an export sees of a tensor but its values."""
-    sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in (*tensor.shape, *tensor.stride())]
-    return type(tensor), sizes, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
-
-
 def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
-    """Everything that a layer holds, by module and attribute; what is registered as ``_parameters.weight``."""
+    """Everything that a layer holds now, by module and attribute; what is registered as ``_parameters.weight``."""
     found: dict[tuple[str, str], Any] = {}
     for name, module in layer.named_modules(remove_duplicate=False):
         for key, value in vars(module).items():
@@ -222,10 +227,10 @@ def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
     return found
 
 
-def _alike(one: nn.Module, other: nn.Module, reads: frozenset[tuple[str, str]]) -> bool:
-    """Whether two layers compute the same of the same tensors."""
-    attributes, others = _attributes(one), _attributes(other)
-    if type(one) is not type(other) or attributes.keys() != others.keys():
+def _alike(traced: _Traced, layer: nn.Module) -> bool:
+    """Whether ``layer`` computes what the traced one did of the same tensors."""
+    attributes, others, reads = traced.attributes, _attributes(layer), traced.reads
+    if type(traced.module) is not type(layer) or attributes.keys() != others.keys():
         return False
     for (name, key), value in attributes.items():
         another = others[name, key]
@@ -233,7 +238,7 @@ def _alike(one: nn.Module, other: nn.Module, reads: frozenset[tuple[str, str]]) 
             if type(value) is not type(another) or "forward" in vars(value):
                 return False
         elif key.startswith(("_parameters.", "_buffers.")) and value is not None:
-            if another is None or _looks(value) != _looks(another):
+            if another is None or looks(value) != looks(another):
                 return False
         elif not _same(value, another):
             counts = COUNTS.search(key) and type(value) is type(another) is int
@@ -251,10 +256,10 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
-        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if isinstance(one, partial):
         return _same((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
-    return isinstance(one, (*_CONSTANTS, set, PreTrainedConfig)) and bool(one == other)
+    return isinstance(one, (*_CONSTANTS, set, TreeSpec, PreTrainedConfig)) and bool(one == other)
 
 
 @contextlib.contextmanager
