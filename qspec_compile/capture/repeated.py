@@ -76,7 +76,7 @@ class RepeatedLayers:
         self._traced, self._calls = [], []
         layers = [(path, layer) for path, layer in _layers(self._model) if "forward" not in vars(layer)]
         for path, layer in layers:
-            layer.forward = partial(self._call, path, layer)  # type: ignore[method-assign]
+            layer.forward = partial(self._call, path, layer)
         try:
             yield
         finally:
@@ -151,7 +151,7 @@ class RepeatedLayers:
         args, kwargs = given
         leaves, spec = tree_flatten(given)
         recorder = self._recorder
-        last = next(reversed(tracer.graph.nodes))
+        last = next(iter(reversed(tracer.graph.nodes)))
         first, masks, written = len(recorder.layers), len(recorder.masks), len(recorder.written_masks)
         attributes = _attributes(layer)
         # Told now, since a no-op makes its input a result of its own.
