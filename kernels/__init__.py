@@ -24,6 +24,7 @@ if __name__ != "kernels":
     from .materialize import materialize
     from .prefill_attention import prefill_attention
     from .ranks import gather_ranks, reduce_ranks
+    from .repeated_layer import repeated_layer
     from .scored_attention import scored_attention, scored_decoded_attention
     from .sparse_attention import sparse_attention
     from .tuning_attention import teaching_attention, tuning_attention
@@ -48,6 +49,7 @@ __all__ = [
     "materialize",
     "prefill_attention",
     "reduce_ranks",
+    "repeated_layer",
     "scored_attention",
     "scored_decoded_attention",
     "sparse_attention",

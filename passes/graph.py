@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 aten = torch.ops.aten
+# Where a fake mode keeps what operators made of arguments that look alike.
+_KNOWN = "_quantspec_known_values"
 
 # Metadata of the node a rewrite replaces that still holds for its replacement.
 ORIGIN_KEYS = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
@@ -81,6 +83,13 @@ def add_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     return node
 
 
+def looks(tensor: Tensor) -> tuple[Any, ...]:
+    """All that an export sees of a tensor, but its values."""
+    sizes = (*tensor.shape, *tensor.stride())
+    expressions = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    return type(tensor), expressions, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+
+
 def value_of(mode: FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``target`` makes of fake tensors of ``mode``."""
     # torch 2.11 decomposes a linear of symbolic sizes by what knows plain sizes alone, unless Python dispatches.
@@ -102,8 +111,22 @@ def add_call(graph: fx.Graph, target: Any, args: tuple, origin: fx.Node, value: 
     values = fx.node.map_arg(args, lambda argument: argument.meta.get("val"))
     mode = fake_mode_of(graph)
     if mode is not None and all("val" in argument.meta for argument in node.all_input_nodes):
-        node.meta["val"] = value_of(mode, target, *values)
+        # What a rewrite writes in one layer it writes in the next.
+        known = vars(mode).setdefault(_KNOWN, {})
+        key = (target, _likeness(values))
+        if key not in known:
+            known[key] = value_of(mode, target, *values)
+        node.meta["val"] = known[key]
     return node
+
+
+def _likeness(value: Any) -> Any:
+    """A key for arguments of which an operator makes results that look alike."""
+    if isinstance(value, Tensor):
+        return looks(value)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_likeness, value))
+    return type(value), value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def add_placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:

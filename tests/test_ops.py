@@ -659,6 +659,7 @@ def op_cases() -> dict[str, tuple]:
     cases["choose_pages"] = kernels.choose_pages, (*choice, 1 << 14, 2)
     cases["materialize"] = kernels.materialize, (x.t(),)
     cases["called_module"] = kernels.called_module, ([ids, x], 1, 0)
+    cases["repeated_layer"] = kernels.repeated_layer, ([ids, x], 1, 0)
     cases["int4_expert_linear"] = kernels.int4_expert_linear, (x, ids, *stacked, bias)
     return cases
 

@@ -22,6 +22,7 @@ from quantspec.passes.graph import find_calls, module_path
 from quantspec.passes.out_of_place import OutOfPlaceError, WriteOutOfPlace
 from quantspec.passes.pieces import Piece
 from quantspec.passes.remove_no_ops import RemoveNoOps
+from quantspec.passes.repeated_layers import LostLayerError
 from quantspec.passes.state_steps import StateStepsError, StepStates
 from quantspec.passes.written_attention import MarkWrittenAttention, WrittenAttentionError
 from quantspec.passes.written_linears import MarkWrittenLinears
@@ -39,6 +40,7 @@ from .interfaces import (
     capture_interfaces,
 )
 from .opaque import DataDependentError, OpaqueModules, telling_data_dependence
+from .repeated import RepeatedLayers
 from .rope import follows_length, rope_at
 from .state import WithState, state_shapes
 
@@ -270,12 +272,30 @@ def _export_tokens(model: PreTrainedModel, recorder: Recorder) -> _Export:
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with RefuseConvolutions():
         try:
-            program = torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+            return _export_repeating(model, inputs, axes, recorder)
         except MaskReadError:
             recorder.forget()
             recorder.writes_masks = True
-            program = torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
-    return program, program.module(check_guards=False)
+            return _export_repeating(model, inputs, axes, recorder)
+
+
+def _export_repeating(model: PreTrainedModel, inputs: tuple[Tensor, ...], axes: dict, recorder: Recorder) -> _Export:
+    """The export of what ``inputs`` give, with layers that are alike traced once."""
+
+    def export() -> _Export:
+        program = torch.export.export(_Logits(model), inputs, dynamic_shapes=(axes, axes), strict=False)
+        return program, program.module(check_guards=False)
+
+    repeated = RepeatedLayers(model, recorder)
+    with repeated.marked():
+        program, graph_module = export()
+    try:
+        repeated.put_in_place(graph_module)
+    except LostLayerError as error:
+        _LOGGER.debug("every layer is traced, since torch.export does not keep the nodes of %s", error)
+        recorder.forget()
+        return export()
+    return program, graph_module
 
 
 def _export_token(model: PreTrainedModel, states: tuple[StateShape, ...]) -> _Export:

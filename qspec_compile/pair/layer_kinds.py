@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from quantspec.capture.repeated import COUNTS
+
 _T = TypeVar("_T")
 # Values that tell layers apart; tensors do by their shape and dtype, modules by their class.
 _PLAIN = (bool, int, float, str, type(None))
-# An attribute that counts layers, such as layer_idx.
-_COUNTS = re.compile(r"idx|index|layer_id|number")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def shorten(model: PreTrainedModel) -> LayerKinds | None:
     # Layers with attention and layers with states count in modules of their own.
     numbers = {
         key
-        for key in {key for one in described for key in one if _COUNTS.search(key[1])}
+        for key in {key for one in described for key in one if COUNTS.search(key[1])}
         if all(one[key] == index for index, one in enumerate(described) if key in one)
     }
     kept: list[int] = []
