@@ -107,7 +107,10 @@ SPARSE_ACCESS = CacheAccess(torch.ops.quantspec.sparse_attention.default, _SPARS
 
 
 def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
-    """Names of the cache's parts that a role's graph takes for every layer: on a GPU the draft sees no lower planes."""
+    """Names of the cache's parts that a role's graph takes for every layer, the draft's by the usual recipe.
+
+    On a GPU it sees no lower planes.
+    """
     on_cpu = role != Role.PREFILL and torch.device(device).type == "cpu"
     return (DECODED_ACCESS if on_cpu else ACCESSES[role]).inputs
 

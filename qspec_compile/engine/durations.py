@@ -30,7 +30,7 @@ class Costs(NamedTuple):
 
 ON_GPU = Costs(step=0.35, verified=0.01)
 # A CPU computes what a GPU reads: SmolLM2 at 3,000 tokens, two cores.
-ON_CPU = Costs(step=0.75, verified=0.25)
+ON_CPU = Costs(step=0.9, verified=0.25)
 
 
 class Durations:
