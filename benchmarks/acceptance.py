@@ -7,6 +7,8 @@ Every weight quantizer, and the first one tuned, with the draft's head in full p
 ``generate`` call over several prompts with eight drafts a cycle; what four would have given is read from the same call:
 its first positions. Tuning's texts are from other places than the prompts.
 
+Drafts read the cache at 4 bits, on a CPU too: what is measured there holds for a GPU.
+
 Kinds of text: Python's documentation, source code of the standard library, conversations (questions about
 documentation topics and their beginnings, in the model's chat template), and what the model itself writes.
 """
@@ -172,6 +174,7 @@ def main() -> None:
             weight_quantizer=quantizer,
             quantize_lm_head=HEADS[head],
             num_speculative_tokens=8,
+            draft_recipe="int4-cache",
             self_check=False,
         )
         report = None

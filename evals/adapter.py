@@ -39,7 +39,7 @@ from .scoring import Score, score_continuations, sequences_that_fit, warn_of_sho
 
 _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)) - {"adapted_group_sizes"}
 # How a pair is run and checked, not what it is: a saved one takes these.
-_RUN_OPTIONS = frozenset({"compile", "draft", "self_check"})
+_RUN_OPTIONS = frozenset({"compile", "draft", "draft_recipe", "self_check"})
 # Of HFLM's options for loading, those that leave a saved pair as it is.
 _ANY_MODELS_OPTIONS = frozenset({"trust_remote_code", "revision", "gpus", "offload_folder"})
 # Of a context, in an error.

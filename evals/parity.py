@@ -372,6 +372,7 @@ def _lm_eval_warnings_hidden() -> Iterator[None]:
 _REPORTED_OPTIONS = (
     "num_speculative_tokens",
     "draft",
+    "draft_recipe",
     "kv_group_size",
     "weight_group_size",
     "weight_quantizer",

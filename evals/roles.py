@@ -21,7 +21,7 @@ class EvalRole(StrEnum):
     SPECULATIVE = "speculative"
     """Drafted and verified, so emitted by the target."""
     DRAFT = "draft"
-    """INT4 weights over the 4-bit cache."""
+    """INT4 weights over the 4-bit cache; on a CPU over what the target reads, unless ``draft_recipe="int4-cache"``."""
 
     @classmethod
     def parse(cls, name: str) -> EvalRole:

@@ -17,7 +17,7 @@ the rotated keys:
 
 for every pair of channels i < j among the first R: neighbours, or R/2 apart.
 
-The kernels for CUDA are in ``cached_attention_triton``. A CPU's target reads through ``decoded_attention`` instead.
+The kernels for CUDA are in ``cached_attention_triton``. A CPU reads through ``decoded_attention`` where it can.
 """
 
 from __future__ import annotations

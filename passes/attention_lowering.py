@@ -24,7 +24,7 @@ class Role(StrEnum):
     TARGET = "target"
     """Reads both planes, at 8 bits."""
     DRAFT = "draft"
-    """Reads the upper planes alone, at 4 bits."""
+    """Reads the upper planes alone, at 4 bits; on a CPU what the target reads."""
     PREFILL = "prefill"
     """Reads a prompt in chunks and fills the cache; earlier chunks at 8 bits."""
 
@@ -107,8 +107,11 @@ SPARSE_ACCESS = CacheAccess(torch.ops.quantspec.sparse_attention.default, _SPARS
 
 
 def cache_parts(role: str, device: torch.device | str = "cuda") -> tuple[str, ...]:
-    """Names of the cache's parts that a role's graph takes for every layer: the draft never sees the lower planes."""
-    on_cpu = role == Role.TARGET and torch.device(device).type == "cpu"
+    """Names of the cache's parts that a role's graph takes for every layer, the draft's by the usual recipe.
+
+    On a GPU it sees no lower planes.
+    """
+    on_cpu = role != Role.PREFILL and torch.device(device).type == "cpu"
     return (DECODED_ACCESS if on_cpu else ACCESSES[role]).inputs
 
 

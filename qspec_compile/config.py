@@ -82,7 +82,8 @@ class QuantSpecConfig:
         weight_quantizer: ``"tinygemm"`` (min/max) or ``"hqq"``, torchao's two choices of scales.
         quantize_lm_head: whether the draft's language-model head is INT4 too: fewer bytes per draft step, but fewer
             accepted tokens (docs/benchmarks.md).
-        draft_recipe: name of the registered recipe that makes the draft (docs/adding-a-draft.md).
+        draft_recipe: name of the registered recipe that makes the draft (docs/adding-a-draft.md). ``"int4"`` reads the
+            cache at 4 bits, on a CPU at 8, which is faster there; ``"int4-cache"`` at 4 bits on both.
         draft_attention: ``"full"``, ``"sparse"`` or ``"auto"``: whether draft steps read all of the cache's planes or
             the pages that the last verification paid most attention to (docs/choosing-options.md). The text is the
             same.

@@ -1,16 +1,21 @@
-"""A CPU's target reads a decoded copy of the planes: the same tokens, the same attention."""
+"""On a CPU target and draft read a decoded copy of the planes: the same tokens, the same attention."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from hypothesis import given, settings
+from step_by_step import random_prompt
 from test_ops import GROUP, Cached, Options, cached_case, randn, random_cache
 
+import quantspec
+from quantspec import QuantSpecConfig
+from quantspec.checkpoint.folder import Description
 from quantspec.kernels import cached_attention_reference, decoded_attention
 from quantspec.kernels.cache_layout import CACHE_PARTS, parts_on
 from quantspec.kernels.hierarchical import dense_key_value
-from quantspec.passes import DECODED_ACCESS, Role
+from quantspec.pair.recipes import recipes_for
+from quantspec.passes import ACCESSES, DECODED_ACCESS, Role
 from quantspec.passes.graph import find_calls
 
 ops = torch.ops.quantspec
@@ -90,10 +95,54 @@ def test_only_a_cpu_has_the_copy():
     assert parts_on("cuda") == CACHE_PARTS
 
 
-def test_a_cpus_target_reads_the_copy_in_every_layer(qs):
-    graph = qs.pair.graphs[Role.TARGET].graph
+@pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
+def test_a_cpu_reads_the_copy_in_every_layer(qs, role):
+    graph = qs.pair.graphs[role].graph
     assert len(list(find_calls(graph, ops.decoded_attention.default))) == len(qs.layers)
     assert not list(find_calls(graph, ops.cached_attention.default))
+
+
+def draft_logits(qs, quantized: bool = True, spoil: str | None = None) -> torch.Tensor:
+    """Of the token after a text, whose cached parts of kind ``spoil`` are garbage; ``quantized``: it has old tokens."""
+    ids = torch.tensor([random_prompt(4 * GROUP if quantized else GROUP, 3)])
+    cache = qs.pair.new_cache(1, 1)
+    cache.reserve(5 * GROUP)
+    qs.pair.fill(ids[:, :-1], [ids.shape[1] - 1], cache)
+    for layer in cache.layers:
+        for part in parts_on("cpu"):
+            if part.kind == spoil:
+                getattr(layer, part.name).fill_(3)
+    return qs.pair.read(Role.DRAFT, ids[:, -1:], cache)
+
+
+def test_one_recipe_s_drafts_read_4_bits_on_a_cpu_too(qs, tmp_path):
+    """A pair saved with the usual draft takes the other one; they differ by what they read of old tokens alone."""
+    qs.save_pretrained(tmp_path)
+    at_4_bits = quantspec.from_pretrained(tmp_path, draft_recipe="int4-cache", self_check=False)
+    for quantized in (True, False):
+        ours, theirs = (draft_logits(pair, quantized) for pair in (qs, at_4_bits))
+        assert torch.allclose(ours, theirs) == (not quantized)
+    for pair, ignored, read in ((qs, "upper", "decoded"), (at_4_bits, "decoded", "upper")):
+        logits = draft_logits(pair)
+        assert torch.equal(draft_logits(pair, spoil=ignored), logits)
+        assert torch.equal(draft_logits(pair, spoil="lower"), logits)
+        assert not torch.equal(draft_logits(pair, spoil=read), logits)
+
+
+def test_the_command_line_takes_a_recipe_and_knows_what_there_is(run, saved_model, tmp_path, monkeypatch):
+    assert run("convert", saved_model, tmp_path / "pair", "--draft-recipe", "int4-cache", "--no-self-check")[0] == 0
+    assert Description.read(tmp_path / "pair").options.draft_recipe == "int4-cache"
+    # Refused before the weights are read.
+    monkeypatch.setattr("quantspec.cli.loading.load_model", None)
+    for model in (saved_model, tmp_path / "pair"):
+        status, _, err = run("parity", model, "--draft-recipe", "other", "--device", "cpu")
+        assert status == 2
+        assert "draft_recipe must be one of 'int4', 'int4-cache'" in err
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-cache"])
+def test_a_gpu_s_drafts_read_4_bits(name):
+    assert recipes_for(QuantSpecConfig(draft_recipe=name), "cuda")[Role.DRAFT].access == ACCESSES[Role.DRAFT]
 
 
 def test_the_copy_follows_the_cache_through_a_call(qs):

@@ -79,12 +79,13 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself() -> None:
     torch._dynamo.reset()
     qs = quantspec.convert(tiny_model("llama", num_hidden_layers=1), self_check=False)
     forward = compile_graph(qs.draft)
+    parts = cache_parts(Role.DRAFT, qs.pair.device)
 
     def compilations(batch: int) -> int:
         cache = qs.pair.new_cache(batch, 1)
         cache.reserve(300)
         zeros = torch.zeros(batch, 1, dtype=torch.long)
-        forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(cache_parts(Role.DRAFT)))
+        forward(zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(parts))
         return counters["stats"]["unique_graphs"]
 
     with torch._dynamo.config.patch(recompile_limit=1):

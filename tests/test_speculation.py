@@ -306,5 +306,5 @@ def test_auto_generates_the_same_text(qs, draft):
     expected = qs.generate(torch.tensor([prompt]), num_speculative_tokens=0, **options)[0, len(prompt) :].tolist()
     ours = qs.generate(torch.tensor([prompt]), num_speculative_tokens="auto", draft=draft, **options)
     assert_same_text(qs, prompt, ours[0, len(prompt) :].tolist(), expected)
-    # On a CPU a draft of its own is tried once in hundreds of tokens.
-    assert (qs.last_stats.drafted > 0) == (draft is not Draft.SELF)
+    # Whether drafts of its own are tried is a matter of measured times.
+    assert draft is Draft.SELF or qs.last_stats.drafted > 0

@@ -366,12 +366,14 @@ def find_pair(
         from quantspec.checkpoint.config_check import known_limit
         from quantspec.checkpoint.folder import Description
         from quantspec.checkpoint.loading import changed_options, resolve_dtype
+        from quantspec.pair.recipes import recipes_for
 
     source = fetched(source, whole=True)
     dtype = dtype_to_load(source, model.dtype, None if to_save else device)
     if source.kind is Kind.PAIR:
         saved = Description.read(Path(source.name))
-        limit = changed_options(saved.options, options).max_cache_len
+        config = changed_options(saved.options, options)
+        limit = config.max_cache_len
         resolve_dtype(saved, dtype)
     else:
         config = quantspec.QuantSpecConfig.from_options(None, options)
@@ -379,6 +381,7 @@ def find_pair(
         limit = known_limit(load_config(source), config)
         if to_save:
             _check_can_be_saved(source)
+    recipes_for(config, device)
     if generation is not None:
         _check_can_generate(source, generation)
     return FoundPair(source, device, dtype, options, load_tokenizer(source), limit, num_ranks)

@@ -153,6 +153,13 @@ class ModelOptions:
         bool | None,
         typer.Option("--quantize-lm-head", help="INT4 for the draft's language-model head too.", show_default=False),
     ] = None
+    draft_recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=_help("Which draft: int4, or int4-cache, which reads 4 bits on a CPU too.", "draft_recipe"),
+        ),
+    ] = None
     draft_attention: Annotated[
         DraftAttention | None,
         typer.Option(
@@ -203,8 +210,8 @@ class ModelOptions:
     def conversion(self) -> dict[str, Any]:
         """The options of ``convert`` that were given."""
         names: tuple[str, ...] = ("num_speculative_tokens", "draft", "kv_group_size", "weight_group_size")
-        names += ("weight_quantizer", "quantize_lm_head", "draft_attention", "draft_attention_share")
-        names += ("max_cache_len", "rope_context")
+        names += ("weight_quantizer", "quantize_lm_head", "draft_recipe", "draft_attention")
+        names += ("draft_attention_share", "max_cache_len", "rope_context")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

@@ -75,6 +75,7 @@ class Recipe:
         weight_format: of its linears; None keeps the model's own weights.
         compiles: whether its graph goes through torch.compile where the pair does.
         more_passes: makes the passes that run last.
+        access_on_cpu: of a draft that reads all of a context, on a CPU; None for ``access`` there, too.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Recipe:
     weight_format: WeightFormat | None = None
     compiles: bool = True
     more_passes: Callable[[], Sequence[PassBase]] = tuple
+    access_on_cpu: CacheAccess | None = None
 
 
 def _widen_where_emulated() -> Sequence[PassBase]:
@@ -102,7 +104,10 @@ register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda
 register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
 # Long prompts take their time in large matmuls: not worth the wait for a compilation, see Pair.fill.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
-register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
+# A CPU takes longer to decode planes at 4 bits than to read the copy at 8 bits that its target reads.
+register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4, access_on_cpu=DECODED_ACCESS))
+# What a GPU's draft reads, on a CPU too: to measure there what will be accepted on a GPU.
+register(Recipe("int4-cache", Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
 
 def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") -> Mapping[Role, Recipe]:
@@ -111,7 +116,8 @@ def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") ->
     Raises:
         ValueError: no draft of that name is registered, listing those that are; or it cannot be sparse.
     """
-    target = "target on a CPU" if torch.device(device).type == "cpu" else "target"
+    on_cpu = torch.device(device).type == "cpu"
+    target = "target on a CPU" if on_cpu else "target"
     names = {Role.TARGET: target, Role.PREFILL: "prefill", Role.DRAFT: config.draft_recipe}
     if (Role.DRAFT, config.draft_recipe) not in _RECIPES:
         known = ", ".join(repr(name) for role, name in _RECIPES if role is Role.DRAFT)
@@ -119,13 +125,15 @@ def recipes_for(config: QuantSpecConfig, device: torch.device | str = "cuda") ->
     recipes = {role: _RECIPES[role, name] for role, name in names.items()}
     draft = recipes[Role.DRAFT]
     if config.draft_attention is DraftAttention.FULL:
+        if on_cpu and draft.access_on_cpu is not None:
+            recipes[Role.DRAFT] = replace(draft, access=draft.access_on_cpu)
         return recipes
     if draft.access != ACCESSES[Role.DRAFT]:
         raise ValueError(
             f"draft_attention={config.draft_attention.value!r} is for drafts that read the cache as 'int4' does; "
             f"draft_recipe {config.draft_recipe!r} reads it in a way of its own, so leave draft_attention 'full'"
         )
-    scored = SCORED_DECODED_ACCESS if recipes[Role.TARGET].access == DECODED_ACCESS else SCORED_ACCESS
+    scored = SCORED_DECODED_ACCESS if on_cpu else SCORED_ACCESS
     recipes[Role.TARGET] = replace(recipes[Role.TARGET], access=scored)
     return {**recipes, Role.DRAFT: replace(draft, access=SPARSE_ACCESS)}
 
