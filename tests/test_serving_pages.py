@@ -274,7 +274,7 @@ def long_requests(seed: int, count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_texts_do_not_depend_on_how_many_pages_there_are(qs, seed):
     """Random arrivals, lengths, options, cancellations and preemptions: what is not cancelled is the text alone."""
     engine = Engine(qs, max_sequences=4, max_length=10 * GROUP, num_pages=11)
@@ -383,9 +383,15 @@ def test_a_preempted_request_is_cancelled_like_any(qs):
     engine.close()
 
 
-# Jamba's prompts are read in one piece, however small the chunks.
+# Jamba's prompts are read in one piece, however small the chunks; it has states, as LFM2.
 @pytest.mark.parametrize(
-    ("architecture", "chunk"), [("gemma3_text", 1024), ("lfm2", 1024), ("jamba", GROUP), ("gpt_oss", 1024)]
+    ("architecture", "chunk"),
+    [
+        ("gemma3_text", 1024),
+        pytest.param("lfm2", 1024, marks=pytest.mark.nightly),
+        ("jamba", GROUP),
+        ("gpt_oss", 1024),
+    ],
 )
 def test_other_decoders_give_way(architecture, chunk):
     """Windows, states and experts; requests come at random, and some are cancelled."""
