@@ -396,7 +396,7 @@ def test_a_preempted_request_is_cancelled_like_any(qs):
 def test_other_decoders_give_way(architecture, chunk):
     """Windows, states and experts; requests come at random, and some are cancelled."""
     pair = quantspec.convert(tiny_model(architecture, torch.float32), kv_group_size=GROUP, self_check=False)
-    asked = [Request(random_prompt(3 + 20 * (seed % 4), seed), 4 * GROUP, ()) for seed in range(6)]
+    asked = [Request(random_prompt(3 + 20 * (seed % 4), seed), 4 * GROUP, ()) for seed in range(4)]
     options = {"max_num_batched_tokens": chunk, "max_length": 9 * GROUP, "num_pages": 8}
     with contextlib.closing(Engine(pair, max_sequences=3, **options)) as engine:
         ids, outputs = steps(engine, list(asked), random.Random(0), 0.01)
