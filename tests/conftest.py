@@ -29,6 +29,7 @@ if "QUANTSPEC_CACHE" not in os.environ:
     _captures = tempfile.TemporaryDirectory()
     os.environ["QUANTSPEC_CACHE"] = _captures.name
 
+import interpreter
 from hypothesis import HealthCheck, settings
 from step_by_step import random_prompt
 from tiny_models import tiny_model
@@ -38,6 +39,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import quantspec
 from quantspec.cli import main
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch_once()
 
 # What is imported stays: collections of garbage that walk over it take 8% of a conversion.
 gc.freeze()

@@ -82,11 +82,13 @@ def test_any_number_of_tasks_after_one_flag(run, lm_eval, saved_model, line, tas
 def test_the_status_of_parity_is_the_verdict(run, lm_eval, saved_model, tiny_tasks, text_file, tmp_path):
     arguments = [
         *("parity", saved_model, "--device", "cpu", "--kv-group-size", GROUP, "--gamma", "auto", "--no-self-check"),
-        *("--tasks", "tiny_write", "tiny_rolling", "--include-path", tiny_tasks, "--limit", 2, "--batch-size", "auto"),
-        *("--text", text_file, "--context-tokens", 100, "--scored-tokens", 60, "--prompts", 1, "--prompt-tokens", 50),
-        *("--new-tokens", 4, "--min-argmax-agreement", 0.95),
+        *("--text", text_file, "--context-tokens", 100, "--scored-tokens", 60, "--min-argmax-agreement", 0.95),
     ]
-    status, out, _ = run(*arguments, "--output", tmp_path / "new" / "report")
+    more = [
+        *("--tasks", "tiny_write", "tiny_rolling", "--include-path", tiny_tasks, "--limit", 2, "--batch-size", "auto"),
+        *("--prompts", 1, "--prompt-tokens", 50, "--new-tokens", 4),
+    ]
+    status, out, _ = run(*arguments, *more, "--output", tmp_path / "new" / "report")
     assert status == 0
     assert out.startswith("# Parity of")
     written = json.loads((tmp_path / "new" / "report" / "parity.json").read_text())
@@ -94,7 +96,7 @@ def test_the_status_of_parity_is_the_verdict(run, lm_eval, saved_model, tiny_tas
     assert {row["task"] for row in written["tasks"]} == {"tiny_write", "tiny_rolling"}
     assert (written["options"]["limit"], written["options"]["batch_size"]) == (2, "auto")
     assert written["config"]["num_speculative_tokens"] == "auto"
-    status, out, _ = run(*arguments, "--max-perplexity-change", 0)
+    status, out, _ = run(*arguments, "--prompts", 0, "--max-perplexity-change", 0)
     assert status == 1
     assert "**FAILED**" in out
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantspec import QuantSpecConfig
 from quantspec.capture import capture, converting
+from quantspec.capture.kept import kept_or_captured
 from quantspec.memory import full_precision_bytes
 from quantspec.pair.preview import structure_of
 
@@ -34,7 +35,7 @@ def held_by_transformers(model) -> int:
 def test_full_precision_bytes_of_a_capture_are_transformers_own(architecture):
     model = tiny_model(architecture)
     with converting():
-        layers = capture(model).layers
+        layers = kept_or_captured(model, None).layers
     assert all(layer.held is not None for layer in layers)
     assert full_precision_bytes(layers, TOKENS, 2, torch.float32) == held_by_transformers(model)
     # From the config alone, in the checkpoint's dtype.
@@ -67,7 +68,7 @@ def test_shared_keys_and_values_count_once():
 def test_a_model_without_a_known_cache_counts_keys_and_values():
     model = tiny_model("llama")
     with converting():
-        layers = capture(model).layers
+        layers = kept_or_captured(model, None).layers
     unknown = [dataclasses.replace(layer, held=None) for layer in layers]
     assert full_precision_bytes(unknown, TOKENS) == full_precision_bytes(layers, TOKENS)
 

@@ -158,7 +158,8 @@ def test_scores_are_the_most_that_a_token_moves_and_verification_is_unchanged(ca
 
 @settings(max_examples=3)
 @given(
-    name=st.sampled_from(sorted(CASES)),
+    # Those that take the interpreter seconds have more rows and channels, which no score of another layer meets.
+    name=st.sampled_from(["small groups", "window", "soft cap and sinks", "float16", "bfloat16"]),
     seeds=st.lists(st.integers(0, 2**16), min_size=2, max_size=3, unique=True),
 )
 def test_scores_of_layers_that_share_a_cache_are_the_highest_of_them(name: str, seeds: list[int]) -> None:

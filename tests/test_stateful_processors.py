@@ -224,7 +224,7 @@ class Shift(LogitsProcessor):
         return scores + self.bias[self.calls % 2]
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 4])
+@pytest.mark.parametrize("gamma", [0, pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_sampled_tokens_follow_the_processed_target(small_qs, monkeypatch, gamma):
     """All transitions of many short texts, those of odd and of even calls apart."""
     table = Table()

@@ -37,10 +37,11 @@ def test_a_captured_block_is_the_models_own_forward(architecture):
     assert len(states) > 0
 
 
-@pytest.mark.parametrize("architecture", ["lfm2", "falcon_h1"])
-def test_weights_that_need_no_gradients_are_captured_alike(architecture):
+# Falcon-H1's layers are all alike.
+@pytest.mark.parametrize(("architecture", "layers"), [("lfm2", 2), ("falcon_h1", 1)])
+def test_weights_that_need_no_gradients_are_captured_alike(architecture, layers):
     """The oldest torch decomposes their linears in another way."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, num_hidden_layers=layers)
     learning, frozen = (capture(model.requires_grad_(learns)) for learns in (True, False))
     graphs = [[str(node.target) for node in it.graph_module.graph.nodes] for it in (learning, frozen)]
     assert graphs[0] == graphs[1]
@@ -100,13 +101,14 @@ def test_a_conversation_goes_on_from_its_states_or_begins_anew(architecture):
     assert torch.equal(text, qs.model.generate(other, attention_mask=mask, **options))
 
 
-@pytest.mark.parametrize("architecture", [*STATEFUL, "jamba"])
+@pytest.mark.parametrize("architecture", in_groups([*STATEFUL, "jamba"]))
 def test_models_that_do_not_go_on_from_states_are_known(architecture):
     """Jamba's own scan over several tokens begins with zeros."""
     qs = converted(architecture)
     assert qs.pair.continues == (architecture != "jamba")
 
 
+@pytest.mark.xdist_group("jamba")
 def test_a_conversation_with_jamba_begins_anew():
     qs = converted("jamba")
     first = qs.generate(torch.tensor([random_prompt(20)]), num_speculative_tokens=4, **GREEDY)
@@ -162,7 +164,7 @@ def test_what_states_do_not_go_with_is_refused():
         converted("lfm2").tune()
 
 
-@pytest.mark.parametrize("architecture", STATEFUL)
+@pytest.mark.parametrize("architecture", in_groups(STATEFUL))
 def test_of_a_hybrid_a_rank_has_whole_what_its_states_need(architecture):
     """And what chooses experts; attention, gated products, experts and the head are split."""
     qs = converted(architecture)

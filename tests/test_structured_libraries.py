@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_reading import read_at_once
 from tiny_models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -31,7 +32,8 @@ Options = dict[str, Any]
 def words() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer."""
     path = gguf_path()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with read_at_once():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.fixture(scope="module")
