@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig
 
@@ -135,9 +136,11 @@ class RepeatedLayers:
         recorder = self._recorder
         for number in traced.attention:
             layer, (mask, module) = recorder.layers[number], recorder.masks[number]
-            name = call.paths[1] + layer.module.removeprefix(call.paths[0])
-            recorder.layers.append(replace(layer, module=name))
-            recorder.masks.append((mask, self._model.get_submodule(name) if layer.module else module))
+            if layer.module.startswith(call.paths[0]):
+                layer = replace(layer, module=call.paths[1] + layer.module.removeprefix(call.paths[0]))
+                module = self._model.get_submodule(layer.module)
+            recorder.layers.append(layer)
+            recorder.masks.append((mask, module))
         inputs = [leaves[place] for place in call.places]
         out = looks(traced.outputs[traced.out_place])
         like = next(place for place, tensor in enumerate(inputs) if looks(tensor) == out)
@@ -173,6 +176,8 @@ class RepeatedLayers:
             or not _same(attributes, _attributes(layer))
             or not _same((leaves, spec), tree_flatten(given))
             or any(node.op != "call_function" or node.target in _MARKERS for node in made)
+            # A size that follows from values is of this layer alone.
+            or any(free_unbacked_symbols(node.meta.get("val")) for node in made)
         ):
             return result
         number = len(self._traced)
