@@ -160,6 +160,19 @@ def options(name: str) -> str:
     return markdown_table(["option", *(f"batch {batch}" for batch in batches)], rows) + _source(data, name)
 
 
+def first_text(name: str) -> str:
+    """Seconds of each stage until a text, by process."""
+    data = _load(name)
+    titles = {"first": "the first process, `convert`", "later": "a later one, `convert`", "saved": "loads the saved pair"}
+    rows = []
+    for row in data["rows"]:
+        made = row["load_seconds"] if row["process"] == "saved" else row["convert_seconds"]
+        first, rest = row["first_token_seconds"], row["first_rest_seconds"]
+        rows.append([row["model"], titles[row["process"]], *(f"{seconds:.1f} s" for seconds in (made, first, rest))])
+    header = ["model", "process", "converted or loaded", "first token", "compiled and captured"]
+    return markdown_table(header, rows) + _source(data, name)
+
+
 def draft_sources(name: str) -> str:
     """Tokens per second by source and number of drafts: a column for each kind of work, new text over its prompts."""
     data = _load(name)
@@ -488,6 +501,8 @@ TABLES = {
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "drafts": lambda: draft_sources("drafts-smollm2.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
+    "first-text": lambda: first_text("first-text.json"),
+    "options-8b": lambda: options("options-8b.json"),
     "pools": lambda: pools("pool.json"),
     "options": lambda: options("options.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
