@@ -126,7 +126,7 @@ def parity(name: str) -> str:
 
 
 def speed(name: str) -> str:
-    """Tokens per second and prefill against Hugging Face."""
+    """Tokens per second, prefill and the whole against Hugging Face."""
     data = _load(name)
     rows = [
         [
@@ -136,11 +136,12 @@ def speed(name: str) -> str:
             f"{row['tokens_per_second']:.1f} / {row['hugging_face_tokens_per_second']:.1f}",
             f"{row['decode_speedup']:.2f}x",
             f"{row['prefill_seconds']:.1f} s / {row['hugging_face_prefill_seconds']:.1f} s",
+            f"{row['seconds']:.1f} s / {row['hugging_face_seconds']:.1f} s, {row['speedup']:.2f}x",
         ]
         for row in data["rows"]
     ]
     header = ["prompt tokens", "dtype", "quantspec", "tokens/s, ours / Hugging Face", "decode", "prefill, both"]
-    return markdown_table(header, rows) + _source(data, name)
+    return markdown_table([*header, "in all, both"], rows) + _source(data, name)
 
 
 def options(name: str) -> str:
@@ -163,7 +164,11 @@ def options(name: str) -> str:
 def first_text(name: str) -> str:
     """Seconds of each stage until a text, by process."""
     data = _load(name)
-    titles = {"first": "the first process, `convert`", "later": "a later one, `convert`", "saved": "loads the saved pair"}
+    titles = {
+        "first": "the first process, `convert`",
+        "later": "a later one, `convert`",
+        "saved": "loads the saved pair",
+    }
     rows = []
     for row in data["rows"]:
         made = row["load_seconds"] if row["process"] == "saved" else row["convert_seconds"]
