@@ -128,7 +128,7 @@ def test_generated_texts_of_the_roles(evaluated):
 
 
 def test_the_draft_by_itself_writes_its_own_argmax(qs, evaluated):
-    context = CONTEXT[:50]
+    context = CONTEXT[1:51]
     (text,) = evaluated("draft").generate_until(
         requests("generate_until", (context, {"until": [], "max_gen_toks": 40})), disable_tqdm=True
     )
@@ -174,7 +174,7 @@ def test_the_draft_by_itself_needs_a_distribution_to_sample_from(evaluated):
 def test_generation_options_reach_every_role(evaluated, role):
     def write(seed: int = 0, **options) -> str:
         torch.manual_seed(seed)
-        asked = requests("generate_until", (CONTEXT, {"max_gen_toks": 30, **options}))
+        asked = requests("generate_until", (CONTEXT[7:], {"max_gen_toks": 30, **options}))
         return evaluated(role).generate_until(asked, disable_tqdm=True)[0]
 
     greedy = write(until=[])

@@ -79,6 +79,16 @@ def random_ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def assert_drafts_alike(one: quantspec.QuantSpecModel, other: quantspec.QuantSpecModel) -> None:
+    """As many drafts of their last calls were accepted, but for those that are nearly as likely as another token.
+
+    Sums over ranks round in another way, which decides between such.
+    """
+    accepted = [qs.last_stats.accepted for qs in (one, other)]
+    assert min(accepted) > 4
+    assert abs(accepted[0] - accepted[1]) <= 2
+
+
 # What runs on every rank, found there by its name.
 
 
@@ -236,7 +246,7 @@ def test_layers_with_states_are_whole_on_every_rank_which_says_so(ranks):
     mask[1, :13] = 0
     for options in ({"do_sample": False}, {"do_sample": True, "seed": 3}):
         assert torch.equal(part.generate(ids, mask, **CALL, **options), whole.generate(ids, mask, **CALL, **options))
-    assert part.last_stats.accepted == whole.last_stats.accepted
+    assert_drafts_alike(part, whole)
     every = ranks.run(logits_of_all, ids)
     with torch.no_grad():
         expected = whole.model(ids, use_cache=False).logits
@@ -268,8 +278,7 @@ def test_hybrids_over_ranks_write_what_one_process_writes(ranks, architecture):
     for options in ({"do_sample": False}, {"do_sample": True, "seed": 3}):
         whole, part = (qs.generate(ids, max_new_tokens=12, eos_token_id=None, **options) for qs in pairs)
         assert torch.equal(part, whole)
-    accepted = [qs.last_stats.accepted for qs in pairs]
-    assert accepted[0] == accepted[1] > 0
+    assert_drafts_alike(*pairs)
     assert pairs[1].layers[-1].query_heads * 2 == pairs[0].layers[-1].query_heads
     pairs[1].close()
 
@@ -294,7 +303,7 @@ def test_a_tuned_pair_is_saved_and_then_split(ranks, llama_of_two, tmp_path):
     assert part.tuned == whole.tuned
     assert torch.equal(text, untuned)
     assert torch.equal(part.generate(ids, **CALL, do_sample=False), text)
-    assert part.last_stats.accepted == whole.last_stats.accepted
+    assert_drafts_alike(part, whole)
     part.close()
 
 
@@ -552,7 +561,7 @@ def check_saved_pair(ranks, tmp_path, architecture: str) -> None:
     texts = [qs.generate(ids, **CALL, do_sample=False) for qs in (whole, part)]
     assert torch.equal(*texts)
     # The same codes draft the same tokens.
-    assert part.last_stats.accepted == whole.last_stats.accepted
+    assert_drafts_alike(part, whole)
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
@@ -567,7 +576,7 @@ def test_a_saved_pairs_groups_may_be_larger_than_those_of_a_rank(ranks, tmp_path
     ids = random_ids(1, 50)
     assert torch.equal(*(qs.generate(ids, **CALL, do_sample=False) for qs in (whole, part)))
     # The same codes and scales draft the same tokens.
-    assert part.last_stats.accepted == whole.last_stats.accepted
+    assert_drafts_alike(part, whole)
     part.close()
 
 
