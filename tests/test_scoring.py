@@ -7,7 +7,9 @@ import torch
 from cache_changes import change_cache_after_prefill
 from conftest import GROUP
 from step_by_step import random_prompt
+from tiny_models import tiny_model
 
+import quantspec
 from quantspec import CacheFullError, QuantSpecModel
 from quantspec.evals.scoring import MAX_BLOCK, forced_text, score_continuations, sequences_that_fit
 from quantspec.passes import Role
@@ -86,7 +88,9 @@ def test_scores_move_with_what_both_roles_read(qs, monkeypatch, part, role):
     assert abs(score_one(qs, LONG, NEXT, role).log_probability - before) > 1e-3
 
 
-def test_the_lower_plane_moves_the_targets_scores_alone(qs, monkeypatch):
+def test_the_lower_plane_moves_the_targets_scores_alone(monkeypatch):
+    options = {"kv_group_size": GROUP, "draft_recipe": "int4-cache", "self_check": False}
+    qs = quantspec.convert(tiny_model("llama"), **options)
     before = {role: score_one(qs, LONG, NEXT, role).log_probability for role in (Role.TARGET, Role.DRAFT)}
     change_cache_after_prefill(monkeypatch, "k_lower", lambda tensor: tensor ^ 0xFF)
     assert abs(score_one(qs, LONG, NEXT, Role.TARGET).log_probability - before[Role.TARGET]) > 1e-4
