@@ -26,7 +26,7 @@ from .common import LOG, RESULTS, print_progress, write_results
 
 PROMPT_START = 5000
 # Of the published table.
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("float32", "bfloat16")
 CONTEXTS = (2000,)
 NEW_TOKENS = 48
 REPETITIONS = 1
