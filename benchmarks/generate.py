@@ -27,9 +27,9 @@ from .common import LOG, RESULTS, print_progress, write_results
 PROMPT_START = 5000
 # Of the published table.
 DTYPES = ("float32", "bfloat16")
-CONTEXTS = (2000,)
-NEW_TOKENS = 48
-REPETITIONS = 1
+CONTEXTS = (3000,)
+NEW_TOKENS = 128
+REPETITIONS = 2
 _PLAIN = "Hugging Face"
 # What is timed beside plain generation, and how it is called.
 MODES: dict[str, dict[str, Any]] = {

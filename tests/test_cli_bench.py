@@ -103,7 +103,7 @@ def generate_row(context: int, new_tokens: int, dtype: str) -> dict:
 
 @pytest.mark.parametrize(
     ("options", "dtypes", "context", "new_tokens"),
-    [((), ["float32"], 512, 16), (("--full",), ["bfloat16", "float32"], 2000, 48)],
+    [((), ["float32"], 512, 16), (("--full",), ["float32", "bfloat16"], 3000, 128)],
     ids=["quick", "full"],
 )
 def test_table_of_generate(run, no_gpu, terminal, monkeypatch, options, dtypes, context, new_tokens):
