@@ -219,6 +219,10 @@ class StepStates(PassBase):
         previous = [user for user in state.users if user not in region and user.op != "output"]
         made = [*used, *([state] if previous else [])]
         step.output((copied[successor], *(copied[node] for node in made)))
+        for node in step.nodes:
+            if node.op != "get_attr":
+                # Of the rows of the graph it is taken from.
+                node.meta.pop("val", None)
         step.lint()
         is_token = [_has_rows(node) for node in inputs]
         if not any(is_token):

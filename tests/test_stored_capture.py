@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import GROUP
 from step_by_step import random_prompt
-from tiny_models import tiny_model
+from tiny_models import STATEFUL, tiny_model
 
 import quantspec
 from quantspec import SavedModelError
@@ -23,11 +23,12 @@ from quantspec.capture.stored import from_json, key_of, to_json
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, GRAPH_FILE, Description, fingerprints
 from quantspec.pair import pair as pair_module
 from quantspec.pair.frozen import options_of
+from quantspec.passes.graph import get_tensor
 
 PROMPT = torch.tensor([random_prompt(2 * GROUP + 8)])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen3_moe", "gpt_oss", *STATEFUL, "kimi_linear"])
 def test_a_capture_comes_back_from_json(architecture):
     model = tiny_model(architecture)
     with converting():
@@ -35,22 +36,31 @@ def test_a_capture_comes_back_from_json(architecture):
     stored, constants = to_json(captured, model)
     again = from_json(json.loads(json.dumps(stored)), constants, model)
     assert again.layers == captured.layers
-    for node, expected in zip(again.graph_module.graph.nodes, captured.graph_module.graph.nodes, strict=True):
+    assert again.states == captured.states
+    assert len(again.graph_module.graph.find_nodes(op="call_module")) == len(captured.states)
+    _assert_same(again.graph_module, captured.graph_module)
+
+
+def _assert_same(again: torch.fx.GraphModule, captured: torch.fx.GraphModule) -> None:
+    for node, expected in zip(again.graph.nodes, captured.graph.nodes, strict=True):
         assert (node.op, node.target, node.name) == (expected.op, expected.target, expected.name)
-        assert _shape(node) == _shape(expected), node
-    assert _addresses(again.graph_module) == _addresses(captured.graph_module)
+        assert str((node.args, node.kwargs)) == str((expected.args, expected.kwargs))
+        assert _shapes(node) == _shapes(expected), node
+        if node.op == "get_attr":
+            assert get_tensor(again, node).data_ptr() == get_tensor(captured, expected).data_ptr(), node
+        if node.op == "call_module":
+            moved, other = (module.get_submodule(node.target) for module in (again, captured))
+            assert moved.is_token == other.is_token
+            _assert_same(moved.step, other.step)
 
 
-def _addresses(graph_module: torch.fx.GraphModule) -> dict[str, int]:
-    """Of what the graph reads."""
-    read = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
-    parameters = graph_module.named_parameters(remove_duplicate=False)
-    return {name: p.data_ptr() for name, p in parameters if name in read}
-
-
-def _shape(node: torch.fx.Node) -> tuple | None:
-    """Dtype and sizes, the symbolic ones by their example."""
+def _shapes(node: torch.fx.Node) -> list[tuple | None]:
     value = node.meta.get("val")
+    return [_shape(one) for one in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _shape(value: Any) -> tuple | None:
+    """Dtype and sizes, the symbolic ones by their example."""
     if not isinstance(value, torch.Tensor):
         return None
     sizes = (*value.shape, *value.stride())

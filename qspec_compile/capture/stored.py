@@ -12,7 +12,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
@@ -26,19 +26,20 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from transformers import PreTrainedModel
 
-from quantspec.cache.geometry import HeldState
+from quantspec.cache.geometry import HeldState, StateShape
 from quantspec.passes.graph import get_tensor, module_path
+from quantspec.passes.state_steps import StateSteps
 from quantspec.passes.token_counts import frozen_condition
 
 from .export import Capture
 from .interfaces import CapturedLayer
 
 # Raised with every change of what a capture holds.
-FORMAT = 4
+FORMAT = 5
 _NAMESPACES = ("aten", "prims", "quantspec")
-_NO_CALLS = ("placeholder", "get_attr", "output")
+_NAMED = ("placeholder", "get_attr", "output", "call_module")
 _ARITHMETIC = ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
-# Of nodes that are no calls, and of arguments; a tensor's is dotted.
+# Of nodes that call no function, and of arguments; a tensor's is dotted.
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # Kinds of torch's constants, by the name that stands before theirs.
 _CONSTANTS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
@@ -51,7 +52,8 @@ _EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 # What the export calls the model within its wrapper.
 _WRAPPER = "model."
-_EXAMPLE_SIZES = {"batch": 2, "tokens": 7}
+# Slots are those of states.
+_EXAMPLE_SIZES = {"batch": 2, "tokens": 7, "slots": 11}
 
 
 class CannotStore(ValueError):
@@ -83,15 +85,26 @@ def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], 
     """
     graph = captured.graph_module.graph
     condition = frozen_condition(graph, torch.iinfo(torch.int32).max)
-    if condition is not None or captured.states:
-        raise CannotStore(condition or captured.states)
+    if condition is not None:
+        raise CannotStore(condition)
     writer = _Writer(graph, model.device)
-    nodes = [writer.node(node) for node in graph.nodes]
-    names = {str(node.target): get_tensor(captured.graph_module, node) for node in graph.find_nodes(op="get_attr")}
+    steps = _state_steps(captured.graph_module)
+    stored = {
+        "layers": [asdict(layer) for layer in captured.layers],
+        "states": [asdict(state) | {"dtype": writer.argument(state.dtype)} for state in captured.states],
+        "nodes": writer.nodes(graph),
+        "steps": {
+            name: {"is_token": moved.is_token, "nodes": writer.nodes(moved.step.graph)} for name, moved in steps.items()
+        },
+        "values": writer.values,
+    }
+    names = {
+        str(node.target): get_tensor(module, node)
+        for module in (captured.graph_module, *(moved.step for moved in steps.values()))
+        for node in module.graph.find_nodes(op="get_attr")
+    }
     own = _tensors(model)
-    constants = {name: tensor for name, tensor in names.items() if not _is(own.get(_own_name(name)), tensor)}
-    layers = [asdict(layer) for layer in captured.layers]
-    return {"layers": layers, "values": writer.values, "nodes": nodes}, constants
+    return stored, {name: tensor for name, tensor in names.items() if not _is(own.get(_own_name(name)), tensor)}
 
 
 def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model: PreTrainedModel) -> Capture:
@@ -101,22 +114,44 @@ def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model:
         Exception: of any kind, where the description is not one of this model's.
     """
     reader = _Reader(stored["values"], model.device)
-    graph = fx.Graph()
-    nodes: list[fx.Node] = []
-    for entry in stored["nodes"]:
-        nodes.append(reader.node(graph, entry, nodes))
-    graph.lint()
     own = _tensors(model)
-    tensors = {}
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        tensor = constants[name].to(model.device) if name in constants else own[_own_name(name)]
-        if (tensor.shape, tensor.dtype) != (node.meta["val"].shape, node.meta["val"].dtype):
-            raise ValueError(name)
-        tensors[name] = tensor
+
+    def tensors_of(graph: fx.Graph) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            name = str(node.target)
+            tensor = constants[name].to(model.device) if name in constants else own[_own_name(name)]
+            if (tensor.shape, tensor.dtype) != (node.meta["val"].shape, node.meta["val"].dtype):
+                raise ValueError(name)
+            found[name] = tensor
+        return found
+
+    steps = {}
+    for name, moved in stored["steps"].items():
+        step = reader.graph(moved["nodes"])
+        steps[name] = StateSteps(fx.GraphModule(tensors_of(step), step), moved["is_token"])
+    graph = reader.graph(stored["nodes"], steps)
     layers = [layer | {"held": layer["held"] and HeldState(**layer["held"])} for layer in stored["layers"]]
-    # Its code is made if it is run, which a pair does not.
-    return Capture(_LazyGraphModule(tensors, graph), tuple(CapturedLayer(**layer) for layer in layers))
+    states = [
+        state | {"shape": tuple(state["shape"]), "dtype": reader.argument(state["dtype"])} for state in stored["states"]
+    ]
+    return Capture(
+        # Its code is made if it is run, which a pair does not.
+        _LazyGraphModule({**tensors_of(graph), **steps}, graph),
+        tuple(CapturedLayer(**layer) for layer in layers),
+        tuple(StateShape(**state) for state in states),
+    )
+
+
+def _state_steps(graph_module: fx.GraphModule) -> dict[str, StateSteps]:
+    """The modules that a graph calls, by name."""
+    found = {}
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        called = graph_module.get_submodule(str(node.target))
+        if not isinstance(called, StateSteps):
+            raise CannotStore(type(called))
+        found[str(node.target)] = called
+    return found
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -138,20 +173,27 @@ class _Writer:
     """Nodes as JSON; ``values`` are what they are said to compute, each once."""
 
     def __init__(self, graph: fx.Graph, device: torch.device) -> None:
+        """``graph`` is the captured one, whose inputs tell what the sizes are called."""
         self.values: list[Any] = []
         self._device = device
         self._value_numbers: dict[str, int] = {}
-        self._numbers = {node: number for number, node in enumerate(graph.nodes)}
-        sizes = graph.find_nodes(op="placeholder")[0].meta["val"].shape
-        self._symbols = {size.node.expr: name for size, name in zip(sizes, _EXAMPLE_SIZES, strict=True)}
+        self._numbers: dict[fx.Node, int] = {}
+        ids, _, *states = graph.find_nodes(op="placeholder")
+        sizes = [*ids.meta["val"].shape, *(state.meta["val"].shape[1] for state in states[:1])]
+        self._symbols = {size.node.expr: name for size, name in zip(sizes, _EXAMPLE_SIZES, strict=False)}
 
-    def node(self, node: fx.Node) -> dict[str, Any]:
+    def nodes(self, graph: fx.Graph) -> list[dict[str, Any]]:
+        """Those of the captured graph, or of the step of a state, whose sizes are its caller's."""
+        self._numbers |= {node: number for number, node in enumerate(graph.nodes)}
+        return [self._node(node) for node in graph.nodes]
+
+    def _node(self, node: fx.Node) -> dict[str, Any]:
         entry = {
             "op": node.op,
             "name": node.name,
             "target": _target_name(node),
-            "args": self._argument(node.args),
-            "kwargs": {name: self._argument(value) for name, value in node.kwargs.items()},
+            "args": self.argument(node.args),
+            "kwargs": {name: self.argument(value) for name, value in node.kwargs.items()},
             "module": module_path(node),
         }
         # Assertions compute nothing.
@@ -165,13 +207,14 @@ class _Writer:
             self.values.append(value)
         return number
 
-    def _argument(self, value: Any) -> Any:
+    def argument(self, value: Any) -> Any:
+        """What an operator is called with; a node is the number of its place."""
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, fx.Node):
             return {"node": self._numbers[value]}
         if isinstance(value, list | tuple):
-            return {"list" if isinstance(value, list) else "tuple": [self._argument(one) for one in value]}
+            return {"list" if isinstance(value, list) else "tuple": [self.argument(one) for one in value]}
         if isinstance(value, torch.device):
             return {"device": None if value == self._device else str(value)}
         for kind, of_kind in _CONSTANTS.items():
@@ -182,7 +225,7 @@ class _Writer:
     def _value(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             shape, stride = ([self._size(size) for size in sizes] for sizes in (value.shape, value.stride()))
-            return {"tensor": [shape, stride, self._argument(value.dtype), self._argument(value.device)]}
+            return {"tensor": [shape, stride, self.argument(value.dtype), self.argument(value.device)]}
         if isinstance(value, list | tuple):
             return {"tuple": [self._value(one) for one in value]}
         if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
@@ -218,14 +261,25 @@ class _Reader:
         with self._mode:
             self._values = [self._value(value) for value in values]
 
-    def node(self, graph: fx.Graph, entry: Mapping[str, Any], nodes: list[fx.Node]) -> fx.Node:
-        args = self._argument(entry["args"], nodes)
-        kwargs = {name: self._argument(value, nodes) for name, value in entry["kwargs"].items()}
+    def graph(self, entries: list[Mapping[str, Any]], modules: Collection[str] = ()) -> fx.Graph:
+        """The nodes that :meth:`_Writer.nodes` described, which may call those ``modules``."""
+        graph = fx.Graph()
+        nodes: list[fx.Node] = []
+        for entry in entries:
+            if entry["op"] == "call_module" and entry["target"] not in modules:
+                raise ValueError(f"call_module: {entry['target']}")
+            nodes.append(self._node(graph, entry, nodes))
+        graph.lint()
+        return graph
+
+    def _node(self, graph: fx.Graph, entry: Mapping[str, Any], nodes: list[fx.Node]) -> fx.Node:
+        args = self.argument(entry["args"], nodes)
+        kwargs = {name: self.argument(value, nodes) for name, value in entry["kwargs"].items()}
         op, target = entry["op"], entry["target"]
         for name in (*kwargs, entry["name"], *([] if op == "call_function" else [target])):
             if not _NAME.fullmatch(name):
                 raise ValueError(name)
-        if op not in ("call_function", *_NO_CALLS):
+        if op not in ("call_function", *_NAMED):
             raise ValueError(op)
         node = graph.create_node(
             op, _call_target(target) if op == "call_function" else target, args, kwargs, entry["name"]
@@ -235,14 +289,15 @@ class _Reader:
             node.meta["val"] = self._values[entry["value"]]
         return node
 
-    def _argument(self, value: Any, nodes: list[fx.Node]) -> Any:
+    def argument(self, value: Any, nodes: Sequence[fx.Node] = ()) -> Any:
+        """What :meth:`_Writer.argument` described."""
         if not isinstance(value, dict):
             return value
         ((kind, inner),) = value.items()
         if kind == "node":
             return nodes[inner]
         if kind in ("list", "tuple"):
-            parts = [self._argument(one, nodes) for one in inner]
+            parts = [self.argument(one, nodes) for one in inner]
             return parts if kind == "list" else tuple(parts)
         if kind == "device":
             return self._device if inner is None else torch.device(inner)
@@ -259,7 +314,7 @@ class _Reader:
             return tuple(map(self._value, inner))
         shape, stride, dtype, device = inner
         sizes = [[self._size(size) for size in part] for part in (shape, stride)]
-        return torch.empty_strided(*sizes, dtype=self._argument(dtype, []), device=self._argument(device, []))
+        return torch.empty_strided(*sizes, dtype=self.argument(dtype), device=self.argument(device))
 
     def _size(self, size: Any) -> Any:
         if isinstance(size, int):
@@ -272,7 +327,7 @@ class _Reader:
 
 def _target_name(node: fx.Node) -> str:
     target: Any = node.target
-    if node.op in _NO_CALLS:
+    if node.op in _NAMED:
         return str(target)
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return str(target)
