@@ -300,6 +300,19 @@ CASES: dict[str, Callable[[], Callable]] = {
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),
 }
+# Few cases that launch every kernel.
+_FEW = (
+    "draft 32/8 of 128",
+    "draft 8/1 of a latent of 64 and 16",
+    "linear 8 rows, 4096 to 1024, group 32",
+    "encoding of 128",
+    "later chunk of 128",
+    "experts",
+    "cut-offs",
+    "queries, keys and values of 6 rows",
+    "gates and factors",
+    "choice of pages",
+)
 
 
 @contextmanager
@@ -402,6 +415,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, nargs="*", choices=list(SHARED_KB), default=list(SHARED_KB))
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--few", dest="cases", action="store_const", const=_FEW, help="few, with every kernel")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):

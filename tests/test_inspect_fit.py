@@ -118,6 +118,10 @@ def test_the_command_tells_what_each_of_several_gpus_has(run, tmp_path, monkeypa
     assert "tokens, on each of 2 GPUs" in out
     assert "of the model whole and computes it: model.layers.*.conv.in_proj (1)" in out
     assert "Every GPU has all states." in out
+
+
+def test_the_command_says_that_a_model_cannot_be_split_over_so_many(run, tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
     status, _, err = run("inspect", tmp_path, "--tensor-parallel", 3)
     assert status != 0
     assert "its 4 query heads are no multiple of 3 ranks" in " ".join(err.split())

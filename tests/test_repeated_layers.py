@@ -133,7 +133,7 @@ class HandsOn(LlamaDecoderLayer):
 
 @pytest.mark.parametrize("kind", [ScalesByNumber, ScalesByAttribute, ScalesInPlace, HandsOn])
 def test_layers_that_differ_are_told_apart(kind):
-    model = tiny_model("llama", num_hidden_layers=5)
+    model = tiny_model("llama", num_hidden_layers=3)
     for number, layer in enumerate(model.model.layers):
         layer.__class__ = kind
         layer.first = number == 0

@@ -60,7 +60,7 @@ def test_parity_with_the_quantized_pair(folder):
     lm = QuantSpecLM(str(folder), dtype="float32", device="cpu")
     options = ParityOptions(limit=1, batch_size=1, context_tokens=160, scored_tokens=24, prompts=0)
     # Longer than the 2G = 128 tokens that are not quantized.
-    tasks = ["reference_choice", "reference_cloze@160", "niah_single_1@256"]
+    tasks = ["reference_choice", "niah_single_1@256"]
     report = parity(lm.qs, tokenizer=lm.tokenizer, tasks=tasks, options=options)
     assert report.passed, report
     needle = {row.role: row.value for row in report.tasks if row.task == "niah_single_1@256"}
