@@ -161,6 +161,19 @@ def options(name: str) -> str:
     return markdown_table(["option", *(f"batch {batch}" for batch in batches)], rows) + _source(data, name)
 
 
+def structured(name: str) -> str:
+    """Tokens per second of JSON by the library that follows its grammar, without drafts and with them."""
+    data = _load(name)
+    rows = []
+    for plain, drafted in zip(data["rows"][::2], data["rows"][1::2], strict=True):
+        speeds = [f"{row['tokens_per_second']:.1f}" for row in (plain, drafted)]
+        same = "yes" if drafted["valid"] and drafted["same_as_without_drafts"] else "no"
+        rows.append([drafted["library"], *speeds, f"{drafted['mean_acceptance_length']:.2f}", same])
+    gamma = data["rows"][1]["num_speculative_tokens"]
+    head = ["library", "tokens/s without drafts", f"with {gamma}", "tokens a cycle", "valid, and the same text"]
+    return markdown_table(head, rows) + _source(data, name)
+
+
 def first_text(name: str) -> str:
     """Seconds of each stage until a text, by process."""
     data = _load(name)

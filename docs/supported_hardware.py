@@ -25,9 +25,9 @@ _HEAD = """# Supported hardware
 One NVIDIA GPU of compute capability 8.0 or newer, on Linux, in bfloat16 or float16; or a CPU, for trying.
 
 **Measured** are the H100 (80 GB HBM3) and the H200 (Triton 3.6): the figures of the [benchmarks](benchmarks.md) and the
-README, which name the card, and the tests with native kernels. Launches were tuned on the H100. On other GPUs the number of
-multiprocessors and the shared memory of each decide how many programs of attention run at once; tiles, warps and the INT4
-linear's launches are the H100's.
+README, which name the card, and the tests with native kernels. Launches were tuned on the H100. On other GPUs the
+number of multiprocessors and the shared memory of each decide how many programs of attention run at once; tiles, warps
+and the INT4 linear's launches are the H100's.
 
 **Only compiled** are the kernels of all other generations: `.ci/compile_kernels.py` compiles what the launchers would
 launch on each, without a GPU, and fails where a kernel takes more shared memory than a block may have, uses an

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from tiny_models import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import quantspec
+from quantspec.benchmarks.structured import LIBRARIES, follows_schema, measure
 from quantspec.evals.smollm2 import gguf_path
 
 SCHEMA = {
@@ -25,7 +24,6 @@ SCHEMA = {
     "required": ["name", "colour", "sizes"],
     "additionalProperties": False,
 }
-Options = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +41,10 @@ def pair(words) -> quantspec.QuantSpecModel:
     return quantspec.convert(tiny_model("llama", vocab_size=len(words), **ids), self_check=False)
 
 
-def llguidance(pair: quantspec.QuantSpecModel, words: PreTrainedTokenizerBase) -> Callable[[], Options]:
-    schema = {**SCHEMA, "x-guidance": {"whitespace_flexible": False}}
-    return lambda: {"json_schema": schema, "tokenizer": words}
-
-
-def xgrammar(pair: quantspec.QuantSpecModel, words: PreTrainedTokenizerBase) -> Callable[[], Options]:
-    library = pytest.importorskip("xgrammar", reason="xgrammar is not installed: pip install -e '.[dev]'")
-    from xgrammar.contrib.hf import LogitsProcessor
-
-    vocabulary = library.TokenizerInfo.from_huggingface(words, vocab_size=pair.vocab_size)
-    grammar = library.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
-    return lambda: {"logits_processor": [LogitsProcessor(grammar)]}
-
-
-def outlines(pair: quantspec.QuantSpecModel, words: PreTrainedTokenizerBase) -> Callable[[], Options]:
-    library = pytest.importorskip("outlines", reason="outlines is not installed: pip install -e '.[dev]'")
-    from outlines.backends import get_json_schema_logits_processor
-
-    model = library.from_transformers(pair.model, words)
-    processor = get_json_schema_logits_processor("outlines_core", model, json.dumps(SCHEMA), whitespace_pattern="")
-
-    def options() -> Options:
-        processor.reset()
-        return {"logits_processor": [processor]}
-
-    return options
-
-
-@pytest.mark.parametrize("library", [llguidance, xgrammar, outlines], ids=lambda library: library.__name__)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_json_is_valid_and_the_same_with_drafts(pair, words, library):
-    options = library(pair, words)
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install -e '.[dev]'")
+    options = LIBRARIES[library](pair, words, SCHEMA)
     inputs = words(["Describe it in JSON:", "Another one:"], return_tensors="pt", padding=True, padding_side="left")
     for count in (1, 2):
         rows = {name: tensor[:count] for name, tensor in inputs.items()}
@@ -87,3 +58,15 @@ def test_json_is_valid_and_the_same_with_drafts(pair, words, library):
             assert set(value["sizes"]) <= {1, 20, 300}
         assert torch.equal(pair.generate(**given, **options(), num_speculative_tokens=4), expected)
         assert pair.last_stats.drafted > 0
+
+
+def test_the_benchmark_says_whether_json_is_valid(pair, words):
+    """A random model's strings have no end but the schema's."""
+    rows = list(measure(pair, words, 400, ["llguidance"]))
+    assert [(row["num_speculative_tokens"], row["valid"], row["same_as_without_drafts"]) for row in rows] == [
+        *((0, True, True), (4, True, True)),
+    ]
+    assert rows[1]["mean_acceptance_length"] > 1 == rows[0]["mean_acceptance_length"]
+    cut = next(measure(pair, words, 10, ["llguidance"]))
+    assert not cut["valid"]
+    assert not follows_schema('{"name": 1}')

@@ -267,7 +267,7 @@ class _Reader:
         nodes: list[fx.Node] = []
         for entry in entries:
             if entry["op"] == "call_module" and entry["target"] not in modules:
-                raise ValueError(f"call_module: {entry['target']}")
+                raise ValueError(entry["op"])
             nodes.append(self._node(graph, entry, nodes))
         graph.lint()
         return graph
