@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quantspec.serving.requests import EngineStatistics, FinishReason, Output, Request
 from quantspec.serving.server.choice import Choice
+from quantspec.serving.server.errors import ApiError
 from quantspec.serving.server.metrics import Metrics
 from quantspec.serving.server.penalties import CountPenalty
 from quantspec.serving.server.run import Server, bind
@@ -78,6 +80,12 @@ def said(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: list[int]) 
     """The text of a choice whose tokens come one by one."""
     choice = Choice(tokenizer, prompt, ())
     return "".join(choice.take(Output(0, (token,))).said.content for token in new)
+
+
+def test_an_error_may_repeat_what_is_no_text():
+    error = ApiError(404, "the model '\ud800' does not exist")
+    assert json.loads(error.response().body)["error"]["message"] == "the model '?' does not exist"
+    assert error.body.model_dump_json()
 
 
 def test_penalties_count_the_new_text():
