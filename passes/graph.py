@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 aten = torch.ops.aten
+# What an export calls the model within its wrapper.
+WRAPPER = "model."
+# The sizes that vary in a graph and an example of each; slots are those of states.
+SIZES = {"batch": 2, "tokens": 7, "slots": 11}
 # Where a fake mode keeps what operators made of arguments that look alike.
 _KNOWN = "_quantspec_known_values"
 
@@ -64,7 +70,12 @@ def module_path(node: fx.Node) -> str:
     """Dotted name of the module that made a node, without the capture wrapper; '' if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] if isinstance(entry, tuple) else "" for entry in stack.values()]
-    return paths[-1].removeprefix("model.") if paths else ""
+    return own_name(paths[-1]) if paths else ""
+
+
+def own_name(name: str) -> str:
+    """What the model itself calls a tensor or a module of the graph."""
+    return name.removeprefix(WRAPPER)
 
 
 def describe(node: fx.Node) -> str:
@@ -88,6 +99,16 @@ def looks(tensor: Tensor) -> tuple[Any, ...]:
     sizes = (*tensor.shape, *tensor.stride())
     expressions = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
     return type(tensor), expressions, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+
+
+def graph_sizes(shape_env: ShapeEnv) -> dict[str, Any]:
+    """New symbols for the sizes that vary in a graph, by their names."""
+    sizes = {}
+    for name, example in SIZES.items():
+        source = ConstantSource(name)
+        symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[name] = shape_env.create_symintnode(symbol, hint=example, source=source)
+    return sizes
 
 
 def value_of(mode: FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> Any:

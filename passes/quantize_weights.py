@@ -16,7 +16,7 @@ from quantspec.freed_memory import FreedMemory
 from quantspec.logging import counting
 
 from .called_modules import called_modules
-from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor
+from .graph import add_buffer, add_call, aten, find_calls, finish, get_tensor, own_name
 from .logit_rows import LINEAR_TARGETS, logits_linear
 from .weight_formats import PACKED_LINEARS, PackedLinears, WeightFormat, check_packed
 
@@ -220,7 +220,7 @@ def _users_as_weight(node: fx.Node) -> set[Any]:
 
 
 def _linear_name(weight: fx.Node) -> str:
-    return str(weight.target).removeprefix("model.").removesuffix(".weight")
+    return own_name(str(weight.target)).removesuffix(".weight")
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:

@@ -13,14 +13,12 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.kernels import repeated_layer
 
-from .graph import find_calls, finish, get_tensor
+from .graph import WRAPPER, find_calls, finish, get_tensor, own_name
 
 # Metadata of nodes: the traced layer that made a node, and of which traced layers it is what place, or the output.
 MADE_BY = "quantspec_traced_layer"
 ENDS = "quantspec_ends_of_layers"
 OUTPUT = -1
-# What an export calls the model within its wrapper.
-_WRAPPER = "model."
 
 
 class LostLayerError(Exception):
@@ -42,6 +40,11 @@ class LayerCall:
     paths: tuple[str, str]
     places: tuple[int, ...]
     attention: int
+
+
+def moved(path: str, old: str, new: str) -> str:
+    """What ``path`` in module ``old`` is in module ``new``; any other path is as it was."""
+    return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
 
 
 class RepeatLayers(PassBase):
@@ -106,7 +109,8 @@ class RepeatLayers(PassBase):
             copy = graph_module.graph.node_copy(node, counterpart)
             stack = node.meta.get("nn_module_stack", {})
             copy.meta["nn_module_stack"] = {
-                key: (_renamed(path, *call.paths), kind) for key, (path, kind) in stack.items()
+                key: (WRAPPER + moved(own_name(path), *call.paths) if path.startswith(WRAPPER) else path, kind)
+                for key, (path, kind) in stack.items()
             }
             if copy.target is torch.ops.quantspec.attention.default:
                 copy.update_arg(3, copy.args[3] + call.attention)  # type: ignore[operator]
@@ -118,7 +122,7 @@ class RepeatLayers(PassBase):
         found: dict[int, tuple[str, Tensor]] = {}
         traced, own = (dict(_tensors(self.model.get_submodule(path))) for path in call.paths)
         for name, tensor in traced.items():
-            named = (f"{_WRAPPER}{call.paths[1]}.{name}", own[name])
+            named = (f"{WRAPPER}{call.paths[1]}.{name}", own[name])
             if found.setdefault(id(tensor), named)[1] is not own[name]:
                 raise LostLayerError(call.paths[1])
         return found
@@ -126,11 +130,6 @@ class RepeatLayers(PassBase):
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-
-
-def _renamed(path: str, old: str, new: str) -> str:
-    inner = path.removeprefix(_WRAPPER)
-    return _WRAPPER + new + inner[len(old) :] if inner == old or inner.startswith(f"{old}.") else path
 
 
 def _own_tensor(graph_module: fx.GraphModule, node: fx.Node, tensors: dict[int, tuple[str, Tensor]]) -> fx.Node:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import add_call, aten, describe, fake_mode_of, find_calls, finish, get_tensor, module_path, value_of
+from .graph import (
+    add_call,
+    aten,
+    describe,
+    fake_mode_of,
+    find_calls,
+    finish,
+    get_tensor,
+    module_path,
+    own_name,
+    value_of,
+)
 from .held_axes import FACTORIES, Link, is_pointwise, links, reduced_axes, shape_of, slice_of, split_of
 from .join_written_parts import JoinWrittenParts
 from .logit_rows import LINEAR_TARGETS, logits_linear
@@ -525,7 +536,7 @@ def _other_matrices(gm: fx.GraphModule, linears: Sequence[fx.Node]) -> list[str]
         for node in matrices
         if any(user not in linears and user.target is not aten.embedding.default for user in node.users)
     ]
-    return [str(node.target).removeprefix("model.") for node in read]
+    return [own_name(str(node.target)) for node in read]
 
 
 def _counts_tokens(embedding: fx.Node) -> bool:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph import aten, describe, find_calls, finish, get_tensor, value_of
+from .graph import aten, describe, find_calls, finish, get_tensor, graph_sizes, value_of
 from .logit_rows import logits_linear
 
 
@@ -25,8 +24,8 @@ class StateStepsError(ValueError):
 class StateSteps(nn.Module):
     """Moves one state on, token by token, and keeps what it is after each.
 
-    ``step(state (B, ...), *inputs) -> (new state, *outputs)`` is of one token; ``is_token`` tells which inputs are the
-    token's, and which all tokens share.
+    ``step(state (B, ...), *inputs) -> (new state, *outputs)`` is of one token and has no tensors of its own;
+    ``is_token`` tells which inputs are the token's, and which all tokens share.
     """
 
     def __init__(self, step: fx.GraphModule, is_token: Sequence[bool]) -> None:
@@ -220,14 +219,13 @@ class StepStates(PassBase):
         made = [*used, *([state] if previous else [])]
         step.output((copied[successor], *(copied[node] for node in made)))
         for node in step.nodes:
-            if node.op != "get_attr":
-                # Of the rows of the graph it is taken from.
-                node.meta.pop("val", None)
+            # Of the rows of the graph it is taken from.
+            node.meta.pop("val", None)
         step.lint()
         is_token = [_has_rows(node) for node in inputs]
         if not any(is_token):
             raise StateStepsError(f"{describe(successor)} is a state that no token changes")
-        graph_module.add_module(name, StateSteps(fx.GraphModule(graph_module, step), is_token))
+        graph_module.add_module(name, StateSteps(fx.GraphModule({}, step), is_token))
         with graph.inserting_after(successor):
             call = graph.call_module(name, (state, *inputs))
         call.meta["outputs"] = [node.meta["val"] for node in made]
@@ -289,11 +287,7 @@ class _Values(fx.Interpreter):
         super().__init__(graph_module)
         shape_env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
-        self.sizes: dict[str, Any] = {}
-        for name, example in {"batch": 2, "tokens": 7, "slots": 11}.items():
-            source = ConstantSource(name)
-            symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
-            self.sizes[name] = shape_env.create_symintnode(symbol, hint=example, source=source)
+        self.sizes: Mapping[str, Any] = graph_sizes(shape_env)
 
     def run_node(self, n: fx.Node) -> Any:
         batch, tokens, slots = self.sizes.values()

@@ -21,6 +21,16 @@ def printable_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, so that most letters are several tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: token for token, letter in enumerate(letters, 3)}}
+    inner = Tokenizer(models.BPE(vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 def save_model(folder: Path) -> Path:
     """Save a two-layer llama and its tokenizer; returns ``folder``."""
     tiny_model("llama").save_pretrained(folder)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from quantspec.capture import Capture, capture, converting, repeated
 from quantspec.passes.graph import get_tensor, module_path
-from quantspec.passes.repeated_layers import LostLayerError, RepeatLayers
+from quantspec.passes.repeated_layers import LostLayerError, RepeatLayers, moved
 
 
 def captured(model: nn.Module) -> Capture:
@@ -149,6 +149,43 @@ def test_a_module_that_stands_twice_reads_its_tensors_twice():
     # An export has names of its own for where such a module stands.
     assert [row[:-1] for row in together] == [row[:-1] for row in apart]
     assert all(before[name] is tensor for name, tensor in model.named_parameters())
+
+
+def _in_two_lists(model: nn.Module) -> None:
+    model.model.others = nn.ModuleList(model.model.layers[:2])
+
+
+class Around(nn.Module):
+    """Calls a layer that a list of its own holds, too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """What the layer makes."""
+        return self.layer(*args, **kwargs)
+
+
+def _in_layers_of_another_list(model: nn.Module) -> None:
+    model.model.inner = model.model.layers
+    model.model.layers = nn.ModuleList(map(Around, model.model.inner))
+
+
+@pytest.mark.parametrize("change", [_in_two_lists, _in_layers_of_another_list])
+def test_layers_that_stand_in_two_lists(change):
+    model = tiny_model("llama", num_hidden_layers=3)
+    change(model)
+    assert traced_layers(LlamaDecoderLayer, lambda: captured(model)) == 1
+    assert not any("forward" in vars(module) for module in model.modules())
+    together, apart = described(captured(model)), described(captured_layer_by_layer(model))
+    # An export has names of its own for where such a module stands.
+    assert [row[:-1] for row in together] == [row[:-1] for row in apart]
+
+
+def test_a_path_is_moved_by_whole_names():
+    assert moved("model.layers.1.self_attn", "model.layers.1", "model.layers.3") == "model.layers.3.self_attn"
+    assert moved("model.layers.10.self_attn", "model.layers.1", "model.layers.3") == "model.layers.10.self_attn"
 
 
 def test_where_the_export_loses_nodes_every_layer_is_traced():

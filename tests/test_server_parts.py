@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -19,11 +20,14 @@ from cli_errors import assert_error
 from doc_blocks import stand_in_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_model import printable_tokenizer
+from serving_model import byte_tokenizer, printable_tokenizer
 from serving_process import free_port
 from tiny_models import tiny_model
+from transformers import PreTrainedTokenizerFast
 
 from quantspec.serving.requests import EngineStatistics, FinishReason, Output, Request
+from quantspec.serving.server.choice import Choice
+from quantspec.serving.server.errors import ApiError
 from quantspec.serving.server.metrics import Metrics
 from quantspec.serving.server.penalties import CountPenalty
 from quantspec.serving.server.run import Server, bind
@@ -53,6 +57,35 @@ def test_stop_strings(strings, pieces):
         assert not any(string in through for string in strings)
     else:
         assert through + matcher.flush() == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("ab", "é日🙂x"), ("a\N{REPLACEMENT CHARACTER}", " yes"), ("\N{REPLACEMENT CHARACTER}" * 4, "é")],
+)
+def test_letters_of_several_tokens(prompt, answer):
+    tokenizer = byte_tokenizer()
+    assert said(tokenizer, tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]) == answer
+
+
+def test_a_letter_that_the_prompt_begins_is_the_answers():
+    """And what follows it is told without the prompt."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("ab🙂c")["input_ids"]
+    assert said(tokenizer, ids[:4], ids[4:]) == "🙂c"
+    assert said(tokenizer, ids[:4], ids[6:]) == "c"
+
+
+def said(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: list[int]) -> str:
+    """The text of a choice whose tokens come one by one."""
+    choice = Choice(tokenizer, prompt, ())
+    return "".join(choice.take(Output(0, (token,))).said.content for token in new)
+
+
+def test_an_error_may_repeat_what_is_no_text():
+    error = ApiError(404, "the model '\ud800' does not exist")
+    assert json.loads(error.response().body)["error"]["message"] == "the model '?' does not exist"
+    assert error.body.model_dump_json()
 
 
 def test_penalties_count_the_new_text():

@@ -80,6 +80,14 @@ def _llama() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return to_json(capture(model), model)
 
 
+@functools.cache
+def _lfm2() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """That of a hybrid, with the step of a state."""
+    model = tiny_model("lfm2")
+    with converting():
+        return to_json(capture(model), model)
+
+
 def test_an_operator_of_another_library_is_not_looked_up():
     model = tiny_model("llama")
     stored, constants = _llama()
@@ -114,6 +122,42 @@ def test_a_graph_brings_no_code(op, change):
         with pytest.raises(ValueError, match=r"ran\.append|call_"):
             from_json(stored, constants, model)
     assert not ran
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda steps, entry, code: _rename(steps, entry, f'a", x); {code}; ("'),
+        lambda steps, entry, code: steps.update({f'a", x); {code}; ("': {"is_token": [], "nodes": []}}),
+        lambda steps, entry, code: _node(steps, "placeholder").update(target=f"state, a={code}"),
+        lambda steps, entry, code: _node(steps, "call_function").update(name=f"a={code}"),
+        lambda steps, entry, code: _node(steps, "call_function")["kwargs"].update({f"a={code}, b": 0}),
+        lambda steps, entry, _: _node(steps, "call_function").update(op="call_module", target=entry["target"]),
+        lambda steps, entry, _: _node(steps, "call_function").update(op="call_method", target="numpy"),
+        lambda steps, entry, _: _node(steps, "call_function").update(op="get_attr", target="lm_head.weight"),
+    ],
+    ids=["called name", "other name", "input", "node", "keyword", "module", "method", "tensor"],
+)
+def test_the_step_of_a_state_brings_no_code(change):
+    model = tiny_model("lfm2")
+    stored = copy.deepcopy(_lfm2()[0])
+    ran: list[bool] = []
+    with mock.patch.object(builtins, "ran", ran, create=True):
+        entry = next(node for node in stored["nodes"] if node["op"] == "call_module")
+        change(stored["steps"], entry, "ran.append(True)")
+        with pytest.raises((ValueError, RuntimeError), match=r"ran\.append|call_|get_attr|lm_head"):
+            from_json(stored, _lfm2()[1], model)
+    assert not ran
+
+
+def _rename(steps: dict[str, Any], entry: dict[str, Any], name: str) -> None:
+    steps[name] = steps.pop(entry["target"])
+    entry["target"] = name
+
+
+def _node(steps: dict[str, Any], op: str) -> dict[str, Any]:
+    (moved,) = steps.values()
+    return next(node for node in moved["nodes"] if node["op"] == op)
 
 
 @pytest.fixture(autouse=True)

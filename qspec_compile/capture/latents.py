@@ -10,7 +10,7 @@ import torch
 from quantspec.config import DraftAttention, QuantSpecConfig
 from quantspec.kernels.cached_attention import MAX_LATENT_BYTES
 from quantspec.passes.absorb_latents import AbsorbLatents, values_in_keys
-from quantspec.passes.graph import clone, find_calls
+from quantspec.passes.graph import clone, find_calls, own_name
 
 from .export import Capture
 
@@ -20,7 +20,7 @@ def linears_of_latents(captured: Capture) -> set[str]:
     absorb = AbsorbLatents()
     absorb(clone(captured.graph_module))
     factors = (factor for latent in absorb.absorbed.values() for factor in (latent.key_up, latent.value_up))
-    return {factor.name.removeprefix("model.").removesuffix(".weight") for factor in factors}
+    return {own_name(factor.name).removesuffix(".weight") for factor in factors}
 
 
 def with_latents(captured: Capture, config: QuantSpecConfig, device: torch.device | str) -> Capture:

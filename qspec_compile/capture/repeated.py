@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from quantspec.kernels import called_module, repeated_layer
 from quantspec.passes.graph import looks
-from quantspec.passes.repeated_layers import ENDS, MADE_BY, OUTPUT, LayerCall, RepeatLayers
+from quantspec.passes.repeated_layers import ENDS, MADE_BY, OUTPUT, LayerCall, RepeatLayers, moved
 
 from .interfaces import MaskSpec, Recorder
 
@@ -136,9 +136,9 @@ class RepeatedLayers:
         recorder = self._recorder
         for number in traced.attention:
             layer, (mask, module) = recorder.layers[number], recorder.masks[number]
-            if layer.module.startswith(call.paths[0]):
-                layer = replace(layer, module=call.paths[1] + layer.module.removeprefix(call.paths[0]))
-                module = self._model.get_submodule(layer.module)
+            place = moved(layer.module, *call.paths)
+            if place != layer.module:
+                layer, module = replace(layer, module=place), self._model.get_submodule(place)
             recorder.layers.append(layer)
             recorder.masks.append((mask, module))
         inputs = [leaves[place] for place in call.places]
@@ -176,6 +176,8 @@ class RepeatedLayers:
             or not _same(attributes, _attributes(layer))
             or not _same((leaves, spec), tree_flatten(given))
             or any(node.op != "call_function" or node.target in _MARKERS for node in made)
+            # A layer within this one is kept, and a node is of one layer.
+            or any(MADE_BY in node.meta for node in made)
             # A size that follows from values is of this layer alone.
             or any(free_unbacked_symbols(node.meta.get("val")) for node in made)
         ):
@@ -205,12 +207,15 @@ class RepeatedLayers:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The members of the outermost lists of at least two modules."""
+    """The members of the outermost lists of at least two modules, each once."""
     found: list[str] = []
+    layers: dict[nn.Module, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(path.startswith(f"{p}.") for p in found):
             found.append(path)
-            yield from ((f"{path}.{name}", layer) for name, layer in module.named_children())
+            for name, layer in module.named_children():
+                layers.setdefault(layer, f"{path}.{name}")
+    return ((path, layer) for layer, path in layers.items())
 
 
 def _node_of(value: Tensor, tracer: Any) -> fx.Node | None:

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from quantspec.cache.geometry import HeldState, StateShape
-from quantspec.passes.graph import get_tensor, module_path
+from quantspec.passes.graph import SIZES, WRAPPER, get_tensor, graph_sizes, module_path, own_name
 from quantspec.passes.state_steps import StateSteps
 from quantspec.passes.token_counts import frozen_condition
 
@@ -50,10 +49,6 @@ _EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
     "Min": torch.sym_min,
     "Max": torch.sym_max,
 }
-# What the export calls the model within its wrapper.
-_WRAPPER = "model."
-# Slots are those of states.
-_EXAMPLE_SIZES = {"batch": 2, "tokens": 7, "slots": 11}
 
 
 class CannotStore(ValueError):
@@ -98,13 +93,9 @@ def to_json(captured: Capture, model: PreTrainedModel) -> tuple[dict[str, Any], 
         },
         "values": writer.values,
     }
-    names = {
-        str(node.target): get_tensor(module, node)
-        for module in (captured.graph_module, *(moved.step for moved in steps.values()))
-        for node in module.graph.find_nodes(op="get_attr")
-    }
+    names = {str(node.target): get_tensor(captured.graph_module, node) for node in graph.find_nodes(op="get_attr")}
     own = _tensors(model)
-    return stored, {name: tensor for name, tensor in names.items() if not _is(own.get(_own_name(name)), tensor)}
+    return stored, {name: tensor for name, tensor in names.items() if not _is(own.get(own_name(name)), tensor)}
 
 
 def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model: PreTrainedModel) -> Capture:
@@ -116,28 +107,24 @@ def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model:
     reader = _Reader(stored["values"], model.device)
     own = _tensors(model)
 
-    def tensors_of(graph: fx.Graph) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for node in graph.find_nodes(op="get_attr"):
-            name = str(node.target)
-            tensor = constants[name].to(model.device) if name in constants else own[_own_name(name)]
-            if (tensor.shape, tensor.dtype) != (node.meta["val"].shape, node.meta["val"].dtype):
-                raise ValueError(name)
-            found[name] = tensor
-        return found
-
-    steps = {}
+    attributes: dict[str, Any] = {}
     for name, moved in stored["steps"].items():
-        step = reader.graph(moved["nodes"])
-        steps[name] = StateSteps(fx.GraphModule(tensors_of(step), step), moved["is_token"])
-    graph = reader.graph(stored["nodes"], steps)
+        _check_name(name)
+        attributes[name] = StateSteps(fx.GraphModule({}, reader.graph(moved["nodes"])), moved["is_token"])
+    graph = reader.graph(stored["nodes"], attributes)
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        tensor = constants[name].to(model.device) if name in constants else own[own_name(name)]
+        if (tensor.shape, tensor.dtype) != (node.meta["val"].shape, node.meta["val"].dtype):
+            raise ValueError(name)
+        attributes[name] = tensor
     layers = [layer | {"held": layer["held"] and HeldState(**layer["held"])} for layer in stored["layers"]]
     states = [
         state | {"shape": tuple(state["shape"]), "dtype": reader.argument(state["dtype"])} for state in stored["states"]
     ]
     return Capture(
         # Its code is made if it is run, which a pair does not.
-        _LazyGraphModule({**tensors_of(graph), **steps}, graph),
+        _LazyGraphModule(attributes, graph),
         tuple(CapturedLayer(**layer) for layer in layers),
         tuple(StateShape(**state) for state in states),
     )
@@ -159,11 +146,6 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(every)
 
 
-def _own_name(name: str) -> str:
-    """What the model calls a tensor of the graph."""
-    return name.removeprefix(_WRAPPER)
-
-
 def _is(own: Tensor | None, tensor: Tensor) -> bool:
     places = [None if one is None else (one.data_ptr(), one.shape, one.stride(), one.dtype) for one in (own, tensor)]
     return places[0] == places[1]
@@ -180,7 +162,7 @@ class _Writer:
         self._numbers: dict[fx.Node, int] = {}
         ids, _, *states = graph.find_nodes(op="placeholder")
         sizes = [*ids.meta["val"].shape, *(state.meta["val"].shape[1] for state in states[:1])]
-        self._symbols = {size.node.expr: name for size, name in zip(sizes, _EXAMPLE_SIZES, strict=False)}
+        self._symbols = {size.node.expr: name for size, name in zip(sizes, SIZES, strict=False)}
 
     def nodes(self, graph: fx.Graph) -> list[dict[str, Any]]:
         """Those of the captured graph, or of the step of a state, whose sizes are its caller's."""
@@ -253,11 +235,7 @@ class _Reader:
         self._device = device
         shape_env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=shape_env, static_shapes=False)
-        self._sizes: dict[str, Any] = {}
-        for name, example in _EXAMPLE_SIZES.items():
-            source = ConstantSource(name)
-            symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
-            self._sizes[name] = shape_env.create_symintnode(symbol, hint=example, source=source)
+        self._sizes: Mapping[str, Any] = graph_sizes(shape_env)
         with self._mode:
             self._values = [self._value(value) for value in values]
 
@@ -277,14 +255,13 @@ class _Reader:
         kwargs = {name: self.argument(value, nodes) for name, value in entry["kwargs"].items()}
         op, target = entry["op"], entry["target"]
         for name in (*kwargs, entry["name"], *([] if op == "call_function" else [target])):
-            if not _NAME.fullmatch(name):
-                raise ValueError(name)
+            _check_name(name)
         if op not in ("call_function", *_NAMED):
             raise ValueError(op)
         node = graph.create_node(
             op, _call_target(target) if op == "call_function" else target, args, kwargs, entry["name"]
         )
-        node.meta["nn_module_stack"] = {"": (_WRAPPER + entry["module"], "")}
+        node.meta["nn_module_stack"] = {"": (WRAPPER + entry["module"], "")}
         if "value" in entry:
             node.meta["val"] = self._values[entry["value"]]
         return node
@@ -323,6 +300,11 @@ class _Reader:
             return self._sizes[size]
         ((kind, parts),) = size.items()
         return functools.reduce(_EXPRESSIONS[kind], map(self._size, parts))
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(name)
 
 
 def _target_name(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ from quantspec.errors import SavedModelError
 from quantspec.pair import Pair
 from quantspec.pair.split import Read, StoredCapture, hollow, split_pair
 from quantspec.passes import LinearReport, WeightFormat
+from quantspec.passes.graph import own_name
 from quantspec.passes.pieces import Piece, Ranges
 from quantspec.ranks import Seat
 
@@ -131,9 +132,7 @@ class _PiecesOfDraft:
 
     def __init__(self, saved: SlicedFiles, captured: Capture, reports: dict[str, LinearReport]) -> None:
         self._saved = saved
-        self._pieces = {
-            name.removeprefix("model.").removesuffix(".weight"): piece for name, piece in captured.pieces.items()
-        }
+        self._pieces = {own_name(name).removesuffix(".weight"): piece for name, piece in captured.pieces.items()}
         self._reports = reports
 
     def packed(

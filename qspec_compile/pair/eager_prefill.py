@@ -13,11 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantspec.capture import IMPLEMENTATION, Capture, Recorder, WithState, attending
 from quantspec.kernels import prefill_attention
 from quantspec.passes.absorb_latents import Latent
-
-
-def _own_name(name: str) -> str:
-    """What the model calls a parameter of the graph, which has it in a wrapper."""
-    return name.removeprefix("model.")
+from quantspec.passes.graph import own_name
 
 
 class EagerPrefill(nn.Module):
@@ -43,7 +39,7 @@ class EagerPrefill(nn.Module):
         # Inputs of the linears that make heads of latents, as they are called.
         self._latents: dict[str, Tensor] = {}
         for name in {latent.value_up.name for latent in captured.latents.values()}:
-            linear = model.get_submodule(_own_name(name).removesuffix(".weight"))
+            linear = model.get_submodule(own_name(name).removesuffix(".weight"))
             linear.register_forward_pre_hook(lambda _, inputs, name=name: self._latents.update({name: inputs[0]}))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *inputs: Tensor) -> Tensor:
@@ -122,7 +118,7 @@ class _PrefillRecorder(Recorder):
         """What :class:`AbsorbLatents` makes of a marker, for heads that the model has made already."""
         first, last = latent.first, latent.first + latent.key_up.size
         up, down = (
-            part.of(self._weights[_own_name(part.name)], lambda op, *args: op(*args))
+            part.of(self._weights[own_name(part.name)], lambda op, *args: op(*args))
             for part in (latent.key_up, latent.value_up)
         )
         heads = query.unflatten(1, (len(up), -1))

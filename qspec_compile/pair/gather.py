@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from quantspec.capture import converting
 from quantspec.errors import SavedModelError
 from quantspec.passes import LinearReport, Role, WeightFormat, plain_weights
+from quantspec.passes.graph import own_name
 from quantspec.passes.pieces import Piece, scaled
 from quantspec.passes.shard_linears import transposed_weights
 from quantspec.passes.weight_formats import Part
 from quantspec.ranks import Seat
 
 from .pair import Pair
-from .split import own_name, same_pieces
+from .split import same_pieces
 
 
 def gather_pair(seat: Seat, pair: Pair) -> Pair | None:

@@ -19,7 +19,7 @@ from quantspec.config import QuantSpecConfig
 from quantspec.errors import UnsupportedModelError
 from quantspec.passes import WeightSource
 from quantspec.passes.called_modules import called_modules
-from quantspec.passes.graph import clone, find_calls, get_tensor
+from quantspec.passes.graph import clone, find_calls, get_tensor, own_name
 from quantspec.passes.pieces import Piece
 from quantspec.passes.shard_linears import CannotShardError, Place, ShardLinears
 from quantspec.ranks import Seat
@@ -31,8 +31,6 @@ Read = Callable[[str, Piece | None], Tensor]
 SplitSource = Callable[[Capture], WeightSource]
 StoredCapture = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """A capture as :func:`quantspec.capture.stored.to_json` describes it."""
-# What capture calls the model within its wrapper.
-_WRAPPER = "model."
 
 
 def hollow(model: PreTrainedModel, device: torch.device) -> Read:
@@ -124,11 +122,6 @@ def fill(model: PreTrainedModel, captured: Capture, read: Read, device: torch.de
         path, _, leaf = str(node.target).rpartition(".")
         if isinstance(get_tensor(captured.graph_module, node), nn.Parameter):
             setattr(captured.graph_module.get_submodule(path), leaf, own[own_name(str(node.target))])
-
-
-def own_name(name: str) -> str:
-    """What the model calls a tensor of the graph."""
-    return name.removeprefix(_WRAPPER)
 
 
 def pieces_by_id(model: PreTrainedModel, captured: Capture) -> dict[int, Piece]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from tokenizers.decoders import DecodeStream
@@ -17,6 +18,8 @@ from .stop_strings import StopStrings
 
 # Tokens of the prompt that the decoder of the new ones sees: whether a space belongs before a word, say.
 _CONTEXT = 8
+# What bytes read as that are no letter, or not yet.
+_NO_LETTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class ScoredToken(NamedTuple):
@@ -56,12 +59,22 @@ class Choice:
         self._tokenizer = tokenizer.backend_tokenizer
         self._parser = parser
         # Response templates name special tokens.
-        self._decode = DecodeStream(list(prompt[-_CONTEXT:]), skip_special_tokens=parser is None)
+        self._decode, self._of_prompt = self._stream(prompt[-_CONTEXT:], skip_special_tokens=parser is None)
         self._stop = StopStrings(stop)
         self._waiting: deque[ScoredToken] = deque()
         self._decoded = self._released = 0
         self._calls_tools = False
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.drafted = self.accepted = 0
+
+    def _stream(self, context: Sequence[int], skip_special_tokens: bool) -> tuple[DecodeStream, str]:
+        """A decoder of what follows ``context``, and how the bytes at its end read that may be part of a letter yet."""
+        texts = [self._tokenizer.decode(context[:count], skip_special_tokens) for count in range(len(context) + 1)]
+        # The decoder would take a beginning that ends so for new text.
+        whole = max(count for count, text in enumerate(texts) if not text.endswith(_NO_LETTER))
+        stream = DecodeStream(list(context[:whole]), skip_special_tokens=skip_special_tokens)
+        for token in context[whole:]:
+            stream.step(self._tokenizer, token)
+        return stream, texts[-1].removeprefix(texts[whole])
 
     def take(self, output: Output) -> Piece:
         """What a step of the engine adds.
@@ -92,6 +105,9 @@ class Choice:
         if is_end and self._parser is None:
             return ""
         text = self._decode.step(self._tokenizer, token) or ""
+        if text and self._of_prompt:
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(text, self._of_prompt, strict=False))
+            text, self._of_prompt = text[len(list(same)) :], ""
         start, self._decoded = self._decoded, self._decoded + len(text)
         if output.logprobs is not None and not is_end:
             self._waiting.append(ScoredToken(token, output.logprobs[index], start, self._decoded))

@@ -21,6 +21,8 @@ class ApiError(Exception):
     """A request that is answered with an error; ``param`` names what of it is wrong."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        # What it repeats of a request may have lone surrogates, which no answer can be written with.
+        message = message.encode(errors="replace").decode()
         super().__init__(message)
         self.status = status
         self.body = ErrorBody(
