@@ -25,7 +25,12 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import ModelOutput
 
 import quantspec
-from quantspec.capture import Capture, capture, kept
+from quantspec.capture import IMPLEMENTATION, Capture, capture, kept
+from quantspec.capture.interfaces import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_EXPERTS_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+)
 from quantspec.capture.running_code import CannotTell, running_code
 
 _PROCESS = """
@@ -117,6 +122,19 @@ def test_a_second_conversion_gives_the_same_logits(architecture):
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     for ours, theirs in zip(first.generate(ids, **options).logits, second.generate(ids, **options).logits, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_next"])
+def test_a_process_that_makes_no_capture_runs_hybrids(architecture, monkeypatch):
+    """Their prefill is the model's own forward, which finds the functions that a capture registers."""
+    ids, options = torch.tensor([PROMPT]), {"max_new_tokens": 8, "do_sample": False}
+    _, first = converted(tiny_model(architecture))
+    expected = first.generate(ids, **options)
+    for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, ALL_EXPERTS_FUNCTIONS):
+        monkeypatch.delitem(registry._global_mapping, IMPLEMENTATION)
+    captures, second = converted(tiny_model(architecture), self_check=True)
+    assert captures == 0
+    assert torch.equal(second.generate(ids, **options), expected)
 
 
 @pytest.mark.usefixtures("llama_is_kept")

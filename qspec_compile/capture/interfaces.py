@@ -172,6 +172,10 @@ _ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recor
 @contextlib.contextmanager
 def attending(recorder: Recorder) -> Iterator[Recorder]:
     """Let ``recorder`` answer this thread's calls of the attention interface."""
+    # Here, since a process that was given a capture makes none.
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _marker_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask_spec)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _marker_experts)
     token = _ACTIVE.set(recorder)
     try:
         yield recorder
@@ -315,9 +319,6 @@ def _state_of(function: Callable) -> StateError:
 @contextlib.contextmanager
 def capture_interfaces(model: PreTrainedModel) -> Iterator[Recorder]:
     """Point the model at this file's functions, in eval mode, and put everything back on exit."""
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _marker_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask_spec)
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _marker_experts)
     # Configs are easily shared between models, so each module gets a copy for the length of the capture. One memo for
     # all keeps what modules share, such as the text's config that is also part of the whole model's.
     memo: dict[int, Any] = {}
