@@ -148,6 +148,65 @@ CALLS = [
     generates("several greedy outputs", ValueError, "num_return_sequences", num_return_sequences=2),
     generates("temperature of zero", ValueError, "temperature", do_sample=True, temperature=0.0),
     generates("negative top_p", ValueError, "top_p", do_sample=True, top_p=-0.5),
+    # Tokens of options.
+    generates(
+        "forced EOS beyond", ValueError, r"forced_eos_token_id must be in 0\.\.95, found 96", forced_eos_token_id=96
+    ),
+    generates("forced BOS beyond", ValueError, "forced_bos_token_id must be", ids=IDS[:, :1], forced_bos_token_id=99),
+    generates("biased token beyond", ValueError, "tokens of sequence_bias must be", sequence_bias=[[[5, 96], 1.0]]),
+    generates("bad word beyond", ValueError, "tokens of bad_words_ids must be", bad_words_ids=[[5], [96]]),
+    generates(
+        "favoured EOS beyond",
+        ValueError,
+        "eos_token_id, with exponential_decay_length_penalty, must be",
+        exponential_decay_length_penalty=(1, 2.0),
+        eos_token_id=96,
+    ),
+    generates(
+        "a row's token beyond", ValueError, "forced_eos_token_id must be", row_options=[{"forced_eos_token_id": 96}]
+    ),
+    generates(
+        "no EOS to favour",
+        ValueError,
+        "there is none: pass eos_token_id",
+        exponential_decay_length_penalty=(1, 2.0),
+        eos_token_id=None,
+    ),
+    generates(
+        "no EOS to favour in a row",
+        ValueError,
+        "there is none: pass eos_token_id",
+        row_options=[{"exponential_decay_length_penalty": (1, 2.0), "eos_token_id": None}],
+    ),
+    generates(
+        "no EOS of a list",
+        ValueError,
+        "eos_token_id is an empty list; pass eos_token_id=None",
+        eos_token_id=[],
+        pad_token_id=None,
+    ),
+    generates(
+        "negative prompts of another batch",
+        ValueError,
+        "negative_prompt_ids has 1 rows and the batch 2",
+        ids=TWO,
+        guidance_scale=2.0,
+        negative_prompt_ids=IDS,
+    ),
+    generates(
+        "negative prompt as a list",
+        ValueError,
+        "negative_prompt_ids must be a tensor",
+        guidance_scale=2.0,
+        negative_prompt_ids=[PROMPT],
+    ),
+    generates(
+        "negative prompt beyond",
+        ValueError,
+        r"negative_prompt_ids must be in 0\.\.95, found 96",
+        guidance_scale=2.0,
+        negative_prompt_ids=IDS.new_tensor([[96]]),
+    ),
     # From Hugging Face's side.
     BadCall("beams, other side", _from_hugging_face(num_beams=2), ValueError, "num_beams=2"),
     BadCall("mask, other side", _from_hugging_face(attention_mask=0 * MASK), ValueError, "hides every token"),

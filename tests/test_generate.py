@@ -304,6 +304,15 @@ def test_max_new_tokens_wins_over_max_length(qs):
     assert output.shape[1] == LONG + 3
 
 
+@pytest.mark.parametrize("max_new_tokens", [3.0, 3.5])
+def test_a_length_may_be_a_float(qs, max_new_tokens):
+    """As the quotient of two numbers is."""
+    ids = torch.tensor([random_prompt(SHORT)])
+    options = {"max_new_tokens": max_new_tokens, "eos_token_id": None}
+    ours = qs.generate(ids, num_speculative_tokens=4, **options)
+    assert torch.equal(ours, qs.model.generate(ids, do_sample=False, **options))
+
+
 def test_lengths_up_to_the_limit(table_positions_qs):
     """Prompt and output may fill max_cache_len to the last token."""
     prompt = random_prompt(30)

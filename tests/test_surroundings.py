@@ -31,8 +31,19 @@ def test_conversion(qs, surroundings: Callable[[], AbstractContextManager]):
 
 
 @pytest.mark.parametrize("sample", [{"do_sample": False}, {"do_sample": True, "seed": 3}], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("name", ["default_device", "inference_mode"])
+@pytest.mark.parametrize("name", SURROUNDINGS)
 def test_generation(qs, name, sample):
     expected = qs.generate(PROMPT, **OPTIONS, **sample)
     with SURROUNDINGS[name]():
         assert torch.equal(qs.generate(PROMPT, **OPTIONS, **sample), expected)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "lfm2"])
+def test_logits_under_autocast(architecture):
+    """Experts and a hybrid's own forward included."""
+    converted = quantspec.convert(tiny_model(architecture), kv_group_size=GROUP, self_check=False)
+    options = {**OPTIONS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = converted.generate(PROMPT, **options).logits
+    with SURROUNDINGS["autocast"]():
+        output = converted.generate(PROMPT, **options).logits
+    assert torch.equal(torch.stack(output), torch.stack(expected))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
+from transformers.generation import logits_process as hf
 
 from quantspec.config import ALIASES, check_draft, check_num_speculative_tokens
 from quantspec.pair import Pair
@@ -91,6 +92,7 @@ def prepare_arguments(
     if attention_mask is not None:
         check_attention_mask(input_ids, attention_mask)
         options["attention_mask"] = attention_mask
+    check_eos(options, configs)
     _take_stop_strings(options, configs, tokenizer)
     _take_structure(options, configs, tokenizer, structure, pair.vocab_size)
     check_continue_cache(continue_cache)
@@ -117,7 +119,7 @@ _UNSUPPORTED_OPTIONS = {
 }
 
 
-def _option(name: str, options: dict[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
+def _option(name: str, options: Mapping[str, Any], configs: Sequence[GenerationConfig | None]) -> Any:
     """What Hugging Face takes an option for: a keyword wins, also None; a config where it says something."""
     if name in options:
         return options[name]
@@ -166,6 +168,54 @@ def check_attention_mask(input_ids: Tensor | None, attention_mask: Tensor, pad: 
         )
     if bool(hidden.any()):
         raise ValueError("attention_mask hides every token of a prompt; each needs at least one 1")
+
+
+def check_eos(options: Mapping[str, Any], configs: Sequence[GenerationConfig | None]) -> None:
+    """Refuse options without the EOS token that Hugging Face looks for, and does not find by an error of its own."""
+    eos = _option("eos_token_id", options, configs)
+    if isinstance(eos, Sequence) and not eos and _option("pad_token_id", options, configs) is None:
+        raise ValueError("eos_token_id is an empty list; pass eos_token_id=None for texts that end by their length")
+    if eos is None and _option("exponential_decay_length_penalty", options, configs) is not None:
+        raise ValueError("exponential_decay_length_penalty favours the EOS token, and there is none: pass eos_token_id")
+
+
+def check_tokens_of(processors: LogitsProcessorList, vocab_size: int) -> None:
+    """Refuse tokens beyond the vocabulary, which transformers' processors find late, and programs of them never."""
+    for processor in processors:
+        name, tokens = _TOKENS_OF.get(type(processor), ("", None))
+        for token in [] if tokens is None else torch.as_tensor(tokens(processor)).flatten().tolist():
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name} must be in 0..{vocab_size - 1}, found {token}")
+
+
+def _biased(processor: Any) -> list[int]:
+    return [token for sequence in processor.sequence_bias for token in sequence]
+
+
+_TOKENS_OF: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    hf.ForcedBOSTokenLogitsProcessor: ("forced_bos_token_id", lambda processor: processor.bos_token_id),
+    hf.ForcedEOSTokenLogitsProcessor: ("forced_eos_token_id", lambda processor: processor.eos_token_id),
+    hf.ExponentialDecayLengthPenalty: (
+        "eos_token_id, with exponential_decay_length_penalty,",
+        lambda processor: processor.eos_token_id,
+    ),
+    hf.SequenceBiasLogitsProcessor: ("tokens of sequence_bias", _biased),
+    hf.NoBadWordsLogitsProcessor: ("tokens of bad_words_ids", _biased),
+}
+
+
+def check_negative_prompt(ids: Any, batch: int, vocab_size: int) -> None:
+    """Refuse ``negative_prompt_ids`` that are not token ids ``(B, S)``, a row for each of the batch."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError("negative_prompt_ids must be a tensor of token ids of shape (batch, tokens)")
+    if len(ids) != batch:
+        raise ValueError(
+            f"negative_prompt_ids has {len(ids)} rows and the batch {batch}; pass one for each (num_return_sequences "
+            "makes rows too)"
+        )
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"negative_prompt_ids must be in 0..{vocab_size - 1}, found {low if low < 0 else high}")
 
 
 def check_streamer(streamer: Any) -> None:

@@ -36,6 +36,7 @@ from .arguments import (
     check_generator,
     check_input_ids,
     check_streamer,
+    check_tokens_of,
     refuse_unsupported,
 )
 from .rows import Prepared, check_seed, row_seeds
@@ -165,6 +166,8 @@ def decode_checked(
     else:
         # Each row has a length of its own.
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not MaxLengthCriteria)
+    for row in rows:
+        check_tokens_of(row.processors, pair.vocab_size)
     samples = any(row.config.do_sample for row in rows)
     seeds = row_seeds(seed, generator, len(prompts), pair.device) if samples or seed is not None else [0] * len(prompts)
     seeds = pair.agree(seeds)

@@ -17,6 +17,7 @@ from .arguments import (
     bare_call_arguments,
     check_attention_mask,
     check_input_ids,
+    check_negative_prompt,
     prepare_arguments,
     refuse_unsupported,
 )
@@ -67,6 +68,9 @@ def generate(
         prepared.pop("synced_gpus", None)
         bare_call = functools.partial(bare_call_arguments, pair.model, ids, mask, generation_config)
         refuse_unsupported(generation_config, prepared, bare_call)
+        negative = arguments.hugging_face.get("negative_prompt_ids")
+        if negative is not None and generation_config.guidance_scale not in (None, 1):
+            check_negative_prompt(negative, len(ids), pair.vocab_size)
         rows = None
         if row_options is not None:
             copies = generation_config.num_return_sequences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from quantspec.engine.request import Request
+
+from .arguments import check_eos
 
 # Options that a row may have of its own: they choose its next token, or end it.
 ROW_OPTIONS = frozenset(
@@ -43,7 +46,8 @@ class Prepared(NamedTuple):
         """Most tokens of prompt, padding and output."""
         # A caller's criterion takes the place of the config's.
         lengths = [criterion.max_length for criterion in self.criteria if type(criterion) is MaxLengthCriteria]
-        return min(lengths, default=self.config.max_length)
+        # A length of 8.5 is reached with 9, as in Hugging Face.
+        return math.ceil(min(lengths, default=self.config.max_length))
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -105,6 +109,7 @@ def prepare_rows(
             arguments["prefix_allowed_tokens_fn"] = functools.partial(_of_prompt, allowed, row // rows_per_prompt)
         arguments["attention_mask"] = None if attention_mask is None else attention_mask[part]
         try:
+            check_eos({**arguments, **own}, (generation_config, model.generation_config))
             prepared.append(prepare_row(model, input_ids[part], generation_config, {**arguments, **own}))
         except Exception as error:
             error.add_note(f"raised for row_options[{row}]")

@@ -352,7 +352,9 @@ class Pair:
     ) -> Tensor:
         if self._seat is not None:
             self._seat.check_at_work()
-        return graph(*inputs, *cache.inputs(self._recipes[role].access.inputs))
+        # A pair computes in the model's dtype, and a cycle captured under a caller's autocast would keep to it.
+        with torch.autocast(self.device.type, enabled=False):
+            return graph(*inputs, *cache.inputs(self._recipes[role].access.inputs))
 
     @cached_property
     def _compiled_prefill(self) -> Callable[..., Tensor]:

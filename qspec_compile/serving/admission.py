@@ -11,7 +11,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria
 
 from quantspec.cache import check_cache_len
 from quantspec.engine import request as engine
-from quantspec.hugging_face.arguments import prepare_arguments, refuse_options
+from quantspec.hugging_face.arguments import check_tokens_of, prepare_arguments, refuse_options
 from quantspec.hugging_face.rows import ROW_OPTIONS, check_seed, prepare_row, row_seeds
 from quantspec.pair import Pair
 
@@ -89,12 +89,13 @@ def prepare(pair: Pair, checked: Checked) -> engine.Request:
     """The request as the loop knows it.
 
     Raises:
-        TypeError, ValueError: Hugging Face refuses an option, or the model's generation config asks for what an engine
-            does not do.
+        TypeError, ValueError: Hugging Face refuses an option, a token of one is beyond the vocabulary, or the model's
+            generation config asks for what an engine does not do.
     """
     prompt = torch.tensor([checked.tokens], device=pair.device)
     prepared = prepare_row(pair.model, prompt, None, {**checked.arguments, "attention_mask": torch.ones_like(prompt)})
     refuse_options(prepared.config)
+    check_tokens_of(prepared.processors, pair.vocab_size)
     for criterion in prepared.criteria:
         if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria):
             raise ValueError(
