@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 import quantspec
 from quantspec import QuantSpecModel
@@ -43,15 +42,13 @@ Options = dict[str, Any]
 """Of one ``generate`` call."""
 
 
-def llguidance(
-    pair: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]
-) -> Callable[[], Options]:
+def llguidance(pair: QuantSpecModel, tokenizer: Any, schema: dict[str, Any]) -> Callable[[], Options]:
     """What gives the options of a call whose text follows ``schema``, without white space that it may do without."""
     compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
     return lambda: {"json_schema": compact, "tokenizer": tokenizer}
 
 
-def xgrammar(pair: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> Callable[[], Options]:
+def xgrammar(pair: QuantSpecModel, tokenizer: Any, schema: dict[str, Any]) -> Callable[[], Options]:
     """As :func:`llguidance`."""
     import xgrammar as library
     from xgrammar.contrib.hf import LogitsProcessor
@@ -61,7 +58,7 @@ def xgrammar(pair: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, schema: d
     return lambda: {"logits_processor": [LogitsProcessor(grammar)]}
 
 
-def outlines(pair: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> Callable[[], Options]:
+def outlines(pair: QuantSpecModel, tokenizer: Any, schema: dict[str, Any]) -> Callable[[], Options]:
     """As :func:`llguidance`."""
     import outlines as library
     from outlines.backends import get_json_schema_logits_processor
@@ -80,7 +77,7 @@ LIBRARIES = {library.__name__: library for library in (llguidance, xgrammar, out
 
 
 def measure(
-    pair: QuantSpecModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int, libraries: Sequence[str]
+    pair: QuantSpecModel, tokenizer: Any, new_tokens: int, libraries: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """A row per library and number of drafts; ``valid`` is whether the text is JSON of :data:`SCHEMA`."""
     chat = [{"role": "user", "content": QUESTION}]
