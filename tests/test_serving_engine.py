@@ -448,6 +448,7 @@ def test_a_loop_that_ends_tells_everybody(qs, monkeypatch):
         (Request([1], 5, (), {"num_beams": 2}), ValueError, "no option num_beams"),
         (Request([1], 5, (), {"max_length": 3}), ValueError, "no option max_length"),
         (Request([1], 5, (), {"do_sample": True, "temperature": -1.0}), ValueError, "temperature"),
+        (Request([1], 5, (), {"sequence_bias": [[[96], 1.0]]}), ValueError, "sequence_bias must be in 0..95, found 96"),
         (Request([1], 5, (), {"do_sample": True, "seed": "a"}), TypeError, "seed"),
         (Request([1], 5, (), {"do_sample": True, "seed": [1, 2]}), TypeError, "seed"),
         (Request([1], 5, (), {"logprobs": 21}), ValueError, "between 0 and 20"),

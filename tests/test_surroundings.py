@@ -38,6 +38,13 @@ def test_generation(qs, name, sample):
         assert torch.equal(qs.generate(PROMPT, **OPTIONS, **sample), expected)
 
 
+def test_tokens_of_options_are_checked_beside_another_default_device(qs):
+    options = {**OPTIONS, "forced_eos_token_id": 9, "bad_words_ids": [[5, 6]]}
+    expected = qs.generate(PROMPT, **options)
+    with SURROUNDINGS["default_device"]():
+        assert torch.equal(qs.generate(PROMPT, **options), expected)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "lfm2"])
 def test_logits_under_autocast(architecture):
     """Experts and a hybrid's own forward included."""

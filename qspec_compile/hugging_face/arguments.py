@@ -183,7 +183,7 @@ def check_tokens_of(processors: LogitsProcessorList, vocab_size: int) -> None:
     """Refuse tokens beyond the vocabulary, which transformers' processors find late, and programs of them never."""
     for processor in processors:
         name, tokens = _TOKENS_OF.get(type(processor), ("", None))
-        for token in [] if tokens is None else torch.as_tensor(tokens(processor)).flatten().tolist():
+        for token in [] if tokens is None else torch.as_tensor(tokens(processor), device="cpu").flatten().tolist():
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{name} must be in 0..{vocab_size - 1}, found {token}")
 
