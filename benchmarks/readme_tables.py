@@ -523,6 +523,7 @@ TABLES = {
     "options-8b": lambda: options("options-8b.json"),
     "pools": lambda: pools("pool.json"),
     "options": lambda: options("options.json"),
+    "structured": lambda: structured("structured-cpu.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
