@@ -63,9 +63,8 @@ def test_json_is_valid_and_the_same_with_drafts(pair, words, library):
 def test_the_benchmark_says_whether_json_is_valid(pair, words):
     """A random model's strings have no end but the schema's."""
     rows = list(measure(pair, words, 400, ["llguidance"]))
-    assert [(row["num_speculative_tokens"], row["valid"], row["same_as_without_drafts"]) for row in rows] == [
-        *((0, True, True), (4, True, True)),
-    ]
+    assert [row["num_speculative_tokens"] for row in rows] == [0, 4]
+    assert all(row["valid"] and row["same_as_without_drafts"] for row in rows)
     assert rows[1]["mean_acceptance_length"] > 1 == rows[0]["mean_acceptance_length"]
     cut = next(measure(pair, words, 10, ["llguidance"]))
     assert not cut["valid"]

@@ -106,7 +106,6 @@ def from_json(stored: Mapping[str, Any], constants: Mapping[str, Tensor], model:
     """
     reader = _Reader(stored["values"], model.device)
     own = _tensors(model)
-
     attributes: dict[str, Any] = {}
     for name, moved in stored["steps"].items():
         _check_name(name)
