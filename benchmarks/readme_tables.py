@@ -213,6 +213,30 @@ def draft_sources(name: str) -> str:
     return markdown_table(["draft", "number", *work], rows) + _source(data, name)
 
 
+def new_text(name: str) -> str:
+    """Tokens per second of new text by model, context and number of drafts, over its prompts."""
+    data = _load(name)
+    cells: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        cells.setdefault((row["model"], row["context"], row["num_speculative_tokens"]), []).append(row)
+    rows = []
+    for (model, context, number), found in cells.items():
+        speeds = [row["speedup"] for row in found]
+        rows.append(
+            [
+                model,
+                f"{context:,}",
+                str(number),
+                f"{1000 / found[0]['baseline_ms']:,.0f}",
+                f"{mean(row['tokens_per_second'] for row in found):,.0f}",
+                f"{mean(row['tokens_per_cycle'] for row in found):.2f}",
+                f"{mean(speeds):.2f}x ({min(speeds):.2f} to {max(speeds):.2f})",
+            ]
+        )
+    header = ["model", "context", "drafts", "baseline, tokens/s", "ours", "tokens a cycle", "ours / baseline"]
+    return markdown_table(header, rows) + _source(data, name)
+
+
 def attention_kernels(name: str) -> str:
     """Attention over a long cache at batch 1, against FlashAttention over a dense one."""
     data = _load(name)
@@ -518,12 +542,15 @@ TABLES = {
     "continuations": lambda: continuations("parity/parity.json", "parity-bfloat16/parity.json"),
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "drafts": lambda: draft_sources("drafts-smollm2.json"),
+    "new-text": lambda: new_text("drafts-new-text.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
+    "serving-smollm2": lambda: serving("serving-smollm2.json"),
     "first-text": lambda: first_text("first-text.json"),
     "options-8b": lambda: options("options-8b.json"),
     "pools": lambda: pools("pool.json"),
     "options": lambda: options("options.json"),
     "structured": lambda: structured("structured-cpu.json"),
+    "structured-gpu": lambda: structured("structured.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
