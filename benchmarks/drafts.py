@@ -4,8 +4,8 @@
     python -m benchmarks.drafts --model MODEL --pair FOLDER --weight-group-size 128 --contexts 16000 32000 --work new
 
 SmolLM2-135M or a model of your own, greedy, batch 1. ``FOLDER`` is a saved pair of it, perhaps tuned; without one it is
-converted with an INT4 head. New text goes on from documentation and source code. Work that copies has its text in the prompt: a file of code
-again, a variable renamed, a line fixed, a passage quoted, each shown once and begun a second time.
+converted with an INT4 head. New text goes on from documentation and source code. Work that copies has its text in the
+prompt: a file of code again, a variable renamed, a line fixed, a passage quoted, each shown once and begun once more.
 """
 
 from __future__ import annotations

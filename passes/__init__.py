@@ -23,7 +23,7 @@ from .int4_norms import FuseInt4Norms
 from .int4_weights import INT4
 from .logit_rows import SelectLogitRows
 from .place_constants import PlaceConstants
-from .plain_weights import plain_weights
+from .plain_weights import plain_weights, store_plain_weights
 from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .quantize_weights import LinearReport, QuantizeWeights, WeightSource
@@ -74,4 +74,5 @@ __all__ = [
     "cpu_lacks_half_matmul",
     "plain_weights",
     "register",
+    "store_plain_weights",
 ]

@@ -1,12 +1,13 @@
-"""Read packed weights back out of a rewritten graph, linear by linear, whatever it does with them."""
+"""Read packed weights back out of a rewritten graph, and write others there, linear by linear, whatever it does with
+them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, fx
 
-from .weight_formats import PACKED_LINEARS, format_of, plain_parts
+from .weight_formats import PACKED_LINEARS, format_of, plain_parts, store_parts
 
 
 def plain_weights(gm: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
@@ -39,3 +40,22 @@ def each_plain_weight(gm: fx.GraphModule) -> Iterator[tuple[str, dict[str, Tenso
         for linear, rows in node.meta[PACKED_LINEARS].rows:
             yield linear, dict(zip(names, weight_format.rows(tensors, start, rows), strict=True))
             start += rows
+
+
+def store_plain_weights(gm: fx.GraphModule, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put other weights where a draft reads those of :func:`plain_weights`; captured graphs read them from then on.
+
+    Args:
+        gm: a draft's graph, whatever of the draft's passes it went through.
+        weights: parts by their names, for every linear.
+    """
+    for node in gm.graph.nodes:
+        if PACKED_LINEARS not in node.meta:
+            continue
+        weight_format, tensors = format_of(node), plain_parts(gm, node)
+        start = 0
+        for linear, rows in node.meta[PACKED_LINEARS].rows:
+            for part, place in zip(weight_format.parts, weight_format.rows(tensors, start, rows), strict=True):
+                place.copy_(weights[linear][part.name])
+            start += rows
+        store_parts(gm, node, tensors)

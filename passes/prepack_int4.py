@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,14 @@ class PrepackInt4ForCpu(WeightLayout):
         packed, params = (get_tensor(gm, node.args[index]) for index in (1, 3))  # type: ignore[arg-type]
         return unpack_cpu_layout(packed)[:rows], params[:, :rows]
 
+    @classmethod
+    def store(cls, gm: fx.GraphModule, node: fx.Node, parts: Sequence[Tensor]) -> None:
+        """Codes are packed anew, padded as before."""
+        qdata, scale_and_zero = parts
+        packed, params = (get_tensor(gm, node.args[index]) for index in (1, 3))  # type: ignore[arg-type]
+        packed.copy_(_packed_rows(qdata))
+        params[:, : len(qdata)].copy_(scale_and_zero)
+
     @staticmethod
     def _rewrite(gm: fx.GraphModule, node: fx.Node) -> Tensor:
         """Returns the packed codes."""
@@ -62,10 +70,7 @@ class PrepackInt4ForCpu(WeightLayout):
         qdata, params = (get_tensor(gm, part) for part in (qdata_node, params_node))  # type: ignore[arg-type]
         rows, in_features = qdata.shape[0], 2 * qdata.shape[1]
         padding = -rows % _ROW_BLOCK
-        blocks = (unpack_int4(block) for block in qdata.split(_ROWS_TOGETHER))
-        packed = _pack(
-            (F.pad(block, (0, 0, 0, -len(block) % _ROW_BLOCK)) for block in blocks), rows + padding, in_features
-        )
+        packed = _packed_rows(qdata)
         params = F.pad(params, (0, 0, 0, padding)).contiguous()
         value = x.meta["val"]  # type: ignore[union-attr]
         with graph.inserting_before(node):
@@ -132,6 +137,14 @@ def _places(rows: int, in_features: int) -> Tensor:
         digits = (numbers >> shift & 15).view(rows, in_features)
         places += unpack_int4(_pack([digits], rows, in_features)).flatten().long() << shift
     return places
+
+
+def _packed_rows(qdata: Tensor) -> Tensor:
+    """Plain-layout ``(N, K/2)`` in the CPU's layout, with rows of zeros up to a multiple of :data:`_ROW_BLOCK`."""
+    rows, width = qdata.shape
+    blocks = (unpack_int4(block) for block in qdata.split(_ROWS_TOGETHER))
+    padded = (F.pad(block, (0, 0, 0, -len(block) % _ROW_BLOCK)) for block in blocks)
+    return _pack(padded, rows + -rows % _ROW_BLOCK, 2 * width)
 
 
 def _pack(blocks: Iterable[Tensor], rows: int, in_features: int) -> Tensor:

@@ -67,6 +67,12 @@ class WeightLayout(PassBase):
     def plain(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
         """The format's parts, as ``WeightFormat.pack`` makes them, of a call of :attr:`op`."""
 
+    @classmethod
+    def store(cls, gm: fx.GraphModule, node: fx.Node, parts: Sequence[Tensor]) -> None:
+        """Put other parts where a call of :attr:`op` reads its own; of a layout whose :meth:`plain` gives views."""
+        for place, part in zip(cls.plain(gm, node), parts, strict=True):
+            place.copy_(part)
+
 
 def adapted_group_size(in_features: int, group_size: int) -> int | None:
     """The largest supported group size up to ``group_size`` that divides ``in_features``, or None."""
@@ -169,6 +175,16 @@ def plain_parts(gm: fx.GraphModule, node: fx.Node) -> tuple[Tensor, ...]:
         if node.target is layout.op:
             return layout.plain(gm, node)
     return tuple(get_tensor(gm, part) for part in part_nodes(node).values())
+
+
+def store_parts(gm: fx.GraphModule, node: fx.Node, parts: Sequence[Tensor]) -> None:
+    """Put others in place of what :func:`plain_parts` returns, where the call reads them."""
+    for layout in format_of(node).layouts:
+        if node.target is layout.op:
+            layout.store(gm, node, parts)
+            return
+    for place, part in zip(plain_parts(gm, node), parts, strict=True):
+        place.copy_(part)
 
 
 def part_nodes(node: fx.Node) -> dict[str, fx.Node]:

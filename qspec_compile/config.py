@@ -189,6 +189,7 @@ class TuneConfig:
         learning_rate: highest change of a scale per step, as a share of it, and of a zero as a share of its scale.
         prompt_tokens: with texts of the user's, how many tokens of one begin each text; at most half of it.
         seed: of the texts and of their order.
+        gptq: whether the codes of INT4 linears are chosen anew by GPTQ before scales and zeros are learned.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -202,9 +203,10 @@ class TuneConfig:
     learning_rate: float = 2e-3
     prompt_tokens: int = 48
     seed: int = 0
+    gptq: bool = True
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self) if f.name != "learning_rate"):
+        for name in (f.name for f in fields(self) if f.name not in ("learning_rate", "gptq")):
             value, least = getattr(self, name), {"seed": 0, "window": 4}.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, not {value!r}")
@@ -214,6 +216,8 @@ class TuneConfig:
             raise TypeError(f"learning_rate must be a number, not {self.learning_rate!r}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must be between 0 and 1, not {self.learning_rate}")
+        if not isinstance(self.gptq, bool):
+            raise TypeError(f"gptq must be True or False, not {self.gptq!r}")
 
     @classmethod
     def from_options(cls, config: TuneConfig | None, options: Mapping[str, Any]) -> TuneConfig:

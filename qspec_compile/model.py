@@ -190,10 +190,10 @@ class QuantSpecModel:
     ) -> TuneReport:
         """Let the draft learn the model's own distribution, in place, so that more of what it proposes is accepted.
 
-        The model writes text, and the scales and zeros of the INT4 weights move towards the target's probabilities on
-        it; their codes, and so the bytes that a draft step reads, stay. The target is not touched, and what is
-        generated has its distribution before and after. Minutes on a GPU; it needs memory for the gradients of one
-        layer at a time. Captured cycles stay valid, and :meth:`save_pretrained` saves the tuned draft.
+        The model writes text. On it GPTQ chooses the codes of the INT4 weights anew, and their scales and zeros move
+        towards the target's probabilities; a draft step reads as many bytes as before. The target is not touched, and
+        what is generated has its distribution before and after. Minutes on a GPU; it needs memory for the gradients of
+        one layer at a time. Captured cycles stay valid, and :meth:`save_pretrained` saves the tuned draft.
 
         Ctrl-C ends it early with the best draft so far; so does a ``callback`` that returns True.
 

@@ -33,6 +33,8 @@ from quantspec.passes import (
     WidenLinears,
     adapted_group_size,
     cache_parts,
+    plain_weights,
+    store_plain_weights,
 )
 from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.int4_weights import INT4, quantize_int4
@@ -547,6 +549,26 @@ def test_prepacked_weights_take_any_number_of_tokens():
         for tokens, batch in ((1, 1), (5, 3)):
             inputs = ids_and_positions(tokens, batch)
             assert gm(*inputs).shape == (batch, tokens, 96)
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_are_stored_where_they_are_read(fused, prepacked):
+    # Of the loose ones three have a row count that is no multiple of the CPU kernel's 16.
+    gm = apply(decoder(), quantizer(32)) if fused else apply(exported(_Linears(), randn(5, 96)), quantizer())
+    for rewrite in [FuseSharedInputLinears()] * fused + [PrepackInt4ForCpu()] * prepacked:
+        gm = apply(gm, rewrite)
+    inputs = ids_and_positions(5) if fused else (randn(5, 96),)
+    places, before = {name: buffer.data_ptr() for name, buffer in gm.named_buffers()}, gm(*inputs)
+    others = {
+        name: {"qdata": 255 - parts["qdata"], "scale_and_zero": 2 * parts["scale_and_zero"]}
+        for name, parts in plain_weights(gm).items()
+    }
+    store_plain_weights(gm, others)
+    assert {name: buffer.data_ptr() for name, buffer in gm.named_buffers()} == places
+    for name, parts in plain_weights(gm).items():
+        assert all(torch.equal(tensor, others[name][part]) for part, tensor in parts.items())
+    assert not torch.allclose(gm(*inputs), before)
 
 
 # --- WidenLinears ----------------------------------------------------------------------------------------------------

@@ -62,10 +62,17 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
     speedups = [
         float(cell.removesuffix("x")) for row in table_cells(TABLES["decode"]()) for cell in row if cell.endswith("x")
     ]
+    # Of a row the speed and how many times the baseline's that is, of the rows that are the best of their model.
+    new_text = {
+        row[0]: (f"{row[4]} tokens/s", row[6].split()[0])
+        for row in sorted(table_cells(TABLES["new-text"]()), key=lambda row: row[6])
+    }
     return [
-        (f"{ours:.0f} tokens/s", (README, BENCHMARKS)),
-        (f"{baseline:.0f} tokens/s", (README, BENCHMARKS)),
-        (f"{plain:.0f} tokens/s", (README, BENCHMARKS)),
+        *((rate, (README,)) for rate, _ in new_text.values()),
+        *((speedup, ()) for _, speedup in new_text.values()),
+        (f"{ours:.0f} tokens/s", (BENCHMARKS,)),
+        (f"{baseline:.0f} tokens/s", (BENCHMARKS,)),
+        (f"{plain:.0f} tokens/s", (BENCHMARKS,)),
         (f"{smollm2['baseline_token_ms']:.2f} ms", ()),
         (f"{smollm2['statistics']['draft_acceptance_rate']:.2f}", (BENCHMARKS,)),
         (f"{100 * smollm2['statistics']['draft_acceptance_rate']:.0f}%", ()),
@@ -123,7 +130,7 @@ def test_every_figure_with_a_unit_was_measured(page):
 def test_the_pages_give_the_newest_figures(page):
     """Without the unit where another figure has it: 911 tokens/s against 666."""
     text = prose(page.read_text())
-    wanted = [re.match(r"[\d.]+", figure)[0] for figure, pages in figures() if page in pages]
+    wanted = [re.match(r"[\d.,]+", figure)[0] for figure, pages in figures() if page in pages]
     missing = [number for number in wanted if not re.search(rf"(?<![\w.,]){re.escape(number)}(?!\w|[.,]\d)", text)]
     assert not missing, f"measured, and not in the text: {', '.join(missing)}"
 

@@ -17,7 +17,8 @@ import quantspec
 from quantspec import QuantSpecModel, TuneConfig
 from quantspec.capture import converting
 from quantspec.pair import Recipe, recipes, register
-from quantspec.passes import ACCESSES, INT4, Role, plain_weights
+from quantspec.passes import ACCESSES, INT4, Role, plain_weights, store_plain_weights
+from quantspec.tuning import gptq
 from quantspec.tuning.graphs import tuning_graphs
 from quantspec.tuning.optimize import CapturedGradients, _Tuning
 from quantspec.tuning.texts import beginnings, sampled, token_ids
@@ -51,7 +52,7 @@ class Tuned:
     """A pair before and after tuning."""
 
     def __init__(self) -> None:
-        self.qs = converted(quantize_lm_head=True)
+        self.qs = converted(quantize_lm_head=True, draft_recipe="int4-cache")
         self.model_before = {name: tensor.clone() for name, tensor in self.qs.model.state_dict().items()}
         self.logits_before = target_logits(self.qs, torch.tensor([random_prompt(9, 0)]))
         self.weights_before = draft_weights(self.qs)
@@ -78,8 +79,7 @@ def untuned(spare) -> QuantSpecModel:
 
 
 def restored(qs: QuantSpecModel, weights: dict[str, dict[str, Tensor]]) -> QuantSpecModel:
-    for name, parts in plain_weights(qs.draft).items():
-        parts["scale_and_zero"].copy_(weights[name]["scale_and_zero"])
+    store_plain_weights(qs.draft, weights)
     qs.pair.tuned = None
     return qs
 
@@ -106,12 +106,44 @@ def test_the_target_stays_bit_for_bit(tuned):
     assert torch.equal(target_logits(tuned.qs, torch.tensor([random_prompt(9, 0)])), tuned.logits_before)
 
 
-def test_scales_change_where_they_are_and_codes_stay(tuned):
-    weights = draft_weights(tuned.qs)
-    assert same_weights(weights, tuned.weights_before, "qdata")
-    for name, parts in weights.items():
-        assert not torch.equal(parts["scale_and_zero"], tuned.weights_before[name]["scale_and_zero"])
+def test_scales_and_codes_change_where_they_are(tuned):
+    for name, parts in draft_weights(tuned.qs).items():
+        for part, tensor in parts.items():
+            assert not torch.equal(tensor, tuned.weights_before[name][part])
     assert {name: b.data_ptr() for name, b in tuned.qs.draft.named_buffers()} == tuned.addresses_before
+
+
+def test_what_was_learned_is_what_generates(tuned):
+    ids = torch.tensor([random_prompt(3 * GROUP + 5, seed) for seed in (0, 1)])
+    with converting():
+        teacher, student = tuning_graphs(tuned.qs.pair)
+    _, cache = teacher.read(ids)
+    with torch.no_grad():
+        drafts = student.read(ids, cache)[:, -1]
+    torch.testing.assert_close(drafts, draft_step(tuned.qs, ids), **tolerance(drafts))
+
+
+def test_without_gptq_codes_stay(untuned):
+    before = draft_weights(untuned)
+    untuned.tune(SHORT, gptq=False)
+    after = draft_weights(untuned)
+    assert same_weights(after, before, "qdata")
+    assert not same_weights(after, before, "scale_and_zero")
+
+
+def test_gptqs_codes_alone_bring_it_closer(untuned):
+    before = draft_weights(untuned)
+    report = untuned.tune(SHORT, steps=1, learning_rate=1e-9)
+    assert report.after.kl < 0.9 * report.before.kl
+    assert not same_weights(draft_weights(untuned), before, "qdata")
+
+
+def test_codes_that_make_it_worse_are_not_kept(untuned, monkeypatch):
+    before = draft_weights(untuned)
+    monkeypatch.setattr(gptq, "gptq_codes", lambda weight, *_: torch.zeros_like(weight, dtype=torch.uint8))
+    report = untuned.tune(SHORT)
+    assert same_weights(draft_weights(untuned), before, "qdata")
+    assert report.after.kl < report.before.kl
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -170,7 +202,7 @@ def test_stopped_early_it_keeps_the_best_so_far(untuned, callback):
 
 def test_what_only_makes_it_worse_is_not_kept(untuned):
     before = draft_weights(untuned)
-    report = untuned.tune(SHORT, steps=4, learning_rate=0.99)
+    report = untuned.tune(SHORT, steps=4, learning_rate=0.99, gptq=False)
     assert report.after == report.before
     assert same_weights(draft_weights(untuned), before, "scale_and_zero")
 
@@ -183,7 +215,8 @@ def test_a_failure_leaves_the_draft_as_it_was(untuned):
 
     with pytest.raises(RuntimeError, match="on purpose"):
         untuned.tune(SHORT, callback=fail)
-    assert same_weights(draft_weights(untuned), before, "scale_and_zero")
+    for part in ("qdata", "scale_and_zero"):
+        assert same_weights(draft_weights(untuned), before, part)
     assert untuned.tuned is None
 
 
@@ -253,10 +286,16 @@ def test_a_captured_step_leaves_the_gradients_of_one_that_is_not():
     torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-6)
 
 
-def test_experts_learn():
-    qs = converted("mixtral")
+def test_experts_learn_and_keep_their_codes():
+    qs = converted("qwen3_moe")
+    before = draft_weights(qs)
     report = qs.tune(SHORT)
     assert report.after.kl < report.before.kl
+    for name, parts in draft_weights(qs).items():
+        is_stack = parts["qdata"].dim() == 3
+        assert is_stack == ("experts" in name)
+        assert torch.equal(parts["qdata"], before[name]["qdata"]) == is_stack
+        assert not torch.equal(parts["scale_and_zero"], before[name]["scale_and_zero"])
 
 
 def test_half_precision_learns_what_its_scales_can_hold():
@@ -319,6 +358,7 @@ def test_bad_texts_are_refused_before_any_work(qs, texts, error, message):
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"learning_rate": 1.0}, ValueError, "learning_rate must be between 0 and 1"),
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number"),
+        ({"gptq": 1}, TypeError, "gptq must be True or False, not 1"),
         ({"window": 3}, ValueError, "window must be at least 4, not 3"),
         ({"epochs": 3}, TypeError, "unknown option 'epochs'; the options are steps, window"),
     ],

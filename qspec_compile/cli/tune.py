@@ -59,9 +59,18 @@ class TuningOptions:
         ),
     ] = None
 
+    gptq: Annotated[
+        bool | None,
+        typer.Option(
+            "--gptq/--no-gptq",
+            show_default=False,
+            help="Choose INT4 codes anew by GPTQ before scales are learned. [default: gptq]",
+        ),
+    ] = None
+
     def config(self) -> TuneConfig:
         """The options, those that were given on top of the defaults."""
-        names = ("steps", "window", "windows_per_step", "learning_rate", "seed")
+        names = ("steps", "window", "windows_per_step", "learning_rate", "seed", "gptq")
         given = {name: getattr(self, name) for name in names}
         return TuneConfig.from_options(None, {name: value for name, value in given.items() if value is not None})
 

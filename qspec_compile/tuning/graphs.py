@@ -1,12 +1,13 @@
 """The two graphs of tuning: the target over whole texts, and the draft over what the target has cached of them.
 
-Both come from the pair's capture by the passes that make the roles. The draft's graph shares codes with the pair's
-draft and takes scales and zeros that are being learned; it runs, and for the gradient runs again, layer by layer.
+Both come from the pair's capture by the passes that make the roles. The draft's graph takes scales and zeros that are
+being learned; it runs, and for the gradient runs again, layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -19,10 +20,12 @@ from quantspec.kernels.hierarchical import encode_keys, encode_values
 from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import Region, layer_regions, region_graph
 from quantspec.pair.recipes import run_passes
-from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, plain_weights
+from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, WeightSource, plain_weights
 from quantspec.passes.called_modules import called_modules
 from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
+
+from .gptq import InputProducts
 
 _TEACHER = CacheAccess(torch.ops.quantspec.teaching_attention.default, part_names("recent"))
 # Their rows go from expert to expert by the host's hand.
@@ -99,20 +102,24 @@ class Student:
 
     Attributes:
         learned: by name of the linear.
+        parts: of each packed weight as they are before anything is learned, by name of the linear and of the part.
         captures: whether CUDA graphs can hold it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.learned: dict[str, Learned] = {}
+        self.parts: dict[str, dict[str, Tensor]] = {}
         self.captures = _captures(graph_module)
         learned_nodes: dict[fx.Node, Learned] = {}
         for node in graph_module.graph.nodes:
             if PACKED_LINEARS in node.meta:
                 # A weight that serves several linears learns from all of them.
                 ((name, _),) = node.meta[PACKED_LINEARS].rows
-                part = part_nodes(node)[format_of(node).learned]
+                nodes = part_nodes(node)
+                part = nodes[format_of(node).learned]
                 if name not in self.learned:
                     self.learned[name] = Learned(get_tensor(graph_module, part))
+                    self.parts[name] = {of: get_tensor(graph_module, at) for of, at in nodes.items()}
                 learned_nodes[part] = self.learned[name]
         self._placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         regions = layer_regions(graph_module.graph)
@@ -133,6 +140,24 @@ class Student:
             values.update(zip(region.outputs, outputs, strict=True))
         return outputs[0]
 
+    @torch.no_grad()
+    def choose_codes(self, teacher: Teacher, texts: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Give INT4 linears codes by GPTQ, layer by layer, on what they read of ``texts (n, T)``.
+
+        Args:
+            teacher: the target, whose cache the draft reads.
+            texts: read one by one; their caches are held all at once.
+            weights: dense ones ``(N, K)``, by name of the linear.
+        """
+        values = [
+            dict(zip(self._placeholders, (*_inputs(ids), *teacher.read(ids)[1]), strict=True)) for ids in texts.split(1)
+        ]
+        for region, runs in self._regions:
+            inputs = [[of[node] for node in region.inputs] for of in values]
+            runs.choose_codes(inputs, weights)
+            for of, given in zip(values, inputs, strict=True):
+                of.update(zip(region.outputs, runs(*given), strict=True))
+
 
 class _Runs:
     """A region as a function of its inputs."""
@@ -142,8 +167,17 @@ class _Runs:
         self._tensors = [learned.get(node) or _constant(get_tensor(graph_module, node)) for node in region.tensors]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        tensors = (tensor() if isinstance(tensor, Learned) else tensor for tensor in self._tensors)
-        return self._module.forward(*inputs, *tensors)
+        return self._module.forward(*inputs, *self._given())
+
+    def choose_codes(self, inputs: Sequence[Sequence[Tensor]], weights: Mapping[str, Tensor]) -> None:
+        """As the draft's; ``inputs`` are those of each text."""
+        products, given = InputProducts(self._module, weights), self._given()
+        for of_text in inputs:
+            products.run(*of_text, *given)
+        products.choose_codes()
+
+    def _given(self) -> list[Tensor]:
+        return [tensor() if isinstance(tensor, Learned) else tensor for tensor in self._tensors]
 
 
 def _constant(tensor: Tensor) -> Tensor:
@@ -158,19 +192,32 @@ def _inputs(ids: Tensor) -> tuple[Tensor, ...]:
     return ids, rows, rows, none, none
 
 
-def tuning_graphs(pair: Pair) -> tuple[Teacher, Student]:
-    """The two of a pair whose draft's weight format has something to learn."""
+def tuning_graphs(pair: Pair, own_codes: bool = False) -> tuple[Teacher, Student]:
+    """The two of a pair whose draft's weight format has something to learn.
+
+    With ``own_codes`` matrices have codes of the draft's graph alone, to be chosen anew; else, as stacks of experts in
+    any case, those of the pair's draft.
+    """
     size = pair.config.kv_group_size
     teacher = clone(run_passes(clone(pair.common), [LowerAttention(_TEACHER, size)]))
-    weight_format = pair.draft_weights
-    assert weight_format is not None
     ready = plain_weights(pair.graphs[Role.DRAFT])
-    quantize = QuantizeWeights(
-        weight_format,
-        pair.config.weight_group_size,
-        pair.config.weight_quantizer,
-        pair.config.quantize_lm_head,
-        source=lambda _, name, *__: tuple(ready[name].values()),
-    )
+    for parts in ready.values() if own_codes else ():
+        parts.update({name: part.clone() for name, part in parts.items() if part.dim() == 2})
+    quantize = _quantize(pair, lambda _, name, *__: tuple(ready[name].values()))
     student = clone(run_passes(clone(pair.common), [LowerAttention(_STUDENT, size), quantize]))
     return Teacher(teacher, pair.layers, size), Student(student)
+
+
+def dense_weights(pair: Pair) -> dict[str, Tensor]:
+    """The model's weight ``(N, K)`` of every packed linear that is read once and is no stack of experts, by name."""
+    found = [(name, weight) for _, name, weight, _ in _quantize(pair).plan(pair.common) if weight.dim() == 2]
+    reads = Counter(name for name, _ in found)
+    return {name: weight for name, weight in found if reads[name] == 1}
+
+
+def _quantize(pair: Pair, source: WeightSource | None = None) -> QuantizeWeights:
+    config, weight_format = pair.config, pair.draft_weights
+    assert weight_format is not None
+    return QuantizeWeights(
+        weight_format, config.weight_group_size, config.weight_quantizer, config.quantize_lm_head, source
+    )

@@ -1,11 +1,11 @@
-"""Tuning: sample text, then move the draft's scales and zeros towards the target's distribution on it."""
+"""Tuning: sample text, choose the draft's codes on it, then move its scales towards the target's distribution."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,9 @@ from quantspec.config import TuneConfig
 from quantspec.logging import counting
 from quantspec.pair import Pair
 from quantspec.pair.tuned import DraftQuality, TuneReport
-from quantspec.passes import Role
-from quantspec.passes.plain_weights import each_plain_weight
+from quantspec.passes import INT4, Role, store_plain_weights
 
-from .graphs import Student, Teacher, tuning_graphs
+from .graphs import Student, Teacher, dense_weights, tuning_graphs
 from .texts import beginnings, sampled, text_length, token_ids
 
 # The share of all steps in which the rate of learning rises; behind it falls as a cosine.
@@ -33,6 +32,8 @@ _BETAS = (0.9, 0.95)
 _LOOKS = 4
 # Rows of logits that are compared at a time: their float32 copies are what takes memory.
 _ROWS = 1024
+# Texts that codes are chosen on.
+_GPTQ_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ def tune(
     with converting(), torch.inference_mode(False), torch.enable_grad():
         # What was written in inference mode takes part in no gradient.
         training, held_out = written.clone().split((config.train_windows, config.held_out_windows))
-        teacher, student = tuning_graphs(pair)
+        anew = config.gptq and pair.draft_weights is INT4
+        teacher, student = tuning_graphs(pair, own_codes=anew)
         run = _Tuning(teacher, student, config, held_out)
+        if anew:
+            run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair))
         run.steps(training, callback)
         _write(pair, student)
     report = TuneReport(
@@ -121,6 +125,20 @@ class _Tuning:
         self.done = 0
         self.before = self.best = self._quality()
         self._kept = [parameter.detach().clone() for parameter in student.parameters]
+
+    def choose_codes(self, texts: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Begin with GPTQ's codes, if the draft is closer with them; see :meth:`Student.choose_codes`."""
+        parts = [part for parts in self._student.parts.values() for part in parts.values() if part.dim() == 2]
+        old = [part.clone() for part in parts]
+        _LOGGER.info("choosing codes by GPTQ")
+        self._student.choose_codes(self._teacher, texts, weights)
+        quality = self._quality()
+        _LOGGER.info("GPTQ: %s -> %s", self.before, quality)
+        if quality.kl < self.before.kl:
+            self.best = quality
+            return
+        for part, codes in zip(parts, old, strict=True):
+            part.copy_(codes)
 
     def steps(self, texts: Tensor, callback: Callable[[TuneProgress], Any] | None) -> None:
         """Learn from ``texts (n, T)`` until the last step, or Ctrl-C, or a callback that returns True."""
@@ -245,7 +263,10 @@ def compare(targets: Tensor, drafts: Tensor) -> Tensor:
 
 def _write(pair: Pair, student: Student) -> None:
     """Put what was learned where the draft reads it, so that captured graphs stay as they are."""
-    for name, parts in each_plain_weight(pair.graphs[Role.DRAFT]):
-        stored = parts[pair.draft_weights.learned]
-        with torch.inference_mode(stored.is_inference()), torch.no_grad():
-            stored.copy_(student.learned[name]())
+    assert pair.draft_weights is not None
+    with torch.inference_mode():
+        weights = {
+            name: {**student.parts[name], pair.draft_weights.learned: learned()}
+            for name, learned in student.learned.items()
+        }
+        store_plain_weights(pair.graphs[Role.DRAFT], weights)
