@@ -18,7 +18,7 @@ from quantspec.passes import INT4
 from quantspec.passes.weight_formats import PACKED_LINEARS
 
 # Columns whose errors are kept before all columns behind them make up for those.
-_BLOCK = 128
+_BLOCK = 32
 # What is added to the diagonal of X^T X, as a share of its mean; the next one where that has no Cholesky factor.
 _DAMPINGS = (0.01, 0.1, 1.0)
 
