@@ -19,6 +19,7 @@ from quantspec.capture import converting
 from quantspec.pair import Recipe, recipes, register
 from quantspec.passes import ACCESSES, INT4, Role, plain_weights, store_plain_weights
 from quantspec.tuning import gptq
+from quantspec.tuning.gptq import gptq_codes
 from quantspec.tuning.graphs import tuning_graphs
 from quantspec.tuning.optimize import CapturedGradients, _Tuning
 from quantspec.tuning.texts import beginnings, sampled, token_ids
@@ -136,6 +137,24 @@ def test_gptqs_codes_alone_bring_it_closer(untuned):
     report = untuned.tune(SHORT, steps=1, learning_rate=1e-9)
     assert report.after.kl < 0.9 * report.before.kl
     assert not same_weights(draft_weights(untuned), before, "qdata")
+
+
+def test_interrupted_while_codes_are_chosen_it_leaves_the_draft(untuned, monkeypatch):
+    before, chosen = draft_weights(untuned), []
+
+    def interrupt_the_second(*problem):
+        chosen.append(gptq_codes(*problem))
+        if len(chosen) == 2:
+            raise KeyboardInterrupt
+        return chosen[-1]
+
+    monkeypatch.setattr(gptq, "gptq_codes", interrupt_the_second)
+    report = untuned.tune(SHORT)
+    assert report.stopped
+    assert report.steps == 0
+    assert report.after == report.before
+    for part in ("qdata", "scale_and_zero"):
+        assert same_weights(draft_weights(untuned), before, part)
 
 
 def test_codes_that_make_it_worse_are_not_kept(untuned, monkeypatch):

@@ -6,6 +6,7 @@ being learned; it runs, and for the gradient runs again, layer by layer.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,7 @@ from quantspec.cache.geometry import part_shape
 from quantspec.capture import CapturedLayer
 from quantspec.kernels.cache_layout import CACHE_PARTS, part_names
 from quantspec.kernels.hierarchical import encode_keys, encode_values
+from quantspec.logging import counting
 from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import Region, layer_regions, region_graph
 from quantspec.pair.recipes import run_passes
@@ -26,6 +28,8 @@ from quantspec.passes.graph import clone, find_calls, get_tensor
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
 
 from .gptq import InputProducts
+
+_LOGGER = logging.getLogger(__name__)
 
 _TEACHER = CacheAccess(torch.ops.quantspec.teaching_attention.default, part_names("recent"))
 # Their rows go from expert to expert by the host's hand.
@@ -152,11 +156,13 @@ class Student:
         values = [
             dict(zip(self._placeholders, (*_inputs(ids), *teacher.read(ids)[1]), strict=True)) for ids in texts.split(1)
         ]
-        for region, runs in self._regions:
-            inputs = [[of[node] for node in region.inputs] for of in values]
-            runs.choose_codes(inputs, weights)
-            for of, given in zip(values, inputs, strict=True):
-                of.update(zip(region.outputs, runs(*given), strict=True))
+        with counting(_LOGGER, "choosing codes", len(self._regions)) as advance:
+            for region, runs in self._regions:
+                inputs = [[of[node] for node in region.inputs] for of in values]
+                runs.choose_codes(inputs, weights)
+                for of, given in zip(values, inputs, strict=True):
+                    of.update(zip(region.outputs, runs(*given), strict=True))
+                advance(1)
 
 
 class _Runs:

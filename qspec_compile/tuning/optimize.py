@@ -88,9 +88,8 @@ def tune(
         anew = config.gptq and pair.draft_weights is INT4
         teacher, student = tuning_graphs(pair, own_codes=anew)
         run = _Tuning(teacher, student, config, held_out)
-        if anew:
-            run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair))
-        run.steps(training, callback)
+        if not anew or run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair)):
+            run.steps(training, callback)
         _write(pair, student)
     report = TuneReport(
         steps=run.done,
@@ -126,19 +125,27 @@ class _Tuning:
         self.before = self.best = self._quality()
         self._kept = [parameter.detach().clone() for parameter in student.parameters]
 
-    def choose_codes(self, texts: Tensor, weights: Mapping[str, Tensor]) -> None:
-        """Begin with GPTQ's codes, if the draft is closer with them; see :meth:`Student.choose_codes`."""
+    def choose_codes(self, texts: Tensor, weights: Mapping[str, Tensor]) -> bool:
+        """Begin with GPTQ's codes, if the draft is closer with them; see :meth:`Student.choose_codes`.
+
+        Returns:
+            False after Ctrl-C, which leaves codes as they were.
+        """
         parts = [part for parts in self._student.parts.values() for part in parts.values() if part.dim() == 2]
-        old = [part.clone() for part in parts]
-        _LOGGER.info("choosing codes by GPTQ")
-        self._student.choose_codes(self._teacher, texts, weights)
-        quality = self._quality()
-        _LOGGER.info("GPTQ: %s -> %s", self.before, quality)
-        if quality.kl < self.before.kl:
-            self.best = quality
-            return
+        old, interrupted = [part.clone() for part in parts], False
+        try:
+            self._student.choose_codes(self._teacher, texts, weights)
+            quality = self._quality()
+            _LOGGER.info("GPTQ: %s -> %s", self.before, quality)
+            if quality.kl < self.before.kl:
+                self.best = quality
+                return True
+        except KeyboardInterrupt:
+            _LOGGER.warning("tuning stops: the draft is left as it was")
+            interrupted = True
         for part, codes in zip(parts, old, strict=True):
             part.copy_(codes)
+        return not interrupted
 
     def steps(self, texts: Tensor, callback: Callable[[TuneProgress], Any] | None) -> None:
         """Learn from ``texts (n, T)`` until the last step, or Ctrl-C, or a callback that returns True."""
