@@ -3,9 +3,9 @@
     python -m benchmarks.acceptance
     python -m benchmarks.acceptance --model FOLDER --contexts 2000 4000 8000 16000 32000 --weight-group-size 128
 
-Every weight quantizer, and the first one tuned, with the draft's head in full precision and in INT4. A cell is one
-``generate`` call over several prompts with eight drafts a cycle; what four would have given is read from the same call:
-its first positions. Tuning's texts are from other places than the prompts.
+Every weight quantizer, and the first one with GPTQ's codes and tuned, with the draft's head in full precision and in
+INT4. A cell is one ``generate`` call over several prompts with eight drafts a cycle; what four would have given is read
+from the same call: its first positions. Tuning's texts are from other places than the prompts.
 
 Drafts read the cache at 4 bits, on a CPU too: what is measured there holds for a GPU.
 
@@ -43,6 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "temperature 0.7, top_p 0.9": {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9},
 }
 HEADS = {"full precision": False, "INT4": True}
+GPTQ = f"{WeightQuantizer.TINYGEMM.value}, GPTQ"
 TUNED = f"{WeightQuantizer.TINYGEMM.value}, tuned"
 # The share of every text, at its beginning, that tuning may write on from; prompts are cut from the rest.
 _FOR_TUNING = 0.4
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--weight-group-size", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
-    parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), TUNED])
+    parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), GPTQ, TUNED])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--own-tokens", type=int, default=7900, help="how long a text the model writes for itself")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-smollm2.json")
@@ -172,7 +173,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     own: Tensor | None = None
     for head, draft in itertools.product(arguments.heads, arguments.drafts):
-        quantizer = draft.removesuffix(", tuned")
+        quantizer = draft.split(",")[0]
         qs = quantspec.convert(
             model,
             weight_group_size=arguments.weight_group_size,
@@ -185,7 +186,7 @@ def main() -> None:
         report = None
         if draft != quantizer:
             seen = [ids[: int(_FOR_TUNING * len(ids))] for ids in texts.values()]
-            report = str(qs.tune(steps=arguments.steps, texts=seen))
+            report = str(qs.tune(steps=0 if draft == GPTQ else arguments.steps, texts=seen))
             print(report, flush=True)
         if own is None:
             own = own_text(qs, arguments.own_tokens)

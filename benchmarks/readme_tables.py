@@ -95,7 +95,7 @@ def acceptance_by_context(name: str) -> str:
     data = _load(name)
     cells: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for row in data["rows"]:
-        if row["lm_head"] == "INT4" and "draft_attention_share" not in row:
+        if row["lm_head"] == "INT4" and "draft_attention_share" not in row and not row["draft"].endswith("GPTQ"):
             by_context = cells.setdefault((row["kind"], row["mode"]), {})
             by_context.setdefault(row["context"], {})["after" if row["tuned"] else "before"] = row["a at 8"]
     contexts = sorted({context for by_context in cells.values() for context in by_context})

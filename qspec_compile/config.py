@@ -181,7 +181,7 @@ class TuneConfig:
     """Options of :func:`quantspec.tune`; frozen, validated on creation.
 
     Attributes:
-        steps: of the optimizer.
+        steps: of the optimizer; with 0 GPTQ alone chooses codes, which takes a few of ``train_windows``.
         window: tokens of each text that is learned from, at least 4; at most what the model's context holds.
         windows_per_step: texts of a step.
         train_windows: texts that the model writes to be learned from.
@@ -206,8 +206,11 @@ class TuneConfig:
     gptq: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.gptq, bool):
+            raise TypeError(f"gptq must be True or False, not {self.gptq!r}")
+        leasts = {"seed": 0, "window": 4, "steps": 0 if self.gptq else 1}
         for name in (f.name for f in fields(self) if f.name not in ("learning_rate", "gptq")):
-            value, least = getattr(self, name), {"seed": 0, "window": 4}.get(name, 1)
+            value, least = getattr(self, name), leasts.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, not {value!r}")
             if value < least:
@@ -216,8 +219,6 @@ class TuneConfig:
             raise TypeError(f"learning_rate must be a number, not {self.learning_rate!r}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must be between 0 and 1, not {self.learning_rate}")
-        if not isinstance(self.gptq, bool):
-            raise TypeError(f"gptq must be True or False, not {self.gptq!r}")
 
     @classmethod
     def from_options(cls, config: TuneConfig | None, options: Mapping[str, Any]) -> TuneConfig:

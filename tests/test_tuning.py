@@ -134,8 +134,10 @@ def test_without_gptq_codes_stay(untuned):
 
 def test_gptqs_codes_alone_bring_it_closer(untuned):
     before = draft_weights(untuned)
-    report = untuned.tune(SHORT, steps=1, learning_rate=1e-9)
-    assert report.after.kl < 0.9 * report.before.kl
+    report = untuned.tune(SHORT, steps=0)
+    assert report.steps == 0
+    assert not report.stopped
+    assert report.after.kl < report.before.kl
     assert not same_weights(draft_weights(untuned), before, "qdata")
 
 
@@ -372,7 +374,8 @@ def test_bad_texts_are_refused_before_any_work(qs, texts, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be at least 1, not 0"),
+        ({"steps": -1}, ValueError, "steps must be at least 0, not -1"),
+        ({"steps": 0, "gptq": False}, ValueError, "steps must be at least 1, not 0"),
         ({"steps": True}, TypeError, "steps must be an int, not True"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"learning_rate": 1.0}, ValueError, "learning_rate must be between 0 and 1"),
@@ -401,6 +404,12 @@ def test_a_draft_without_scales_is_refused():
         del recipes._RECIPES[Role.DRAFT, "dense"]
 
 
+def test_gptq_alone_is_refused_where_it_does_nothing(untuned, monkeypatch):
+    monkeypatch.setattr(type(untuned.pair), "draft_weights", dataclasses.replace(INT4, name="theirs"))
+    with pytest.raises(ValueError, match="steps=0 is GPTQ alone, which chooses no codes of theirs; give some steps"):
+        untuned.tune(SHORT, steps=0)
+
+
 def test_every_format_that_is_learned_names_a_part_of_its_own():
     assert INT4.learned in [part.name for part in INT4.parts]
 
@@ -423,9 +432,12 @@ def test_tune_saves_a_tuned_pair(run, saved_model, texts_file, tmp_path):
     assert status == 0, stderr
     assert "tuned 2 steps in " in stderr
     assert quantspec.from_pretrained(tmp_path / "pair").tuned.steps == 2
-    # A saved pair can be tuned too.
-    status, _, stderr = run("tune", tmp_path / "pair", tmp_path / "again", *QUICK)
+    # A saved pair can be tuned too, by GPTQ alone or without it.
+    status, _, stderr = run("tune", tmp_path / "pair", tmp_path / "again", *QUICK, "--steps", 0)
     assert status == 0, stderr
+    assert quantspec.from_pretrained(tmp_path / "again").tuned.steps == 0
+    status, _, stderr = run("tune", tmp_path / "pair", tmp_path / "not", *QUICK, "--steps", 0, "--no-gptq")
+    assert (status, "steps must be at least 1, not 0" in stderr) == (2, True)
 
 
 def test_tune_refuses_before_it_loads(run, saved_model, tmp_path):

@@ -34,7 +34,9 @@ class TuningOptions:
     ] = None
     steps: Annotated[
         int | None,
-        typer.Option(parser=whole(1), metavar="N", help=f"Optimizer steps. [default: {_DEFAULTS.steps}]"),
+        typer.Option(
+            parser=whole(0), metavar="N", help=f"Optimizer steps; 0 for GPTQ alone. [default: {_DEFAULTS.steps}]"
+        ),
     ] = None
     window: Annotated[
         int | None,

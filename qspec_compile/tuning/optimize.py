@@ -52,11 +52,13 @@ class TuneProgress:
     acceptance: float
 
 
-def _check_tunable(pair: Pair) -> None:
+def _check_tunable(pair: Pair, config: TuneConfig) -> None:
     """Raise ``ValueError`` where a draft has nothing to learn."""
     weight_format = pair.draft_weights
     if weight_format is None or weight_format.learned is None or all(r.group_size is None for r in pair.linears):
         raise ValueError("this draft has no scales to tune: none of its linears is INT4; see print(qs)")
+    if config.steps == 0 and weight_format is not INT4:
+        raise ValueError(f"steps=0 is GPTQ alone, which chooses no codes of {weight_format.name}; give some steps")
     if pair.captured.states:
         raise ValueError(
             f"layers of {type(pair.model).__name__} keep state besides keys and values, through which tuning has no "
@@ -72,28 +74,28 @@ def tune(
     callback: Callable[[TuneProgress], Any] | None = None,
 ) -> TuneReport:
     """Tune the draft of ``pair`` in place; see :meth:`quantspec.QuantSpecModel.tune`."""
-    _check_tunable(pair)
+    _check_tunable(pair, config)
     pair.check_unmoved()
     started = time.perf_counter()
-    prompts = beginnings(
-        config.train_windows + config.held_out_windows, token_ids(texts, tokenizer, pair), pair, config
-    )
+    windows = config.train_windows if config.steps else min(config.train_windows, _GPTQ_TEXTS)
+    prompts = beginnings(windows + config.held_out_windows, token_ids(texts, tokenizer, pair), pair, config)
     on_gpu = pair.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(pair.device)
     written = sampled(prompts, pair, text_length(pair, config), config.seed)
     with converting(), torch.inference_mode(False), torch.enable_grad():
         # What was written in inference mode takes part in no gradient.
-        training, held_out = written.clone().split((config.train_windows, config.held_out_windows))
+        training, held_out = written.clone().split((windows, config.held_out_windows))
         anew = config.gptq and pair.draft_weights is INT4
         teacher, student = tuning_graphs(pair, own_codes=anew)
         run = _Tuning(teacher, student, config, held_out)
-        if not anew or run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair)):
+        interrupted = anew and not run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair))
+        if config.steps and not interrupted:
             run.steps(training, callback)
         _write(pair, student)
     report = TuneReport(
         steps=run.done,
-        stopped=run.done < config.steps,
+        stopped=interrupted or run.done < config.steps,
         before=run.before,
         after=run.best,
         tokens=run.done * config.windows_per_step * written.shape[1],
