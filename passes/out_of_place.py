@@ -16,6 +16,8 @@ _SCATTERS = {
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
 }
+# Compositions whose result is in no memory of their arguments.
+_PRODUCTS = (aten.linear.default, aten.matmul.default)
 
 
 class OutOfPlaceError(ValueError):
@@ -122,20 +124,18 @@ def _returning(graph: fx.Graph, node: fx.Node) -> Any:
     values: Any = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     args, kwargs = values
     result = value_of(mode, returning, *args, **kwargs)
-    # What is written is cast to the argument's dtype, and what is returned may have another.
-    if not isinstance(result, Tensor) or _kind(result) != _kind(args[0]):
+    # What is written is cast to the argument's dtype, and what is returned may have another. Its sizes are the
+    # argument's, else the op could not write, though a trace may write them in another way.
+    if not isinstance(result, Tensor) or (result.dtype, result.dim()) != (args[0].dtype, args[0].dim()):
         raise OutOfPlaceError(node)
     return returning
-
-
-def _kind(value: Tensor) -> tuple[torch.dtype, list[str]]:
-    # Compared as they are written, since a comparison of sizes would be a condition on them.
-    return value.dtype, list(map(str, value.shape))
 
 
 def _may_share(node: fx.Node) -> list[fx.Node]:
     """Nodes whose memory the result of ``node`` may lie in."""
     target = node.target
+    if target in _PRODUCTS:
+        return []
     if target is operator.getitem:
         source: Any = node.args[0]
         # Results of one op lie apart.

@@ -50,6 +50,20 @@ class Results(nn.Module):
         return values, places
 
 
+class Product(nn.Module):
+    """Of parameters, and what is added has the same sizes, written another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        out.add_(torch.cat((x, x)).reshape(2, -1, 5).sum(0))
+        return out
+
+
 class SeenOtherwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = x.clone()
@@ -125,7 +139,9 @@ def exported(module: nn.Module) -> fx.GraphModule:
     return program.module(check_guards=False)
 
 
-@pytest.mark.parametrize("module", [Whole(), Casts(), Sliced(), Results()], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize(
+    "module", [Whole(), Casts(), Sliced(), Results(), Product()], ids=lambda module: type(module).__name__
+)
 def test_results_are_those_of_the_writes(module):
     graph_module = exported(module)
     x = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))

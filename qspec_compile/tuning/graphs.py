@@ -25,6 +25,7 @@ from quantspec.pair.recipes import run_passes
 from quantspec.passes import CacheAccess, LowerAttention, QuantizeWeights, Role, WeightSource, plain_weights
 from quantspec.passes.called_modules import called_modules
 from quantspec.passes.graph import clone, find_calls, get_tensor
+from quantspec.passes.out_of_place import OutOfPlaceError, WriteOutOfPlace
 from quantspec.passes.weight_formats import PACKED_LINEARS, format_of, part_nodes
 
 from .gptq import InputProducts
@@ -210,8 +211,19 @@ def tuning_graphs(pair: Pair, own_codes: bool = False) -> tuple[Teacher, Student
     for parts in ready.values() if own_codes else ():
         parts.update({name: part.clone() for name, part in parts.items() if part.dim() == 2})
     quantize = _quantize(pair, lambda _, name, *__: tuple(ready[name].values()))
-    student = clone(run_passes(clone(pair.common), [LowerAttention(_STUDENT, size), quantize]))
+    student = clone(run_passes(_written_out_of_place(pair.common), [LowerAttention(_STUDENT, size), quantize]))
     return Teacher(teacher, pair.layers, size), Student(student)
+
+
+def _written_out_of_place(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A clone that writes into no tensor, since gradients may need what was there; a plain one where that fails."""
+    written = clone(graph_module)
+    try:
+        WriteOutOfPlace()(written)
+    except OutOfPlaceError as error:
+        _LOGGER.debug("gradients pass a graph that writes into tensors, for %s", error)
+        return clone(graph_module)
+    return written
 
 
 def dense_weights(pair: Pair) -> dict[str, Tensor]:
