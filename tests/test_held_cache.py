@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from repeats import only
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def held_by_transformers(model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.dim() > 1)
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", only(set(MODELS) - {"gemma3", "gpt_oss"}, MODELS))
 def test_full_precision_bytes_of_a_capture_are_transformers_own(architecture):
     model = tiny_model(architecture)
     with converting():
