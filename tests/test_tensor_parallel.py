@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import forked_ranks
 from live_bytes import LiveBytes
 from repeats import repeat
 from safetensors.torch import load_file
@@ -66,7 +67,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def ranks(request):
-    with Ranks(request.param) as started:
+    with forked_ranks(), Ranks(request.param) as started:
         yield started
 
 
