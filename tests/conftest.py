@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import io
 import json
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -151,21 +150,31 @@ def saved_model(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lm_eval() -> Iterator[None]:
-    """For tests with tasks: lm-eval reads its own thousands of files once, not whenever one of them is asked for."""
+def lm_eval(tmp_path_factory) -> Iterator[None]:
+    """For tests with tasks: one process of all reads lm-eval's own thousands of files, once."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     from lm_eval.tasks import _index
 
-    load = _index.load_yaml
-    load_once = functools.cache(load)
-    folder = Path(_index.__file__).parent
+    build = _index.TaskIndex.build
+    own = Path(_index.__file__).parent
+    folder = tmp_path_factory.getbasetemp()
+    # The folder of a worker is in that of the run.
+    kept = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tasks.pickle"
 
-    def load_yaml(path: Path, **options: bool) -> dict:
-        if folder in path.parents:
-            return copy.deepcopy(load_once(path, **options))
-        return load(path, **options)
+    def own_index(options: dict[str, bool]) -> dict[str, object]:
+        if not kept.exists():
+            written = folder / kept.name
+            written.write_bytes(pickle.dumps(build([own], **options)))
+            written.replace(kept)
+        return pickle.loads(kept.read_bytes())
 
-    with mock.patch.object(_index, "load_yaml", load_yaml):
+    def build_once(paths: Sequence[Path], **options: bool) -> dict[str, object]:
+        index: dict[str, object] = {}
+        for path in paths:
+            index |= own_index(options) if path == own else build([path], **options)
+        return index
+
+    with mock.patch.object(_index.TaskIndex, "build", staticmethod(build_once)):
         yield
 
 

@@ -73,9 +73,14 @@ def with_experts(kind: type[LoopOverExperts], scale: object = 0.5) -> nn.Module:
     return model
 
 
-def test_text_is_the_models_own_and_the_experts_stay_its_tensors():
-    model = with_experts(LoopOverExperts)
-    qs = quantspec.convert(model, kv_group_size=16, weight_group_size=32)
+@pytest.fixture(scope="module")
+def qs() -> quantspec.QuantSpecModel:
+    """A pair of the llama with such loops."""
+    return quantspec.convert(with_experts(LoopOverExperts), kv_group_size=16, weight_group_size=32)
+
+
+def test_text_is_the_models_own_and_the_experts_stay_its_tensors(qs):
+    model = qs.model
     ids = torch.tensor([random_prompt(7, 0)])
     for count in (0, 4):
         text = qs.generate(ids, num_speculative_tokens=count, **GREEDY)
@@ -88,8 +93,7 @@ def test_text_is_the_models_own_and_the_experts_stay_its_tensors():
             assert module.module.experts.data_ptr() == model.model.layers[number].mlp.loop.experts.data_ptr()
 
 
-def test_they_are_reported_in_full_precision():
-    qs = quantspec.convert(with_experts(LoopOverExperts), kv_group_size=16, weight_group_size=32, self_check=False)
+def test_they_are_reported_in_full_precision(qs):
     notes = {report.name: report for report in qs.linears}
     for layer in range(2):
         report = notes[f"model.layers.{layer}.mlp.loop.experts"]
@@ -129,19 +133,17 @@ def test_a_module_of_another_kind_is_refused_by_name(kind, reason):
     assert reason in str(error.value)
 
 
-def test_it_is_not_compiled_nor_stored():
-    model = with_experts(LoopOverExperts)
+def test_it_is_not_compiled_nor_stored(qs):
     with pytest.raises(ValueError, match=r"compile=True: model\.layers\.0\.mlp\.loop, .* run as they are"):
-        quantspec.convert(model, compile=True)
+        quantspec.convert(with_experts(LoopOverExperts), compile=True)
     with pytest.raises(CannotStore):
-        to_json(capture(model), model)
+        to_json(qs.pair.captured, qs.model)
 
 
-def test_a_call_keeps_its_keywords_and_its_place():
-    model = with_experts(LoopOverExperts)
-    first, second = (m for m in capture(model).graph_module.modules() if isinstance(m, CalledModule))
+def test_a_call_keeps_its_keywords_and_its_place(qs):
+    first, second = (m for m in qs.pair.captured.graph_module.modules() if isinstance(m, CalledModule))
     x = torch.randn(1, 5, 64)
-    assert torch.equal(second(x), model.model.layers[1].mlp.loop(x, 0.5))
+    assert torch.equal(second(x), qs.model.model.layers[1].mlp.loop(x, 0.5))
     assert not torch.equal(first(x), second(x))
 
 
@@ -156,7 +158,6 @@ def test_the_draft_around_them_learns_and_they_do_not():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_it_is_not_split_over_ranks():
-    model = with_experts(LoopOverExperts)
+def test_it_is_not_split_over_ranks(qs):
     with pytest.raises(UnsupportedModelError, match=r"its 'model\.layers\.0\.mlp\.loop' runs as it is"):
-        split_capture(capture(model), model, Place(0, 2, ""))
+        split_capture(qs.pair.captured, qs.model, Place(0, 2, ""))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from forked_ranks import forked_ranks
 from serving_process import PATIENCE, serving
 from tiny_models import tiny_model
 
@@ -23,7 +24,8 @@ TWO = ("--tensor-parallel", "2")
 
 def test_generate_writes_what_one_process_writes(run, saved_model):
     call = ("generate", saved_model, "abc abc", "--max-new-tokens", 8, "--greedy", *OPTIONS)
-    status, text, error = run(*call, *TWO)
+    with forked_ranks():
+        status, text, error = run(*call, *TWO)
     assert status == 0, error
     assert text == run(*call)[1]
 
@@ -64,7 +66,8 @@ def test_more_ranks_than_gpus_are_refused(run, saved_model, monkeypatch):
 def test_bench_measures_a_split_model(run, tokenizer, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(generate, "load_smollm2", lambda dtype, device: (tiny_model("llama"), tokenizer))
-    status, out, error = run("bench", "--contexts", "40", *TWO)
+    with forked_ranks():
+        status, out, error = run("bench", "--contexts", "40", *TWO)
     assert status == 0, error
     rows = json.loads(out)["rows"]
     assert [row["mode"] for row in rows] == ["auto", "speculative", "target only"]
@@ -72,7 +75,8 @@ def test_bench_measures_a_split_model(run, tokenizer, monkeypatch):
         assert row["tensor_parallel"] == 2
         assert row["new_tokens"] == row["tokens_equal_to_hugging_face"] == 16
     # The ranks have ended.
-    Ranks(2).close()
+    with forked_ranks():
+        Ranks(2).close()
 
 
 def test_serve_answers_and_says_so_when_it_cannot(saved_model):

@@ -83,6 +83,17 @@ def test_a_q4_k_file_is_dense_and_converts(q4_k_file):
     assert torch.equal(qs.generate(ids, **options), model.generate(ids, **options))
 
 
+def test_a_file_is_read_once_and_what_reads_it_stays_as_it_was(q4_k_file):
+    read, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    with mock.patch.object(gguf, "GGUFReader", wraps=read) as reader:
+        with mock.patch.object(gguf, "get_tensor_name_map", wraps=names) as tables:
+            load_model(find_source(str(q4_k_file[0])), torch.float32, torch.device("cpu"))
+        # The patches are as they were, so that nothing is kept for another file.
+        assert gguf.GGUFReader is reader
+    assert reader.call_count == 1
+    assert tables.call_count == 1
+
+
 @pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.23 or newer")
 def test_dense_weights_are_asked_for(q4_k_file, tokenizer):
     """So that they do not stay packed where a kernel that multiplies packed weights is installed."""

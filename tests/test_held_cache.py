@@ -8,6 +8,8 @@ import logging
 
 import pytest
 import torch
+from repeats import only
+from test_rings import SHARING
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def held_by_transformers(model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.dim() > 1)
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", only(set(MODELS) - {"gemma3", "gpt_oss"}, MODELS))
 def test_full_precision_bytes_of_a_capture_are_transformers_own(architecture):
     model = tiny_model(architecture)
     with converting():
@@ -55,12 +57,9 @@ def test_capturing_draws_no_warning_of_transformers(monkeypatch):
 
 
 def test_shared_keys_and_values_count_once():
-    sharing = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    options = {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 12}
-    widths = {"hidden_size_per_layer_input": 16, "laurel_rank": 16, "vocab_size_per_layer_input": 96, "head_dim": 16}
-    model = tiny_model("gemma3n_text", num_hidden_layers=4, **sharing, **options, **widths)
+    model = tiny_model("gemma3n_text", **SHARING)
     with converting():
-        layers = capture(model).layers
+        layers = kept_or_captured(model, None).layers
     assert len(layers) == 4
     assert full_precision_bytes(layers, TOKENS, 2, torch.float32) == held_by_transformers(model)
 

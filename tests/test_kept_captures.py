@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import GROUP
+from repeats import repeat
 from step_by_step import random_prompt
 from tiny_models import tiny_model
 from torch import nn
@@ -110,7 +111,7 @@ def converted(model, **options) -> tuple[int, quantspec.QuantSpecModel]:
     return captures.call_count, qs
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "gpt_oss", "lfm2"])
+@pytest.mark.parametrize("architecture", ["gpt2", repeat("gemma2"), "gpt_oss", "lfm2"])
 def test_a_second_conversion_gives_the_same_logits(architecture):
     _, first = converted(tiny_model(architecture))
     captures, second = converted(tiny_model(architecture))
@@ -122,7 +123,7 @@ def test_a_second_conversion_gives_the_same_logits(architecture):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("architecture", ["lfm2", repeat("qwen3_next")])
 def test_a_process_that_makes_no_capture_runs_hybrids(architecture, monkeypatch):
     """Their prefill is the model's own forward, which finds the functions that a capture registers."""
     ids, options = torch.tensor([PROMPT]), {"max_new_tokens": 8, "do_sample": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repeats import only, repeat
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -270,18 +272,24 @@ def test_attention_marker_is_causal_attention(case):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+DIMS = ((16, 16), (24, 16), (8, 16))
+# Every dtype, every pair of dims, and all pairs in the dtype that tells most.
+DTYPES_AND_DIMS = {(torch.float32, (16, 16)), (torch.bfloat16, (24, 16)), (torch.float16, (8, 16))}
+DTYPES_AND_DIMS |= {(torch.float64, dims) for dims in DIMS}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "bound"),
-    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)],
+    ("dtype", "dims"),
+    [case if case in DTYPES_AND_DIMS else repeat(*case) for case in itertools.product(BOUNDS, DIMS)],
     ids=str,
 )
-@pytest.mark.parametrize("dims", [(16, 16), (24, 16), (8, 16)], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize(
     ("window", "offset"), [(0, 0), (0, 40), (20, 0), (QUERY_BLOCK + 3, 70), (1000, 5), (-20, 7), (-1000, 5)]
 )
-def test_attention_over_more_rows_than_one_block(dtype, bound, dims, softcap, with_sinks, window, offset):
+def test_attention_over_more_rows_than_one_block(dtype, dims, softcap, with_sinks, window, offset):
     """Several blocks of rows, more query heads than key heads; relative to the whole output."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = QUERY_BLOCK + 50
@@ -293,7 +301,7 @@ def test_attention_over_more_rows_than_one_block(dtype, bound, dims, softcap, wi
     out = masked_attention(*(x.to(device) for x in (query, key, value)), offset, 0.3, window, softcap, sinks)
     assert out.dtype == dtype
     error = (out[0].cpu().double() - expected).norm() / expected.norm()
-    assert float(error) < bound
+    assert float(error) < BOUNDS[dtype]
 
 
 @dataclass
@@ -680,7 +688,11 @@ def test_every_op_has_a_case():
     assert checked == set(kernels.__all__) - {"cached_attention_reference"} - of_cpus - of_ranks
 
 
-@pytest.mark.parametrize("name", OP_CASES)
+# Dims that are the same and that differ, with and without a window: nightly runs the other two pairs.
+SHOWN = [name for name in OP_CASES if not name.endswith(("64/64 plain", "24/16 windowed"))]
+
+
+@pytest.mark.parametrize("name", only(SHOWN, OP_CASES))
 def test_opcheck(name):
     op, args = OP_CASES[name]
     results = torch.library.opcheck(op.overload if isinstance(op, CacheOp) else op, copied(args))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -25,13 +27,18 @@ LAYERS = {
 }
 
 
+@functools.cache
+def converted(name: str) -> quantspec.QuantSpecModel:
+    """For both roles."""
+    options = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
+    return quantspec.convert(tiny_model(name, **LAYERS[name][0]), **options)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("role", [Role.TARGET, Role.DRAFT])
 @torch.no_grad()
 def test_regions_compute_the_graph_and_equal_layers_are_one(name: str, role: Role) -> None:
-    overrides, kinds = LAYERS[name]
-    options = {"kv_group_size": 16, "weight_group_size": 32, "self_check": False}
-    qs = quantspec.convert(tiny_model(name, **overrides), **options)
+    qs, kinds = converted(name), LAYERS[name][1]
     gm: fx.GraphModule = getattr(qs, role.value)
     regions = split_regions(gm.graph)
     assert regions is not None

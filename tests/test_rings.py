@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from repeats import only
 from test_block_tables import copied
 from test_kernels_triton import (
     DEVICE,
@@ -288,7 +289,7 @@ def prompts(lengths: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, 0), mask.long()
 
 
-@pytest.mark.parametrize("architecture", WINDOWS)
+@pytest.mark.parametrize("architecture", only(["mistral", "llama4_text"], WINDOWS))
 def test_texts_are_hugging_faces_past_several_windows(architecture, monkeypatch):
     """A padded batch whose prompts are read in chunks, γ 0 and 4, and the text that follows an earlier one."""
     model = tiny_model(architecture, **WINDOWS[architecture], seed=SEEDS[architecture])
@@ -380,7 +381,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize("architecture", only(["gemma3_text"], SHAPES))
 def test_the_cache_takes_less_than_transformers(architecture):
     """At 32k, of gpt-oss-20b's and Gemma 3 27B's shapes, as their configurations tell it."""
     config = AutoConfig.for_model(architecture, **SHAPES[architecture], max_position_embeddings=131072)

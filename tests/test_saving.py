@@ -119,7 +119,7 @@ def test_round_trip_of_shards(qs, loaded):
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [("gpt2", torch.float32), ("mixtral", torch.bfloat16), ("gpt_oss", torch.float16)],
+    [("gpt2", torch.float16), ("mixtral", torch.bfloat16), ("gpt_oss", torch.float32)],
     ids=str,
 )
 def test_round_trip(architecture, dtype, tmp_path):

@@ -18,6 +18,7 @@ from conftest import GROUP
 from doc_blocks import stand_in_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from repeats import repeat
 from step_by_step import random_prompt
 from test_score_programs import without_graphs
 from tiny_models import tiny_model
@@ -119,7 +120,7 @@ def requests(seed: int, count: int) -> list[Request]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [repeat(0), repeat(1), 2])
 def test_texts_do_not_depend_on_the_traffic(qs, engine, seed):
     """Random arrivals, lengths, options and cancellations: what is not cancelled is the text of the request alone."""
     rng = random.Random(seed)
@@ -715,7 +716,7 @@ def test_closing_ends_everything(qs):
         engine.add(Request([1], 1))
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3_next", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["gemma3_text", "lfm2", "gpt_oss", repeat("qwen3_next")])
 def test_other_decoders(architecture):
     """Windows, states and experts."""
     pair = quantspec.convert(tiny_model(architecture, torch.float32), kv_group_size=GROUP, self_check=False)

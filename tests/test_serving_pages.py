@@ -12,6 +12,7 @@ from conftest import GROUP
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from repeats import repeat
 from step_by_step import random_prompt
 from test_score_programs import without_graphs
 from test_serving_engine import OPTIONS, Host, alone, run, text
@@ -274,7 +275,7 @@ def long_requests(seed: int, count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seed", [0, repeat(1)])
 def test_texts_do_not_depend_on_how_many_pages_there_are(qs, seed):
     """Random arrivals, lengths, options, cancellations and preemptions: what is not cancelled is the text alone."""
     engine = Engine(qs, max_sequences=4, max_length=10 * GROUP, num_pages=11)
@@ -388,9 +389,9 @@ def test_a_preempted_request_is_cancelled_like_any(qs):
     ("architecture", "chunk"),
     [
         ("gemma3_text", 1024),
-        pytest.param("lfm2", 1024, marks=pytest.mark.nightly),
+        repeat("lfm2", 1024),
         ("jamba", GROUP),
-        ("gpt_oss", 1024),
+        repeat("gpt_oss", 1024),
     ],
 )
 def test_other_decoders_give_way(architecture, chunk):

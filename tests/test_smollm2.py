@@ -56,7 +56,7 @@ def test_the_server_answers_as_it_should(folder):
         assert server.metric("spec_decode_num_accepted_tokens_total") > 10
 
 
-def test_parity_with_the_quantized_pair(folder):
+def test_parity_with_the_quantized_pair(folder, lm_eval):
     lm = QuantSpecLM(str(folder), dtype="float32", device="cpu")
     options = ParityOptions(limit=1, batch_size=1, context_tokens=160, scored_tokens=24, prompts=0)
     # Longer than the 2G = 128 tokens that are not quantized.

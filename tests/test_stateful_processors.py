@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import GROUP
+from repeats import repeat
 from step_by_step import pad_batch, random_prompt
 from test_sampling import ALPHA, VOCAB, Table, seeded, small_qs, transition_pvalue
 from torch import Tensor
@@ -224,7 +225,7 @@ class Shift(LogitsProcessor):
         return scores + self.bias[self.calls % 2]
 
 
-@pytest.mark.parametrize("gamma", [0, pytest.param(1, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("gamma", [0, repeat(1), 4])
 def test_sampled_tokens_follow_the_processed_target(small_qs, monkeypatch, gamma):
     """All transitions of many short texts, those of odd and of even calls apart."""
     table = Table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from repeats import repeat
 from step_by_step import pad_batch, random_prompt
 from test_architectures import converted, in_groups
 from tiny_models import STATEFUL, tiny_model
@@ -23,7 +24,7 @@ from quantspec.passes.state_steps import StateFill, StateSteps, StateStepsError,
 GREEDY = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "zamba2", "lfm2_moe"])
+@pytest.mark.parametrize("architecture", ["zamba2", repeat("qwen3_5_text"), repeat("lfm2_moe")])
 def test_a_captured_block_is_the_models_own_forward(architecture):
     """States step token by token inside of the graph, everything else takes the block at once."""
     model = tiny_model(architecture)
@@ -38,7 +39,7 @@ def test_a_captured_block_is_the_models_own_forward(architecture):
 
 
 # Falcon-H1's layers are all alike.
-@pytest.mark.parametrize(("architecture", "layers"), [("lfm2", 2), ("falcon_h1", 1)])
+@pytest.mark.parametrize(("architecture", "layers"), [("lfm2", 2), repeat("falcon_h1", 1)])
 def test_weights_that_need_no_gradients_are_captured_alike(architecture, layers):
     """The oldest torch decomposes their linears in another way."""
     model = tiny_model(architecture, num_hidden_layers=layers)

@@ -255,10 +255,10 @@ def load_model(source: Source, dtype: torch.dtype | None, device: torch.device) 
     """The original model on ``device``, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    from quantspec.checkpoint.gguf import dense_weights
+    from quantspec.checkpoint.gguf import dense_weights, read_once
 
     options = {"dtype": dtype or "auto", **source.arguments, **dense_weights(source.gguf_file)}
-    with _reading(source):
+    with _reading(source), read_once(source.gguf_file):
         model = AutoModelForCausalLM.from_pretrained(source.name, **options)
     return model.to(device).eval()  # type: ignore[arg-type]
 
