@@ -133,7 +133,7 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("model_type", only(["bloom", "falcon", "gpt_neo", "openai-gpt", "roformer"], TYPES))
+@pytest.mark.parametrize("model_type", only(["bloom", "falcon", "gpt_neo", "openai-gpt", "roformer", "xglm"], TYPES))
 def test_decoding_is_the_models_own(model_type):
     windows, dim = TYPES[model_type]
     qs = quantspec.convert(tiny_model(model_type), kv_group_size=16, weight_group_size=32)

@@ -60,10 +60,10 @@ class InputProducts(fx.Interpreter):
             (x, qdata, scale_and_zero, *_), _ = self.fetch_args_kwargs_from_env(n)
             source = n.args[0]
             assert isinstance(source, fx.Node)
-            rows = x.flatten(0, -2).float()
             if source not in self.linears:
-                self.linears[source] = _Linears(rows.new_zeros(rows.shape[1], rows.shape[1]))
+                self.linears[source] = _Linears(x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32))
             if source not in self._summed:
+                rows = x.flatten(0, -2).float()
                 self.linears[source].products.addmm_(rows.t(), rows)
                 self._summed.add(source)
             self.linears[source].parts[name] = qdata, scale_and_zero
