@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
     parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), GPTQ, TUNED])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
+    parser.add_argument("--rejection-sampling", action="store_true", help="drafts of sampled texts stand by their odds")
     parser.add_argument("--own-tokens", type=int, default=7900, help="how long a text the model writes for itself")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-smollm2.json")
     arguments = parser.parse_args()
@@ -181,6 +182,7 @@ def main() -> None:
             quantize_lm_head=HEADS[head],
             num_speculative_tokens=8,
             draft_recipe="int4-cache",
+            rejection_sampling=arguments.rejection_sampling,
             self_check=False,
         )
         report = None
@@ -191,6 +193,7 @@ def main() -> None:
         if own is None:
             own = own_text(qs, arguments.own_tokens)
         common = {"dtype": arguments.dtype, "weight_group_size": arguments.weight_group_size, "tuned": report}
+        common["rejection_sampling"] = arguments.rejection_sampling
         for row in rows_of(qs, draft, texts, own, arguments.contexts, arguments.new_tokens):
             rows.append(row | common)
             write_results(arguments.out, arguments.device, rows)

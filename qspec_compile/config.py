@@ -88,6 +88,9 @@ class QuantSpecConfig:
             the pages that the last verification paid most attention to (docs/choosing-options.md). The text is the
             same.
         draft_attention_share: share of the planes that a sparse draft step reads, above 0, at most 1.
+        rejection_sampling: whether drafts of sampled texts stand by their odds, min(1, p/q) (Leviathan et al. 2023),
+            instead of where common noise makes the target choose the same: the distribution is the same and more drafts
+            are accepted, but a seed's text then depends on what was drafted (docs/choosing-options.md).
         max_cache_len: most tokens a sequence may hold, prompt and output; None for the model's
             ``max_position_embeddings``. At most the rows of a learned table of positions.
         rope_context: for RoPE that depends on the length of a text (``dynamic``, ``longrope``): the length whose
@@ -110,6 +113,7 @@ class QuantSpecConfig:
     draft_recipe: str = "int4"
     draft_attention: DraftAttention = DraftAttention.FULL
     draft_attention_share: float = 0.07
+    rejection_sampling: bool = False
     max_cache_len: int | None = None
     rope_context: int | None = None
     self_check: bool = True
@@ -145,7 +149,7 @@ class QuantSpecConfig:
             raise ValueError(f"draft_attention_share must be above 0 and at most 1, not {share}")
         if not isinstance(self.draft_recipe, str):
             raise TypeError(f"draft_recipe must be a str, not {self.draft_recipe!r}")
-        for name in ("quantize_lm_head", "self_check"):
+        for name in ("quantize_lm_head", "rejection_sampling", "self_check"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.compile not in (None, True, False):

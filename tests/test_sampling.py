@@ -27,13 +27,14 @@ def distributions(*shape: int, seed: int, spread: float = 1.5) -> Tensor:
     return (spread * torch.randn(*shape, generator=seeded(seed))).softmax(-1)
 
 
-@pytest.fixture(scope="module")
-def small_qs() -> quantspec.QuantSpecModel:
-    """A one-layer llama with a vocabulary of 8."""
+@pytest.fixture(scope="module", params=[False, True], ids=["common noise", "rejection"])
+def small_qs(request) -> quantspec.QuantSpecModel:
+    """A one-layer llama with a vocabulary of 8, whose drafts stand by either rule."""
     model = tiny_model(
         "llama", vocab_size=VOCAB, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=32
     )
-    return quantspec.convert(model, kv_group_size=64, weight_group_size=32, self_check=False)
+    options = {"kv_group_size": 64, "weight_group_size": 32, "self_check": False}
+    return quantspec.convert(model, **options, rejection_sampling=request.param)
 
 
 # --- Units -----------------------------------------------------------------------------------------------------------

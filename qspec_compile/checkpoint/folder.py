@@ -91,7 +91,8 @@ class Description:
         # Follows from the linears.
         del options["adapted_group_sizes"]
         # Folders with the usual draft stay readable for versions that know no other, nor these options.
-        for name in ("draft_recipe", "draft_attention", "draft_attention_share", "draft", "rope_context"):
+        newer = ("draft_attention", "draft_attention_share", "draft", "rope_context", "rejection_sampling")
+        for name in ("draft_recipe", *newer):
             if options[name] == getattr(QuantSpecConfig, name):
                 del options[name]
         values["options"] = options

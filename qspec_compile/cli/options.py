@@ -177,6 +177,14 @@ class ModelOptions:
             help=_help("Share of the cache that sparse drafts read.", "draft_attention_share"),
         ),
     ] = None
+    rejection_sampling: Annotated[
+        bool | None,
+        typer.Option(
+            "--rejection-sampling",
+            help="Accept drafts of sampled texts by their odds: more are, but a seed's text depends on them.",
+            show_default=False,
+        ),
+    ] = None
     max_cache_len: Annotated[
         int | None,
         typer.Option(parser=tokens(), metavar="N", help="Most tokens of a text. [default: the model's context]"),
@@ -211,7 +219,7 @@ class ModelOptions:
         """The options of ``convert`` that were given."""
         names: tuple[str, ...] = ("num_speculative_tokens", "draft", "kv_group_size", "weight_group_size")
         names += ("weight_quantizer", "quantize_lm_head", "draft_recipe", "draft_attention")
-        names += ("draft_attention_share", "max_cache_len", "rope_context")
+        names += ("draft_attention_share", "rejection_sampling", "max_cache_len", "rope_context")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantspec.pair import Pair
+
 from .fused import fused
-from .sampling import Randomness, accept, perturb, perturbation
+from .sampling import Randomness, accept, perturb, perturbation, reject
 
 Process = Callable[[Tensor, int], Tensor]
 """``process(logits (B, T, V), num_ahead)`` gives float32 scores of the tokens after the first ``num_ahead`` drafts."""
@@ -36,7 +38,13 @@ class Verdict(NamedTuple):
 
 
 class Acceptance:
-    """Chooses drafts, and judges them by the target's logits: a draft stands while it is the target's own choice."""
+    """Chooses drafts, and judges them by the target's logits: a draft stands while it is the target's own choice.
+
+    Attributes:
+        follows_drafts: whether tokens depend on what was drafted, so that the end of a batch must draft as its middle.
+    """
+
+    follows_drafts = False
 
     def __init__(
         self, process: Process, compiles: bool, randomness: Randomness | None = None, rule: Rule = accept
@@ -73,6 +81,41 @@ class Acceptance:
         return () if self.randomness is None else self.randomness.at(num_ahead, count)
 
 
+class RejectionSampling(Acceptance):
+    """A draft of a sampled row stands by its odds, see :func:`quantspec.engine.sampling.reject`.
+
+    Drafts that the texts propose are certain, which makes both rules one.
+    """
+
+    follows_drafts = True
+
+    def __init__(self, process: Process, compiles: bool, randomness: Randomness) -> None:
+        super().__init__(process, compiles, randomness)
+        self._reject = fused(_reject, compiles)
+        self._proposed: list[Tensor] = []
+
+    def draft(self, logits: Tensor, step: int) -> Tensor:
+        scores = self._process(logits, step)
+        del self._proposed[step:]
+        self._proposed.append(scores)
+        return self._choose(scores, *self._noise(step, 1))
+
+    def judge(self, drafts: Tensor, logits: Tensor) -> Verdict:
+        proposed, self._proposed = self._proposed, []
+        if not proposed:
+            return super().judge(drafts, logits)
+        scores = self._process(logits, 0)
+        noise = self._noise(0, logits.shape[1])
+        return Verdict(*self._reject(drafts, torch.cat(proposed, 1), logits, scores, *noise), scores)
+
+
+def acceptance_of(process: Process, pair: Pair, randomness: Randomness | None, rule: Rule, judges: bool) -> Acceptance:
+    """As the pair's options want it; ``judges``: whether the device judges what it drafts, cycle by cycle."""
+    if judges and randomness is not None and rule is accept and pair.config.rejection_sampling:
+        return RejectionSampling(process, pair.captures_cycles, randomness)
+    return Acceptance(process, pair.captures_cycles, randomness, rule)
+
+
 def _choose(scores: Tensor, *noise: Tensor) -> Tensor:
     return (perturb(scores, *noise) if noise else scores)[:, 0].argmax(-1)
 
@@ -80,9 +123,21 @@ def _choose(scores: Tensor, *noise: Tensor) -> Tensor:
 def _judge(rule: Rule, drafts: Tensor, logits: Tensor, scores: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     perturbed = perturb(scores, *noise) if noise else scores
     accepted, next_tokens = rule(drafts, perturbed)
+    return accepted, next_tokens, _fails(accepted, logits, perturbed, *noise)
+
+
+def _reject(
+    drafts: Tensor, proposed: Tensor, logits: Tensor, scores: Tensor, *noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    accepted, next_tokens = reject(drafts, proposed, scores, *noise)
+    return accepted, next_tokens, _fails(accepted, logits, scores, *noise)
+
+
+def _fails(accepted: Tensor, logits: Tensor, scores: Tensor, *noise: Tensor) -> Tensor:
+    """Whether a token up to the one behind the accepted ones could not be chosen, ``(B,)``."""
     fails = logits.isnan().any(-1)
     if noise:
         _, sampled, _ = noise
-        fails = fails | (sampled[:, None] & ~perturbed.amax(-1).isfinite())
+        fails = fails | (sampled[:, None] & ~scores.amax(-1).isfinite())
     reached = torch.arange(logits.shape[1], device=logits.device) <= accepted[:, None]
-    return accepted, next_tokens, (fails & reached).any(-1)
+    return (fails & reached).any(-1)

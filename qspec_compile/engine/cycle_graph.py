@@ -17,7 +17,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.logging import counting
 from quantspec.pair import Pair
 
-from .acceptance import Acceptance, Rule
+from .acceptance import Acceptance, Rule, acceptance_of
 from .cycle import Cycle, LockstepCycle, Proposal
 from .graph_row import GraphRow
 from .logits_processors import ScoreProgram, program_key
@@ -42,7 +42,10 @@ class CycleReplay:
 
     Attributes:
         scores, logits: ``(B, num_drafts + 1, V)`` of the verifier, overwritten by the next replay.
+        judges: whether it is replayed to its end, what stands included.
     """
+
+    judges = True
 
     # Kept for later calls, which may be outside of this one's inference mode, and written by them.
     @torch.inference_mode(False)
@@ -61,7 +64,7 @@ class CycleReplay:
         """Compile what is not compiled yet and capture. What cache and texts hold is left as it is."""
         self.program = ScoreProgram(processors, text)
         randomness = Randomness(cache.length) if do_sample else None
-        acceptance = Acceptance(self.program, pair.captures_cycles, randomness, rule)
+        acceptance = acceptance_of(self.program, pair, randomness, rule, self.judges)
         self._compose(pair, cache, acceptance, lookup)
         # Cycles of sequences that are all done move no length, and write past the verified tokens only.
         self.cycle.running.zero_()
@@ -121,6 +124,7 @@ class ProposalReplay(CycleReplay):
     """A :class:`LockstepCycle` of a fixed plan, captured once, but for judging, which is left to who replays it."""
 
     cycle: LockstepCycle
+    judges = False
 
     def __call__(self) -> Proposal:
         """Replay; returns what :meth:`LockstepCycle.show` does, overwritten by the next replay."""

@@ -19,7 +19,7 @@ from quantspec.cache import HierarchicalCache
 from quantspec.pair import Pair
 from quantspec.passes import Role
 
-from .acceptance import Acceptance, Rule
+from .acceptance import Rule, acceptance_of
 from .cycle import Cycle, CycleResult, LockstepCycle, Proposal
 from .cycle_graph import CycleReplay, CycleReplays, ProposalReplay
 from .logits_processors import FollowingProcessor, ScoreProgram, apply_processors, compilable, in_lockstep, reads_text
@@ -240,12 +240,14 @@ class EagerRunner:
             text.begin(batch.sequences, batch.context_lens)
         program = ScoreProgram(processors, text)
         randomness = Randomness.of(cache.length, batch.requests)
-        acceptance = Acceptance(program, pair.captures_cycles, randomness, rule)
+        acceptance = acceptance_of(program, pair, randomness, rule, judges=kind is Cycle)
         self.cycle = kind(pair, cache, acceptance, verifier, program.text, self.lookup)
         self.cycle.begin(pending)
 
     def prepare(self, plan: Plan) -> bool:
-        self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._batch.remaining - 1))
+        self._plan = plan
+        if not self.cycle.acceptance.follows_drafts:
+            self._plan = plan._replace(num_drafts=min(plan.num_drafts, self._batch.remaining - 1))
         return False
 
     def judged(self) -> Tensor:

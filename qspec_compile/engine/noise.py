@@ -32,7 +32,7 @@ def _shifted(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & (2 ** (64 - count) - 1)
 
 
-def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+def gumbel(seeds: Tensor, positions: Tensor, vocab: int, first: int = 0) -> Tensor:
     """Standard Gumbel noise of every token.
 
     The arg-max of logits plus such noise is a draw from their softmax.
@@ -41,13 +41,26 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
         seeds: ``(B,)`` int64.
         positions: ``(B, T)`` int64, of tokens in their row's text.
         vocab: V.
+        first: counter of the first token; others give other noise of the same position.
 
     Returns:
         ``(B, T, V)`` float32, all finite.
     """
+    # An arange is compiled into an int32 index, which other counters may not fit.
+    bits = random_bits(_keys(seeds, positions)[..., None] + first, torch.arange(vocab, device=seeds.device))
+    return -(-torch.log1p(-_uniform(bits))).log()
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """A number between 0 and 1 of each position, ``(B, T)`` float32, beside its noise; shapes as in :func:`gumbel`."""
+    return _uniform(random_bits(_keys(seeds, positions), -1))
+
+
+def _keys(seeds: Tensor, positions: Tensor) -> Tensor:
     # The seed is hashed by itself first, or that of the next row at the position before would look alike.
-    keys = random_bits(random_bits(seeds, 0)[:, None], positions)
-    bits = random_bits(keys[..., None], torch.arange(vocab, device=seeds.device))
+    return random_bits(random_bits(seeds, 0)[:, None], positions)
+
+
+def _uniform(bits: Tensor) -> Tensor:
     # Small ones decide, and are exact to the last of float32's bits; neither 0 nor 1 occurs.
-    uniform = ((_shifted(bits, 1) | 1).float() * 2.0**-63).clamp(max=1 - 2.0**-24)
-    return -(-torch.log1p(-uniform)).log()
+    return ((_shifted(bits, 1) | 1).float() * 2.0**-63).clamp(max=1 - 2.0**-24)

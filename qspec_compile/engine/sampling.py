@@ -5,6 +5,9 @@ scores plus Gumbel noise, which draws from their softmax. The noise belongs to t
 and the draft proposes by the same. So a draft is accepted where it is the target's own choice, and what is emitted is
 that choice in any case: it follows the target's distribution, and a row's seed alone gives its text (drafter-invariant
 speculative decoding, Daliri et al. 2025).
+
+:func:`reject` accepts more: two draws by common noise differ more often than two distributions must. It leaves the
+distribution as it is, but a seed's text then depends on what was drafted.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .noise import gumbel
+from .noise import gumbel, uniform
 from .request import Request
+
+# Counters of noise that are no token's.
+_LEFT_NOISE = 2**32
 
 
 class Randomness:
@@ -88,3 +95,50 @@ def accept(draft_tokens: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]
     matches = (draft_tokens == choice[:, :-1]).long()
     num_accepted = matches.cumprod(1).sum(1)
     return num_accepted, choice.gather(1, num_accepted[:, None]).squeeze(1)
+
+
+def reject(
+    draft_tokens: Tensor,
+    draft_scores: Tensor,
+    target_scores: Tensor,
+    seeds: Tensor,
+    sampled: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Accept draft tokens by their odds: speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+
+    A token that was drawn from q stands with probability min(1, p/q); the first that does not is replaced by a draw from
+    the positive part of p - q, so that what is emitted follows p.
+
+    Args:
+        draft_tokens: ``(B, T)`` int64, of rows that are sampled drawn from ``draft_scores`` by :func:`perturb`.
+        draft_scores: ``(B, T, V)`` float32; where they are NaN the token counts as certain.
+        target_scores: ``(B, T + 1, V)`` float32.
+        seeds: ``(B,)`` int64.
+        sampled: ``(B,)`` bool; the other rows accept as in :func:`accept`.
+        positions: ``(B, T + 1)`` int64 tokens of the row's own text before each.
+
+    Returns:
+        As :func:`accept`.
+    """
+    vocab = target_scores.shape[-1]
+    choice = target_scores.argmax(-1)
+    p, q = target_scores.softmax(-1), draft_scores.softmax(-1)
+    tokens = draft_tokens[..., None]
+    certain = torch.arange(vocab, device=q.device) == tokens
+    q = torch.where(q.isnan().any(-1, keepdim=True), certain.to(q.dtype), q)
+    of_p, of_q = (x.gather(-1, tokens).squeeze(-1) for x in (p[:, :-1], q))
+    stands = uniform(seeds, positions[:, :-1]) * of_q < of_p
+    stands = torch.where(sampled[:, None], stands, draft_tokens == choice[:, :-1])
+    num_accepted = stands.long().cumprod(1).sum(1)
+
+    # Behind the last draft nothing was proposed.
+    place = num_accepted[:, None, None].expand(-1, 1, vocab)
+    p, q = p.gather(1, place)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, place)[:, 0]
+    left = (p - q).clamp(min=0)
+    # Where rounding leaves nothing p and q are alike.
+    left = torch.where(left.amax(-1, keepdim=True) > 0, left, p)
+    # The noise that drew the draft says which token was refused.
+    noise = gumbel(seeds, positions.gather(1, num_accepted[:, None]), vocab, first=_LEFT_NOISE)[:, 0]
+    drawn = (left.log() + noise).argmax(-1)
+    return num_accepted, torch.where(sampled, drawn, choice.gather(1, num_accepted[:, None]).squeeze(1))
