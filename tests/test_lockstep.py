@@ -156,7 +156,8 @@ def test_acceptance_of_a_sampled_batch_is_near_that_of_its_rows(small_qs, monkey
     alone = small_qs.generate(ids, num_speculative_tokens=4, **options)
     rate = small_qs.last_stats.acceptance_rate_per_position[0]
     together = small_qs.generate(ids, num_speculative_tokens=4, logits_processor=[Costless()], **options)
-    assert torch.equal(alone, together)
+    # The host judges by common noise, whatever the pair's own rule.
+    assert torch.equal(alone, together) != small_qs.pair.config.rejection_sampling
     shortest = sum(rate ** (8 * count) for count in range(5))
     assert small_qs.last_stats.mean_acceptance_length > 1.3 * shortest
 

@@ -7,12 +7,14 @@ import contextlib
 import pytest
 import torch
 from scipy.stats import chisquare
+from test_sampling import Table, processed, transition_pvalue
+from test_score_programs import without_graphs
 from tiny_models import tiny_model
 from torch import Tensor
 
 import quantspec
 from quantspec.engine import acceptance
-from quantspec.engine.sampling import accept, perturb, reject
+from quantspec.engine.sampling import Randomness, accept, perturb, reject
 from quantspec.passes import Role
 from quantspec.serving import Output, Request
 
@@ -42,6 +44,18 @@ def convert(**options) -> quantspec.QuantSpecModel:
         "llama", vocab_size=VOCAB, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=32
     )
     return quantspec.convert(model, kv_group_size=64, weight_group_size=32, self_check=False, **options)
+
+
+class Own(torch.nn.Module):
+    """Needs the host, and changes nothing."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def texts_of(outputs: list[list[Output]]) -> list[list[int]]:
+    """The tokens of each request."""
+    return [[token for output in of_one for token in output.token_ids] for of_one in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +153,6 @@ def test_certain_drafts_and_none_leave_a_seed_its_text(rejecting, options):
 
 def test_processors_of_ones_own_keep_common_noise(rejecting):
     """The host judges token by token there, and drafts do not know what it knows."""
-
-    class Own(torch.nn.Module):
-        def __call__(self, input_ids, scores):
-            return scores
-
     options = {**SAMPLED, "logits_processor": [Own()], "seed": 4}
     assert torch.equal(rejecting.generate(IDS, **options), convert().generate(IDS, **options))
 
@@ -153,14 +162,70 @@ def test_an_engine_draws_by_odds_too(rejecting):
     options = {"do_sample": True, "top_k": 0, "seed": 9}
     requests = [Request(prompt, 20, (), options) for prompt in IDS.tolist()]
 
-    def texts(outputs: list[list[Output]]) -> list[list[int]]:
-        return [[token for output in of_one for token in output.token_ids] for of_one in outputs]
-
     with contextlib.closing(quantspec.Engine(rejecting, max_sequences=3, max_length=64)) as engine:
-        together = texts(engine.generate(requests))
-        assert [texts(engine.generate([request]))[0] for request in requests] == together
+        together = texts_of(engine.generate(requests))
+        assert [texts_of(engine.generate([request]))[0] for request in requests] == together
     with contextlib.closing(quantspec.Engine(convert(), max_sequences=3, max_length=64)) as engine:
-        assert texts(engine.generate(requests)) != together
+        assert texts_of(engine.generate(requests)) != together
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("beside", [{"logits_processor": [Own()]}, {"do_sample": False}], ids=["host", "greedy"])
+def test_who_is_beside_a_request_does_not_show_in_its_text(rejecting, beside, captured, request):
+    """Nor is it drafted by another rule while the host judges a row beside it, token by token."""
+    if captured:
+        request.getfixturevalue(without_graphs.__name__)
+    options = {"do_sample": True, "top_k": 0, "temperature": 1.3}
+    free = [Request(prompt, 24 + row, (), {**options, "seed": row}) for row, prompt in enumerate(IDS.tolist())]
+    other = Request([5, 3, 5], 15, (), {**options, "seed": 8, **beside})
+    with contextlib.closing(quantspec.Engine(rejecting, max_sequences=4, max_length=64)) as engine:
+        together = texts_of(engine.generate([other, *free]))
+        assert texts_of(engine.generate(free)) == together[1:]
+        assert texts_of(engine.generate([other])) == together[:1]
+    rejecting.reset()
+
+
+def test_a_request_that_gave_way_goes_on_as_it_was():
+    qs = convert(rejection_sampling=True)
+    options = {"do_sample": True, "top_k": 0}
+    asked = [Request([3, 4, 5 + row], 300 + row, (), {**options, "seed": row}) for row in range(3)]
+    with contextlib.closing(quantspec.Engine(qs, max_sequences=3, max_length=400, num_pages=7)) as engine:
+        together = texts_of(engine.generate(asked))
+        assert engine.statistics().preemptions
+        assert [texts_of(engine.generate([one]))[0] for one in asked] == together
+
+
+@pytest.mark.parametrize("draft", ["both", "lookup"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["plain", "top_p"])
+@pytest.mark.parametrize("count", [3, "auto"])
+def test_drafts_of_either_source_leave_the_distribution(rejecting, monkeypatch, draft, options, count):
+    """A table of transitions in place of the graphs, in ragged rows of which every other one is searched greedily."""
+    table = Table()
+    monkeypatch.setitem(vars(rejecting.pair), "forward", table.forward)
+    ids = torch.randint(3, VOCAB, (512, 4), generator=torch.Generator().manual_seed(9))
+    mask = torch.ones_like(ids)
+    mask[::3, :2] = 0
+    rows = [{"do_sample": row % 2 == 0} for row in range(len(ids))]
+    arguments = {**SAMPLED, **options, "row_options": rows, "seed": 0, "num_speculative_tokens": count}
+    output = rejecting.generate(ids, mask, draft=draft, **arguments)
+    probs = processed(table.target, {"top_k": 0, **options})
+    assert transition_pvalue(output[::2, 3:], probs) > ALPHA
+    assert torch.equal(output[1::2, 4:], table.target.argmax(-1)[output[1::2, 3:-1]])
+
+
+def test_a_draft_of_another_cycle_is_not_judged_by():
+    """A cycle that reads its drafts from the text judges them as certain, whatever was drafted before."""
+    randomness = Randomness(torch.zeros(1, dtype=torch.long))
+    randomness.sampled.fill_(True)
+    judging = acceptance.RejectionSampling(lambda logits, _: logits, False, randomness)
+    logits = distributions(1, 3, VOCAB, seed=2).log()
+    certain = [judging.judge(torch.tensor([[token, 4]]), logits) for token in range(VOCAB)]
+    judging.draft(logits[:, :1], 0)
+    judging.draft(logits[:, 1:2], 1)
+    judging.forget()
+    again = [judging.judge(torch.tensor([[token, 4]]), logits) for token in range(VOCAB)]
+    for before, after in zip(certain, again, strict=True):
+        assert all(map(torch.equal, before, after))
 
 
 def test_the_test_notices_what_is_left_of_the_wrong_distribution(monkeypatch):

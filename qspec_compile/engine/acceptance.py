@@ -57,6 +57,9 @@ class Acceptance:
             fused(function, compiles) for function in (_choose, _judge, perturbation)
         )
 
+    def forget(self) -> None:
+        """What was drafted is judged, or given up."""
+
     def draft(self, logits: Tensor, step: int) -> Tensor:
         """The token ``(B,)`` that the draft's logits ``(B, 1, V)`` choose behind ``step`` drafts of the cycle."""
         return self._choose(self._process(logits, step), *self._noise(step, 1))
@@ -94,23 +97,25 @@ class RejectionSampling(Acceptance):
         self._reject = fused(_reject, compiles)
         self._proposed: list[Tensor] = []
 
+    def forget(self) -> None:
+        self._proposed = []
+
     def draft(self, logits: Tensor, step: int) -> Tensor:
         scores = self._process(logits, step)
-        del self._proposed[step:]
         self._proposed.append(scores)
         return self._choose(scores, *self._noise(step, 1))
 
     def judge(self, drafts: Tensor, logits: Tensor) -> Verdict:
-        proposed, self._proposed = self._proposed, []
-        if not proposed:
+        # They stay here: the next replay of a cycle that is judged outside of it writes them again.
+        if not self._proposed:
             return super().judge(drafts, logits)
         scores = self._process(logits, 0)
         noise = self._noise(0, logits.shape[1])
-        return Verdict(*self._reject(drafts, torch.cat(proposed, 1), logits, scores, *noise), scores)
+        return Verdict(*self._reject(drafts, torch.cat(self._proposed, 1), logits, scores, *noise), scores)
 
 
 def acceptance_of(process: Process, pair: Pair, randomness: Randomness | None, rule: Rule, judges: bool) -> Acceptance:
-    """As the pair's options want it; ``judges``: whether the device judges what it drafts, cycle by cycle."""
+    """As the pair's options want it; ``judges``: whether the device judges what it drafts, row by row."""
     if judges and randomness is not None and rule is accept and pair.config.rejection_sampling:
         return RejectionSampling(process, pair.captures_cycles, randomness)
     return Acceptance(process, pair.captures_cycles, randomness, rule)

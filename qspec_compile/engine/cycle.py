@@ -117,6 +117,7 @@ class Cycle:
         """
         drafts, logits = self.propose(num_drafts, source)
         verdict = self.acceptance.judge(drafts, logits)
+        self.acceptance.forget()
         due = self.keep(verdict.accepted, verdict.next_tokens)
         fails = verdict.fails & self.running
         matched = torch.zeros_like(self.pending) if self.lookup is None else self.lookup.matched
@@ -127,6 +128,7 @@ class Cycle:
     @torch.no_grad()
     def propose(self, num_drafts: int, source: Source = Source.SELF) -> tuple[Tensor, Tensor]:
         """Draft and verify; returns what :meth:`draft` and :meth:`verify` do."""
+        self.acceptance.forget()
         drafts = self.draft(num_drafts) if source is Source.SELF else self.look_up(num_drafts)
         if self.lookup is not None:
             self.lookup.text.write(0, drafts)
@@ -249,3 +251,12 @@ class LockstepCycle(Cycle):
             return tokens
         known = self.known[:, step : step + tokens[0].numel()].view_as(tokens)
         return torch.where(known >= 0, known, tokens)
+
+
+class ShownCycle(LockstepCycle):
+    """A cycle of rows that advance each by itself: the host judges some of them, the device the others."""
+
+    @property
+    def _knows(self) -> bool:
+        """Behind its first draft that does not stand, nothing that was verified is of a row's text."""
+        return False

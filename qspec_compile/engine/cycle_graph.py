@@ -18,7 +18,7 @@ from quantspec.logging import counting
 from quantspec.pair import Pair
 
 from .acceptance import Acceptance, Rule, acceptance_of
-from .cycle import Cycle, LockstepCycle, Proposal
+from .cycle import Cycle, LockstepCycle, Proposal, ShownCycle
 from .graph_row import GraphRow
 from .logits_processors import ScoreProgram, program_key
 from .lookup import Lookup
@@ -42,7 +42,7 @@ class CycleReplay:
 
     Attributes:
         scores, logits: ``(B, num_drafts + 1, V)`` of the verifier, overwritten by the next replay.
-        judges: whether it is replayed to its end, what stands included.
+        judges: whether the device judges rows.
     """
 
     judges = True
@@ -124,6 +124,7 @@ class ProposalReplay(CycleReplay):
     """A :class:`LockstepCycle` of a fixed plan, captured once, but for judging, which is left to who replays it."""
 
     cycle: LockstepCycle
+    kind: type[LockstepCycle] = LockstepCycle
     judges = False
 
     def __call__(self) -> Proposal:
@@ -139,7 +140,7 @@ class ProposalReplay(CycleReplay):
         return self._moved
 
     def _compose(self, pair: Pair, cache: HierarchicalCache, acceptance: Acceptance, lookup: Lookup | None) -> None:
-        self.cycle = LockstepCycle(pair, cache, acceptance, text=self.program.text, lookup=lookup)
+        self.cycle = self.kind(pair, cache, acceptance, text=self.program.text, lookup=lookup)
         self._accepted, self._next_tokens = torch.zeros_like(cache.length), torch.zeros_like(cache.length)
 
     def _works(self, plan: Plan) -> tuple[Callable[[], object], ...]:
@@ -150,6 +151,13 @@ class ProposalReplay(CycleReplay):
 
     def _move_on(self) -> None:
         self._moved = self.cycle.move_on(self._accepted, self._next_tokens)
+
+
+class ShownReplay(ProposalReplay):
+    """A :class:`ShownCycle` of a fixed plan, captured once; its acceptance judges what a replay has left."""
+
+    kind = ShownCycle
+    judges = True
 
 
 class _KindOfCycle(NamedTuple):

@@ -240,7 +240,7 @@ class EagerRunner:
             text.begin(batch.sequences, batch.context_lens)
         program = ScoreProgram(processors, text)
         randomness = Randomness.of(cache.length, batch.requests)
-        acceptance = acceptance_of(program, pair, randomness, rule, judges=kind is Cycle)
+        acceptance = acceptance_of(program, pair, randomness, rule, judges=kind is not LockstepCycle)
         self.cycle = kind(pair, cache, acceptance, verifier, program.text, self.lookup)
         self.cycle.begin(pending)
 

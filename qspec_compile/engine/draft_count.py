@@ -1,6 +1,6 @@
 """What to draft in the next cycle: a fixed number of tokens, or what measured times and acceptance make fastest.
 
-The text does not depend on it, only how soon it is there.
+The text does not depend on it, only how soon it is there; but for sampled texts whose drafts stand by their odds.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class FixedDraftCount:
 class AutoDraftCount:
     """The plan that is fastest by what was seen so far; others are tried for a small share of the time.
 
-    It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still.
+    It follows measured times, so two runs may draft differently, also with equal seeds, whose texts are equal still
+    unless drafts stand by their odds.
     """
 
     def __init__(

@@ -107,8 +107,8 @@ def reject(
 ) -> tuple[Tensor, Tensor]:
     """Accept draft tokens by their odds: speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
 
-    A token that was drawn from q stands with probability min(1, p/q); the first that does not is replaced by a draw from
-    the positive part of p - q, so that what is emitted follows p.
+    A token that was drawn from q stands with probability min(1, p/q); the first that does not is replaced by a draw
+    from the positive part of p - q, so that what is emitted follows p.
 
     Args:
         draft_tokens: ``(B, T)`` int64, of rows that are sampled drawn from ``draft_scores`` by :func:`perturb`.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantspec.cache import HierarchicalCache
 from quantspec.engine.acceptance import Rule
-from quantspec.engine.cycle import Cycle, CycleResult, LockstepCycle
-from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ProposalReplay
+from quantspec.engine.cycle import Cycle, CycleResult, ShownCycle
+from quantspec.engine.cycle_graph import CycleReplay, CycleReplays, ShownReplay
 from quantspec.engine.cycles import NAN_LOGITS, NO_DISTRIBUTION, EagerRunner, ReplayRunner, Runner
 from quantspec.engine.logits_processors import compilable, merge_processors
 from quantspec.engine.plan import Plan
@@ -74,10 +74,10 @@ class Batch:
         pending = torch.tensor(newest, device="cpu").to(pair.device)
         self._runner: Runner
         if bucket.replays.suit():
-            kind = ProposalReplay if self.on_host else CycleReplay
+            kind = ShownReplay if self.on_host else CycleReplay
             self._runner = ReplayRunner(bucket.replays, cache, self, processors, pending, kind, False)
         else:
-            cycle = LockstepCycle if self.on_host else Cycle
+            cycle = ShownCycle if self.on_host else Cycle
             self._runner = EagerRunner(pair, cache, self, processors, pending, cycle, False, bucket.rule)
         self._told: Cycle | None = None
 
