@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--weight-group-size", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
+    parser.add_argument("--learning-rate", type=float, default=quantspec.TuneConfig.learning_rate)
     parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), GPTQ, TUNED])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--rejection-sampling", action="store_true", help="drafts of sampled texts stand by their odds")
@@ -188,7 +189,8 @@ def main() -> None:
         report = None
         if draft != quantizer:
             seen = [ids[: int(_FOR_TUNING * len(ids))] for ids in texts.values()]
-            report = str(qs.tune(steps=0 if draft == GPTQ else arguments.steps, texts=seen))
+            steps = 0 if draft == GPTQ else arguments.steps
+            report = str(qs.tune(steps=steps, learning_rate=arguments.learning_rate, texts=seen))
             print(report, flush=True)
         if own is None:
             own = own_text(qs, arguments.own_tokens)

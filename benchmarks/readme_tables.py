@@ -109,6 +109,27 @@ def acceptance_by_context(name: str) -> str:
     return markdown_table(["text", "mode", *(f"{c:,} tokens" for c in contexts)], rows) + _source(data, name)
 
 
+def sampling_rules(name: str) -> str:
+    """a of four drafts, greedy and at temperature 1 by either rule, means over seeds."""
+    data = _load(name)
+    cells: dict[tuple[Any, ...], dict[bool | None, list[dict[str, Any]]]] = {}
+    for row in data["rows"]:
+        steps = row["tuned"].split()[1]
+        key = (row["model"], f"{row['prompt_tokens']}, {steps}", row["kind"], f"{row['context']:,}")
+        cells.setdefault(key, {}).setdefault(row["rejection_sampling"], []).append(row)
+    rows = []
+    for labels, by_rule in cells.items():
+        cell = [*labels]
+        for rule in (None, False, True):
+            found = by_rule[rule]
+            tokens = mean(row["tokens per cycle at 4"] for row in found)
+            cell.append(f"{mean(row['a at 4'] for row in found):.3f} ({tokens:.2f})")
+        rows.append(cell)
+    modes = ["greedy", "temperature 1", "by rejection sampling"]
+    header = ["model", "tokens of a prompt, steps", "text", "context", *modes]
+    return markdown_table(header, rows) + _source(data, name)
+
+
 def parity(name: str) -> str:
     """Agreement of target and draft with the original model."""
     data = _load(name)
@@ -532,6 +553,8 @@ def _documents(report: dict[str, Any]) -> str:
 
 TABLES = {
     "acceptance": lambda: acceptance("acceptance-smollm2.json"),
+    "acceptance-gptq": lambda: acceptance("acceptance-smollm2-gptq.json"),
+    "sampling-rules": lambda: sampling_rules("acceptance-rules.json"),
     "acceptance-smollm2": lambda: acceptance_by_context("acceptance-smollm2.json"),
     "acceptance-qwen": lambda: acceptance_by_context("acceptance-qwen-coder.json"),
     "parity": lambda: parity("draft-parity.json"),
@@ -543,6 +566,7 @@ TABLES = {
     "needle": lambda: needle("parity-needles/parity.json", "parity-needles-8k/parity.json"),
     "drafts": lambda: draft_sources("drafts-smollm2.json"),
     "new-text": lambda: new_text("drafts-new-text.json"),
+    "new-text-gptq": lambda: new_text("drafts-new-text-gptq.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
     "serving-smollm2": lambda: serving("serving-smollm2.json"),
     "first-text": lambda: first_text("first-text.json"),

@@ -125,7 +125,7 @@ class QuantSpecModel:
             generator: draws the rows' seeds where none are given, on the model's device; the global one if None.
             seed: of sampling, one for each row; an int s stands for s, s + 1, and so on. A row's random numbers depend
                 on its seed and the position in its text alone. So its text does too, alone or in a batch and whatever
-                is drafted, but for rounding.
+                is drafted, but for rounding; with ``rejection_sampling`` it depends on what is drafted.
             row_options: for each row a dict of options over those of the call: greedy or sampled, all that shapes its
                 distribution, its lengths and EOS tokens. Each row gets the text that it gets alone.
             tokenizer: needed with ``stop_strings``, ``json_schema``, ``regex`` and ``grammar``.

@@ -63,13 +63,14 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         float(cell.removesuffix("x")) for row in table_cells(TABLES["decode"]()) for cell in row if cell.endswith("x")
     ]
     # Of a row the speed and how many times the baseline's that is, of the rows that are the best of their model.
-    new_text = {
-        row[0]: (f"{row[4]} tokens/s", row[6].split()[0])
-        for row in sorted(table_cells(TABLES["new-text"]()), key=lambda row: row[6])
-    }
+    new_text = [
+        (f"{row[4]} tokens/s", row[6].split()[0])
+        for name in ("new-text", "new-text-gptq")
+        for row in {row[0]: row for row in sorted(table_cells(TABLES[name]()), key=lambda row: row[6])}.values()
+    ]
     return [
-        *((rate, (README,)) for rate, _ in new_text.values()),
-        *((speedup, ()) for _, speedup in new_text.values()),
+        *((rate, (README,)) for rate, _ in new_text),
+        *((speedup, ()) for _, speedup in new_text),
         (f"{ours:.0f} tokens/s", (BENCHMARKS,)),
         (f"{baseline:.0f} tokens/s", (BENCHMARKS,)),
         (f"{plain:.0f} tokens/s", (BENCHMARKS,)),

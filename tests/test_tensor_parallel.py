@@ -477,6 +477,10 @@ for phase in {phases!r}:
         print(phase, "still there")
     except ProcessLookupError:
         print(phase, "gone")
+    # The store's own thread closes its port.
+    limit = time.monotonic() + 60
+    while num_ports() and time.monotonic() < limit:
+        time.sleep(0.05)
     print(phase, "listens at", num_ports())
 ranks = quantspec.Ranks(2)
 print(*ranks.process_ids, flush=True)

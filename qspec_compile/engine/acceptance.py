@@ -111,7 +111,8 @@ class RejectionSampling(Acceptance):
             return super().judge(drafts, logits)
         scores = self._process(logits, 0)
         noise = self._noise(0, logits.shape[1])
-        return Verdict(*self._reject(drafts, torch.cat(self._proposed, 1), logits, scores, *noise), scores)
+        accepted, next_tokens, fails = self._reject(drafts, torch.cat(self._proposed, 1), logits, scores, *noise)
+        return Verdict(accepted, next_tokens, fails, scores)
 
 
 def acceptance_of(process: Process, pair: Pair, randomness: Randomness | None, rule: Rule, judges: bool) -> Acceptance:
