@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -495,7 +496,11 @@ def faults():
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     source = FAULTS.format(path=paths, phases=PHASES)
     lines: list[str] = []
-    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", source]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         assert process.stdout is not None
         limit = threading.Timer(1800, process.kill)
         limit.start()
@@ -504,6 +509,8 @@ def faults():
                 process.send_signal(signal.SIGKILL)
             lines.append(line.strip())
         limit.cancel()
+        errors.seek(0)
+        assert (lines or [""])[-1].isdecimal(), errors.read()
     return lines
 
 
