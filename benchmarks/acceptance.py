@@ -46,7 +46,7 @@ HEADS = {"full precision": False, "INT4": True}
 GPTQ = f"{WeightQuantizer.TINYGEMM.value}, GPTQ"
 TUNED = f"{WeightQuantizer.TINYGEMM.value}, tuned"
 # The share of every text, at its beginning, that tuning may write on from; prompts are cut from the rest.
-_FOR_TUNING = 0.4
+FOR_TUNING = 0.4
 _SOURCES = ("argparse", "inspect", "_pydecimal")
 
 
@@ -80,13 +80,13 @@ def texts_of(tokenizer: Any) -> dict[str, Tensor]:
     return {kind: torch.tensor(tokenizer(text).input_ids) for kind, text in kinds.items()}
 
 
-def prompts_of(ids: Tensor, length: int) -> Tensor | None:
-    """``(PROMPTS, length)`` from evenly spaced places behind what tuning may see; None where there is too little."""
-    first = int(_FOR_TUNING * len(ids))
+def prompts_of(ids: Tensor, length: int, count: int = PROMPTS) -> Tensor | None:
+    """``(count, length)`` from evenly spaced places behind what tuning may see; None where there is too little."""
+    first = int(FOR_TUNING * len(ids))
     last = len(ids) - length
     if last < first:
         return None
-    starts = torch.linspace(first, last, PROMPTS).long().tolist()
+    starts = torch.linspace(first, last, count).long().tolist()
     return torch.stack([ids[start : start + length] for start in starts])
 
 
@@ -165,7 +165,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=quantspec.TuneConfig.learning_rate)
     parser.add_argument("--drafts", nargs="+", default=[*map(str, WeightQuantizer), GPTQ, TUNED])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
-    parser.add_argument("--rejection-sampling", action="store_true", help="drafts of sampled texts stand by their odds")
     parser.add_argument("--own-tokens", type=int, default=7900, help="how long a text the model writes for itself")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-smollm2.json")
     arguments = parser.parse_args()
@@ -183,19 +182,18 @@ def main() -> None:
             quantize_lm_head=HEADS[head],
             num_speculative_tokens=8,
             draft_recipe="int4-cache",
-            rejection_sampling=arguments.rejection_sampling,
             self_check=False,
         )
-        report = None
+        report, steps = None, 0
         if draft != quantizer:
-            seen = [ids[: int(_FOR_TUNING * len(ids))] for ids in texts.values()]
+            seen = [ids[: int(FOR_TUNING * len(ids))] for ids in texts.values()]
             steps = 0 if draft == GPTQ else arguments.steps
             report = str(qs.tune(steps=steps, learning_rate=arguments.learning_rate, texts=seen))
             print(report, flush=True)
         if own is None:
             own = own_text(qs, arguments.own_tokens)
         common = {"dtype": arguments.dtype, "weight_group_size": arguments.weight_group_size, "tuned": report}
-        common["rejection_sampling"] = arguments.rejection_sampling
+        common["learning_rate"] = arguments.learning_rate if steps else None
         for row in rows_of(qs, draft, texts, own, arguments.contexts, arguments.new_tokens):
             rows.append(row | common)
             write_results(arguments.out, arguments.device, rows)

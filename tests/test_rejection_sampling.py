@@ -7,10 +7,9 @@ import contextlib
 import pytest
 import torch
 from scipy.stats import chisquare
-from test_sampling import Table, processed, transition_pvalue
+from test_sampling import ALPHA, VOCAB, Table, distributions, judge_by_odds, processed, transition_pvalue
 from test_score_programs import without_graphs
 from tiny_models import tiny_model
-from torch import Tensor
 
 import quantspec
 from quantspec.engine import acceptance
@@ -18,24 +17,8 @@ from quantspec.engine.sampling import Randomness, accept, perturb, reject
 from quantspec.passes import Role
 from quantspec.serving import Output, Request
 
-VOCAB = 8
-ALPHA = 0.001
 IDS = torch.tensor([[3, 4, 5, 6], [6, 5, 4, 3], [7, 7, 3, 3]])
 SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 40, "eos_token_id": None}
-
-
-def distributions(*shape: int, seed: int, spread: float = 1.5) -> Tensor:
-    """Random distributions over the last axis."""
-    return (spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).softmax(-1)
-
-
-def judged(p: Tensor, q: Tensor, sampled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Drafts of ``q (B, T, V)`` and how the target ``p (B, T + 1, V)``, both probabilities, judges them."""
-    batch = len(p)
-    seeds, which = torch.arange(batch, 2 * batch), torch.full((batch,), sampled)
-    positions = torch.arange(p.shape[1]).expand(batch, -1)
-    drafts = perturb(q.log(), seeds, which, positions[:, :-1]).argmax(-1)
-    return drafts, *reject(drafts, q.log(), p.log(), seeds, which, positions)
 
 
 def convert(**options) -> quantspec.QuantSpecModel:
@@ -69,7 +52,7 @@ def test_a_block_follows_the_target_and_shares_all_that_can_be_shared(sharpness)
     blocks = 40_000
     p = distributions(1, 3, VOCAB, seed=5).expand(blocks, -1, -1)
     q = distributions(1, 2, VOCAB, seed=6, spread=sharpness).expand(blocks, -1, -1)
-    drafts, accepted, following = judged(p, q)
+    drafts, accepted, following = judge_by_odds(p, q)
     emitted = torch.cat((drafts, following[:, None]), 1).scatter(1, accepted[:, None], following[:, None])
     for place in range(3):
         tokens = emitted[accepted >= place, place]
@@ -80,25 +63,9 @@ def test_a_block_follows_the_target_and_shares_all_that_can_be_shared(sharpness)
     assert float((accepted > 1).double().mean()) == pytest.approx(float(rates.prod()), abs=0.01)
 
 
-def test_equal_distributions_accept_everything():
-    p = distributions(500, 4, VOCAB, seed=0, spread=6.0)
-    _, accepted, _ = judged(p, p[:, :3])
-    assert accepted.tolist() == [3] * 500
-
-
-def test_forbidden_tokens_are_never_accepted_nor_drawn():
-    p = torch.zeros(500, 3, VOCAB)
-    p[..., 4:] = 0.25
-    q = torch.zeros(500, 2, VOCAB)
-    q[..., :4] = 0.25
-    _, accepted, following = judged(p, q)
-    assert accepted.tolist() == [0] * 500
-    assert set(following.tolist()) == {4, 5, 6, 7}
-
-
 def test_rows_that_are_not_sampled_accept_the_targets_choice():
     p, q = distributions(300, 4, VOCAB, seed=1), distributions(300, 3, VOCAB, seed=2)
-    drafts, *verdict = judged(p, q, sampled=False)
+    drafts, *verdict = judge_by_odds(p, q, sampled=False)
     assert all(map(torch.equal, verdict, accept(drafts, p)))
 
 

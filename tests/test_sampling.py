@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 import quantspec
-from quantspec.engine.sampling import accept, perturb
+from quantspec.engine.sampling import accept, perturb, reject
 from quantspec.engine.session import Session
 from quantspec.passes import Role
 
@@ -53,6 +53,15 @@ def judge(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return drafts, *accept(drafts, draw(p.log()))
 
 
+def judge_by_odds(p: Tensor, q: Tensor, sampled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`judge`, by the other rule."""
+    batch = len(p)
+    seeds, which = torch.arange(batch, 2 * batch), torch.full((batch,), sampled)
+    positions = torch.arange(p.shape[1]).expand(batch, -1)
+    drafts = perturb(q.log(), seeds, which, positions[:, :-1]).argmax(-1)
+    return drafts, *reject(drafts, q.log(), p.log(), seeds, which, positions)
+
+
 def test_acceptance():
     """Tokens are accepted up to the first that is not the target's choice; the target's own follows."""
     scores = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]] * 5), VOCAB).float()
@@ -67,20 +76,22 @@ def test_acceptance_of_nothing():
     assert accepted.tolist() == following.tolist() == [0, 0]
 
 
-def test_equal_distributions_accept_everything():
+@pytest.mark.parametrize("rule", [judge, judge_by_odds])
+def test_equal_distributions_accept_everything(rule):
     """q = p: every token is accepted, also those of probability near 1 and near 0."""
     p = distributions(500, 4, VOCAB, seed=0, spread=6.0)
-    _, accepted, _ = judge(p, p[:, :3])
+    _, accepted, _ = rule(p, p[:, :3])
     assert accepted.tolist() == [3] * 500
 
 
-def test_forbidden_tokens_are_never_accepted_nor_drawn():
+@pytest.mark.parametrize("rule", [judge, judge_by_odds])
+def test_forbidden_tokens_are_never_accepted_nor_drawn(rule):
     """p = 0 where the draft proposes: none accepted, and the next token is one that p allows."""
     p = torch.zeros(500, 3, VOCAB)
     p[..., 4:] = 0.25
     q = torch.zeros(500, 2, VOCAB)
     q[..., :4] = 0.25
-    _, accepted, following = judge(p, q)
+    _, accepted, following = rule(p, q)
     assert accepted.tolist() == [0] * 500
     assert set(following.tolist()) == {4, 5, 6, 7}
 

@@ -180,7 +180,7 @@ class ModelOptions:
     rejection_sampling: Annotated[
         bool | None,
         typer.Option(
-            "--rejection-sampling",
+            "--rejection-sampling/--no-rejection-sampling",
             help="Accept drafts of sampled texts by their odds: more are, but a seed's text depends on them.",
             show_default=False,
         ),
