@@ -304,6 +304,7 @@ CASES: dict[str, Callable[[], Callable]] = {
 _FEW = (
     "draft 32/8 of 128",
     "draft 8/1 of a latent of 64 and 16",
+    "linear 1 row, 4096 to 14336",
     "linear 8 rows, 4096 to 1024, group 32",
     "encoding of 128",
     "later chunk of 128",

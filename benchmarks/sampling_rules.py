@@ -4,7 +4,7 @@
     python -m benchmarks.sampling_rules --model FOLDER --weight-group-size 128 --kinds "source code" \
         --contexts 2000 4000 8000 --prompts 6 --seeds 2 --prompt-tokens 512 --steps 300 --learning-rate 0.002
 
-SmolLM2-135M or a model of your own with an INT4 head, greedy and at temperature 1, with four drafts a cycle. Tuning
+SmolLM2-135M or a model of your own, greedy and at temperature 1, with four drafts a cycle. Tuning
 writes on from other places than the prompts.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 import quantspec
 from quantspec import QuantSpecModel
 
-from .acceptance import FOR_TUNING, MODES, conditional_rate, model_and_tokenizer, prompts_of, texts_of
+from .acceptance import FOR_TUNING, HEADS, MODES, conditional_rate, model_and_tokenizer, prompts_of, texts_of
 from .common import LOG, RESULTS, print_progress, write_results
 
 _DRAFTS = 4
@@ -71,26 +71,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--weight-group-size", type=int, default=64)
+    parser.add_argument("--head", default="INT4", choices=list(HEADS))
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
     parser.add_argument("--learning-rate", type=float, default=0.004)
     parser.add_argument("--prompt-tokens", type=int, default=quantspec.TuneConfig.prompt_tokens)
+    parser.add_argument("--pair", type=Path, help="folder to keep the tuned pair in")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-rules.json")
     given = parser.parse_args()
     print_progress()
     transformers.logging.set_verbosity_error()
     model, tokenizer = model_and_tokenizer(given.model, getattr(torch, given.dtype), given.device)
     texts = texts_of(tokenizer)
-    options = {"weight_group_size": given.weight_group_size, "quantize_lm_head": True, "self_check": False}
+    options = {"weight_group_size": given.weight_group_size, "quantize_lm_head": HEADS[given.head], "self_check": False}
     qs = quantspec.convert(model, **options, draft_recipe="int4-cache")
     tuning = {"learning_rate": given.learning_rate, "prompt_tokens": given.prompt_tokens}
     seen = [ids[: int(FOR_TUNING * len(ids))] for ids in texts.values()]
     report = str(qs.tune(steps=given.steps, texts=seen, **tuning))
     with tempfile.TemporaryDirectory() as folder:
-        qs.save_pretrained(folder)
-        rejecting = quantspec.from_pretrained(folder, device=given.device, rejection_sampling=True)
+        pair = given.pair or folder
+        qs.save_pretrained(pair)
+        rejecting = quantspec.from_pretrained(pair, device=given.device, rejection_sampling=True)
     common = {
         "model": "SmolLM2-135M" if given.model is None else Path(given.model).name,
-        "lm_head": "INT4",
+        "lm_head": given.head,
         "weight_group_size": given.weight_group_size,
         "tuned": report,
         **tuning,

@@ -8,7 +8,8 @@ byte ``qdata[n, j]`` holds code ``W[n, 2j]`` in its low nibble and ``W[n, 2j + 1
 ``quantspec::int4_fused_linear`` also does what follows: the gate of an MLP, the addition to the residual stream. Behind
 it ``quantspec::int4_linear_to_norm`` leaves what the next linear needs to normalize what it reads.
 
-On CUDA, 1 to 64 rows are multiplied by a kernel that reads the codes once for 16 of them. Per group of k it forms
+On CUDA one row is multiplied by :mod:`.int4_row`, and 2 to 64 by a kernel that reads the codes once for 16 of them. Per
+group of k it forms
 
     y[m, n] += scale[n] * sum_k (code[n, k] - 8) x[m, k] + zero[n] * sum_k x[m, k]
 
@@ -37,14 +38,14 @@ from .inline_asm import (
     split_pair,
     use_inline_asm,
 )
+from .int4_outputs import SQUARES, norm_factor, store_outputs
+from .int4_row import launch_row
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 64
 # Most tiles of eight rows that one program multiplies; more take more registers than it has.
 _ROW_TILES = 2
-# Outputs whose squares are summed up together: those of a tile.
-SQUARES = 16
 # Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
 K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
@@ -308,49 +309,6 @@ def _add_step(
 
 
 @triton.jit
-def _norm(squares, row, num_rows, K: tl.constexpr, eps, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr):
-    """What normalizes each row, or 1, of the shape of ``row``."""
-    if PARTS == 0:
-        return tl.full(row.shape, 1, tl.float32)
-    else:
-        part = tl.arange(0, PADDED_PARTS)[:, None]
-        parts = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
-        return tl.rsqrt(tl.sum(parts, 0) / K + eps)[None, :]
-
-
-@triton.jit
-def _store(
-    y,
-    n,
-    row,
-    first_part,
-    num_rows,
-    N,
-    residual,
-    norm_weight,
-    out,
-    scaled,
-    new_squares,
-    HAS_RESIDUAL: tl.constexpr,
-    TO_NORM: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Outputs ``n`` of rows ``row``, with what follows them."""
-    inside = (row < num_rows) & (n < N)
-    if HAS_RESIDUAL:
-        y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)
-    tl.store(out + row * N + n, y, inside)
-    if TO_NORM:
-        # Of the sum as others read it.
-        y = tl.where(inside, y.to(dtype).to(tl.float32), 0)
-        tl.store(scaled + row * N + n, y * tl.load(norm_weight + n, n < N, other=0).to(tl.float32), inside)
-        PARTS: tl.constexpr = y.shape[0] // 16
-        part = first_part + tl.arange(0, PARTS)[:, None]
-        at = new_squares + part * num_rows + row
-        tl.store(at, tl.sum(tl.reshape(y * y, (PARTS, 16, y.shape[1])), 1), (part * 16 < N) & (row < num_rows))
-
-
-@triton.jit
 def _linear_kernel(
     x,
     qdata,
@@ -460,7 +418,7 @@ def _linear_kernel(
         # Kernels before this one may still be writing x or reading what out reuses: touch neither earlier.
         gdc_wait()
     row = first_m + tl.arange(0, BLOCK_M)[None, :]
-    norm = _norm(squares, row, num_rows, K, eps, PARTS if SPLITS == 1 else 0, PADDED_PARTS)
+    norm = norm_factor(squares, row, num_rows, K, eps, PARTS if SPLITS == 1 else 0, PADDED_PARTS)
     if EARLY == STEPS:
         for step in tl.static_range(STEPS):
             acc = _add_step(
@@ -577,11 +535,11 @@ def _linear_kernel(
             y = activated(gate, ACTIVATION) * factor
             N = N // 2
             n = first_n + tl.arange(0, 8 * TILES)[:, None]
-        _store(
+        store_outputs(
             y,
             n,
             row,
-            first_n // 16,
+            first_n,
             num_rows,
             N,
             residual,
@@ -628,11 +586,13 @@ def _sum_splits_kernel(
         gdc_launch_dependents()
     for split in tl.static_range(SPLITS):
         y += tl.load(partial + (split * num_rows + row) * N + n, n < N, other=0)
-    y *= _norm(squares, row, num_rows, K, eps, PARTS, PADDED_PARTS)
+    y *= norm_factor(squares, row, num_rows, K, eps, PARTS, PADDED_PARTS)
     if HAS_BIAS:
         y += tl.load(bias + n, n < N, other=0).to(tl.float32)
-    first = tl.program_id(0) * (BLOCK // 16)
-    _store(y, n, row, first, num_rows, N, residual, norm_weight, out, scaled, new_squares, HAS_RESIDUAL, TO_NORM, dtype)
+    first = tl.program_id(0) * BLOCK
+    store_outputs(
+        y, n, row, first, num_rows, N, residual, norm_weight, out, scaled, new_squares, HAS_RESIDUAL, TO_NORM, dtype
+    )
 
 
 class LinearConfig(NamedTuple):
@@ -651,7 +611,7 @@ _ALL_STEPS = 1 << 30
 
 @lru_cache
 def linear_config(rows: int, out_features: int, in_features: int, group: int, gated: bool) -> LinearConfig:
-    """Configuration by shape, chosen within whole draft steps on an H100.
+    """Configuration by shape, chosen within whole draft steps on an H100, some alone on an H200 at eight rows.
 
     ``share`` is what the outputs alone leave of the chunks that a GPU can have in flight: K is split so often, or
     walked by more warps. Few outputs of few inputs fit into registers, all loaded early. Smaller chunks are loaded
@@ -668,8 +628,10 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int, ga
             return LinearConfig(2, 4 if outputs <= 4096 else 2, min(2, splits), 1, 1)
         if share == 4:
             return LinearConfig(1, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(2, 4, splits, 1, 1)
-        # A language-model head has programs enough: 82 us instead of 93 for 128,256 outputs of 4,096 inputs (H200).
-        return LinearConfig(2, 2, 1, 2, 0) if outputs > 4096 else LinearConfig(1, 8 if share == 2 else 4, 1, 1, 0)
+        if share == 2:
+            return LinearConfig(2, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(1, 8, 1, 1, 0)
+        # A language-model head has programs enough.
+        return LinearConfig(2, 2, 1, 2, 0) if outputs > 4096 else LinearConfig(2, 2, 1, 1, 1)
     if rows > 8:
         return LinearConfig(2, 2, splits, 2, 0)
     if share == 1:
@@ -705,33 +667,24 @@ def _launch(
     in_features, out_features = x.shape[-1], qdata.shape[0]
     rows = x.numel() // in_features
     group = in_features // scale_and_zero.shape[0]
-    config = linear_config(rows, out_features, in_features, group, bool(activation))
-    chunk = min(group, 128)
-    steps = triton.cdiv(in_features // chunk, config.warps * config.splits)
     pdl = launches_overlap(x.device)
-    options = {"launch_pdl": True} if pdl else {}
     width = out_features // 2 if activation else out_features
-    tile = (8 if activation else 16) * config.tiles
-    row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
-    row_blocks = triton.cdiv(rows, 8 * row_tiles)
     parts = 0 if squares is None else squares.shape[0]
     out = scaled = new_squares = x.new_empty(*x.shape[:-1], width)
     if norm_weight is not None:
         scaled = torch.empty_like(out)
         new_squares = x.new_empty(triton.cdiv(width, SQUARES), *x.shape[:-1], dtype=torch.float32)
-    # In the order of both kernels.
+    # In the order of the kernels.
     around = (
         out if bias is None else bias.contiguous(),
         out if residual is None else residual.contiguous(),
         out if norm_weight is None else norm_weight.contiguous(),
         out if squares is None else squares.contiguous(),
     )
-    results = out, scaled, new_squares, rows, eps, out_features
-    several = config.splits > 1
-    partial = x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out
+    x, qdata = x.contiguous(), qdata.contiguous()
+    scale_and_zero = scale_and_zero.to(x.dtype).contiguous().view(torch.int32)
     common: dict[str, Any] = {
         "K": in_features,
-        "SPLITS": config.splits,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "PARTS": parts,
@@ -739,16 +692,36 @@ def _launch(
         "TO_NORM": norm_weight is not None,
         "dtype": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         "PDL": pdl,
-        **options,
+        **({"launch_pdl": True} if pdl else {}),
     }
+    of_weights = {
+        "GROUP": group,
+        "ACTIVATION": activation,
+        "GATE_FIRST": gate_first,
+        "USE_ASM": use_inline_asm(x.device),
+    }
+    if rows == 1:
+        launch_row(
+            x, qdata.view(torch.int32), scale_and_zero, around, (out, scaled, new_squares), eps, common | of_weights
+        )
+        return out, scaled, new_squares
+    config = linear_config(rows, out_features, in_features, group, bool(activation))
+    chunk = min(group, 128)
+    steps = triton.cdiv(in_features // chunk, config.warps * config.splits)
+    tile = (8 if activation else 16) * config.tiles
+    row_tiles = min(triton.cdiv(rows, 8), _ROW_TILES)
+    row_blocks = triton.cdiv(rows, 8 * row_tiles)
+    results = out, scaled, new_squares, rows, eps, out_features
+    several = config.splits > 1
+    partial = x.new_empty(config.splits, rows, out_features, dtype=torch.float32) if several else out
+    common["SPLITS"] = config.splits
     _linear_kernel[(triton.cdiv(width, tile) * row_blocks, config.splits)](
-        x.contiguous(),
-        qdata.contiguous().view(torch.uint16),
-        scale_and_zero.to(x.dtype).contiguous().view(torch.int32),
+        x,
+        qdata.view(torch.uint16),
+        scale_and_zero,
         *around,
         partial,
         *results[1:],
-        GROUP=group,
         CHUNK=chunk,
         STEPS=steps,
         CHUNKS=config.warps,
@@ -758,12 +731,10 @@ def _launch(
         UNROLL=config.unroll,
         EARLY=min(config.early, steps),
         EVEN_N=width % tile == 0,
-        ACTIVATION=activation,
-        GATE_FIRST=gate_first,
         K_WIDTH=K_WIDTH,
-        USE_ASM=use_inline_asm(x.device),
         num_warps=config.warps,
         num_stages=1,
+        **of_weights,
         **common,
     )
     if several:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from quantspec.kernels.int4_linear import (
     dequantize_int4,
     int4_fused_linear,
     int4_fused_linear_triton,
+    int4_linear_to_norm,
     int4_linear_to_norm_triton,
     int4_linear_triton,
     linear_config,
@@ -255,7 +257,7 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     ("activation", "gate_first"), [("", True), ("silu", True), ("silu", False), ("gelu", True), ("gelu_tanh", False)]
 )
 @pytest.mark.parametrize(
-    ("rows", "tiles", "splits", "early"), [(1, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (29, 2, 3, 0)]
+    ("rows", "tiles", "splits", "early"), [(2, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (29, 2, 3, 0)]
 )
 def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
@@ -270,7 +272,7 @@ def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activatio
     assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (6, 2, 3), (19, 2, 1)])
+@pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (2, 1, 1), (6, 2, 3), (19, 2, 1)])
 def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
     monkeypatch.setattr(
@@ -288,6 +290,65 @@ def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkey
         actual = int4_fused_linear_triton(scaled, *weights, None, activation, True, squares, 1e-5)
         normed = int4_fused_linear(*wide, None, activation, True, squares.double(), 1e-5)
         assert relative_error(actual, normed) < torch.finfo(torch.bfloat16).eps
+
+
+@given(
+    tiles=st.integers(1, 3),
+    warps=st.sampled_from([1, 2, 4]),
+    unrolled=st.integers(0, 3),
+    outputs=st.integers(1, 80),
+    chunks=st.integers(1, 24),
+    group=st.sampled_from([32, 64, 128, 256]),
+    bias=st.booleans(),
+    activation=st.sampled_from(["", "silu", "gelu", "gelu_tanh"]),
+    gate_first=st.booleans(),
+    to_norm=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_one_row_of_int4_linears_does_what_follows_it(
+    tiles, warps, unrolled, outputs, chunks, group, bias, activation, gate_first, to_norm, dtype
+) -> None:
+    torch.manual_seed(0)
+    module = import_module("quantspec.kernels.int4_row")
+    width = 2 * outputs if activation else outputs
+    (x, qdata, scale_and_zero, offset), _ = int4_arguments(1, width, chunks * group, group, bias, dtype)
+    # Small enough for a product of two outputs in float16.
+    arguments = x, qdata, scale_and_zero / 64, offset
+    residual, squares = random(1, outputs, dtype=dtype), torch.rand(5, 1, device=DEVICE) * x.shape[-1]
+    norm_weight = random(outputs, dtype=dtype)
+    wide = [t if t is None or t.dtype == torch.uint8 else t.double() for t in (*arguments, residual, norm_weight)]
+    with (
+        patch.object(module, "row_config", lambda *_: module.RowConfig(tiles, warps)),
+        patch.object(module, "UNROLLED_STEPS", unrolled),
+    ):
+        if activation or not to_norm:
+            after = activation, gate_first, squares, 1e-5
+            actual = [int4_fused_linear_triton(*arguments, residual, *after)]
+            expected = [int4_fused_linear(*wide[:5], activation, gate_first, squares.double(), 1e-5)]
+        else:
+            actual = list(int4_linear_to_norm_triton(*arguments, residual, norm_weight))
+            expected = list(int4_linear_to_norm(*wide))
+            assert actual[2].shape == expected[2].shape
+    # Gates multiply two rounded numbers, squares are those of a rounded sum, and a residual may cancel it.
+    for result, exact in zip(actual, expected, strict=True):
+        error = (result.double() - exact.double()).norm()
+        assert error < 4 * torch.finfo(dtype).eps * (exact.double().norm() + residual.double().norm())
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e4])
+def test_inputs_of_one_row_keep_their_precision_beside_outliers(largest: float) -> None:
+    (x, *weights), _ = int4_arguments(1, 48, 512, 128, False, torch.bfloat16)
+    x[0, 7::64] = largest
+    x[0, 32:64] = 0
+    expected = x.double() @ dequantize_int4(weights[0], weights[1], torch.float64).t()
+    assert relative_error(int4_linear_triton(x, *weights), expected) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_an_input_that_is_no_number_is_seen_in_every_output(broken: float) -> None:
+    (x, *weights), _ = int4_arguments(1, 48, 512, 128, False, torch.bfloat16)
+    x[0, 100] = broken
+    assert not int4_linear_triton(x, *weights).isfinite().any()
 
 
 @pytest.mark.parametrize("bias", [False, True])
