@@ -227,6 +227,24 @@ def _row_of(place, first, N, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr)
 
 
 @triton.jit
+def _numbers(
+    sz_at,
+    sz_n,
+    inside,
+    wanted,
+    N,
+    OFFSET: tl.constexpr,
+    EVEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scales with zeros of the tile that begins ``OFFSET`` outputs on."""
+    if EVEN:
+        return load_inside(sz_at + OFFSET, wanted, not MASKED)
+    else:
+        return tl.load(sz_at + OFFSET, (sz_n + OFFSET < N) & inside & wanted, other=0)
+
+
+@triton.jit
 def _weights(
     w_at,
     scale_and_zero,
@@ -248,16 +266,26 @@ def _weights(
 ):
     """Codes, and scales with zeros, of the step whose chunks begin at ``first``; nothing unless ``wanted``."""
     WORDS: tl.constexpr = CHUNK // 32
-    EVEN: tl.constexpr = EVEN_N and EVEN_K and not MASKED
+    EVEN: tl.constexpr = EVEN_N and EVEN_K
     # Vectors follow the last axis; hints on the first only break a tie, so that neighbouring threads differ in c.
     w_step = tl.max_contiguous(w_at + first * (CHUNK // 4), [WORDS, 1, 2 * WORDS])
-    w = load_inside(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, EVEN)
     sz_at = scale_and_zero + (first + sz_chunk) * CHUNK // GROUP * N + sz_n
-    sz_mask = (first + sz_chunk < ALL_CHUNKS) & wanted
-    sz = load_inside(sz_at, (sz_n < N) & sz_mask, EVEN)
-    if TILES == 2:  # tile by tile: 32 at once would not come in the product's layout
-        sz = tl.join(sz, load_inside(sz_at + TILE_OUTPUTS, (sz_n + TILE_OUTPUTS < N) & sz_mask, EVEN))
-        sz = tl.reshape(tl.permute(sz, (0, 3, 1, 2)), (sz_chunk.shape[0], 16 * TILES, 1))
+    if EVEN:
+        w = load_inside(w_step, wanted, not MASKED)
+    else:
+        w = tl.load(w_step, (n < N) & (first + w_chunk < ALL_CHUNKS) & wanted, other=0)
+    inside = first + sz_chunk < ALL_CHUNKS
+    sz = _numbers(sz_at, sz_n, inside, wanted, N, 0, EVEN, MASKED)
+    # Tile by tile: more than 16 at once would not come in the product's layout.
+    if TILES == 2:
+        sz1 = _numbers(sz_at, sz_n, inside, wanted, N, TILE_OUTPUTS, EVEN, MASKED)
+        sz = tl.reshape(tl.permute(tl.join(sz, sz1), (0, 3, 1, 2)), (sz_chunk.shape[0], 32, 1))
+    elif TILES == 4:
+        sz1 = _numbers(sz_at, sz_n, inside, wanted, N, TILE_OUTPUTS, EVEN, MASKED)
+        sz2 = _numbers(sz_at, sz_n, inside, wanted, N, 2 * TILE_OUTPUTS, EVEN, MASKED)
+        sz3 = _numbers(sz_at, sz_n, inside, wanted, N, 3 * TILE_OUTPUTS, EVEN, MASKED)
+        sz = tl.join(tl.join(sz, sz2), tl.join(sz1, sz3))
+        sz = tl.reshape(tl.permute(sz, (0, 3, 4, 1, 2)), (sz_chunk.shape[0], 64, 1))
     return w, sz
 
 
@@ -611,11 +639,11 @@ _ALL_STEPS = 1 << 30
 
 @lru_cache
 def linear_config(rows: int, out_features: int, in_features: int, group: int, gated: bool) -> LinearConfig:
-    """Configuration by shape, chosen within whole draft steps on an H100, some alone on an H200 at eight rows.
+    """Configuration by shape, chosen on an H100, for groups of 128 and more again on an H200 at 8 and 16 rows.
 
     ``share`` is what the outputs alone leave of the chunks that a GPU can have in flight: K is split so often, or
     walked by more warps. Few outputs of few inputs fit into registers, all loaded early. Smaller chunks are loaded
-    further ahead. Rows beyond 8 take two tiles per program, which read x half as often. Gates and factors are not
+    further ahead. Rows beyond 8 take several tiles per program, which read x less often. Gates and factors are not
     split: what follows them takes whole sums.
     """
     outputs, chunks = triton.cdiv(out_features, 16), in_features // min(group, 128)
@@ -623,9 +651,14 @@ def linear_config(rows: int, out_features: int, in_features: int, group: int, ga
     splits = 1 if gated else min(share, max(1, in_features // 1024))
     if group >= 128 and chunks >= 8:
         if rows > 8:
-            if share == 4 and splits == 4 and in_features > 4096:
-                return LinearConfig(2, 4, 4, 1, 1) if rows > 16 else LinearConfig(1, 4, 2, 1, 1)
-            return LinearConfig(2, 4 if outputs <= 4096 else 2, min(2, splits), 1, 1)
+            if share == 4:
+                wide = in_features > 4096 and splits == 4
+                if wide and outputs > 128:
+                    return LinearConfig(4, 4, 4, 1, 0)
+                return LinearConfig(1 if wide and rows <= 16 else 2, 4, min(2, splits), 1, 1)
+            if share == 2:
+                return LinearConfig(4, 4, min(2, splits), 1, 1)
+            return LinearConfig(4, 1 if outputs > 4096 else 2, 1, 2, 0)
         if share == 4:
             return LinearConfig(1, 4, 1, 1, _ALL_STEPS) if in_features <= 4096 else LinearConfig(2, 4, splits, 1, 1)
         if share == 2:

@@ -257,7 +257,8 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     ("activation", "gate_first"), [("", True), ("silu", True), ("silu", False), ("gelu", True), ("gelu_tanh", False)]
 )
 @pytest.mark.parametrize(
-    ("rows", "tiles", "splits", "early"), [(2, 1, 1, 9), (3, 1, 4, 1), (8, 2, 2, 9), (29, 2, 3, 0)]
+    ("rows", "tiles", "splits", "early"),
+    [(2, 1, 1, 9), (3, 1, 4, 1), (5, 4, 1, 1), (8, 2, 2, 9), (12, 4, 2, 0), (29, 2, 3, 0)],
 )
 def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
@@ -272,7 +273,7 @@ def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activatio
     assert relative_error(actual, expected + residual.double()) < torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (2, 1, 1), (6, 2, 3), (19, 2, 1)])
+@pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (2, 1, 1), (6, 2, 3), (7, 4, 1), (19, 2, 1)])
 def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
     module = import_module("quantspec.kernels.int4_linear")
     monkeypatch.setattr(
