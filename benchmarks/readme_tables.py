@@ -115,7 +115,8 @@ def sampling_rules(name: str) -> str:
     cells: dict[tuple[Any, ...], dict[bool | None, list[dict[str, Any]]]] = {}
     for row in data["rows"]:
         steps = row["tuned"].split()[1]
-        key = (row["model"], f"{row['prompt_tokens']}, {steps}", row["kind"], f"{row['context']:,}")
+        tuning = f"{row['prompt_tokens']}, {steps}"
+        key = (row["model"], row["lm_head"], tuning, row["kind"], f"{row['context']:,}")
         cells.setdefault(key, {}).setdefault(row["rejection_sampling"], []).append(row)
     rows = []
     for labels, by_rule in cells.items():
@@ -126,7 +127,7 @@ def sampling_rules(name: str) -> str:
             cell.append(f"{mean(row['a at 4'] for row in found):.3f} ({tokens:.2f})")
         rows.append(cell)
     modes = ["greedy", "temperature 1", "by rejection sampling"]
-    header = ["model", "tokens of a prompt, steps", "text", "context", *modes]
+    header = ["model", "draft's head", "tokens of a prompt, steps", "text", "context", *modes]
     return markdown_table(header, rows) + _source(data, name)
 
 
@@ -362,6 +363,25 @@ def sparse_decoding(name: str) -> str:
     return markdown_table(header, rows) + _source(data, name)
 
 
+def batches(name: str) -> str:
+    """Cycle parts and speed-up by the number of sequences, at the one rate and number of drafts that were run."""
+    data = _load(name)
+    drafts = data["rows"][0]["synthetic"][0]["num_speculative_tokens"]
+    rows = []
+    for row in data["rows"]:
+        (cycle,) = row["synthetic"]
+        times = (row["baseline_token_ms"], row["draft_step_ms"], row["verify_ms"][str(drafts + 1)], cycle["cycle_ms"])
+        speeds = [f"{cycle['tokens_per_second']:,.0f}", f"{cycle['speedup']:.2f}x"]
+        rows.append([str(row["batch"]), *(f"{milliseconds:.2f}" for milliseconds in times), *speeds])
+    times_of = [
+        "baseline step, ms",
+        "draft step, ms",
+        f"verification of {drafts + 1}, ms",
+        f"cycle of {drafts} drafts, ms",
+    ]
+    return markdown_table(["sequences", *times_of, "tokens/s of all", "speed-up"], rows) + _source(data, name)
+
+
 def two_gpus(name: str, alone: str) -> str:
     """Steps of a shape on one GPU, by another file's rows, and over two."""
     data = _load(name)
@@ -578,7 +598,8 @@ TABLES = {
     "speed-cpu": lambda: speed("generate-cpu.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
-    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-h200.json"),
+    "batches": lambda: batches("decode-llama-3.1-8b-batches-h200.json"),
+    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-1-gpu.json"),
     "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),

@@ -20,14 +20,16 @@ GENERATIONS = {
     120: ("RTX 50, RTX PRO 6000 Blackwell", 99),
 }
 MEASURED = 90
+_LINEARS = ("_linear_kernel", "_row_kernel")
 _HEAD = """# Supported hardware
 
 One NVIDIA GPU of compute capability 8.0 or newer, on Linux, in bfloat16 or float16; or a CPU, for trying.
 
 **Measured** are the H100 (80 GB HBM3) and the H200 (Triton 3.6): the figures of the [benchmarks](benchmarks.md) and the
-README, which name the card, and the tests with native kernels. Launches were tuned on the H100. On other GPUs the
-number of multiprocessors and the shared memory of each decide how many programs of attention run at once; tiles, warps
-and the INT4 linear's launches are the H100's.
+README, which name the card, and the tests with native kernels. Launches were tuned on the H100, those of INT4
+linears of groups of 128 again on the H200. On other GPUs the number of multiprocessors and the shared memory of each
+decide how many programs of attention run at once; tiles, warps and the INT4 linears' launches are theirs. The INT4
+linear of one row needs `dp2a`, an instruction of every generation below; it ran on the H200 only.
 
 **Only compiled** are the kernels of all other generations: `.ci/compile_kernels.py` compiles what the launchers would
 launch on each, without a GPU, and fails where a kernel takes more shared memory than a block may have, uses an
@@ -75,13 +77,13 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             version: next(
                 other
                 for other in rows
-                if other["kernel"] == "_linear_kernel"
+                if other["kernel"] in _LINEARS
                 and (other["case"], other["capability"], other["triton"]) == (row["case"], row["capability"], version)
             )
             for version in versions
         }
         for row in rows
-        if row["kernel"] == "_linear_kernel" and row["triton"] == versions[0]
+        if row["kernel"] in _LINEARS and row["triton"] == versions[0]
     }
     compared = [
         [case, _name(capability), *(" / ".join(str(by[version][column]) for version in versions) for column in columns)]
