@@ -38,7 +38,7 @@ WORKLOADS = {
     "four rows that copy": (SHORT, "copy", 0.9, 4),
     "both in turns": (SHORT, "turns", 0.9, 1),
 }
-GAMMAS = (0, 1, 2, 4, 6, 8, 12)
+GAMMAS = (0, 1, 2, 4, 6, 7, 8, 12)
 
 
 def auto(machine: Machine, draft: Draft) -> AutoDraftCount:
