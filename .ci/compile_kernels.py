@@ -43,6 +43,7 @@ from quantspec.kernels.expert_linear import expert_linear_triton, int4_expert_li
 from quantspec.kernels.hierarchical import num_value_groups
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_to_norm_triton, int4_linear_triton
+from quantspec.kernels.int4_outputs import SQUARES
 from quantspec.kernels.linears import gated_linears_triton, linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
 from quantspec.kernels.stretches_triton import DeviceLimits
@@ -141,7 +142,7 @@ def linear(rows: int, out_features: int, in_features: int, group: int, dtype: to
     )
 
 
-def layer(rows: int) -> Callable:
+def layer(rows: int, hidden: int = 4096, inner: int = 14336, qkv: int = 6144) -> Callable:
     """The linears of a draft's layer whose norms have no launches."""
 
     def weights(out_features: int, in_features: int) -> tuple[Tensor, Tensor, None]:
@@ -149,11 +150,11 @@ def layer(rows: int) -> Callable:
         return codes, empty(in_features // GROUP, out_features, 2), None
 
     def call() -> None:
-        x, wide, squares = empty(rows, 4096), empty(rows, 14336), empty(256, rows, dtype=torch.float32)
-        int4_linear_to_norm_triton(x, *weights(4096, 4096), x, empty(4096))
-        int4_fused_linear_triton(x, *weights(28672, 4096), None, "silu", True, squares, 1e-5)
-        int4_linear_to_norm_triton(wide, *weights(4096, 14336), x, empty(4096))
-        int4_fused_linear_triton(x, *weights(6144, 4096), None, "", True, squares, 1e-5)
+        x, wide, squares = empty(rows, hidden), empty(rows, inner), empty(hidden // SQUARES, rows, dtype=torch.float32)
+        int4_linear_to_norm_triton(x, *weights(hidden, hidden), x, empty(hidden))
+        int4_fused_linear_triton(x, *weights(2 * inner, hidden), None, "silu", True, squares, 1e-5)
+        int4_linear_to_norm_triton(wide, *weights(hidden, inner), x, empty(hidden))
+        int4_fused_linear_triton(x, *weights(qkv, hidden), None, "", True, squares, 1e-5)
 
     return call
 
@@ -291,6 +292,7 @@ CASES: dict[str, Callable[[], Callable]] = {
     "linear 8 rows, 4096 to 1024, group 32": lambda: linear(8, 1024, 4096, 32, HALF),
     "layer of 1 row": lambda: layer(1),
     "layer of 32 rows": lambda: layer(32),
+    "layer of 16 rows, 8192 wide": lambda: layer(16, 8192, 28672, 10240),
     "queries, keys and values of 6 rows": lambda: shared_input(6, 4096, 1024, 1024),
     "gates and factors": gates,
     "encoding of 128": lambda: encode(128),

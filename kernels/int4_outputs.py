@@ -15,9 +15,13 @@ def norm_factor(squares, row, num_rows, K: tl.constexpr, eps, PARTS: tl.constexp
     if PARTS == 0:
         return tl.full(row.shape, 1, tl.float32)
     else:
-        part = tl.arange(0, PADDED_PARTS)[:, None]
-        parts = tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0)
-        return tl.rsqrt(tl.sum(parts, 0) / K + eps)[None, :]
+        # Of many rows not all parts at once: they would take the registers that weights wait in.
+        BLOCK: tl.constexpr = min(PADDED_PARTS, 4096 // row.shape[1])
+        total = tl.zeros((row.shape[1],), tl.float32)
+        for first in tl.range(0, PARTS, BLOCK):
+            part = tl.arange(0, BLOCK)[:, None] + first
+            total += tl.sum(tl.load(squares + part * num_rows + row, (part < PARTS) & (row < num_rows), other=0), 0)
+        return tl.rsqrt(total / K + eps)[None, :]
 
 
 @triton.jit
@@ -37,7 +41,7 @@ def store_outputs(
     TO_NORM: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Outputs ``n``, a multiple of :data:`SQUARES` of them from ``first`` on, of rows ``row``, with what follows."""
+    """Outputs ``n``, from ``first`` on, of rows ``row``, with what follows; a multiple of :data:`SQUARES` to a norm."""
     inside = (row < num_rows) & (n < N)
     if HAS_RESIDUAL:
         y += tl.load(residual + row * N + n, inside, other=0).to(tl.float32)

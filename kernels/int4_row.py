@@ -3,7 +3,7 @@
 Tensor cores multiply eight rows or none. For one row the weights' bytes alone should take time, so what is done to each
 code must be little. Of every 32 inputs the kernel makes 16-bit integers, ``x[k] = unit * q[k]`` with the largest at
 32,767, and sums ``code * q`` exactly by ``dp2a``: half an instruction a code, and a quarter to take codes out of their
-bytes. bfloat16 keeps 8 bits of each input, so that of rounding to 16 nothing is left in the result.
+bytes. An input keeps 15 bits less those by which the largest of its 32 exceeds it; bfloat16 has 8, float16 11.
 
 A thread holds 32 neighbouring inputs and reads their codes, 16 bytes, of one output after another.
 """
@@ -96,9 +96,10 @@ def _inputs(x, first_k, K: tl.constexpr, LANES: tl.constexpr, EVEN_K: tl.constex
     x2 = load_inside(x + k + 16, inside, EVEN_K).to(tl.float32)
     x3 = load_inside(x + k + 24, inside, EVEN_K).to(tl.float32)
     largest = tl.max(tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))), 1)
-    largest = tl.maximum(largest, 1e-30)
+    largest = tl.maximum(largest, 1e-30)  # so that zeros have a finite factor
     factor = 32767 / largest
     unit = (largest * (1 / (16 * 32767)))[None, :]
+    # By this alone an input that is no number reaches the outputs: a maximum may drop it.
     total = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
     a0, a1, a2, a3 = _pairs(x0, factor)
     b0, b1, b2, b3 = _pairs(x1, factor)
@@ -136,7 +137,7 @@ def _weights(
     """Words ``(ROWS, LANES, 4)`` and pairs of scale and zero ``(ROWS, LANES)`` of a tile, from ``first_k`` on."""
     n = _row_of(tl.arange(0, ROWS), first, N, ROWS, GATED, GATE_FIRST)
     # Scales of neighbouring rows are neighbours: a thread loads those of several at once.
-    SIDE: tl.constexpr = min(4, ROWS // 2)
+    SIDE: tl.constexpr = 4
     sz_n = tl.arange(0, ROWS // SIDE)[:, None, None] * SIDE + tl.arange(0, SIDE)[None, None, :]
     sz_n = _row_of(sz_n, first, N, ROWS, GATED, GATE_FIRST)
     if not EVEN_N:
@@ -146,7 +147,8 @@ def _weights(
     at = qdata + n.to(tl.int64)[:, None, None] * (K // 8) + (k // 8)[None, :, None] + tl.arange(0, 4)[None, None, :]
     sz_at = scale_and_zero + (k // GROUP)[None, :, None] * N + sz_n
     inside = (k < K)[None, :, None]
-    # Vectors follow the last axis; hints on the others only break ties, so that neighbouring threads are lanes.
+    # Vectors follow the last axis; hints on the others only break ties, so that neighbouring threads are lanes. Where
+    # rows end early, N is no multiple of 16, and loads of scales are scalar whatever the hint says.
     w = load_inside(tl.max_contiguous(at, [1, 2, 4]), inside, EVEN_K)
     sz = load_inside(tl.max_contiguous(sz_at, [1, 2, SIDE]), inside, EVEN_K)
     return w, tl.reshape(tl.permute(sz, (0, 2, 1)), (ROWS, LANES))

@@ -38,6 +38,8 @@ from quantspec.kernels.int4_linear import (
     int4_linear_to_norm_triton,
     int4_linear_triton,
     linear_config,
+    pack_int4,
+    unpack_int4,
 )
 from quantspec.kernels.linears import linears, linears_triton
 from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
@@ -336,13 +338,23 @@ def test_one_row_of_int4_linears_does_what_follows_it(
         assert error < 4 * torch.finfo(dtype).eps * (exact.double().norm() + residual.double().norm())
 
 
-@pytest.mark.parametrize("largest", [1.0, 3e4])
-def test_inputs_of_one_row_keep_their_precision_beside_outliers(largest: float) -> None:
-    (x, *weights), _ = int4_arguments(1, 48, 512, 128, False, torch.bfloat16)
-    x[0, 7::64] = largest
-    x[0, 32:64] = 0
-    expected = x.double() @ dequantize_int4(weights[0], weights[1], torch.float64).t()
-    assert relative_error(int4_linear_triton(x, *weights), expected) < torch.finfo(torch.bfloat16).eps
+@pytest.mark.parametrize("ratio", [1, 2**4, 2**8])
+def test_inputs_of_one_row_lose_the_bits_by_which_a_neighbour_exceeds_them(ratio: int) -> None:
+    x, qdata, scale_and_zero = (
+        random(1, 512, dtype=torch.bfloat16),
+        *int4_arguments(1, 48, 512, 128, False, torch.float32)[0][1:3],
+    )
+    outlier = torch.zeros(512, dtype=torch.bool, device=DEVICE)
+    outlier[7::32] = True
+    x[0, outlier] = ratio * x[0, ~outlier].abs().max()
+    # What exceeds its neighbours adds nothing, so that their rounding is all that is seen.
+    codes = unpack_int4(qdata)
+    codes[:, outlier] = 8
+    scale_and_zero[..., 1] = 0
+    weights = pack_int4(codes), scale_and_zero.to(torch.bfloat16)
+    expected = x.double() @ dequantize_int4(*weights, torch.float64).t()
+    error = relative_error(int4_linear_triton(x, *weights, None), expected)
+    assert error < torch.finfo(torch.bfloat16).eps + ratio * 2**-14
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])

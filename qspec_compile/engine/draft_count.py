@@ -16,8 +16,8 @@ from .known_times import KnownTimes
 from .odds import Odds
 from .plan import PLAIN, Plan, Source
 
-# Each plan has CUDA graphs of its own, so there are few. Seven drafts are verified with the token before them: eight rows,
-# the most of a tile of linears and, with four query heads to a KV head, of attention's; nine took 17 to 65% longer (H200).
+# Each plan has CUDA graphs of its own, so there are few. Seven drafts and the token before them are eight rows, a tile
+# of linears and, with four query heads to a KV head, one of attention; to verify nine took 17 to 65% longer (H200).
 SELF_COUNTS = (1, 2, 4, 7, 9, 12)
 LOOKUP_COUNTS = (3, 15)
 # Cycles without drafts after which one is drafted, where drafts did not pay: it tells whether they do by now.
