@@ -212,3 +212,9 @@ def test_the_test_notices_what_is_left_of_the_wrong_distribution(monkeypatch):
     first = torch.where(accepted > 0, drafts[:, 0], following)
     expected = blocks * p[0, 0].double() / p[0, 0].double().sum()
     assert chisquare(torch.bincount(first, minlength=VOCAB).numpy(), expected.numpy()).pvalue < ALPHA
+
+
+def test_a_pair_says_by_which_rule_its_drafts_stand(rejecting):
+    assert "sampled drafts: stand by their odds (rejection_sampling)" in repr(rejecting)
+    common_noise = quantspec.convert(tiny_model("llama"), self_check=False)
+    assert "rejection_sampling" not in repr(common_noise)

@@ -313,11 +313,14 @@ class Pair:
         self.frozen.check()
 
     def facts(self) -> list[tuple[str, str]]:
-        """Names and values for people: layers, weights, and what the draft keeps in full precision."""
+        """Names and values for people: layers, weights, what the draft keeps in full precision, its rule."""
         left = [r for r in self.linears if r.group_size is None]
         sizes = ", ".join(map(str, sorted({r.group_size for r in self.linears if r.group_size is not None})))
         target, added = (self.weight_bytes[part] / 2**20 for part in ("target", "draft_int4"))
         linears = len(self.linears) - len(left)
+        rule = (
+            [("sampled drafts", "stand by their odds (rejection_sampling)")] if self.config.rejection_sampling else []
+        )
         return [
             ("attention layers", f"{len(self.layers)}, KV groups of {self.config.kv_group_size} tokens"),
             *([("states in full precision", str(len(self.captured.states)))] if self.captured.states else []),
@@ -325,6 +328,7 @@ class Pair:
             *([] if self._seat is None else self._facts_of_ranks(self._seat)),
             ("INT4 linears", f"{linears}, group size {sizes} (asked for {self.config.weight_group_size})"),
             *(("full precision in the draft", f"{r.name} ({r.note})") for r in left),
+            *rule,
         ]
 
     def _facts_of_ranks(self, seat: Seat) -> list[tuple[str, str]]:
