@@ -4,8 +4,8 @@
     python -m benchmarks.sampling_rules --model FOLDER --weight-group-size 128 --kinds "source code" \
         --contexts 2000 4000 8000 --prompts 6 --seeds 2 --prompt-tokens 512 --steps 300 --learning-rate 0.002
 
-SmolLM2-135M or a model of your own, greedy and at temperature 1, with four drafts a cycle. Tuning
-writes on from other places than the prompts.
+SmolLM2-135M or a model of your own, greedy and at temperature 1, with four drafts a cycle. Tuning writes on from other
+places than the prompts.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from quantspec.kernels.compiled_by import compiled_by_these_kernels
 from quantspec.passes import INT4, LinearReport, Role
 from quantspec.passes.graph import add_buffer, add_placeholder, get_tensor
 
@@ -95,7 +96,9 @@ class _Draft:
         # AOTAutograd would look for a source in user code of every tensor; the INT4 weights have none.
         lowered = fx.GraphModule(lowered, lowered.graph)
         lowered.meta.pop("dynamo_compile_id", None)
-        self._compiled: Callable[..., Any] = compile_fx(lowered, [*example_inputs, *weights])  # type: ignore[assignment]
+        with compiled_by_these_kernels():
+            compiled = compile_fx(lowered, [*example_inputs, *weights])
+        self._compiled: Callable[..., Any] = compiled  # type: ignore[assignment]
 
     def __call__(self, *inputs: Any) -> Any:
         parameters = [inputs[place] for place in self._places]

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 import quantspec
-from quantspec.pair import compile_by_layer
+from quantspec.kernels import compiled_by
 from quantspec.pair.compile_by_layer import _signature, compile_graph, region_graph, split_regions
 from quantspec.passes import Role, cache_parts
 from quantspec.passes.graph import get_tensor
@@ -101,20 +101,25 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself() -> None:
         assert compilations(3) > first
 
 
+@pytest.mark.parametrize("by_backend", [False, True])
 @torch.no_grad()
-def test_what_other_kernels_had_compiled_is_not_found_on_disk(tmp_path, monkeypatch) -> None:
+def test_what_other_kernels_had_compiled_is_not_found_on_disk(by_backend, tmp_path, monkeypatch) -> None:
     """Inductor's key has the ops of a graph, and not the shapes of what is between them."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    qs = quantspec.convert(tiny_model("llama", num_hidden_layers=1), self_check=False)
-    cache = qs.pair.new_cache(1, 1)
+    model = tiny_model("llama", num_hidden_layers=1)
     zeros = torch.zeros(1, 1, dtype=torch.long)
+    qs = quantspec.convert(model, self_check=False)
+    cache = qs.pair.new_cache(1, 1)
     inputs = zeros, zeros, zeros, cache.quantized_len, cache.length, *cache.inputs(cache_parts(Role.DRAFT, "cpu"))
 
     def found(digest: str) -> bool:
         torch._dynamo.reset()
-        monkeypatch.setattr(compile_by_layer, "_digest_of_kernels", lambda: digest)
+        monkeypatch.setattr(compiled_by, "digest_of_kernels", lambda: digest)
         before = counters["inductor"]["fxgraph_cache_hit"]
-        compile_graph(qs.draft)(*inputs)
+        if by_backend:
+            torch.compile(model.model.layers[0].mlp, backend="quantspec")(torch.ones(1, 1, model.config.hidden_size))
+        else:
+            compile_graph(qs.draft)(*inputs)
         return counters["inductor"]["fxgraph_cache_hit"] > before
 
     assert [found("these"), found("these"), found("others")] == [False, True, False]

@@ -11,17 +11,13 @@ import itertools
 import operator
 import re
 from collections.abc import Callable, Hashable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import get_hash_for_files
-from torch.compiler import config as compiler_config
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from quantspec import kernels
+from quantspec.kernels.compiled_by import compiled_by_these_kernels
 from quantspec.kernels.inline_asm import launches_overlap
 from quantspec.passes.graph import get_tensor, module_path
 from quantspec.passes.weight_formats import PACKED_LINEARS
@@ -219,20 +215,11 @@ def compile_graph(graph_module: fx.GraphModule) -> Callable[..., Tensor]:
 
 
 def _with_many_shapes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    tag = f"{compiler_config.cache_key_tag} quantspec {_digest_of_kernels()}"
-
     def call(*inputs: Tensor) -> Tensor:
-        tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
-        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES), tagged:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES), compiled_by_these_kernels():
             return function(*inputs)
 
     return call
-
-
-@cache
-def _digest_of_kernels() -> str:
-    """What Inductor's cache on disk must tell apart: its key has the ops' names, not what shapes they answer."""
-    return get_hash_for_files(tuple(map(str, sorted(Path(kernels.__path__[0]).glob("*.py"))))).hex()
 
 
 def _compile(graph: fx.Graph, device: torch.device) -> Callable[..., Any]:
