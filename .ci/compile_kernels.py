@@ -332,7 +332,7 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
         return launches_overlap.__wrapped__(torch.device("cuda"))
 
     # A multiprocessor has as much as a block may have, and 1 KB for the system.
-    limits = DeviceLimits(1, (SHARED_KB[capability] + 1) * 1024)
+    limits = DeviceLimits(1, (SHARED_KB[capability] + 1) * 1024, capability == 90)
     answers = {
         "use_inline_asm": lambda device: True,
         "launches_overlap": overlap,

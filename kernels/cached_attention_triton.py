@@ -33,70 +33,19 @@ from .stretches_triton import (
     first_seen_tile,
     last_contiguous,
     launch_options,
+    load_value_scales,
     merged,
     newest_hidden,
+    normalizer,
+    place_of_tile,
     recent_weights,
     soft_cap,
-    stored_group,
+    stored_tile,
+    value_factors,
     widest_head,
 )
 from .value_parts import two_value_parts_at_once
-
-
-@triton.jit
-def _place(tile, chosen, first_unjudged, SPARSE: tl.constexpr):
-    """The tile that number ``tile`` stands for: before ``first_unjudged`` that of the list ``chosen``, else itself."""
-    if SPARSE:
-        return tl.load(chosen + tile, tile < first_unjudged, other=0) + tl.where(tile < first_unjudged, 0, tile)
-    else:
-        return tile
-
-
-@triton.jit
-def _stored(
-    table,
-    tile,
-    num_bytes,
-    places,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PAGED: tl.constexpr,
-):
-    """Where the group of a tile is stored, or that of each of its bytes ``(BLOCK,)`` if they are of several."""
-    if HALF >= BLOCK:
-        group = tile // (HALF // BLOCK)
-        inside = tile * BLOCK < num_bytes
-    else:
-        byte = tile * BLOCK + tl.arange(0, BLOCK)
-        group = byte // HALF
-        inside = byte < num_bytes
-    return stored_group(table, group, inside, places, HAS_WINDOW, PAGED)
-
-
-@triton.jit
-def _load_value_scales(
-    v_scale,
-    v_zero,
-    stored,
-    tile,
-    num_bytes,
-    SCALES: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Scale and zero, as stored, of the low and of the high tokens of a tile, each ``(BLOCK, 1)``."""
-    byte = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
-    inside = byte < num_bytes
-    if HALF < BLOCK:
-        stored = stored[:, None]
-    low_at = (stored * (2 * HALF) + byte % HALF) * SCALES
-    high_at = low_at + HALF * SCALES
-    vs_low = tl.load(v_scale + low_at, inside, other=1)
-    vs_high = tl.load(v_scale + high_at, inside, other=1)
-    vz_low = tl.load(v_zero + low_at, inside, other=0)
-    vz_high = tl.load(v_zero + high_at, inside, other=0)
-    return vs_low, vs_high, vz_low, vz_high
+from .wide_attention_triton import WIDE, attend_wide
 
 
 @triton.jit
@@ -119,6 +68,41 @@ def _load_rotated(at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.
         turned = (x.to(tl.float32) * c + tl.where(first, -partner, partner) * s).to(x.dtype)
         x = tl.where(channel < ROTARY, turned, x)
     return x
+
+
+@triton.jit
+def _load_queries(
+    at,
+    cos,
+    sin,
+    real,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Rotated queries ``(BLOCK_D, rows)``, whose heads begin at ``at (1, rows)``.
+
+    Where all of a head is rotated by halves, both halves are loaded in vectors, which partners of channels are not.
+    """
+    if ROTARY == BLOCK_D and not INTERLEAVED and ANGLES % (ROTARY // 2) == 0:
+        HALF: tl.constexpr = D // 2
+        channel = tl.arange(0, HALF)[:, None]
+        # A table has angles of one half, or of both.
+        SECOND: tl.constexpr = HALF % ANGLES
+        first = tl.load(at + channel, real, other=0).to(tl.float32)
+        second = tl.load(at + HALF + channel, real, other=0).to(tl.float32)
+        turned = first * tl.load(cos + channel, real, other=0) - second * tl.load(sin + channel, real, other=0)
+        second = second * tl.load(cos + SECOND + channel, real, other=0) + first * tl.load(
+            sin + SECOND + channel, real, other=0
+        )
+        dtype: tl.constexpr = at.dtype.element_ty
+        q_t = tl.permute(tl.join(turned.to(dtype), second.to(dtype)), (2, 0, 1))
+        return tl.reshape(q_t, (BLOCK_D, q_t.shape[2]))
+    else:
+        channel = tl.arange(0, BLOCK_D)[:, None]
+        return _load_rotated(at, channel, cos, sin, real & (channel < D), ROTARY, ANGLES, INTERLEAVED)
 
 
 @triton.jit
@@ -170,9 +154,9 @@ def _attend_planes(
     A byte index runs over the rows of all groups in order. Keys of position <= ``oldest`` of a column are hidden from
     it. Returns the normalized outputs of both value parts ``(BLOCK_PART, BLOCK_ROWS)`` and the log2-sum-exp2.
 
-    With ``SPARSE`` tiles have the numbers of :func:`_place`. With ``SCORES`` the highest score of every tile is stored,
-    the logarithm of the token's value scale included, at ``tile_tops``, ``tops_stride`` apart from tile to tile, for
-    each column that is ``real``.
+    With ``SPARSE`` tiles have the numbers of :func:`place_of_tile`. With ``SCORES`` the highest score of every tile is
+    stored, the logarithm of the token's value scale included, at ``tile_tops``, ``tops_stride`` apart from tile to
+    tile, for each column that is ``real``.
     """
     dtype: tl.constexpr = q_t.dtype
     step: tl.constexpr = 0.0625 if HAS_LOWER else 1.0
@@ -188,17 +172,34 @@ def _attend_planes(
     offset = norm
     acc_1 = acc
     offset_1 = norm
-    first_place = _place(first_tile, chosen, first_unjudged, SPARSE)
-    next_stored = _stored(table, first_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
-    next_scales = _load_value_scales(v_scale, v_zero, next_stored, first_place, num_bytes, SCALES, HALF, BLOCK)
+    first_place = place_of_tile(first_tile, chosen, first_unjudged, SPARSE)
+    next_stored = stored_tile(table, first_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
+    column = tl.arange(0, BLOCK)[:, None]
+    next_scales = load_value_scales(
+        v_scale,
+        v_zero,
+        next_stored if HALF >= BLOCK else next_stored[:, None],
+        first_place * BLOCK + column,
+        num_bytes,
+        SCALES,
+        HALF,
+    )
     for number in range(first_tile, last_tile):
-        tile = _place(number, chosen, first_unjudged, SPARSE)
+        tile = place_of_tile(number, chosen, first_unjudged, SPARSE)
         vs_low, vs_high, vz_low, vz_high = next_scales
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
-        next_place = _place(number + 1, chosen, first_unjudged, SPARSE)
-        stored = next_stored if AHEAD else _stored(table, tile, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
-        next_stored = _stored(table, next_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
-        next_scales = _load_value_scales(v_scale, v_zero, next_stored, next_place, num_bytes, SCALES, HALF, BLOCK)
+        next_place = place_of_tile(number + 1, chosen, first_unjudged, SPARSE)
+        stored = next_stored if AHEAD else stored_tile(table, tile, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
+        next_stored = stored_tile(table, next_place, num_bytes, places, HALF, BLOCK, HAS_WINDOW, PAGED)
+        next_scales = load_value_scales(
+            v_scale,
+            v_zero,
+            next_stored if HALF >= BLOCK else next_stored[:, None],
+            next_place * BLOCK + column,
+            num_bytes,
+            SCALES,
+            HALF,
+        )
         if HALF >= BLOCK:
             group = tile // (HALF // BLOCK)
             row = (tile % (HALF // BLOCK)) * BLOCK + i
@@ -239,14 +240,8 @@ def _attend_planes(
             s_low = tl.where(inside[:, None], s_low, HIDDEN)
             s_high = tl.where(inside[:, None], s_high, HIDDEN)
 
-        log_low = fast_log2(vs_low.to(tl.float32) * step, USE_ASM)
-        log_high = fast_log2(vs_high.to(tl.float32) * step, USE_ASM)
-        # Weight over scale is the probability, so the normalizer and the zeros need no second exponential.
-        r_low = fast_exp2(-log_low, USE_ASM)
-        r_high = fast_exp2(-log_high, USE_ASM)
-        z_low = vz_low.to(tl.float32) * r_low + 8 / step
-        z_high = vz_high.to(tl.float32) * r_high + 8 / step
-        # The scale of a token rides in the exponent: its weight 2^(score + log2 s - top) is the factor of its codes.
+        log_low, r_low, z_low = value_factors(vs_low, vz_low, step, USE_ASM)
+        log_high, r_high, z_high = value_factors(vs_high, vz_high, step, USE_ASM)
         y_low = s_low + log_low
         y_high = s_high + log_high
         best = tl.maximum(y_low, y_high)
@@ -304,10 +299,7 @@ def _attend_planes(
             )
             acc_1 = tl.dot(v_low, w_low.to(dtype), acc_1 * decay[None, :], input_precision="ieee")
             acc_1 = tl.dot(v_high, w_high.to(dtype), acc_1, input_precision="ieee")
-    total = tl.sum(norm, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    inverse = (1.0 / divisor)[None, :]
-    lse = tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
+    inverse, lse = normalizer(norm, top)
     out = (acc + tl.sum(offset, 0)[None, :]) * inverse
     if PARTS == 2:
         return out, (acc_1 + tl.sum(offset_1, 0)[None, :]) * inverse, lse
@@ -464,6 +456,8 @@ def _attend_kernel(
     SCALES: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
     RECENT_SPLITS: tl.constexpr,
     ROTARY: tl.constexpr,
     ANGLES: tl.constexpr,
@@ -501,14 +495,12 @@ def _attend_kernel(
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
     oldest = newest_hidden(newest, window, HAS_WINDOW)
-    d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
     cos += sequence * stride_ab
     sin += sequence * stride_ab
     angle_at = (rows % TOKENS)[None, :] * stride_at
-    q_mask = real[None, :] & (d[:, None] < D)
-    q_t = _load_rotated(q_at, d[:, None], cos + angle_at, sin + angle_at, q_mask, ROTARY, ANGLES, INTERLEAVED)
+    q_t = _load_queries(q_at, cos + angle_at, sin + angle_at, real[None, :], D, BLOCK_D, ROTARY, ANGLES, INTERLEAVED)
 
     DV: tl.constexpr = PARTS * PART
     c = tl.arange(0, BLOCK_PART)
@@ -559,11 +551,11 @@ def _attend_kernel(
             tl.store(lse_at, tl.full((BLOCK_ROWS,), float("-inf"), tl.float32), real)
     else:
         num_bytes = quantized // 2
-        end = tl.cdiv(num_bytes, BLOCK)
+        end = tl.cdiv(num_bytes, TILE)
         begin = 0
         if HAS_WINDOW:
             # Groups that lie wholly before every query's window are not read.
-            begin = tl.minimum(first_seen_tile(start, window, HALF, BLOCK), end)
+            begin = tl.minimum(first_seen_tile(start, window, HALF, TILE), end)
         first_unjudged = begin
         if SPARSE:
             # The chosen pages take the numbers before the first page that is read in any case.
@@ -581,49 +573,86 @@ def _attend_kernel(
             v_scales = sequence * stride_vsb + head * stride_vsh
             # Codes are exact in float16 but not all in bfloat16, and q is exact in both but for vanishing entries.
             plane_q = q_t.to(tl.float16) if q_t.dtype != tl.float32 else q_t
-            out, out_1, lse = _attend_planes(
-                plane_q,
-                k_upper + k_plane,
-                k_lower + k_plane,
-                k_scale + k_scales,
-                k_zero + k_scales,
-                v_upper + v_plane,
-                v_lower + v_plane,
-                v_scale + v_scales,
-                v_zero + v_scales,
-                table + sequence * stride_table,
-                places,
-                stride_v_group,
-                stride_v_row,
-                stride_v_channel,
-                first,
-                last,
-                num_bytes,
-                oldest,
-                scale_log2,
-                softcap_log2,
-                chosen,
-                first_unjudged,
-                tile_tops + tl.program_id(1).to(tl.int64) * num_tiles * (REPEAT * TOKENS) + first_row,
-                REPEAT * TOKENS,
-                real,
-                D,
-                BLOCK_D,
-                PART,
-                BLOCK_PART,
-                PARTS,
-                SCALES,
-                BLOCK_ROWS,
-                HALF,
-                BLOCK,
-                HAS_LOWER,
-                HAS_WINDOW,
-                HAS_SOFTCAP,
-                SPARSE,
-                SCORES,
-                PAGED,
-                USE_ASM,
-            )
+            tops = tile_tops + tl.program_id(1).to(tl.int64) * num_tiles * (REPEAT * TOKENS) + first_row
+            if WIDE:
+                out, lse = attend_wide(
+                    plane_q,
+                    k_upper + k_plane,
+                    k_lower + k_plane,
+                    k_scale + k_scales,
+                    k_zero + k_scales,
+                    v_upper + v_plane,
+                    v_lower + v_plane,
+                    v_scale + v_scales,
+                    v_zero + v_scales,
+                    table + sequence * stride_table,
+                    places,
+                    stride_v_group,
+                    stride_v_channel,
+                    first,
+                    last,
+                    num_bytes,
+                    oldest,
+                    scale_log2,
+                    softcap_log2,
+                    tops,
+                    REPEAT * TOKENS,
+                    real,
+                    D,
+                    SCALES,
+                    HALF,
+                    TILE,
+                    HAS_WINDOW,
+                    HAS_SOFTCAP,
+                    SCORES,
+                    PAGED,
+                    USE_ASM,
+                )
+                out_1 = out
+            else:
+                out, out_1, lse = _attend_planes(
+                    plane_q,
+                    k_upper + k_plane,
+                    k_lower + k_plane,
+                    k_scale + k_scales,
+                    k_zero + k_scales,
+                    v_upper + v_plane,
+                    v_lower + v_plane,
+                    v_scale + v_scales,
+                    v_zero + v_scales,
+                    table + sequence * stride_table,
+                    places,
+                    stride_v_group,
+                    stride_v_row,
+                    stride_v_channel,
+                    first,
+                    last,
+                    num_bytes,
+                    oldest,
+                    scale_log2,
+                    softcap_log2,
+                    chosen,
+                    first_unjudged,
+                    tops,
+                    REPEAT * TOKENS,
+                    real,
+                    D,
+                    BLOCK_D,
+                    PART,
+                    BLOCK_PART,
+                    PARTS,
+                    SCALES,
+                    BLOCK_ROWS,
+                    HALF,
+                    TILE,
+                    HAS_LOWER,
+                    HAS_WINDOW,
+                    HAS_SOFTCAP,
+                    SPARSE,
+                    SCORES,
+                    PAGED,
+                    USE_ASM,
+                )
             tl.store(lse_at, lse, real)
             tl.store(out_at, out, mask)
             if PARTS == 2:
@@ -656,10 +685,9 @@ def launch_config(
     recent_slots: int,
     has_lower: bool,
     element_size: int,
+    wide: bool = False,
 ) -> LaunchConfig:
     """Configuration by allocated size, tuned on an H100, with as many programs at once as the device has room for.
-
-    Four warps and tiles of 64 gave wrong results below 64 rows there, with Triton 3.6.
 
     Args:
         device: where the kernel runs.
@@ -670,7 +698,16 @@ def launch_config(
         recent_slots: slots of the recent buffer.
         has_lower: whether both planes are read.
         element_size: bytes of a query's number.
+        wide: whether :func:`attend_wide` attends.
     """
+    limits = device_limits(device)
+    if wide:
+        # Registers leave room for two programs.
+        block_rows = min(32, triton.next_power_of_2(rows))
+        columns = pairs * triton.cdiv(rows, block_rows)
+        # What reads the recent buffers is done early.
+        splits = min(2 * limits.multiprocessors // columns, triton.cdiv(num_bytes, WIDE))
+        return LaunchConfig(block_rows, WIDE, 4, 3, max(1, splits))
     # More columns than 32 spill registers. At 131,072 tokens of 8 heads 32 rows take 130 us; 36 to 64 rows take 245 to
     # 255 in blocks of 32, 278 to 293 in one of 64 (four warps; 427 with eight), and 64 take 342 in blocks of 16. A last
     # block of 8 or 16 rows gains nothing, for what takes long is decoding, once for each block.
@@ -686,7 +723,6 @@ def launch_config(
         warps, stages, resident, max_registers = 2, 3, 6 if has_lower else 7, 128
     else:
         warps, stages, resident = 2, 3, 4
-    limits = device_limits(device)
     # The tiles of both planes' keys and values that are ahead, and what a program's threads exchange.
     shared_bytes = (stages - 1) * block * 2 * head_dim * (2 if has_lower else 1) + 320 * block_rows + 1024
     resident = max(1, min(resident, limits.shared_bytes // shared_bytes))
@@ -730,8 +766,8 @@ def cached_attention_triton(
     rotary_dim: int = 0,
     interleaved: bool = False,
     block_table: Tensor | None = None,
-    page_scores: Tensor | None = None,
     joins: bool = False,
+    page_scores: Tensor | None = None,
     chosen_pages: Tensor | None = None,
     num_chosen: Tensor | None = None,
 ) -> Tensor:
@@ -755,6 +791,17 @@ def cached_attention_triton(
     rows = heads // kv_heads * tokens
     pairs = batch * kv_heads
     slots = k_recent.shape[2]
+    v_strides = strides(v_upper, block_table)
+    wide = (
+        device_limits(query.device).multiplies_64_rows
+        and k_lower is not None
+        and rows > 8
+        and query.element_size() == 2
+        and head_dim in (64, 128)
+        and value_dim == head_dim
+        and half % WIDE == 0
+        and v_strides[3] == 1
+    )
     config = launch_config(
         query.device,
         pairs,
@@ -764,18 +811,19 @@ def cached_attention_triton(
         slots,
         k_lower is not None,
         query.element_size(),
+        wide,
     )
     num_pages = 0 if page_scores is None else page_scores.shape[2]
     most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
     scores, sparse = num_pages > 0, most_chosen > 0
-    recent_splits = triton.cdiv(slots, config.block)
+    recent_splits = triton.cdiv(slots, PAGE_BYTES)
     splits = recent_splits + config.splits
     query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
     k_recent_strides, v_recent_strides = k_recent.stride()[:2], v_recent.stride()[:2]
     partial = query.new_empty(pairs, splits, rows, value_dim, dtype=torch.float32)
     partial_lse = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     # Pages are tiles, counted from the first token on, wherever they are stored.
-    num_tiles = max(num_pages, triton.cdiv(groups * half, config.block))
+    num_tiles = max(num_pages, triton.cdiv(groups * half, PAGE_BYTES))
     tile_tops = query.new_empty(pairs, num_tiles, rows, dtype=torch.float32) if scores else partial_lse
     out = query.new_empty(batch, tokens, heads, value_dim)
     angle_strides = (0, 0)
@@ -821,7 +869,7 @@ def cached_attention_triton(
         *k_recent_strides,
         *v_recent_strides,
         *strides(k_upper, block_table)[:2],
-        *strides(v_upper, block_table),
+        *v_strides,
         *strides(k_scale, block_table)[:2],
         *strides(v_scale, block_table)[:2],
         stride_table,
@@ -839,7 +887,9 @@ def cached_attention_triton(
         VALUES=v_recent.stride(2),
         SCALES=v_scale.stride(3),
         HALF=half,
-        BLOCK=config.block,
+        BLOCK=PAGE_BYTES,
+        TILE=config.block,
+        WIDE=wide,
         RECENT_SPLITS=recent_splits,
         ROTARY=rotary_dim,
         ANGLES=1 if cos is None else cos.shape[2],

@@ -13,6 +13,9 @@ import torch
 
 from .optional_triton import tl, triton
 
+# Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
+K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+
 # Four bytes (b3 b2 b1 b0) become the halves {b1, b0} and {b3, b2}: 0x6400 | low nibble and 0x5400 | high nibble << 4.
 _NIBBLES_ASM = tl.constexpr(
     """

@@ -28,6 +28,7 @@ from torch import Tensor
 from .current_device import on_tensors_device
 from .epilogue import gated
 from .inline_asm import (
+    K_WIDTH,
     activated,
     biased_quarters,
     exact_dot,
@@ -46,8 +47,6 @@ from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 MAX_KERNEL_ROWS = 64
 # Most tiles of eight rows that one program multiplies; more take more registers than it has.
 _ROW_TILES = 2
-# Neighbouring k of a product that one thread holds: the compiler doubles them behind a join, up to Triton 3.7.
-K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -290,20 +289,35 @@ def _weights(
 
 
 @triton.jit
-def _add_step(
-    acc,
-    w,
-    sz,
+def _inputs(
     x_at,
     m,
     x_chunk,
     first,
     num_rows,
+    wanted,
+    CHUNK: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Inputs of the step whose chunks begin at ``first``; nothing unless ``wanted``."""
+    x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
+    inside = (m < num_rows) & wanted
+    if EVEN_K:
+        return tl.load(x_step, inside)  # other rows may hold anything: their results are not stored
+    else:
+        return tl.load(x_step, inside & (first + x_chunk < ALL_CHUNKS), other=0)
+
+
+@triton.jit
+def _add_step(
+    acc,
+    w,
+    sz,
+    xx,
     CHUNK: tl.constexpr,
     TILES: tl.constexpr,
     ROW_TILES: tl.constexpr,
-    ALL_CHUNKS: tl.constexpr,
-    EVEN_K: tl.constexpr,
     K_WIDTH: tl.constexpr,
     dtype: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -311,11 +325,6 @@ def _add_step(
     """``acc`` and the products of one step."""
     CHUNKS: tl.constexpr = acc.shape[0]
     WORDS: tl.constexpr = CHUNK // 32
-    x_step = tl.max_contiguous(x_at + first * CHUNK, [2, 1, 8])
-    if EVEN_K:
-        xx = tl.load(x_step, m < num_rows)  # other rows may hold anything: their results are not stored
-    else:
-        xx = tl.load(x_step, (m < num_rows) & (first + x_chunk < ALL_CHUNKS), other=0)
     q0, q1, q2, q3 = biased_quarters(w, dtype, USE_ASM)
     q = tl.join(tl.join(q0, q2), tl.join(q1, q3))  # p = 2 p1 + p0, axes (p1, p0)
     q = tl.reshape(q, (4, 2 * TILES, CHUNKS, 8, WORDS, 2, 2, 2))  # c, n / 8, chunk, n % 8, i, h, p1, p0
@@ -447,22 +456,23 @@ def _linear_kernel(
         gdc_wait()
     row = first_m + tl.arange(0, BLOCK_M)[None, :]
     norm = norm_factor(squares, row, num_rows, K, eps, PARTS if SPLITS == 1 else 0, PADDED_PARTS)
+    # Inputs, too, are on their way a step ahead: each step would wait for them.
+    next_x = _inputs(x_at, m, x_chunk, start, num_rows, True, CHUNK, ALL_CHUNKS, EVEN_K)
     if EARLY == STEPS:
         for step in tl.static_range(STEPS):
+            xx = next_x
+            if step + 1 < STEPS:
+                next_x = _inputs(
+                    x_at, m, x_chunk, start + (step + 1) * CHUNKS, num_rows, True, CHUNK, ALL_CHUNKS, EVEN_K
+                )
             acc = _add_step(
                 acc,
                 loaded[2 * step],
                 loaded[2 * step + 1],
-                x_at,
-                m,
-                x_chunk,
-                start + step * CHUNKS,
-                num_rows,
+                xx,
                 CHUNK,
                 TILES,
                 ROW_TILES,
-                ALL_CHUNKS,
-                EVEN_K,
                 K_WIDTH,
                 dtype,
                 USE_ASM,
@@ -471,6 +481,8 @@ def _linear_kernel(
         w, sz = loaded  # type: ignore[misc]
         for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
             first = start + step * CHUNKS
+            xx = next_x
+            next_x = _inputs(x_at, m, x_chunk, first + CHUNKS, num_rows, step + 1 < STEPS, CHUNK, ALL_CHUNKS, EVEN_K)
             next_w, next_sz = _weights(
                 w_at,
                 scale_and_zero,
@@ -494,16 +506,10 @@ def _linear_kernel(
                 acc,
                 w,
                 sz,
-                x_at,
-                m,
-                x_chunk,
-                first,
-                num_rows,
+                xx,
                 CHUNK,
                 TILES,
                 ROW_TILES,
-                ALL_CHUNKS,
-                EVEN_K,
                 K_WIDTH,
                 dtype,
                 USE_ASM,
@@ -512,6 +518,8 @@ def _linear_kernel(
     else:
         for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
             first = start + step * CHUNKS
+            xx = next_x
+            next_x = _inputs(x_at, m, x_chunk, first + CHUNKS, num_rows, step + 1 < STEPS, CHUNK, ALL_CHUNKS, EVEN_K)
             w, sz = _weights(
                 w_at,
                 scale_and_zero,
@@ -535,16 +543,10 @@ def _linear_kernel(
                 acc,
                 w,
                 sz,
-                x_at,
-                m,
-                x_chunk,
-                first,
-                num_rows,
+                xx,
                 CHUNK,
                 TILES,
                 ROW_TILES,
-                ALL_CHUNKS,
-                EVEN_K,
                 K_WIDTH,
                 dtype,
                 USE_ASM,

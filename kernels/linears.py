@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .current_device import on_tensors_device
 from .epilogue import gated
-from .inline_asm import activated, exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
-from .int4_linear import K_WIDTH
+from .inline_asm import K_WIDTH, activated, exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Weights of one launch.

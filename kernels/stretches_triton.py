@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inline_asm import centred_bytes, centred_nibbles, fast_exp2
+from .inline_asm import centred_bytes, centred_nibbles, fast_exp2, fast_log2
 from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
 from .pages import PAGE_BYTES
 
@@ -43,6 +43,79 @@ def stored_group(table, group, inside, places, HAS_WINDOW: tl.constexpr, PAGED: 
     elif HAS_WINDOW:
         group = group % places
     return group
+
+
+@triton.jit
+def place_of_tile(tile, chosen, first_unjudged, SPARSE: tl.constexpr):
+    """The tile that number ``tile`` stands for: before ``first_unjudged`` that of the list ``chosen``, else itself."""
+    if SPARSE:
+        return tl.load(chosen + tile, tile < first_unjudged, other=0) + tl.where(tile < first_unjudged, 0, tile)
+    else:
+        return tile
+
+
+@triton.jit
+def stored_tile(
+    table,
+    tile,
+    num_bytes,
+    places,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PAGED: tl.constexpr,
+):
+    """Where the group of a tile of ``BLOCK`` bytes is stored, or that of each of its bytes ``(BLOCK,)`` if they are of
+    several."""
+    if HALF >= BLOCK:
+        group = tile // (HALF // BLOCK)
+        inside = tile * BLOCK < num_bytes
+    else:
+        byte = tile * BLOCK + tl.arange(0, BLOCK)
+        group = byte // HALF
+        inside = byte < num_bytes
+    return stored_group(table, group, inside, places, HAS_WINDOW, PAGED)
+
+
+@triton.jit
+def load_value_scales(
+    v_scale,
+    v_zero,
+    stored,
+    byte,
+    num_bytes,
+    SCALES: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Scale and zero, as stored, of the low and of the high tokens of bytes ``(BLOCK, 1)``, of that shape."""
+    inside = byte < num_bytes
+    low_at = (stored * (2 * HALF) + byte % HALF) * SCALES
+    high_at = low_at + HALF * SCALES
+    vs_low = tl.load(v_scale + low_at, inside, other=1)
+    vs_high = tl.load(v_scale + high_at, inside, other=1)
+    vz_low = tl.load(v_zero + low_at, inside, other=0)
+    vz_high = tl.load(v_zero + high_at, inside, other=0)
+    return vs_low, vs_high, vz_low, vz_high
+
+
+@triton.jit
+def value_factors(scale, zero, step: tl.constexpr, USE_ASM: tl.constexpr):
+    """Of stored value scales and zeros: the logarithm of a code's unit, its inverse, and what a weight adds for zero.
+
+    The scale of a token rides in the exponent: its weight 2^(score + log2 s - top) is the factor of its codes. Weight
+    over scale is the probability, so the normalizer and the zeros need no second exponential.
+    """
+    log = fast_log2(scale.to(tl.float32) * step, USE_ASM)
+    inverse = fast_exp2(-log, USE_ASM)
+    return log, inverse, zero.to(tl.float32) * inverse + 8 / step
+
+
+@triton.jit
+def normalizer(norm, top):
+    """The inverse of the sum of ``norm`` over its first axis, and the log2-sum-exp2."""
+    total = tl.sum(norm, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    return (1.0 / divisor)[None, :], tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
 
 
 @triton.jit
@@ -260,19 +333,23 @@ def _merge_kernel(
 
 
 class DeviceLimits(NamedTuple):
-    """What a device has: multiprocessors, and bytes of shared memory in each."""
+    """What a device has: multiprocessors, bytes of shared memory in each, and whether four warps multiply 64 rows at
+    once."""
 
     multiprocessors: int
     shared_bytes: int
+    multiplies_64_rows: bool
 
 
 @lru_cache
 def device_limits(device: torch.device) -> DeviceLimits:
     """Of this device; the interpreter's is one multiprocessor of an H100."""
     if device.type != "cuda":
-        return DeviceLimits(1, 228 * 1024)
+        return DeviceLimits(1, 228 * 1024, True)
     properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.multi_processor_count, properties.shared_memory_per_multiprocessor)
+    return DeviceLimits(
+        properties.multi_processor_count, properties.shared_memory_per_multiprocessor, properties.major == 9
+    )
 
 
 def widest_head(limits: DeviceLimits, element_size: int) -> int:

@@ -89,6 +89,7 @@ def check_attention(case: Case) -> None:
 CASES = (
     *("ragged", "grouped query", "two value parts", "two uneven parts", "window over groups", "chunks over groups"),
     *("window over small groups", "token-major values", "float16 verify", "group 128, window", "group 256"),
+    *("wide, ragged", "wide, window, soft cap"),
 )
 
 

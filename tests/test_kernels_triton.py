@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -119,6 +120,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+WIDE: dict[str, Any] = {"head_dim": 64, "value_dim": 64, "group": 128, "lower": True, "dtype": torch.float16}
+WIDE_CASES = {
+    "ragged": Case(heads=8, kv_heads=2, tokens=5, **WIDE, lengths=((256, 40), (0, 3), (128, 200))),
+    "window, soft cap": Case(heads=6, tokens=4, **WIDE, window=170, softcap=4.0, lengths=((384, 30), (128, 3))),
+    "chunks": Case(heads=6, tokens=4, **WIDE, window=-150, lengths=((384, 30),)),
+    "head dim 128, group 256, sinks": Case(
+        heads=10,
+        tokens=2,
+        **(WIDE | {"group": 256, "head_dim": 128, "value_dim": 128}),
+        lengths=((512, 100),),
+        sinks=True,
+    ),
+    "bfloat16, two blocks": Case(heads=7, tokens=5, **(WIDE | {"dtype": torch.bfloat16}), lengths=((256, 130),)),
+}
 ATTENTION_CASES = {
     "draft": Case(),
     "verify": Case(tokens=7, lower=True),
@@ -154,6 +169,8 @@ ATTENTION_CASES = {
     "group 128, two parts": Case(group=128, head_dim=256, value_dim=256, lengths=((256, 20),), lower=True),
     "group 128, many rows": Case(heads=8, tokens=8, group=128, lengths=((256, 9),), lower=True, dtype=torch.float16),
     "group 256": Case(group=256, lengths=((512, 3), (256, 300)), tokens=2),
+    # What a GPU that multiplies 64 rows at once attends to by four warps.
+    **{f"wide, {name}": case for name, case in WIDE_CASES.items()},
 }
 
 
@@ -189,6 +206,14 @@ def test_cached_attention_matches_float64_for_drawn_shapes(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
 def test_cached_attention_matches_float64(case: Case) -> None:
+    check_cached_attention(case)
+
+
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES)
+def test_gpus_that_multiply_fewer_rows_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("quantspec.kernels.cached_attention_triton")
+    limits = module.device_limits(DEVICE)._replace(multiplies_64_rows=False)
+    monkeypatch.setattr(module, "device_limits", lambda device: limits)
     check_cached_attention(case)
 
 

@@ -94,7 +94,7 @@ def test_as_many_programs_as_the_device_has_room_for(rows, has_lower, in_228, in
     """A multiprocessor of an H100 has 228 KB of shared memory and the tuned number of programs, others have 100 KB."""
     module = import_module("quantspec.kernels.cached_attention_triton")
     for multiprocessors, kilobytes, resident in ((132, 228, in_228), (132, 100, in_100), (84, 100, in_100)):
-        limits = DeviceLimits(multiprocessors, kilobytes * 1024)
+        limits = DeviceLimits(multiprocessors, kilobytes * 1024, multiplies_64_rows=False)
         monkeypatch.setattr(module, "device_limits", lambda device, limits=limits: limits)
         config = launch_config(DEVICE, 1, rows, 128, 2**20, 0, has_lower, 2)
         assert config.splits * triton.cdiv(rows, config.rows) == multiprocessors * resident

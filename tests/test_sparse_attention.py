@@ -34,6 +34,10 @@ CASES = {
     "float16": Case(dtype=torch.float16, group=128, lengths=((256, 40),)),
     "bfloat16": Case(dtype=torch.bfloat16, group=64, lengths=((256, 40),), heads=4),
     "more rows than a small block": Case(heads=12, tokens=3, value_dim=32, group=128, lengths=((256, 30),)),
+    "wide tiles": Case(heads=10, group=128, dtype=torch.float16, lengths=((384, 30), (128, 5)), sinks=True),
+    "wide tiles, window": Case(
+        heads=12, kv_heads=1, tokens=3, group=256, window=200, dtype=torch.float16, lengths=((512, 70),)
+    ),
     "more rows than a block": Case(heads=22, tokens=3, value_dim=32, group=32, lengths=((160, 3),)),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

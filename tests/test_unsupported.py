@@ -107,7 +107,7 @@ def test_the_captures_attention_does_not_run_outside_a_capture():
 )
 def test_heads_that_a_gpu_does_not_decode_are_refused_by_module(monkeypatch, shared, dtype, most):
     """By the shared memory of its multiprocessors, in KB."""
-    limits = DeviceLimits(100, shared * 1024)
+    limits = DeviceLimits(100, shared * 1024, multiplies_64_rows=False)
     monkeypatch.setattr("quantspec.capture.checks.device_limits", lambda device: limits)
     (layer, *_) = capture(tiny_model("llama")).layers
     allowed, too_wide = (replace(layer, key_dim=dim, value_dim=dim) for dim in (most, most + 16))
