@@ -71,41 +71,6 @@ def _load_rotated(at, channel, cos, sin, mask, ROTARY: tl.constexpr, ANGLES: tl.
 
 
 @triton.jit
-def _load_queries(
-    at,
-    cos,
-    sin,
-    real,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROTARY: tl.constexpr,
-    ANGLES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Rotated queries ``(BLOCK_D, rows)``, whose heads begin at ``at (1, rows)``.
-
-    Where all of a head is rotated by halves, both halves are loaded in vectors, which partners of channels are not.
-    """
-    if ROTARY == BLOCK_D and not INTERLEAVED and ANGLES % (ROTARY // 2) == 0:
-        HALF: tl.constexpr = D // 2
-        channel = tl.arange(0, HALF)[:, None]
-        # A table has angles of one half, or of both.
-        SECOND: tl.constexpr = HALF % ANGLES
-        first = tl.load(at + channel, real, other=0).to(tl.float32)
-        second = tl.load(at + HALF + channel, real, other=0).to(tl.float32)
-        turned = first * tl.load(cos + channel, real, other=0) - second * tl.load(sin + channel, real, other=0)
-        second = second * tl.load(cos + SECOND + channel, real, other=0) + first * tl.load(
-            sin + SECOND + channel, real, other=0
-        )
-        dtype: tl.constexpr = at.dtype.element_ty
-        q_t = tl.permute(tl.join(turned.to(dtype), second.to(dtype)), (2, 0, 1))
-        return tl.reshape(q_t, (BLOCK_D, q_t.shape[2]))
-    else:
-        channel = tl.arange(0, BLOCK_D)[:, None]
-        return _load_rotated(at, channel, cos, sin, real & (channel < D), ROTARY, ANGLES, INTERLEAVED)
-
-
-@triton.jit
 def _attend_planes(
     q_t,
     k_upper,
@@ -495,12 +460,14 @@ def _attend_kernel(
     real = rows < REPEAT * TOKENS
     newest = start + rows % TOKENS
     oldest = newest_hidden(newest, window, HAS_WINDOW)
+    d = tl.arange(0, BLOCK_D)
     q_at = query + sequence * stride_qb + (head * REPEAT + rows // TOKENS)[None, :] * stride_qh
     q_at += (rows % TOKENS)[None, :] * stride_qt
     cos += sequence * stride_ab
     sin += sequence * stride_ab
     angle_at = (rows % TOKENS)[None, :] * stride_at
-    q_t = _load_queries(q_at, cos + angle_at, sin + angle_at, real[None, :], D, BLOCK_D, ROTARY, ANGLES, INTERLEAVED)
+    q_mask = real[None, :] & (d[:, None] < D)
+    q_t = _load_rotated(q_at, d[:, None], cos + angle_at, sin + angle_at, q_mask, ROTARY, ANGLES, INTERLEAVED)
 
     DV: tl.constexpr = PARTS * PART
     c = tl.arange(0, BLOCK_PART)
