@@ -74,6 +74,8 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
     new_text = [(f"{row[4]} tokens/s", row[6].split()[0]) for row in best_new_text.values()]
     # A row is context, what drafts read, baseline, draft step, verification, speed-ups at 0.93 and at 0.97.
     h200 = {(row[0], row[1]): row for row in table_cells(TABLES["sparse-decode"]())}
+    of_h200 = result("decode-llama-3.1-8b-h200.json")["rows"]
+    long = {row["draft_attention"]: row for row in of_h200 if row["context"] == 131072}
     before = next(row for row in result("decode-llama-3.1-8b-1-gpu.json")["rows"] if row["context"] == 4096)
     batches = [row[-1] for row in table_cells(TABLES["batches"]())]
     return [
@@ -81,6 +83,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         *((speedup, ()) for _, speedup in new_text),
         (f"{h200['4k', 'full'][3]} ms", (BENCHMARKS,)),
         (f"{before['draft_step_ms']:.2f} ms", (BENCHMARKS,)),
+        *((f"{long[reads]['verify_ms']['8']:.2f} ms", (BENCHMARKS, CHOOSING)) for reads in ("full", "sparse")),
         *((h200[key][5].split()[0], ()) for key in h200 if key != ("32k", "sparse")),
         *((speedup, ()) for speedup in batches),
         *((f"{speed} tokens/s", ()) for speed in SAMPLED_SPEEDS),
