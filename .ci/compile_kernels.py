@@ -339,7 +339,9 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
         "device_limits": lambda device: limits,
     }
     device_says = mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10))
-    with mock.patch.object(JITFunction, "run", compile_only), device_says:
+    # As from Triton 3.10 on, so that a launch which does not ask for fused instructions is found.
+    unasked = mock.patch.dict(os.environ, {"TRITON_DEFAULT_FP_FUSION": "0"})
+    with mock.patch.object(JITFunction, "run", compile_only), device_says, unasked:
         modules = [importlib.import_module(f"quantspec.kernels.{name}") for name in _LAUNCHERS]
         patches = [
             mock.patch.object(module, name, answer)
@@ -364,6 +366,7 @@ def needs(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "shared_bytes": kernel.metadata.shared,
         "overlaps": bool(getattr(kernel.metadata, "launch_pdl", False)),
+        "fuses": kernel.metadata.enable_fp_fusion,
     }
 
 
@@ -393,6 +396,8 @@ def faults(row: dict[str, Any], asm: dict[str, str], capability: int) -> Iterato
         yield f"takes {row['shared_bytes']} bytes of shared memory of {SHARED_KB[capability]} KB"
     if capability < 90 and (row["overlaps"] or "griddepcontrol" in asm["ptx"]):
         yield "overlaps launches, which needs compute capability 9.0"
+    if not row["fuses"]:
+        yield "multiplies and adds by two instructions"
     for depth, width in _PRODUCT.findall(asm["ttgir"]):
         if int(depth) < 4 * int(width):
             yield f"sums {depth} products where each of four threads holds {width}: some twice, others never"

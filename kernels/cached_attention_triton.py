@@ -23,7 +23,7 @@ from .cached_attention import cached_attention, rotate
 from .current_device import on_tensors_device
 from .inline_asm import exact_dot, fast_exp2, fast_log2, launches_overlap, use_inline_asm
 from .latent_attention_triton import attend_latents
-from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+from .optional_triton import FUSED, gdc_launch_dependents, gdc_wait, tl, triton
 from .pages import PAGE_BYTES
 from .stretches_triton import (
     HIDDEN,
@@ -872,6 +872,7 @@ def cached_attention_triton(
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
+        **FUSED,
         **launch_options(overlap),
     )
     return merged(

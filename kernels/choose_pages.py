@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cache_op import cache_op
 from .current_device import on_tensors_device
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 from .pages import PAGE_TOKENS
 
 SHARE_UNIT = 1 << 16
@@ -169,4 +169,5 @@ def choose_pages_triton(
         PAGE_TOKENS=PAGE_TOKENS,
         BLOCK=min(4096, triton.next_power_of_2(pages)),
         num_warps=8,
+        **FUSED,
     )

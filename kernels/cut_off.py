@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .current_device import on_tensors_device
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 
 # Tokens that a program reads together.
 BLOCK = 8192
@@ -158,6 +158,6 @@ def cut_off_triton(scores: Tensor, limit: Tensor, typical: bool, least: int, fil
     vocab = scores.shape[-1]
     block = min(BLOCK, triton.next_power_of_2(vocab))
     _cut_off_kernel[(limit.numel(),)](
-        scores, limit, out, vocab, filter_value, TYPICAL=typical, BLOCK=block, num_warps=WARPS
+        scores, limit, out, vocab, filter_value, TYPICAL=typical, BLOCK=block, num_warps=WARPS, **FUSED
     )
     return out

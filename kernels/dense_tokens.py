@@ -18,7 +18,7 @@ from .cached_attention import dense_from
 from .current_device import on_tensors_device
 from .encode import load_slots
 from .hierarchical import stored_values
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 
 # What differs from chunk to chunk and makes no kernel faster, see ``encode``.
 _VARYING = ("sequence", "first", "quantized", "start", "last", "plane_blocks", "places", "stride_table")
@@ -366,5 +366,6 @@ def dense_tokens_triton(
         PAGED=paged,
         COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
         num_warps=_WARPS,
+        **FUSED,
     )
     return keys, stored_values(values, keys, value.shape[-1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block_table import launched, num_places, strides
 from .current_device import on_tensors_device
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 
 # Adding 1.5 * 2^23 to a small float32 rounds it to the nearest even integer and leaves that in the low bits.
 _ROUND = tl.constexpr(12582912.0)
@@ -391,6 +391,7 @@ def encode_oldest_groups(
         HAS_NEW=new is not None,
         PAGED=paged,
         num_warps=WARPS,
+        **FUSED,
     )
     for fresh, recent in ((key, k_recent), (value, v_recent)):
         width = recent.shape[3]
@@ -412,4 +413,5 @@ def encode_oldest_groups(
             BLOCK=min(64, group, 16384 // triton.next_power_of_2(width)),
             HAS_NEW=new is not None,
             num_warps=8,
+            **FUSED,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .current_device import on_tensors_device
 from .int4_linear import dequantize_int4, scale_and_zero_gradient
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 
 # Most bytes of weights that rows read in all, each its own expert's: a hundredth of a second, and more rows than
 # cycles of 16 sequences have with experts of any model known.
@@ -160,6 +160,7 @@ def expert_linear_triton(
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             HAS_BIAS=bias is not None,
+            **FUSED,
         )
     return out
 
@@ -288,5 +289,6 @@ def int4_expert_linear_triton(
             GROUP=group,
             BLOCK_N=block_n,
             HAS_BIAS=bias is not None,
+            **FUSED,
         )
     return out

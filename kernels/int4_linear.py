@@ -41,7 +41,7 @@ from .inline_asm import (
 )
 from .int4_outputs import SQUARES, norm_factor, store_outputs
 from .int4_row import launch_row
-from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+from .optional_triton import FUSED, gdc_launch_dependents, gdc_wait, tl, triton
 
 # Above this many rows the weight is dequantized once and multiplied by cuBLAS.
 MAX_KERNEL_ROWS = 64
@@ -727,6 +727,7 @@ def _launch(
         "TO_NORM": norm_weight is not None,
         "dtype": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         "PDL": pdl,
+        **FUSED,
         **({"launch_pdl": True} if pdl else {}),
     }
     of_weights = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from .block_table import launched, num_places, strides
 from .cached_attention import MAX_LATENT_BYTES
 from .inline_asm import exact_dot, fast_exp2, use_inline_asm
-from .optional_triton import tl, triton
+from .optional_triton import FUSED, tl, triton
 from .stretches_triton import (
     HIDDEN,
     WEIGHT_SHIFT,
@@ -527,6 +527,7 @@ def attend_latents(
         PAGED=paged,
         USE_ASM=use_inline_asm(query.device),
         num_warps=config.warps,
+        **FUSED,
         num_stages=config.stages,
     )
     return merged(partial, partial_lse, out, sinks, window, quantized_len, length, half, kv_heads)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .current_device import on_tensors_device
 from .epilogue import gated
 from .inline_asm import K_WIDTH, activated, exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
-from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+from .optional_triton import FUSED, gdc_launch_dependents, gdc_wait, tl, triton
 
 # Weights of one launch.
 MAX_WEIGHTS = 3
@@ -282,6 +282,7 @@ def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], acti
         PDL=pdl,
         num_warps=warps,
         num_stages=1,
+        **FUSED,
         **({"launch_pdl": True} if pdl else {}),
     )
     return out
@@ -315,5 +316,5 @@ def gated_linears_triton(x: Tensor, weights: Sequence[Tensor], biases: Sequence[
     out = x.new_empty(*x.shape[:-1], width)
     rows = out.numel() // width
     if rows:
-        _gate_kernel[(triton.cdiv(width, 1024), rows)](y, out, width, ACTIVATION=activation, BLOCK=1024)
+        _gate_kernel[(triton.cdiv(width, 1024), rows)](y, out, width, ACTIVATION=activation, BLOCK=1024, **FUSED)
     return out

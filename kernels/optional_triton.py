@@ -34,4 +34,7 @@ except ModuleNotFoundError:
     triton = tl = _NoTriton()
     gdc_launch_dependents = gdc_wait = None
 
-__all__ = ["gdc_launch_dependents", "gdc_wait", "tl", "triton"]
+# Options of every launch: one instruction multiplies and adds, which Triton 3.10 does only where it is asked to.
+FUSED = {"enable_fp_fusion": True}
+
+__all__ = ["FUSED", "gdc_launch_dependents", "gdc_wait", "tl", "triton"]

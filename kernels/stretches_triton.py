@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .inline_asm import centred_bytes, centred_nibbles, fast_exp2, fast_log2
-from .optional_triton import gdc_launch_dependents, gdc_wait, tl, triton
+from .optional_triton import FUSED, gdc_launch_dependents, gdc_wait, tl, triton
 from .pages import PAGE_BYTES
 
 # Score of a key that a query must not see; finite, so that a column of them gives no NaN.
@@ -413,6 +413,7 @@ def merged(
         JOINS=joins,
         OVERLAP=overlap,
         num_warps=4,
+        **FUSED,
         **launch_options(overlap),
     )
     return out

@@ -88,6 +88,7 @@ def test_every_kernel_compiles_for_the_newest_generation(tmp_path: Path) -> None
     assert all(row["instructions"] > 10 and row["registers"] > 0 for row in rows)
     # Attention and INT4 linears overlap with what precedes them.
     assert any(row["overlaps"] for row in rows)
+    assert all(row["fuses"] for row in rows)
 
 
 def test_one_compilation_serves_prompts_of_any_length_in_any_place() -> None:
@@ -116,10 +117,11 @@ def test_one_compilation_serves_prompts_of_any_length_in_any_place() -> None:
         ({"shared_bytes": 0, "overlaps": True}, "griddepcontrol.wait;", 90, []),
         ({"shared_bytes": 0, "overlaps": True}, "", 86, ["overlaps launches, which needs compute capability 9.0"]),
         ({"shared_bytes": 0, "overlaps": False}, "griddepcontrol.wait;", 80, ["overlaps launches, which needs"]),
+        ({"shared_bytes": 0, "overlaps": False, "fuses": False}, "", 90, ["multiplies and adds by two instructions"]),
     ],
 )
 def test_what_a_generation_lacks_is_a_fault(row: dict, ptx: str, capability: int, expected: list[str]) -> None:
-    found = list(loaded(SCRIPT).faults(row, {"ptx": ptx, "ttgir": ""}, capability))
+    found = list(loaded(SCRIPT).faults({"fuses": True} | row, {"ptx": ptx, "ttgir": ""}, capability))
     assert len(found) == len(expected)
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
 
@@ -129,7 +131,7 @@ def test_products_shorter_than_their_threads_hold_are_a_fault(depth: int, is_fau
     left, right = (f"#ttg.dot_op<{{opIdx = {at}, parent = #mma, kWidth = 8}}>" for at in (0, 1))
     types = f"tensor<16x{depth}xf16, {left}> * tensor<{depth}x32xf16, {right}> -> tensor<16x32xf32, #mma>"
     line = f"%s = tt.dot %a, %b, %c : {types}"
-    row = {"shared_bytes": 0, "overlaps": False}
+    row = {"shared_bytes": 0, "overlaps": False, "fuses": True}
     found = list(loaded(SCRIPT).faults(row, {"ptx": "", "ttgir": line}, 90))
     assert [text.startswith("sums 16 products") for text in found] == [True] * is_fault
 
