@@ -45,7 +45,7 @@ from .stretches_triton import (
     widest_head,
 )
 from .value_parts import two_value_parts_at_once
-from .wide_attention_triton import WIDE, attend_wide
+from .wide_attention_triton import WIDE_ROWS, attend_wide
 
 
 @triton.jit
@@ -654,7 +654,10 @@ def launch_config(
     element_size: int,
     wide: bool = False,
 ) -> LaunchConfig:
-    """Configuration by allocated size, tuned on an H100, with as many programs at once as the device has room for.
+    """Configuration by allocated size, with as many programs at once as the device has room for.
+
+    Tuned on an H100, where keys that are multiplied as they lie in memory gave wrong results by four warps in tiles of
+    64 below 64 rows (Triton 3.6); for :func:`attend_wide` tuned on an H200.
 
     Args:
         device: where the kernel runs.
@@ -671,10 +674,12 @@ def launch_config(
     if wide:
         # Registers leave room for two programs.
         block_rows = min(32, triton.next_power_of_2(rows))
-        columns = pairs * triton.cdiv(rows, block_rows)
-        # What reads the recent buffers is done early.
-        splits = min(2 * limits.multiprocessors // columns, triton.cdiv(num_bytes, WIDE))
-        return LaunchConfig(block_rows, WIDE, 4, 3, max(1, splits))
+        columns, tiles = pairs * triton.cdiv(rows, block_rows), triton.cdiv(num_bytes, WIDE_ROWS)
+        # One wave, beside which what reads the recent buffers is done early. Of several sequences one may be long and
+        # the others not: up to four waves, of programs that read 32 tiles, share it.
+        wave = 2 * limits.multiprocessors // columns
+        splits = max(wave, min(4 * 2 * limits.multiprocessors // columns, triton.cdiv(tiles, 32)))
+        return LaunchConfig(block_rows, WIDE_ROWS, 4, 3, max(1, min(splits, tiles)))
     # More columns than 32 spill registers. At 131,072 tokens of 8 heads 32 rows take 130 us; 36 to 64 rows take 245 to
     # 255 in blocks of 32, 278 to 293 in one of 64 (four warps; 427 with eight), and 64 take 342 in blocks of 16. A last
     # block of 8 or 16 rows gains nothing, for what takes long is decoding, once for each block.
@@ -759,14 +764,18 @@ def cached_attention_triton(
     pairs = batch * kv_heads
     slots = k_recent.shape[2]
     v_strides = strides(v_upper, block_table)
+    num_pages = 0 if page_scores is None else page_scores.shape[2]
+    most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
+    scores, sparse = num_pages > 0, most_chosen > 0
     wide = (
         device_limits(query.device).multiplies_64_rows
         and k_lower is not None
+        and not sparse
         and rows > 8
         and query.element_size() == 2
         and head_dim in (64, 128)
-        and value_dim == head_dim
-        and half % WIDE == 0
+        and (value_dim, parts) == (head_dim, 1)
+        and half % WIDE_ROWS == 0
         and v_strides[3] == 1
     )
     config = launch_config(
@@ -780,9 +789,6 @@ def cached_attention_triton(
         query.element_size(),
         wide,
     )
-    num_pages = 0 if page_scores is None else page_scores.shape[2]
-    most_chosen = 0 if chosen_pages is None else chosen_pages.shape[2]
-    scores, sparse = num_pages > 0, most_chosen > 0
     recent_splits = triton.cdiv(slots, PAGE_BYTES)
     splits = recent_splits + config.splits
     query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)

@@ -21,7 +21,7 @@ from .stretches_triton import (
 )
 
 # Byte rows of a tile.
-WIDE = 64
+WIDE_ROWS = 64
 _PAGE = tl.constexpr(PAGE_BYTES)
 # Channels of keys that are multiplied at a time: 64 bytes of a row keep four threads apart in shared memory.
 _PIECE = tl.constexpr(64)

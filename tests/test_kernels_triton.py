@@ -132,6 +132,7 @@ WIDE_CASES = {
         lengths=((512, 100),),
         sinks=True,
     ),
+    "one block of 32": Case(heads=9, tokens=2, **WIDE, lengths=((256, 7),)),
     "bfloat16, two blocks": Case(heads=7, tokens=5, **(WIDE | {"dtype": torch.bfloat16}), lengths=((256, 130),)),
 }
 ATTENTION_CASES = {
@@ -211,10 +212,42 @@ def test_cached_attention_matches_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES)
 def test_gpus_that_multiply_fewer_rows_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They attend by two warps to smaller tiles, those that multiply 64 rows by four."""
+    assert tiles_of(case, monkeypatch, multiplies_64_rows=True) == {(64, 4)}
+    assert tiles_of(case, monkeypatch, multiplies_64_rows=False) == {(32, 2)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(heads=8, tokens=1, **WIDE, lengths=((256, 7),)),
+        Case(heads=10, **(WIDE | {"dtype": torch.float32}), lengths=((256, 7),)),
+        Case(heads=10, **(WIDE | {"value_dim": 128}), lengths=((256, 7),)),
+        Case(heads=10, **(WIDE | {"group": 64}), lengths=((256, 7),)),
+        Case(heads=10, **(WIDE | {"lower": False}), lengths=((256, 7),)),
+        Case(heads=10, **WIDE, lengths=((256, 7),), transposed_values=False),
+    ],
+    ids=["few rows", "float32", "wider values", "small groups", "draft", "token-major values"],
+)
+def test_what_four_warps_do_not_attend_to(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiles_of(case, monkeypatch, multiplies_64_rows=True) == {(32, 2)}
+
+
+def tiles_of(case: Case, monkeypatch: pytest.MonkeyPatch, **limits: bool) -> set[tuple[int, int]]:
+    """Byte rows of a tile and warps, as the launcher chooses them for a right result on a device of these limits."""
     module = import_module("quantspec.kernels.cached_attention_triton")
-    limits = module.device_limits(DEVICE)._replace(multiplies_64_rows=False)
-    monkeypatch.setattr(module, "device_limits", lambda device: limits)
-    check_cached_attention(case)
+    device, configure, chosen = module.device_limits(DEVICE)._replace(**limits), module.launch_config, set()
+
+    def configured(*args: Any) -> Any:
+        config = configure(*args)
+        chosen.add((config.block, config.warps))
+        return config
+
+    with monkeypatch.context() as patches:
+        patches.setattr(module, "device_limits", lambda _: device)
+        patches.setattr(module, "launch_config", configured)
+        check_cached_attention(case)
+    return chosen
 
 
 def check_cached_attention(case: Case) -> None:

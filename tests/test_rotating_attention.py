@@ -109,3 +109,26 @@ def test_programs_of_many_rows_grow_with_them() -> None:
         computed.append(triton.cdiv(rows, config.rows) * config.rows)
         assert computed[-1] == 8 if rows <= 8 else 0 <= computed[-1] - rows < min(rows, 32)
     assert computed == sorted(computed)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "rows", "num_bytes", "splits"),
+    [
+        # One sequence of 128k tokens, and of 1k, which has eight tiles: a wave, or all tiles.
+        (8, 20, 2**16, 33),
+        (8, 20, 512, 8),
+        # Two blocks of rows, in two waves.
+        (8, 40, 2**16, 32),
+        # Eight sequences of 8k tokens fill a wave; of up to 128k one alone may be long.
+        (64, 20, 2**12, 4),
+        (64, 20, 2**16, 16),
+        (512, 20, 2**16, 2),
+        (4096, 20, 2**16, 1),
+    ],
+)
+def test_programs_of_wide_tiles(pairs: int, rows: int, num_bytes: int, splits: int, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.cached_attention_triton")
+    limits = DeviceLimits(132, 228 * 1024, multiplies_64_rows=True)
+    monkeypatch.setattr(module, "device_limits", lambda device: limits)
+    config = launch_config(DEVICE, pairs, rows, 128, num_bytes, 264, True, 2, wide=True)
+    assert (config.block, config.warps, config.rows, config.splits) == (64, 4, 32, splits)

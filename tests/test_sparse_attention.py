@@ -160,6 +160,19 @@ def test_scores_are_the_most_that_a_token_moves_and_verification_is_unchanged(ca
             assert (error <= 64 * TOLERANCE[case.dtype]).all()
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_the_kernel_takes_the_ops_arguments_in_their_order(joins: bool) -> None:
+    """As torch passes them once the last is given."""
+    case = CASES["ragged, grouped queries"]
+    arguments, options = inputs(case, lower=True)
+    shape = (len(case.lengths), case.kv_heads, pages_of(case))
+    given = arguments | options | {"page_scores": torch.full(shape, 77.0, device=DEVICE), "joins": joins}
+    schema = torch.ops.quantspec.scored_attention.default._schema.arguments
+    scored_attention_triton(*(given.get(argument.name, argument.default_value) for argument in schema))
+    whole = case.lengths[0][0] // PAGE_TOKENS
+    assert (given["page_scores"][0, :, :whole] == 77).all() == joins
+
+
 @settings(max_examples=3)
 @given(
     # Those that take the interpreter seconds have more rows and channels, which no score of another layer meets.
