@@ -31,7 +31,7 @@ linears of groups of 128 again on the H200. On other GPUs the number of multipro
 decide how many programs of attention run at once; tiles, warps and the INT4 linears' launches are theirs. The INT4
 linear of one row needs `dp2a`, an instruction of every generation below; it ran on the H200 only. A
 verification of more than eight query rows of a KV head, with heads of 64 or 128, 16-bit floats and groups of 128 tokens
-or more, attends in wide tiles, whose products have 64 rows, on compute capability 9.0 alone; they were tuned on the H200.
+or more, attends in wide tiles, whose products have 64 rows, on compute capability 9.0 alone; tuned on the H200.
 
 **Only compiled** are the kernels of all other generations: `.ci/compile_kernels.py` compiles what the launchers would
 launch on each, without a GPU, and fails where a kernel takes more shared memory than a block may have, uses an
