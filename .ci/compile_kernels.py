@@ -305,6 +305,8 @@ CASES: dict[str, Callable[[], Callable]] = {
 # Few cases that launch every kernel.
 _FEW = (
     "draft 32/8 of 128",
+    # On 9.0 in wide tiles.
+    "scored verification 32/8 of 128 out of a pool",
     "draft 8/1 of a latent of 64 and 16",
     "linear 1 row, 4096 to 14336",
     "linear 8 rows, 4096 to 1024, group 32",
