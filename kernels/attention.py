@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .cpu_features import cpu_lacks_half_matmul
+
 # Of flash attention.
 _MOST_FLASH_DIMS = 256
 # Query rows that are scored at a time where scores or masks are written out; at least, for windows.
@@ -43,8 +45,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """What a prompt like ``x`` is attended in: most CPUs emulate half precision, several times slower than float32."""
-    return compute_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+    """What a prompt like ``x`` is attended in: float32 for half precision that a CPU emulates or is no faster in.
+
+    One with AVX-512 BF16 or AMX attends to 3,000 tokens in bfloat16 in a third of the time, in float16 in the same.
+    """
+    if x.device.type == "cpu" and (x.dtype != torch.bfloat16 or cpu_lacks_half_matmul()):
+        return compute_dtype(x.dtype)
+    return x.dtype
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:

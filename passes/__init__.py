@@ -1,6 +1,7 @@
 """FX passes: each file holds one rewrite of a captured decoder. ``README.md`` lists what every pass must keep."""
 
 from quantspec.config import GROUP_SIZES, WeightQuantizer
+from quantspec.kernels.cpu_features import cpu_lacks_half_matmul
 
 from .absorb_latents import AbsorbLatents
 from .attention_lowering import (
@@ -31,7 +32,7 @@ from .remove_no_ops import RemoveNoOps
 from .shard_linears import CannotShardError, Place, ShardLinears
 from .token_mixing import CheckTokenMixing, TokenMixingError
 from .weight_formats import Part, WeightFormat, WeightLayout, adapted_group_size, register
-from .widen_linears import WidenLinears, cpu_lacks_half_matmul
+from .widen_linears import WidenLinears
 
 __all__ = [
     "ACCESSES",

@@ -47,8 +47,3 @@ def _narrow(graph: fx.Graph) -> list[fx.Node]:
     """Linears in half precision on a CPU."""
     calls = [node for node in find_calls(graph, aten.linear.default) if "val" in node.meta]
     return [node for node in calls if node.meta["val"].dtype in _HALF and node.meta["val"].device.type == "cpu"]
-
-
-def cpu_lacks_half_matmul() -> bool:
-    """Whether this CPU emulates bfloat16 matmuls (no AVX-512 BF16, no AMX)."""
-    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from quantspec import kernels
 from quantspec.kernels import cached_attention, cached_attention_reference
-from quantspec.kernels.attention import QUERY_BLOCK, masked_attention
+from quantspec.kernels.attention import QUERY_BLOCK, attention_dtype, masked_attention
 from quantspec.kernels.cache_layout import part_names
 from quantspec.kernels.cache_op import CacheOp
 from quantspec.kernels.hierarchical import (
@@ -302,6 +302,21 @@ def test_attention_over_more_rows_than_one_block(dtype, dims, softcap, with_sink
     assert out.dtype == dtype
     error = (out[0].cpu().double() - expected).norm() / expected.norm()
     assert float(error) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+@pytest.mark.parametrize("window", [0, 20])
+def test_a_cpu_attends_to_prompts_in_a_dtype_that_it_multiplies(lacks, window, monkeypatch):
+    """bfloat16 where the CPU has it; nothing else narrow."""
+    monkeypatch.setattr(sys.modules[masked_attention.__module__], "cpu_lacks_half_matmul", lambda: lacks)
+    wide = {torch.float64: torch.float64, torch.float32: torch.float32, torch.float16: torch.float32}
+    expected = wide | {torch.bfloat16: torch.float32 if lacks else torch.bfloat16}
+    assert {dtype: attention_dtype(torch.empty(0, dtype=dtype)) for dtype in BOUNDS} == expected
+    query, key, value = (randn(1, 2, 60, 16, seed=i, dtype=torch.bfloat16) for i in range(3))
+    exact = plain_attention(query[0], key[0], value[0], 0, Options(0.3, window, 0.0, None))
+    out = masked_attention(query, key, value, 0, 0.3, window, 0.0, None)
+    assert out.dtype == torch.bfloat16
+    assert float((out[0].double() - exact).norm() / exact.norm()) < BOUNDS[torch.bfloat16]
 
 
 @dataclass
