@@ -596,6 +596,7 @@ TABLES = {
     "structured": lambda: structured("structured-cpu.json"),
     "structured-gpu": lambda: structured("structured.json"),
     "speed-cpu": lambda: speed("generate-cpu.json"),
+    "speed-cpu-bfloat16": lambda: speed("generate-cpu-bfloat16.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
     "batches": lambda: batches("decode-llama-3.1-8b-batches-h200.json"),
