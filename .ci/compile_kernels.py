@@ -46,6 +46,7 @@ from quantspec.kernels.int4_linear import int4_fused_linear_triton, int4_linear_
 from quantspec.kernels.int4_outputs import SQUARES
 from quantspec.kernels.linears import gated_linears_triton, linears_triton
 from quantspec.kernels.pages import PAGE_TOKENS
+from quantspec.kernels.rank_sums_triton import Inbox, sum_rows
 from quantspec.kernels.stretches_triton import DeviceLimits
 
 # Shared memory that a block may have, in KB: CUDA's programming guide, technical specifications.
@@ -58,6 +59,7 @@ _LAUNCHERS = (
     "linears",
     "encode",
     "expert_linear",
+    "rank_sums_triton",
 )
 # How many products a warp's instruction sums, and how many neighbours of them a thread holds. Triton 3.6 makes it eight
 # where codes of a byte are joined, also where fewer than 32 are summed.
@@ -248,6 +250,20 @@ def cut_offs(rows: int, vocab: int) -> Callable:
     return call
 
 
+def rank_sums(rows: int, width: int, world: int, dtype: torch.dtype) -> Callable:
+    """What ranks send each other, with the norm behind it; and the norm alone."""
+    x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=dtype)
+    addresses, counts = empty(world, dtype=torch.int64), empty(64, dtype=torch.int32)
+    inbox = Inbox(empty(8, dtype=torch.int64), addresses, counts, 1)
+
+    def call() -> None:
+        sum_rows(x, x, weight, 1e-5, inbox)
+        sum_rows(x, None, None, 0.0, inbox)
+        sum_rows(x, None, weight, 1e-5, None)
+
+    return call
+
+
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES: dict[str, Callable[[], Callable]] = {
     "draft 32/8 of 128": lambda: attention(32, 8, 128, 1, False, BFLOAT, rotary=128),
@@ -301,6 +317,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "later chunk of a latent of 512 and 64": lambda: later_chunk(576, HALF, latent=True),
     "experts": lambda: experts(BFLOAT),
     "cut-offs": lambda: cut_offs(5, 49152),
+    "sums of 2 ranks, 4096 wide": lambda: rank_sums(6, 4096, 2, BFLOAT),
+    "sums of 4 ranks, 8192 wide": lambda: rank_sums(1, 8192, 4, HALF),
+    "sums of 2 ranks, 576 wide, float32": lambda: rank_sums(6, 576, 2, torch.float32),
 }
 # Few cases that launch every kernel.
 _FEW = (
@@ -317,6 +336,7 @@ _FEW = (
     "queries, keys and values of 6 rows",
     "gates and factors",
     "choice of pages",
+    "sums of 2 ranks, 4096 wide",
 )
 
 

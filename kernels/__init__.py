@@ -23,7 +23,7 @@ if __name__ != "kernels":
     from .linears import gated_linears, linears
     from .materialize import materialize
     from .prefill_attention import prefill_attention
-    from .ranks import gather_ranks, reduce_ranks
+    from .ranks import gather_ranks, reduce_ranks, reduce_ranks_to_norm
     from .repeated_layer import repeated_layer
     from .scored_attention import scored_attention, scored_decoded_attention
     from .sparse_attention import sparse_attention
@@ -49,6 +49,7 @@ __all__ = [
     "materialize",
     "prefill_attention",
     "reduce_ranks",
+    "reduce_ranks_to_norm",
     "repeated_layer",
     "scored_attention",
     "scored_decoded_attention",

@@ -1,22 +1,44 @@
 """``quantspec::reduce_ranks`` and ``quantspec::gather_ranks``: what the ranks of tensor parallelism tell each other.
 
-Both are torch's functional collectives. On GPUs that reach each other's memory a short sum is one kernel, in which
-every rank reads the others' terms (torch's symmetric memory, without multicast); a captured CUDA graph holds either.
+Both are torch's functional collectives. On GPUs that reach each other's memory a sum of few rows is one launch
+(:mod:`.rank_sums_triton`), a longer one torch's kernel, in which every rank reads the others' terms (symmetric memory,
+without multicast); a captured CUDA graph holds any of these. ``quantspec::reduce_ranks_to_norm`` also does what follows
+most sums.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+
+from .current_device import on_tensors_device
+from .rank_sums_triton import MOST_ROWS, Inbox, fits_inbox, has_kernel_for, inbox_bytes, sum_rows
 
 # A longer sum is bound by bytes, of which NCCL moves fewer.
 MOST_BYTES_AT_ONCE = 512 * 2**10
 # torch's kernel adds no others; a sum of float16 goes through NCCL.
 _SUMMED_AT_ONCE = (torch.float32, torch.bfloat16)
-# Memory that a group's ranks share, by the group's name; what is missing sums through NCCL.
-_SHARED: dict[str, Tensor] = {}
+
+
+class _Shared(NamedTuple):
+    """Memory that a group's ranks share.
+
+    Attributes:
+        room: bytes for torch's kernel.
+        inbox: of ours.
+    """
+
+    room: Tensor
+    inbox: Inbox
+
+
+# By the name of the group; what is missing sums through NCCL.
+_SHARED: dict[str, _Shared] = {}
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -26,16 +48,23 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
     """
     import torch.distributed._symmetric_memory as symmetric
 
+    world = group.size()
     try:
-        buffer = symmetric.empty(MOST_BYTES_AT_ONCE, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(buffer, group)
+        buffer = symmetric.empty(MOST_BYTES_AT_ONCE + inbox_bytes(world), dtype=torch.uint8, device=device)
+        addresses = symmetric.rendezvous(buffer, group).buffer_ptrs
         works = True
     except (RuntimeError, AttributeError, NotImplementedError):
         works = False
+    if works:
+        room, words = buffer[:MOST_BYTES_AT_ONCE], buffer[MOST_BYTES_AT_ONCE:].zero_().view(torch.int64)
+        of_words = torch.tensor([address + MOST_BYTES_AT_ONCE for address in addresses], device=device)
+        counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
+        shared = _Shared(room, Inbox(words, of_words, counts, group.rank()))
+    # Behind it all ranks have cleared their memory.
     agreed = torch.tensor([int(works)], device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group)
     if agreed.item():
-        _SHARED[group.group_name] = buffer
+        _SHARED[group.group_name] = shared
     return bool(agreed.item())
 
 
@@ -53,16 +82,81 @@ def sums_at_once(x: Tensor) -> bool:
 @torch.library.custom_op("quantspec::reduce_ranks", mutates_args=())
 def reduce_ranks(x: Tensor, group: str) -> Tensor:
     """The sum of every rank's ``x``, of any shape and float dtype, the same bits on all ranks of ``group``."""
-    shared, x = _SHARED.get(group), x.contiguous()
+    return _sum(x.contiguous(), group)
+
+
+def _sum(x: Tensor, group: str) -> Tensor:
+    """The sum by torch's collectives."""
+    shared = _SHARED.get(group)
     if shared is None or not sums_at_once(x):
         return collectives.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
-    room = shared[: x.nbytes].view(x.dtype).view(x.shape)
+    room = shared.room[: x.nbytes].view(x.dtype).view(x.shape)
     return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x, "sum", group)
+
+
+@reduce_ranks.register_kernel("cuda")
+@on_tensors_device
+def reduce_ranks_triton(x: Tensor, group: str) -> Tensor:
+    """Sum few rows in one launch, else by torch's collectives; arguments as the op's."""
+    x, shared = x.contiguous(), _SHARED.get(group)
+    if shared is None or not fits_inbox(x):
+        return _sum(x, group)
+    return sum_rows(x, None, None, 0.0, shared.inbox)[0]
 
 
 @reduce_ranks.register_fake
 def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("quantspec::reduce_ranks_to_norm", mutates_args=())
+def reduce_ranks_to_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`reduce_ranks` with the addition to the residual stream and the root mean square norm behind it.
+
+    Args:
+        x: ``(..., N)`` of a float dtype.
+        residual: of the shape and dtype of ``x``, or None.
+        weight: ``(N,)`` float, of the norm.
+        eps: of the norm.
+        group: the name of the ranks' process group.
+
+    Returns:
+        ``y``, the sum of every rank's ``x`` and the residual, and ``y (mean(y^2) + eps)^(-1/2) weight``, both in the
+        dtype of ``x`` and the same bits on all ranks.
+    """
+    return _normalized(_sum(x.contiguous(), group), residual, weight, eps)
+
+
+def _normalized(y: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What :func:`reduce_ranks_to_norm` makes of a sum."""
+    y = y if residual is None else y + residual
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return y, (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight).to(y.dtype)
+
+
+@reduce_ranks_to_norm.register_fake
+def _(x, residual, weight, eps, group):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+@reduce_ranks_to_norm.register_kernel("cuda")
+@on_tensors_device
+def reduce_ranks_to_norm_triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reduce_ranks_triton`, with the rest in the same launch; a longer sum's has one of its own."""
+    x, shared = x.contiguous(), _SHARED.get(group)
+    residual, weight = None if residual is None else residual.contiguous(), weight.contiguous()
+    inbox = None if shared is None or not fits_inbox(x) else shared.inbox
+    if inbox is None:
+        x = _sum(x, group)
+        if not has_kernel_for(x):
+            return _normalized(x, residual, weight, eps)
+    total, normed = sum_rows(x, residual, weight, eps, inbox)
+    assert normed is not None
+    return total, normed
 
 
 @torch.library.custom_op("quantspec::gather_ranks", mutates_args=())

@@ -17,6 +17,7 @@ from .attention_lowering import (
 )
 from .fuse_gates import FuseGates
 from .fuse_linears import FuseSharedInputLinears
+from .fuse_rank_norms import FuseRankNorms
 from .fuse_rotation import FuseRotation
 from .group_linears import GroupLinears
 from .int4_epilogues import FuseInt4Epilogues
@@ -49,6 +50,7 @@ __all__ = [
     "FuseGates",
     "FuseInt4Epilogues",
     "FuseInt4Norms",
+    "FuseRankNorms",
     "FuseRotation",
     "FuseSharedInputLinears",
     "GroupLinears",

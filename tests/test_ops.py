@@ -698,8 +698,8 @@ def test_every_op_has_a_case():
     checked = {name.split()[0] for name in OP_CASES}
     # Two of a CPU alone, with tests of their own in test_decoded_attention.py and test_sparse_drafts.py.
     of_cpus = {"decoded_attention", "scored_decoded_attention"}
-    # Two that need several processes, which test_tensor_parallel.py has.
-    of_ranks = {"gather_ranks", "reduce_ranks"}
+    # Those that need several processes, which test_tensor_parallel.py has.
+    of_ranks = {"gather_ranks", "reduce_ranks", "reduce_ranks_to_norm"}
     assert checked == set(kernels.__all__) - {"cached_attention_reference"} - of_cpus - of_ranks
 
 

@@ -43,6 +43,7 @@ from quantspec.hugging_face.generate import generate
 from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, sums_at_once
 from quantspec.pair.split import StoredCapture, plan, split_capture
 from quantspec.passes import plain_weights, weight_formats
+from quantspec.passes.graph import find_calls
 from quantspec.passes.int4_weights import INT4
 from quantspec.passes.pieces import Piece, even
 from quantspec.ranks import pickled
@@ -675,6 +676,20 @@ def test_an_engine_answers_as_it_does_in_one_process(ranks, llama_of_two):
     kept = ranks.run(names_kept)
     assert not [name for name in kept if str(name).startswith("engine")]
     assert engine.loss is None
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize(("architecture", "sums"), [("llama", 1), ("gemma2", 0)])
+def test_sums_normalize_in_their_own_call(ranks, architecture, sums):
+    """All sums but that of embeddings which are scaled; the norm behind attention is of the sum without a residual."""
+    qs = quantspec.convert(tiny_model(architecture), tensor_parallel=ranks, **OPTIONS)
+    layers = len(qs.layers)
+    for graph in qs.pair.graphs.values():
+        fused = list(find_calls(graph.graph, torch.ops.quantspec.reduce_ranks_to_norm.default))
+        assert len(fused) == 2 * layers + sums
+        assert len(list(find_calls(graph.graph, torch.ops.quantspec.reduce_ranks.default))) == 1 - sums
+        assert not list(find_calls(graph.graph, torch.ops.aten.rsqrt.default)) or not sums
+    qs.close()
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)

@@ -27,6 +27,7 @@ from quantspec.passes import (
     CacheAccess,
     CheckTokenMixing,
     FuseGates,
+    FuseRankNorms,
     FuseRotation,
     FuseSharedInputLinears,
     GroupLinears,
@@ -60,6 +61,7 @@ ORDER = (
     FuseGates,
     GroupLinears,
     WidenLinears,
+    FuseRankNorms,
 )
 """The passes in the order in which a graph goes through those that its role has."""
 
@@ -210,5 +212,5 @@ def build_graphs(
             passes += of_weights
             linears = quantize.report
         # Cloning once more drops the full-precision weights that were replaced.
-        graphs[role] = clone(run_passes(clone(base), [*passes, *recipe.more_passes()]))
+        graphs[role] = clone(run_passes(clone(base), [*passes, *recipe.more_passes(), FuseRankNorms()]))
     return graphs, tuple(linears)

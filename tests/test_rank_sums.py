@@ -1,0 +1,116 @@
+"""The kernel by which ranks sum over shared memory, played by interpreters that share a CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from quantspec.kernels.rank_sums_triton import (
+    MOST_ROW_BYTES,
+    MOST_ROWS,
+    Inbox,
+    fits_inbox,
+    has_kernel_for,
+    inbox_bytes,
+    sum_rows,
+)
+from quantspec.kernels.ranks import _normalized
+
+EPS = 1e-5
+# Rows, width, dtype, whether a residual is added and whether it is normalized, one sum after another.
+SUMS = [
+    (1, 64, torch.bfloat16, True, True),
+    (3, 64, torch.bfloat16, True, True),
+    (2, 24, torch.float32, False, True),
+    (1, 64, torch.float16, True, False),
+    (2, 8, torch.bfloat16, False, False),
+    (3, 100, torch.float32, True, True),
+    (1, 8, torch.float16, False, True),
+]
+
+
+def of_rank(rank: int, index: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A rank's terms of a sum, and what all ranks have: the residual and the norm's weight."""
+    rows, width, dtype, adds, normalizes = SUMS[index % len(SUMS)]
+    terms = torch.randn(rows, width, generator=torch.Generator().manual_seed(100 * index + rank)).to(dtype)
+    generator = torch.Generator().manual_seed(10_000 + index)
+    residual = torch.randn(rows, width, generator=generator).to(dtype) if adds else None
+    weight = torch.randn(width, generator=generator).to(dtype) if normalizes else None
+    return terms, residual, weight
+
+
+def summed(rank: int, words: list[torch.Tensor], results, count: int, start: int) -> None:
+    """All sums of a rank, whose counts begin at ``start``, in a process of its own."""
+    addresses = torch.tensor([one.data_ptr() for one in words])
+    counts = torch.full((MOST_ROWS,), start, dtype=torch.int32)
+    inbox = Inbox(words[rank], addresses, counts, rank)
+    for index in range(count):
+        terms, residual, weight = of_rank(rank, index)
+        results[rank].append(sum_rows(terms, residual, weight, EPS, inbox))
+    results.append(None)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Children have this process's interpreter."""
+    return mp.get_context("fork")
+
+
+def child(rank, words, count, start, sent):
+    results = [[] for _ in words]
+    summed(rank, words, results, count, start)
+    # As lists: what a process shares ends with it.
+    sent.put((rank, [[None if one is None else one.float().tolist() for one in pair] for pair in results[rank]]))
+
+
+@pytest.mark.parametrize(("world", "start"), [(2, 0), (3, 0), (2, 2**31 - 4)])
+def test_ranks_have_the_sum_of_all(forks, world, start):
+    """Sums of every size in turn, over the places of those before; numbers of sums begin anew behind the last."""
+    count = 2 * len(SUMS)
+    words = [torch.zeros(inbox_bytes(world) // 8, dtype=torch.int64).share_memory_() for _ in range(world)]
+    sent = forks.Queue()
+    children = [forks.Process(target=child, args=(rank, words, count, start, sent)) for rank in range(world)]
+    for one in children:
+        one.start()
+    answers = dict(sent.get(timeout=120) for _ in children)
+    for one in children:
+        one.join()
+    for index in range(count):
+        terms = [of_rank(rank, index) for rank in range(world)]
+        _, residual, weight = terms[0]
+        total = sum(one[0].double() for one in terms)
+        expected = total if residual is None else total + residual.double()
+        dtype = terms[0][0].dtype
+        for rank in range(world):
+            y, normed = answers[rank][index]
+            assert answers[rank][index] == answers[0][index]
+            torch.testing.assert_close(torch.tensor(y).to(dtype), expected.to(dtype))
+            if weight is None:
+                assert normed is None
+            else:
+                reference = _normalized(torch.tensor(y).to(dtype), None, weight, EPS)[1]
+                torch.testing.assert_close(torch.tensor(normed).to(dtype), reference)
+
+
+def test_a_rank_alone_adds_and_normalizes():
+    x, residual = torch.randn(2, 70, 24).bfloat16(), torch.randn(2, 70, 24).bfloat16()
+    weight = torch.randn(24)
+    y, normed = sum_rows(x, residual, weight, EPS, None)
+    expected, of_norm = _normalized(x, residual, weight, EPS)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(normed, of_norm)
+
+
+def test_what_the_kernel_takes():
+    """Whole units of 16 bytes that begin at one; over ranks as many rows as the inbox has places for."""
+    assert fits_inbox(torch.empty(MOST_ROWS, 8, dtype=torch.bfloat16))
+    assert not fits_inbox(torch.empty(MOST_ROWS + 1, 8, dtype=torch.bfloat16))
+    assert has_kernel_for(torch.empty(MOST_ROWS + 1, 8, dtype=torch.bfloat16))
+    assert not has_kernel_for(torch.empty(2, 4, dtype=torch.bfloat16))
+    assert has_kernel_for(torch.empty(2, 4))
+    assert not has_kernel_for(torch.empty(2, 4, dtype=torch.float64))
+    assert not has_kernel_for(torch.empty(0, 8))
+    assert not has_kernel_for(torch.empty(9)[1:])
+    assert has_kernel_for(torch.empty(1, MOST_ROW_BYTES // 4))
+    assert not has_kernel_for(torch.empty(1, MOST_ROW_BYTES // 4 + 4))
