@@ -1,4 +1,4 @@
-"""The kernel by which ranks sum over shared memory, played by interpreters that share a CPU's."""
+"""The kernel by which ranks sum: natively on streams of one GPU, elsewhere by interpreters that share a CPU's memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from quantspec.kernels.rank_sums_triton import (
 from quantspec.kernels.ranks import _normalized
 
 EPS = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows, width, dtype, whether a residual is added and whether it is normalized, one sum after another.
 SUMS = [
     (1, 64, torch.bfloat16, True, True),
@@ -40,35 +41,38 @@ def of_rank(rank: int, index: int) -> tuple[torch.Tensor, torch.Tensor | None, t
     return terms, residual, weight
 
 
-def summed(rank: int, words: list[torch.Tensor], results, count: int, start: int) -> None:
-    """All sums of a rank, whose counts begin at ``start``, in a process of its own."""
-    addresses = torch.tensor([one.data_ptr() for one in words])
-    counts = torch.full((MOST_ROWS,), start, dtype=torch.int32)
-    inbox = Inbox(words[rank], addresses, counts, rank)
-    for index in range(count):
-        terms, residual, weight = of_rank(rank, index)
-        results[rank].append(sum_rows(terms, residual, weight, EPS, inbox))
-    results.append(None)
+def on_device(rank: int, index: int) -> list[torch.Tensor | None]:
+    return [None if one is None else one.to(DEVICE) for one in of_rank(rank, index)]
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Children have this process's interpreter."""
-    return mp.get_context("fork")
+def places(world: int, number: int) -> list[torch.Tensor]:
+    """The words of each rank's inbox, as if the sum of this ``number`` had come."""
+    return [torch.full((inbox_bytes(world) // 8,), number << 32, device=DEVICE) for _ in range(world)]
+
+
+def inbox_of(rank: int, words: list[torch.Tensor], start: int) -> Inbox:
+    """Of a rank whose counts begin at ``start``."""
+    addresses = torch.tensor([one.data_ptr() for one in words], device=DEVICE)
+    return Inbox(words[rank], addresses, torch.full((MOST_ROWS,), start, dtype=torch.int32, device=DEVICE), rank)
+
+
+def as_lists(results: list[tuple]) -> list[list]:
+    return [[None if one is None else one.float().tolist() for one in pair] for pair in results]
 
 
 def child(rank, words, count, start, sent):
-    results = [[] for _ in words]
-    summed(rank, words, results, count, start)
-    # As lists: what a process shares ends with it.
-    sent.put((rank, [[None if one is None else one.float().tolist() for one in pair] for pair in results[rank]]))
+    """All sums of a rank, in a process of its own."""
+    inbox = inbox_of(rank, words, start)
+    results = [sum_rows(*on_device(rank, index), EPS, inbox) for index in range(count)]
+    # What a process shares ends with it; lists are copies.
+    sent.put((rank, as_lists(results)))
 
 
-@pytest.mark.parametrize(("world", "start"), [(2, 0), (3, 0), (2, 2**31 - 4)])
-def test_ranks_have_the_sum_of_all(forks, world, start):
-    """Sums of every size in turn, over the places of those before; numbers of sums begin anew behind the last."""
-    count = 2 * len(SUMS)
-    words = [torch.zeros(inbox_bytes(world) // 8, dtype=torch.int64).share_memory_() for _ in range(world)]
+def by_processes(world: int, count: int, start: int) -> dict[int, list]:
+    """What each rank has, of interpreters that share memory."""
+    words = [one.share_memory_() for one in places(world, 0)]
+    # Children have this process's interpreter.
+    forks = mp.get_context("fork")
     sent = forks.Queue()
     children = [forks.Process(target=child, args=(rank, words, count, start, sent)) for rank in range(world)]
     for one in children:
@@ -76,6 +80,37 @@ def test_ranks_have_the_sum_of_all(forks, world, start):
     answers = dict(sent.get(timeout=120) for _ in children)
     for one in children:
         one.join()
+    return answers
+
+
+def by_streams(world: int, count: int, start: int) -> dict[int, list]:
+    """What each rank has, of streams of one GPU, on which their kernels await each other."""
+    streams = [torch.cuda.Stream() for _ in range(world)]
+    given = [[on_device(rank, index) for index in range(count)] for rank in range(world)]
+    come, words = places(world, 1), places(world, 0)
+    inboxes = [inbox_of(rank, words, start) for rank in range(world)]
+    # Loading a kernel may wait for one that runs and awaits it, so each is loaded where all terms have come.
+    for index in range(len(SUMS)):
+        for rank, stream in enumerate(streams):
+            inbox = inbox_of(rank, come, 0)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                sum_rows(*given[rank][index], EPS, inbox)
+            torch.cuda.synchronize()
+    results: list[list] = [[] for _ in streams]
+    for index in range(count):
+        for rank, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[rank].append(sum_rows(*given[rank][index], EPS, inboxes[rank]))
+    torch.cuda.synchronize()
+    return {rank: as_lists(sums) for rank, sums in enumerate(results)}
+
+
+@pytest.mark.parametrize(("world", "start"), [(2, 0), (3, 0), (2, 2**31 - 4)])
+def test_ranks_have_the_sum_of_all(world, start):
+    """Sums of every size in turn, over the places of those before; numbers of sums begin anew behind the last."""
+    count = 2 * len(SUMS)
+    answers = (by_streams if DEVICE == "cuda" else by_processes)(world, count, start)
     for index in range(count):
         terms = [of_rank(rank, index) for rank in range(world)]
         _, residual, weight = terms[0]
@@ -94,8 +129,8 @@ def test_ranks_have_the_sum_of_all(forks, world, start):
 
 
 def test_a_rank_alone_adds_and_normalizes():
-    x, residual = torch.randn(2, 70, 24).bfloat16(), torch.randn(2, 70, 24).bfloat16()
-    weight = torch.randn(24)
+    x, residual = (torch.randn(2, 70, 24, device=DEVICE).bfloat16() for _ in range(2))
+    weight = torch.randn(24, device=DEVICE)
     y, normed = sum_rows(x, residual, weight, EPS, None)
     expected, of_norm = _normalized(x, residual, weight, EPS)
     torch.testing.assert_close(y, expected)
