@@ -1,4 +1,4 @@
-"""The kernel by which ranks sum: natively on streams of one GPU, elsewhere by interpreters that share a CPU's memory."""
+"""The kernel by which ranks sum: natively on streams of a GPU, elsewhere by interpreters that share a CPU's memory."""
 
 from __future__ import annotations
 
