@@ -162,14 +162,20 @@ def layer(rows: int, hidden: int = 4096, inner: int = 14336, qkv: int = 6144) ->
 
 
 def shared_input(rows: int, *sizes: int) -> Callable:
-    return lambda: linears_triton(empty(rows, 4096), [empty(size, 4096) for size in sizes], [])
+    """Linears of one input, and one that is read alone."""
+
+    def call() -> None:
+        linears_triton(empty(rows, 4096), [empty(size, 4096) for size in sizes], [])
+        linears_triton(empty(rows, 4096), [empty(sizes[0], 4096)], [])
+
+    return call
 
 
 def gates() -> Callable:
     """Of few rows, and of more than the kernel multiplies."""
 
     def call() -> None:
-        for rows in (6, 9):
+        for rows in (1, 6, 9):
             gated_linears_triton(empty(rows, 4096), [empty(14336, 4096)] * 2, [], "silu")
 
     return call
@@ -354,7 +360,7 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
         return launches_overlap.__wrapped__(torch.device("cuda"))
 
     # A multiprocessor has as much as a block may have, and 1 KB for the system.
-    limits = DeviceLimits(1, (SHARED_KB[capability] + 1) * 1024, capability == 90)
+    limits = DeviceLimits(132, (SHARED_KB[capability] + 1) * 1024, capability == 90)
     answers = {
         "use_inline_asm": lambda device: True,
         "launches_overlap": overlap,

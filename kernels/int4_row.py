@@ -316,13 +316,15 @@ def row_config(out_features: int, in_features: int) -> RowConfig:
     Many outputs take one warp each, which needs no sum over warps; few fill the GPU by more of them, as far as there
     are inputs for all at once. Two tiles share the inputs' integers, where there are programs enough or short ones.
     """
-    if out_features >= 16384:
+    if out_features >= 14336:
         return RowConfig(2 if in_features <= 2048 else 1, 1)
     filled = triton.next_power_of_2(triton.cdiv(in_features, 32 * LANE))
     if out_features > 8192 and in_features <= 8192:
         return RowConfig(2, min(2, filled))
     if out_features > 4096 and in_features <= 4096:
         return RowConfig(2 if filled == 4 else 1, filled)
+    if 4096 < out_features <= 6144 and in_features <= 8192:
+        return RowConfig(2, 4)
     return RowConfig(1, min(8 if out_features <= 2048 else 4, filled))
 
 

@@ -10,6 +10,7 @@ On CUDA, 1 to 8 rows of 16-bit floats are multiplied by a kernel that reads ever
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,14 @@ from .current_device import on_tensors_device
 from .epilogue import gated
 from .inline_asm import K_WIDTH, activated, exact_dot, fetch_rows, launches_overlap, load_inside, use_inline_asm
 from .optional_triton import FUSED, gdc_launch_dependents, gdc_wait, tl, triton
+from .stretches_triton import device_limits
 
 # Weights of one launch.
 MAX_WEIGHTS = 3
-# Measured on an H100 with 1, 6 and 13 rows; at 13 cuBLAS reads a head faster.
+# Of more rows cuBLAS was faster with every shape, on an H100 with 13.
 _MAX_ROWS = 8
-# Of a launch, measured on an H100: tiles of eight outputs, warps (one chunk each), and numbers of a chunk.
-_TILES, _WARPS, _CHUNK = 2, 8, 128
-# Of a launch with gates.
-_GATED_WARPS = 4
+# Numbers of a warp's share of a step.
+_CHUNK = 128
 
 
 @torch.library.custom_op("quantspec::linears", mutates_args=())
@@ -84,9 +84,35 @@ def _(x, weights, biases, activation):
     return x.new_empty(*x.shape[:-1], weights[0].shape[0])
 
 
-def reads_faster(sizes: Sequence[int]) -> bool:
-    """Whether the kernel was faster than cuBLAS for weights of so many outputs: several small ones, or a head's."""
-    return sum(sizes) <= 8192 if len(sizes) > 1 else sum(sizes) >= 32768
+class LinearsConfig(NamedTuple):
+    """Of a launch: tiles of eight outputs, warps, and whether weights of the next step are fetched into the cache."""
+
+    tiles: int
+    warps: int
+    fetch: bool
+
+
+def linears_config(sizes: Sequence[int], in_features: int, rows: int, gated: bool, processors: int) -> LinearsConfig:
+    """Configuration of weights of so many outputs, for a GPU of so many multiprocessors.
+
+    Chosen on an H200 with one and six rows, weights out of its cache, among 18 for thirteen linears of an 8B and a 70B
+    shape, whole and in halves.
+    """
+    if gated:
+        return LinearsConfig(2, 2 if sizes[0] >= 12288 and in_features <= 4096 else 4, rows > 1)
+    return LinearsConfig(4, 8, False) if _fills_once(sizes, processors) else LinearsConfig(2, 8, True)
+
+
+def _fills_once(sizes: Sequence[int], processors: int) -> bool:
+    """Whether programs of 32 outputs keep most multiprocessors busy, each with one."""
+    return processors < 2 * sum(-(-size // 32) for size in sizes) <= 2 * processors
+
+
+def reads_faster(sizes: Sequence[int], in_features: int, processors: int) -> bool:
+    """Whether the kernel was faster than cuBLAS: for several small ones, or one that fills the GPU once."""
+    if len(sizes) > 1:
+        return sum(sizes) <= 8192
+    return in_features <= 8192 and _fills_once(sizes, processors)
 
 
 def has_kernel_for(in_features: int) -> bool:
@@ -253,8 +279,9 @@ def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], acti
     pdl = launches_overlap(x.device)
     sizes = [weight.shape[0] for weight in weights]
     widths = sizes[:1] if activation else sizes
-    warps = _GATED_WARPS if activation else _WARPS
-    block = 8 if activation else 8 * _TILES
+    rows = x.numel() // in_features
+    config = linears_config(sizes, in_features, rows, bool(activation), device_limits(x.device).multiprocessors)
+    block = 8 if activation else 8 * config.tiles
     out = x.new_empty(*x.shape[:-1], sum(widths))
     missing = MAX_WEIGHTS - len(weights)
     _linears_kernel[(sum(triton.cdiv(width, block) for width in widths),)](
@@ -264,23 +291,23 @@ def _launch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], acti
         *(bias.contiguous() for bias in biases),
         *[out] * (MAX_WEIGHTS - len(biases)),
         out,
-        x.numel() // in_features,
+        rows,
         *sizes,
         *[0] * missing,
         K=in_features,
         WEIGHTS=len(weights),
         CHUNK=_CHUNK,
-        STEPS=triton.cdiv(in_features // _CHUNK, warps),
-        CHUNKS=warps,
-        TILES=_TILES,
+        STEPS=triton.cdiv(in_features // _CHUNK, config.warps),
+        CHUNKS=config.warps,
+        TILES=config.tiles,
         EVEN_N=all(size % block == 0 for size in sizes),
         HAS_BIAS=bool(biases),
         ACTIVATION=activation,
-        FETCH=pdl and not activation,
+        FETCH=pdl and config.fetch,
         K_WIDTH=K_WIDTH,
         USE_ASM=use_inline_asm(x.device),
         PDL=pdl,
-        num_warps=warps,
+        num_warps=config.warps,
         num_stages=1,
         **FUSED,
         **({"launch_pdl": True} if pdl else {}),

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from quantspec.kernels.linears import MAX_WEIGHTS, has_kernel_for, reads_faster
+from quantspec.kernels.stretches_triton import device_limits
 
 from .graph import add_call, aten, find_calls, finish, get_tensor
-from .logit_rows import logits_linear
 
 _LINEARS = torch.ops.quantspec.linears.default
 
@@ -21,7 +21,7 @@ class GroupLinears(PassBase):
     """Matches linears that one launch serves better, writes ``quantspec::linears`` over the model's own weights.
 
     Of 16-bit weights on a GPU and of shapes that cuBLAS reads slower, linears of one input become
-    ``split(linears(x, [W_i], ...))``, three at a time; the language-model head becomes one of its own.
+    ``split(linears(x, [W_i], ...))``, three at a time; a linear that is read alone becomes one of its own.
 
     Requires nothing. Ensures the same outputs up to rounding, that no weight is copied, and that none of these is left.
     """
@@ -76,8 +76,10 @@ def module_linears(gm: fx.GraphModule) -> list[fx.Node]:
 
 def worth_grouping(weights: list[Tensor]) -> bool:
     """Whether ``quantspec::linears`` has a kernel for weights of this device, dtype and shapes that is faster."""
-    fits = all(weight.is_cuda and weight.element_size() == 2 for weight in weights)
-    return fits and reads_faster([weight.shape[0] for weight in weights])
+    if not all(weight.is_cuda and weight.element_size() == 2 for weight in weights):
+        return False
+    processors = device_limits(weights[0].device).multiprocessors
+    return reads_faster([weight.shape[0] for weight in weights], weights[0].shape[1], processors)
 
 
 def worth_fusing(weights: list[Tensor]) -> bool:
@@ -86,17 +88,14 @@ def worth_fusing(weights: list[Tensor]) -> bool:
 
 
 def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    """Linears of one input, three at a time, where there are several; and the head."""
-    head = logits_linear(gm.graph)
+    """Linears of one input, three at a time, and what is read alone."""
     sets: dict[tuple, list[fx.Node]] = defaultdict(list)
     for node in module_linears(gm):
         sets[kind(node)].append(node)
     groups = []
     for nodes in sets.values():
         parts = [nodes[start : start + MAX_WEIGHTS] for start in range(0, len(nodes), MAX_WEIGHTS)]
-        groups += [
-            part for part in parts if (len(part) > 1 or part[0] is head) and worth_grouping(weights_of(gm, part))
-        ]
+        groups += [part for part in parts if worth_grouping(weights_of(gm, part))]
     return groups
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import quantspec
 from quantspec.capture import Capture, capture
 from quantspec.config import WeightQuantizer
+from quantspec.kernels.linears import reads_faster
 from quantspec.pair.compile_by_layer import _signature, region_graph, split_regions
 from quantspec.passes import (
     FuseGates,
@@ -54,7 +55,7 @@ def quantized(gm: fx.GraphModule) -> fx.GraphModule:
 @pytest.fixture
 def grouping(monkeypatch) -> None:
     """Let the pass take weights of a CPU, whose op is the plain implementation."""
-    monkeypatch.setattr(group_linears, "worth_grouping", lambda weights: True)
+    monkeypatch.setattr(group_linears, "worth_grouping", lambda weights: len(weights) > 1)
     monkeypatch.setattr(group_linears, "worth_fusing", lambda weights: True)
 
 
@@ -183,15 +184,13 @@ def test_layers_are_cut_behind_what_is_normalized(monkeypatch) -> None:
     assert len({_signature(draft, region, region_graph(region)) for region in regions[1:-2]}) == 1
 
 
-# Groups of two layers; the head is one of them.
+# Groups of two layers.
 GROUPED = {
-    "llama": 5,
-    # One linear has both halves already, another one queries, keys and values.
-    "phi3": 1,
+    "llama": 4,
     # Attention and MLP read one norm: three of five linears, and the other two.
-    "cohere": 5,
+    "cohere": 4,
     # Three of four linears.
-    "phi": 3,
+    "phi": 2,
 }
 
 
@@ -204,6 +203,29 @@ def test_the_targets_linears_share_launches(architecture: str, grouping) -> None
     assert count(gm, ops.linears.default) == GROUPED[architecture]
     assert {name: tensor.data_ptr() for name, tensor in gm.named_parameters()} == storages
     torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_may_be_read_alone(monkeypatch) -> None:
+    """phi3 has one linear for queries, keys and values, and one for gates and factors."""
+    monkeypatch.setattr(group_linears, "worth_grouping", lambda weights: weights[0].shape[0] == 128)
+    gm = decoder("phi3")
+    expected = gm(*ids_and_positions())
+    fits = [node for node in find_calls(gm.graph, aten.linear.default) if node.meta["val"].shape[-1] == 128]
+    gm = apply(gm, GroupLinears())
+    assert count(gm, ops.linears.default) == len(fits) > 0
+    torch.testing.assert_close(_CheckValues(gm).run(*ids_and_positions()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_reads_what_fills_the_gpu_once() -> None:
+    """Outputs of one linear, its inputs, and multiprocessors; several are read together up to 8,192 outputs."""
+    assert reads_faster([4096], 4096, 132)
+    assert not reads_faster([4096], 14336, 132)
+    assert not reads_faster([8192], 4096, 132)
+    assert not reads_faster([2048], 4096, 132)
+    assert reads_faster([2048], 4096, 64)
+    assert not reads_faster([128256], 4096, 132)
+    assert reads_faster([4096, 1024, 1024], 4096, 132)
+    assert not reads_faster([8192, 1024, 1024], 8192, 132)
 
 
 def test_linears_of_a_cpu_stay() -> None:
