@@ -115,7 +115,8 @@ def sampling_rules(name: str) -> str:
     cells: dict[tuple[Any, ...], dict[bool | None, list[dict[str, Any]]]] = {}
     for row in data["rows"]:
         steps = row["tuned"].split()[1]
-        tuning = f"{row['prompt_tokens']}, {steps}"
+        rate = f" at {row['learning_rate']}" if row["learning_rate"] else ""
+        tuning = f"{row['prompt_tokens']}, {steps}{rate}"
         key = (row["model"], row["lm_head"], tuning, row["kind"], f"{row['context']:,}")
         cells.setdefault(key, {}).setdefault(row["rejection_sampling"], []).append(row)
     rows = []
@@ -127,7 +128,7 @@ def sampling_rules(name: str) -> str:
             cell.append(f"{mean(row['a at 4'] for row in found):.3f} ({tokens:.2f})")
         rows.append(cell)
     modes = ["greedy", "temperature 1", "by rejection sampling"]
-    header = ["model", "draft's head", "tokens of a prompt, steps", "text", "context", *modes]
+    header = ["model", "draft's head", "tokens of a prompt, steps at rate", "text", "context", *modes]
     return markdown_table(header, rows) + _source(data, name)
 
 
