@@ -55,6 +55,11 @@ def _attend(
     keys, values = tokens_of(keys, first, last), tokens_of(values, first, last)
     if softcap > 0 or sinks is not None:
         return masked_attention(query, keys, values, start - first, scale, window, softcap, sinks)
+    # A model may compute its queries in more precision than it caches keys in.
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
+    if tokens == 1 and query.element_size() == 2:
+        # One row a query head is faster than reading keys once, as the other way is with several, or in float32.
+        return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True).transpose(1, 2)
     mask = None
     if tokens > 1:
         positions, own = torch.arange(first, last), torch.arange(start, last)[:, None]
@@ -64,8 +69,6 @@ def _attend(
         mask = mask.repeat(heads // kv_heads, 1)
     # The query heads of a key head are rows of one product, so its keys are read once.
     rows = query.reshape(batch, kv_heads, -1, head_dim)
-    # A model may compute its queries in more precision than it caches keys in.
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, tokens, -1).transpose(1, 2)
 
