@@ -25,6 +25,7 @@ if __name__ != "kernels":
     from .prefill_attention import prefill_attention
     from .ranks import gather_ranks, reduce_ranks, reduce_ranks_to_norm
     from .repeated_layer import repeated_layer
+    from .row_linear import row_linear
     from .scored_attention import scored_attention, scored_decoded_attention
     from .sparse_attention import sparse_attention
     from .tuning_attention import teaching_attention, tuning_attention
@@ -51,6 +52,7 @@ __all__ = [
     "reduce_ranks",
     "reduce_ranks_to_norm",
     "repeated_layer",
+    "row_linear",
     "scored_attention",
     "scored_decoded_attention",
     "sparse_attention",

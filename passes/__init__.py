@@ -30,6 +30,7 @@ from .position_tables import MaterializePositionTables
 from .prepack_int4 import PrepackInt4ForCpu
 from .quantize_weights import LinearReport, QuantizeWeights, WeightSource
 from .remove_no_ops import RemoveNoOps
+from .row_linears import RowLinears
 from .shard_linears import CannotShardError, Place, ShardLinears
 from .token_mixing import CheckTokenMixing, TokenMixingError
 from .weight_formats import Part, WeightFormat, WeightLayout, adapted_group_size, register
@@ -64,6 +65,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveNoOps",
     "Role",
+    "RowLinears",
     "SelectLogitRows",
     "ShardLinears",
     "TokenMixingError",

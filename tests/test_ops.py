@@ -671,6 +671,8 @@ def op_cases() -> dict[str, tuple]:
     matrix = torch.randn(24, x.shape[-1], dtype=x.dtype)
     cases["linears"] = kernels.linears, (x, [matrix, matrix[:8]], [matrix[:, 0], matrix[:8, 0]])
     cases["gated_linears"] = kernels.gated_linears, (x, [matrix, matrix], [matrix[:, 0], matrix[:, 1]], "silu")
+    cases["row_linear"] = kernels.row_linear, (x, matrix, matrix[:, 0].clone())
+    cases["row_linear of one row"] = kernels.row_linear, (x[:1], matrix, None)
     cases["linears of one weight"] = kernels.linears, (x[None], [matrix], [])
     cases["expert_linear"] = kernels.expert_linear, (x, ids, weight, bias, False)
     cases["expert_linear transposed"] = kernels.expert_linear, (x, ids, weight.transpose(1, 2).contiguous(), None, True)

@@ -38,6 +38,7 @@ from quantspec.passes import (
     QuantizeWeights,
     RemoveNoOps,
     Role,
+    RowLinears,
     SelectLogitRows,
     WeightFormat,
     WeightLayout,
@@ -61,6 +62,7 @@ ORDER = (
     FuseGates,
     GroupLinears,
     WidenLinears,
+    RowLinears,
     FuseRankNorms,
 )
 """The passes in the order in which a graph goes through those that its role has."""
@@ -103,11 +105,20 @@ def register(recipe: Recipe) -> Recipe:
 
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears()]))
-register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS))
+register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS, more_passes=lambda: [RowLinears()]))
 # Long prompts take their time in large matmuls: not worth the wait for a compilation, see Pair.fill.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 # A CPU takes longer to decode planes at 4 bits than to read the copy at 8 bits that its target reads.
-register(Recipe(QuantSpecConfig.draft_recipe, Role.DRAFT, ACCESSES[Role.DRAFT], INT4, access_on_cpu=DECODED_ACCESS))
+register(
+    Recipe(
+        QuantSpecConfig.draft_recipe,
+        Role.DRAFT,
+        ACCESSES[Role.DRAFT],
+        INT4,
+        access_on_cpu=DECODED_ACCESS,
+        more_passes=lambda: [RowLinears()],
+    )
+)
 # What a GPU's draft reads, on a CPU too: to measure there what will be accepted on a GPU.
 register(Recipe("int4-cache", Role.DRAFT, ACCESSES[Role.DRAFT], INT4))
 
