@@ -93,19 +93,14 @@ def inbox_bytes(world: int) -> int:
 
 
 def has_kernel_for(x: Tensor) -> bool:
-    """Whether the kernel takes rows of a contiguous ``x (..., N)``: whole units, of which the first begins at one."""
+    """Whether the kernel takes rows of ``x (..., N)``, which follows from its shape and dtype: rows of whole units."""
     row_bytes = x.shape[-1] * x.itemsize
-    ends = (row_bytes, x.storage_offset() * x.itemsize)
-    return (
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.numel() > 0
-        and row_bytes <= MOST_ROW_BYTES
-        and not any(end % _UNIT_BYTES for end in ends)
-    )
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return x.dtype in floats and x.numel() > 0 and row_bytes <= MOST_ROW_BYTES and not row_bytes % _UNIT_BYTES
 
 
 def fits_inbox(x: Tensor) -> bool:
-    """Whether the kernel sums a contiguous ``x (..., N)`` over ranks: 1 to 64 rows that it takes."""
+    """Whether the kernel sums ``x (..., N)`` over ranks: 1 to 64 rows that it takes."""
     return has_kernel_for(x) and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
@@ -242,7 +237,8 @@ def sum_rows(
     """Sums of rows over ranks, and with a ``weight`` what they are after a root mean square norm.
 
     Args:
-        x: ``(..., N)`` contiguous, as :func:`fits_inbox` says where there is an ``inbox``.
+        x: ``(..., N)`` contiguous, from a whole unit of its storage on, as :func:`has_kernel_for` says, and
+            :func:`fits_inbox` where there is an ``inbox``.
         residual: of the shape and dtype of ``x``, contiguous; or None.
         weight: ``(N,)`` of the norm, or None for none.
         eps: of the norm.

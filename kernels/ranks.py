@@ -74,15 +74,23 @@ def forget_memory(group: str) -> None:
 
 
 def sums_at_once(x: Tensor) -> bool:
-    """Whether torch's kernel over shared memory takes a contiguous ``x``: float32 or bfloat16, in whole 16 bytes."""
-    ends = (x.nbytes, x.storage_offset() * x.itemsize)
-    return x.dtype in _SUMMED_AT_ONCE and x.nbytes <= MOST_BYTES_AT_ONCE and not any(end % 16 for end in ends)
+    """Whether torch's kernel over shared memory takes ``x``: float32 or bfloat16, in whole 16 bytes.
+
+    By shape and dtype alone, as all ways are chosen, so that ranks which hold parts of other places go the same.
+    """
+    return x.dtype in _SUMMED_AT_ONCE and x.nbytes <= MOST_BYTES_AT_ONCE and not x.nbytes % 16
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` in a row that begins at a multiple of 16 bytes, as kernels read it."""
+    x = x.contiguous()
+    return x.clone() if x.storage_offset() * x.itemsize % 16 else x
 
 
 @torch.library.custom_op("quantspec::reduce_ranks", mutates_args=())
 def reduce_ranks(x: Tensor, group: str) -> Tensor:
     """The sum of every rank's ``x``, of any shape and float dtype, the same bits on all ranks of ``group``."""
-    return _sum(x.contiguous(), group)
+    return _sum(_aligned(x), group)
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
@@ -98,7 +106,7 @@ def _sum(x: Tensor, group: str) -> Tensor:
 @on_tensors_device
 def reduce_ranks_triton(x: Tensor, group: str) -> Tensor:
     """Sum few rows in one launch, else by torch's collectives; arguments as the op's."""
-    x, shared = x.contiguous(), _SHARED.get(group)
+    x, shared = _aligned(x), _SHARED.get(group)
     if shared is None or not fits_inbox(x):
         return _sum(x, group)
     return sum_rows(x, None, None, 0.0, shared.inbox)[0]
@@ -126,7 +134,7 @@ def reduce_ranks_to_norm(
         ``y``, the sum of every rank's ``x`` and the residual, and ``y (mean(y^2) + eps)^(-1/2) weight``, both in the
         dtype of ``x`` and the same bits on all ranks.
     """
-    return _normalized(_sum(x.contiguous(), group), residual, weight, eps)
+    return _normalized(_sum(_aligned(x), group), residual, weight, eps)
 
 
 def _normalized(y: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,7 +155,7 @@ def reduce_ranks_to_norm_triton(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reduce_ranks_triton`, with the rest in the same launch; a longer sum's has one of its own."""
-    x, shared = x.contiguous(), _SHARED.get(group)
+    x, shared = _aligned(x), _SHARED.get(group)
     residual, weight = None if residual is None else residual.contiguous(), weight.contiguous()
     inbox = None if shared is None or not fits_inbox(x) else shared.inbox
     if inbox is None:
