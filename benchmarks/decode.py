@@ -58,7 +58,7 @@ from quantspec.pair import Pair
 from quantspec.pair.compile_by_layer import compile_graph
 from quantspec.pair.split import StoredCapture, plan, split_pair
 from quantspec.passes import Role
-from quantspec.passes.attention_lowering import ACCESSES
+from quantspec.passes.attention_lowering import ACCESSES, SCORED_ACCESS
 from quantspec.passes.graph import add_call, clone, find_calls
 from quantspec.passes.pieces import Piece
 from quantspec.ranks import Ranks, Seat, check_can_start
@@ -384,12 +384,15 @@ class Baseline:
 
     def __init__(self, qs: QuantSpecModel) -> None:
         self.qs = qs
+        is_full = qs.pair.config.draft_attention is DraftAttention.FULL
+        self.access = ACCESSES[Role.TARGET] if is_full else SCORED_ACCESS
         gm = clone(qs.target)
-        for node in list(find_calls(gm.graph, torch.ops.quantspec.cached_attention.default)):
+        for node in list(find_calls(gm.graph, self.access.op)):
             given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
             with gm.graph.inserting_before(node):
                 for name in ("query", "key") if "cos" in given else ():
-                    given[name] = _rotated(gm.graph, node, given[name], *node.args[-4:])
+                    rotation = [given[one] for one in ("cos", "sin", "rotary_dim", "interleaved")]
+                    given[name] = _rotated(gm.graph, node, given[name], *rotation)
                 read = [given[name] for name in ("query", "key", "value", *part_names("recent"), "length", "scale")]
                 dense = gm.graph.call_function(torch.ops.quantspec_benchmark.dense_attention.default, tuple(read))
             node.replace_all_uses_with(dense)
@@ -409,7 +412,7 @@ class Baseline:
         inputs = []
         for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
             dense = dict(zip(part_names("recent"), (k_cache, v_cache), strict=True))
-            inputs += [dense.get(name, unused) for name in ACCESSES[Role.TARGET].inputs]
+            inputs += [dense.get(name, unused) for name in self.access.inputs]
         ids = torch.ones(batch, 1, dtype=torch.long, device=device)
         length = torch.full((batch,), context, device=device)
         return lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs)

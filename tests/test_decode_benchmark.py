@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,10 +11,14 @@ import pytest
 import torch
 from step_by_step import random_prompt
 from test_score_programs import without_graphs
+from tiny_models import tiny_model
 
+import quantspec
 from quantspec.benchmarks import decode
 from quantspec.benchmarks.decode import Settings, check_fits, measure_context, random_model
 from quantspec.engine.odds import cycle_tokens
+from quantspec.pair import pair
+from quantspec.pair.recipes import recipes_for
 
 __all__ = ["without_graphs"]
 
@@ -74,6 +79,20 @@ def test_sequences_decode_together(qs, without_gpu, monkeypatch, batch):
         assert one["mean_acceptance_length"] == one["expected_acceptance_length"] == cycle_tokens(rate, gamma)
         assert one["tokens_per_second"] == pytest.approx(1000 * batch * (1 + rate * gamma) / one["cycle_ms"])
         assert one["speedup"] == pytest.approx((1 + rate * gamma) * 2.0 / one["cycle_ms"])
+
+
+def test_the_baseline_is_the_same_beside_sparse_drafts(monkeypatch):
+    """Whose target leaves scores of pages; with the recipes of a GPU."""
+    monkeypatch.setattr(pair, "recipes_for", lambda config, device: recipes_for(config, "cuda"))
+    monkeypatch.setattr(decode, "compile_graph", lambda graph: graph)
+    monkeypatch.setattr(decode, "sdpa_kernel", lambda kernel: contextlib.nullcontext())
+    tokens = []
+    for reads in ("full", "sparse"):
+        options = {"weight_group_size": 32, "self_check": False, "compile": False}
+        baseline = decode.Baseline(quantspec.convert(tiny_model("llama"), draft_attention=reads, **options))
+        torch.manual_seed(0)
+        tokens.append(baseline.token(20, 2)())
+    assert torch.equal(*tokens)
 
 
 def test_dense_attention_stores_a_token_of_each_sequence():
