@@ -65,8 +65,7 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     s, z = scale.to(x.dtype), zero.to(x.dtype)
     # In place, since memory that is new for each step takes a CPU longer than the step.
     upper = (x - z).div_(s).round_().clamp_(0, 15)
-    lower = (s * upper).add_(z)
-    lower = torch.sub(x, lower, out=lower).mul_(16).div_(s).round_().clamp_(-8, 7)
+    lower = (s * upper).add_(z).neg_().add_(x).mul_(16).div_(s).round_().clamp_(-8, 7)
     return upper.to(torch.uint8), lower.add_(LOWER_OFFSET).to(torch.uint8)
 
 

@@ -203,7 +203,9 @@ def _sum_kernel(
         even, odd = tl.split(tl.reshape(words, (UNITS, 2, 2)))
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
-        number = tl.load(counts + row) + 1
+        count = tl.load(counts + row)
+        # Nobody has sent where 0 stands; past it the two places still take turns.
+        number = tl.where(count == -1, 2, count + 1)
         place = (row * 2 + (number & 1)) * (WORLD * PLACE_BYTES) + unit.to(tl.int64) * 32
         for peer in tl.static_range(0, WORLD):
             if peer != RANK:

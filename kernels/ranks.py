@@ -48,24 +48,24 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    world = group.size()
+    forget_memory(group.group_name)
+    shared = None
     try:
-        buffer = symmetric.empty(MOST_BYTES_AT_ONCE + inbox_bytes(world), dtype=torch.uint8, device=device)
+        buffer = symmetric.empty(MOST_BYTES_AT_ONCE + inbox_bytes(group.size()), dtype=torch.uint8, device=device)
         addresses = symmetric.rendezvous(buffer, group).buffer_ptrs
-        works = True
-    except (RuntimeError, AttributeError, NotImplementedError):
-        works = False
-    if works:
         room, words = buffer[:MOST_BYTES_AT_ONCE], buffer[MOST_BYTES_AT_ONCE:].zero_().view(torch.int64)
         of_words = torch.tensor([address + MOST_BYTES_AT_ONCE for address in addresses], device=device)
         counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
         shared = _Shared(room, Inbox(words, of_words, counts, group.rank()))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        pass
     # Behind it all ranks have cleared their memory.
-    agreed = torch.tensor([int(works)], device=device)
+    agreed = torch.tensor([int(shared is not None)], device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group)
-    if agreed.item():
-        _SHARED[group.group_name] = shared
-    return bool(agreed.item())
+    if not agreed.item() or shared is None:
+        return False
+    _SHARED[group.group_name] = shared
+    return True
 
 
 def forget_memory(group: str) -> None:

@@ -13,7 +13,7 @@ from .cache_op import cache_op
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer that multiplies a single row as a vector.
 
-    A CPU with native bfloat16 takes 1.3 to 1.9 times as long for a matrix of one row (Intel Xeon with AMX, two cores,
+    A CPU with native bfloat16 takes 1.3 to 1.6 times as long for a matrix of one row (Intel Xeon with AMX, two cores,
     torch 2.13, the linears of SmolLM2-135M); in float32 both take as long.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -62,6 +62,8 @@ def _fuse(gm: fx.GraphModule, found: _Sum) -> None:
 
 def _sums(graph: fx.Graph) -> list[_Sum]:
     """What the pass matches, in graph order."""
+    if not any(find_calls(graph, _REDUCE)):
+        return []
     found: dict[fx.Node, _Sum] = {}
     for node in find_calls(graph, aten.mul.Tensor, aten.to.dtype, aten._to_copy.default, aten.type_as.default):
         norm = match(node)
@@ -81,7 +83,8 @@ def _of_sum(norm: Norm) -> _Sum | None:
     if norm.x.target is not aten.add.Tensor or norm.x.kwargs:
         return None
     for reduce, residual in (norm.x.args, norm.x.args[::-1]):
-        if _is_sum_alone(reduce) and isinstance(residual, fx.Node) and _is_like(residual, norm.x):
+        others = isinstance(residual, fx.Node) and residual is not reduce
+        if others and _is_sum_alone(reduce) and _is_like(reduce, norm.x) and _is_like(residual, norm.x):
             return _Sum(norm, cast(fx.Node, reduce))
     return None
 
@@ -91,6 +94,7 @@ def _is_sum_alone(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is _REDUCE and len(node.users) == 1
 
 
-def _is_like(residual: fx.Node, total: fx.Node) -> bool:
-    first, second = residual.meta["val"], total.meta["val"]
+def _is_like(term: Any, total: fx.Node) -> bool:
+    """Whether a term has the dtype and shape of the total."""
+    first, second = term.meta["val"], total.meta["val"]
     return first.dtype is second.dtype and list(map(str, first.shape)) == list(map(str, second.shape))

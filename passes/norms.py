@@ -70,9 +70,17 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 def _is_constant(node: fx.Node) -> bool:
     """Whether a node depends on the module's tensors alone."""
-    if node.op == "get_attr":
-        return True
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
+    seen, waiting = {node}, [node]
+    # Not by recursion: a chain of additions to a residual stream is as long as the model is deep.
+    while waiting:
+        one = waiting.pop()
+        if one.op == "get_attr":
+            continue
+        if one.op != "call_function" or not one.all_input_nodes:
+            return False
+        waiting += [read for read in one.all_input_nodes if read not in seen]
+        seen.update(one.all_input_nodes)
+    return True
 
 
 def _eps(rsqrt: fx.Node, x: fx.Node) -> float | None:
