@@ -345,10 +345,9 @@ def decoding(*names: str) -> str:
 def sparse_decoding(name: str) -> str:
     """As :func:`decoding`, of drafts that read all of the cache and of sparse ones, for acceptance of 0.93 and 0.97."""
     data = _load(name)
-    plain = {row["context"]: row["baseline_token_ms"] for row in data["rows"] if "baseline_token_ms" in row}
     rows = []
     for row in sorted(data["rows"], key=lambda row: (row["context"], row["draft_attention"])):
-        cells = [f"{row['context'] // 1024}k", row["draft_attention"], f"{plain[row['context']]:.2f}"]
+        cells = [f"{row['context'] // 1024}k", row["draft_attention"], f"{row['baseline_token_ms']:.2f}"]
         cells.append(f"{row['draft_step_ms']:.2f}")
         for rate in (0.93, 0.97):
             cycles = [cycle for cycle in row["synthetic"] if cycle["synthetic_acceptance_rate"] == rate]
@@ -356,8 +355,7 @@ def sparse_decoding(name: str) -> str:
             drafts = best["num_speculative_tokens"]
             if rate == 0.93:
                 cells.append(f"{row['verify_ms'][str(drafts + 1)]:.2f} ({drafts + 1})")
-            speedup = best["tokens_per_second"] * plain[row["context"]] / 1000
-            cells.append(f"{speedup:.2f}x ({drafts} drafts, {best['cycle_ms']:.1f} ms)")
+            cells.append(f"{best['speedup']:.2f}x ({drafts} drafts, {best['cycle_ms']:.1f} ms)")
         rows.append(cells)
     header = ["context", "draft reads", "baseline token, ms", "draft step, ms", "verification, ms (tokens)"]
     header += [f"speed-up at a = {rate} (cycle)" for rate in (0.93, 0.97)]
@@ -389,14 +387,24 @@ def two_gpus(name: str, alone: str) -> str:
     one = {row["context"]: row for row in _load(alone)["rows"] if row["draft_attention"] == "full"}
     rows = []
     for row in data["rows"]:
+        verified = max(row["verify_ms"].keys() & one[row["context"]]["verify_ms"].keys(), key=int)
         for step, of in (
             ("draft step", lambda row: row["draft_step_ms"]),
-            ("verification of 5", lambda row: row["verify_ms"]["5"]),
+            (f"verification of {verified}", lambda row, tokens=verified: row["verify_ms"][tokens]),
             ("baseline token", lambda row: row["baseline_token_ms"]),
         ):
             single, split = of(one[row["context"]]), of(row)
             rows.append([f"{row['context']:,}", step, f"{single:.2f}", f"{split:.2f}", f"{split / single:.2f}"])
     return markdown_table(["context", "step", "one GPU, ms", "two GPUs, ms", "ratio"], rows) + _source(data, name)
+
+
+def rank_sums(name: str) -> str:
+    """A sum over ranks with what follows it, by itself, and by torch's kernel."""
+    data = _load(name)
+    names = ("sum_with_norm_us", "sum_us", "torch_sum_us")
+    rows = [[f"{row['width']:,}", str(row["rows"]), *(f"{row[name]:.1f}" for name in names)] for row in data["rows"]]
+    header = ["numbers of a row", "rows", "sum, residual and norm, us", "sum alone, us", "torch's sum alone, us"]
+    return markdown_table(header, rows) + _source(data, name)
 
 
 def pools(name: str) -> str:
@@ -601,7 +609,9 @@ TABLES = {
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
     "batches": lambda: batches("decode-llama-3.1-8b-batches-h200.json"),
-    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-1-gpu.json"),
+    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-h200.json"),
+    "rank-sums": lambda: rank_sums("rank-sums.json"),
+    "two-gpus-older": lambda: two_gpus("decode-llama-3.1-8b-2-gpus-older.json", "decode-llama-3.1-8b-1-gpu.json"),
     "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),
