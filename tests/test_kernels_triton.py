@@ -422,9 +422,16 @@ def test_an_input_that_is_no_number_is_seen_in_every_output(broken: float) -> No
     assert not int4_linear_triton(x, *weights).isfinite().any()
 
 
+# Of 132 multiprocessors, as many launches of two tiles a program; of two, programs of four fill them once.
+@pytest.mark.parametrize(("processors", "tiles"), [(132, 2), (2, 4)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "sizes"), [(1, (40, 24, 33)), (6, (72,)), (8, (44, 20)), (13, (44, 20))])
-def test_linears_of_one_input_match_float64(rows, sizes, bias) -> None:
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (40, 24)), (6, (49,)), (8, (37, 20)), (13, (44, 20))])
+def test_linears_of_one_input_match_float64(rows, sizes, bias, processors, tiles, monkeypatch) -> None:
+    module = import_module("quantspec.kernels.linears")
+    sizes = sizes[:1] if processors == 2 else (*sizes, 33)
+    limits = module.device_limits(DEVICE)._replace(multiprocessors=processors)
+    monkeypatch.setattr(module, "device_limits", lambda device: limits)
+    assert module.linears_config(sizes, 1152, rows, False, processors).tiles == tiles
     x = random(2, rows, 1152, dtype=torch.bfloat16)[1:]
     weights = [random(size, 1152, dtype=torch.bfloat16) for size in sizes]
     biases = [random(size, dtype=torch.bfloat16) for size in sizes] if bias else []
