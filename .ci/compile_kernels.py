@@ -260,7 +260,7 @@ def rank_sums(rows: int, width: int, world: int, dtype: torch.dtype) -> Callable
     """What ranks send each other, with the norm behind it; and the norm alone."""
     x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=dtype)
     addresses, counts = empty(world, dtype=torch.int64), empty(64, dtype=torch.int32)
-    inbox = Inbox(empty(8, dtype=torch.int64), addresses, counts, 1)
+    inbox = Inbox(empty(8, dtype=torch.int64), addresses, counts, empty(1, dtype=torch.int32), 1)
 
     def call() -> None:
         sum_rows(x, x, weight, 1e-5, inbox)

@@ -56,7 +56,11 @@ _TAKE_ASM = tl.constexpr(
     setp.ne.or.s32 missing, j, $5, missing;
     setp.ne.or.s32 missing, k, $5, missing;
     setp.ne.or.s32 missing, l, $5, missing;
+    @!missing bra taken;
+    ld.relaxed.sys.global.b32 i, [$6];
+    setp.eq.s32 missing, i, 0;
     @missing bra again;
+    taken:
     mov.b32 $0, p;
     mov.b32 $1, q;
     mov.b32 $2, r;
@@ -73,12 +77,14 @@ class Inbox(NamedTuple):
         words: int64 places ``(MOST_ROWS, 2, world, MOST_ROW_BYTES / 4)`` that the others write, zeros at first.
         addresses: ``(world,)`` int64, where each rank's :attr:`words` are for this one.
         counts: ``(MOST_ROWS,)`` int32 sums of each row so far, zeros at first.
+        stop: ``(1,)`` int32, 0; once it is not, kernels await nobody, and their results mean nothing.
         rank: this rank's number.
     """
 
     words: Tensor
     addresses: Tensor
     counts: Tensor
+    stop: Tensor
     rank: int
 
     @property
@@ -121,13 +127,13 @@ def _send(at, w0, w1, w2, w3, number, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _take(at, number, USE_ASM: tl.constexpr):
-    """The four words at each address ``at``, once all have their ``number``."""
+def _take(at, number, stop, USE_ASM: tl.constexpr):
+    """The four words at each address ``at``, once all have their ``number``; any words once ``stop`` is not 0."""
     if USE_ASM:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             _TAKE_ASM,
-            "=r,=r,=r,=r,l,r",
-            [at, number],
+            "=r,=r,=r,=r,l,r,l",
+            [at, number, stop.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
@@ -135,8 +141,10 @@ def _take(at, number, USE_ASM: tl.constexpr):
     else:
         place = at[:, None].to(tl.pointer_type(tl.int64)) + tl.arange(0, 4)[None, :]
         pairs = tl.load(place, volatile=True)
-        while tl.min(tl.min(((pairs >> 32).to(tl.int32) == number).to(tl.int32), 1), 0) == 0:
+        come = tl.min(tl.min(((pairs >> 32).to(tl.int32) == number).to(tl.int32), 1), 0)
+        while come + tl.load(stop, volatile=True) == 0:
             pairs = tl.load(place, volatile=True)
+            come = tl.min(tl.min(((pairs >> 32).to(tl.int32) == number).to(tl.int32), 1), 0)
         even, odd = tl.split(tl.reshape(pairs.to(tl.int32), (at.shape[0], 2, 2)))
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
@@ -165,6 +173,7 @@ def _sum_kernel(
     own,
     addresses,
     counts,
+    stop,
     width,
     eps,
     RANK: tl.constexpr,
@@ -217,7 +226,7 @@ def _sum_kernel(
             if peer == RANK:
                 y += _numbers(w0, w1, w2, w3, dtype)
             else:
-                t0, t1, t2, t3 = _take(own.to(tl.int64) + place + peer * PLACE_BYTES, number, USE_ASM)
+                t0, t1, t2, t3 = _take(own.to(tl.int64) + place + peer * PLACE_BYTES, number, stop, USE_ASM)
                 y += _numbers(t0, t1, t2, t3, dtype)
         if HAS_RESIDUAL:
             y += added
@@ -257,7 +266,7 @@ def sum_rows(
     units = triton.next_power_of_2(max(width // side, 1))
     pdl = launches_overlap(x.device)
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    words, addresses, counts = (unused,) * 3 if inbox is None else inbox[:3]
+    words, addresses, counts, stop = (unused,) * 4 if inbox is None else inbox[:4]
     _sum_kernel[(x.numel() // width,)](
         x,
         unused if residual is None else residual,
@@ -267,6 +276,7 @@ def sum_rows(
         words,
         addresses,
         counts,
+        stop,
         width,
         eps,
         RANK=0 if inbox is None else inbox.rank,

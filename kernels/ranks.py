@@ -31,10 +31,12 @@ class _Shared(NamedTuple):
     Attributes:
         room: bytes for torch's kernel.
         inbox: of ours.
+        one: what stops the kernels that await terms, in memory of the host that a device copies by itself.
     """
 
     room: Tensor
     inbox: Inbox
+    one: Tensor
 
 
 # By the name of the group; what is missing sums through NCCL.
@@ -56,7 +58,8 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
         room, words = buffer[:MOST_BYTES_AT_ONCE], buffer[MOST_BYTES_AT_ONCE:].zero_().view(torch.int64)
         of_words = torch.tensor([address + MOST_BYTES_AT_ONCE for address in addresses], device=device)
         counts = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
-        shared = _Shared(room, Inbox(words, of_words, counts, group.rank()))
+        stop, one = torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32).pin_memory()
+        shared = _Shared(room, Inbox(words, of_words, counts, stop, group.rank()), one)
     except (RuntimeError, AttributeError, NotImplementedError):
         pass
     # Behind it all ranks have cleared their memory.
@@ -71,6 +74,17 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
 def forget_memory(group: str) -> None:
     """Give back what :func:`share_memory` took."""
     _SHARED.pop(group, None)
+
+
+def release_waiting(group: str) -> None:
+    """Let the kernels of this rank that await others' terms end, and all that follow; their results mean nothing."""
+    shared = _SHARED.get(group)
+    if shared is None:
+        return
+    stop = shared.inbox.stop
+    with torch.cuda.stream(torch.cuda.Stream(stop.device)):
+        # By a copy, for which no multiprocessor need be free.
+        stop.copy_(shared.one, non_blocking=True)
 
 
 def sums_at_once(x: Tensor) -> bool:

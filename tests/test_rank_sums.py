@@ -53,7 +53,8 @@ def places(world: int, number: int) -> list[torch.Tensor]:
 def inbox_of(rank: int, words: list[torch.Tensor], start: int) -> Inbox:
     """Of a rank whose counts begin at ``start``."""
     addresses = torch.tensor([one.data_ptr() for one in words], device=DEVICE)
-    return Inbox(words[rank], addresses, torch.full((MOST_ROWS,), start, dtype=torch.int32, device=DEVICE), rank)
+    counts = torch.full((MOST_ROWS,), start, dtype=torch.int32, device=DEVICE)
+    return Inbox(words[rank], addresses, counts, torch.zeros(1, dtype=torch.int32, device=DEVICE), rank)
 
 
 def as_lists(results: list[tuple]) -> list[list]:
@@ -129,6 +130,15 @@ def test_ranks_have_the_sum_of_all(world, start):
             else:
                 reference = _normalized(torch.tensor(y).to(dtype), None, weight, EPS)[1]
                 torch.testing.assert_close(torch.tensor(normed).to(dtype), reference)
+
+
+def test_who_is_told_to_stop_awaits_nobody():
+    """The other rank has sent nothing; the sum means nothing, and ends."""
+    words = places(2, 0)
+    inbox = inbox_of(0, words, 0)
+    inbox.stop.fill_(1)
+    y, normed = sum_rows(*on_device(0, 0), EPS, inbox)
+    assert y.shape == normed.shape == of_rank(0, 0)[0].shape
 
 
 def test_a_rank_alone_adds_and_normalizes():

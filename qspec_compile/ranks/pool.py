@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from quantspec.kernels.ranks import release_waiting
+
 from .messages import Report, Task, receive, send
 from .seat import RanksError, ended, leave_seat, take_seat
 
@@ -235,9 +237,11 @@ class Ranks:
             self._changed.notify_all()
         for process in self._processes:
             process.kill()
-        # Gloo's waiting calls fail when their peers are gone; NCCL's must be told.
-        with contextlib.suppress(Exception):
-            if self.seat.device.type == "cuda":
+        # Gloo's waiting calls fail when their peers are gone; kernels and NCCL's must be told.
+        if self.seat.device.type == "cuda":
+            with contextlib.suppress(Exception):
+                release_waiting(self.seat.place.group)
+            with contextlib.suppress(Exception):
                 dist.distributed_c10d._abort_process_group()
         if not self._runs:
             self._leave()
