@@ -254,9 +254,9 @@ def test_without_arguments_it_says_what_there_is(run):
 def test_unsupported_models(run, tmp_path, tokenizer):
     tiny_model("doge").save_pretrained(tmp_path / "doge")
     tokenizer.save_pretrained(tmp_path / "doge")
-    module = "cannot convert module 'model.layers.0.self_attn'"
-    assert_error(run("generate", tmp_path / "doge", "Hi"), module, "supported")
-    assert_error(run("inspect", tmp_path / "doge"), module)
+    # By its module; transformers 5.15 loads one that is not causal at all, which is said then.
+    assert_error(run("generate", tmp_path / "doge", "Hi"), "cannot convert", "supported")
+    assert_error(run("inspect", tmp_path / "doge"), "cannot convert module 'model.layers.0.self_attn'")
     T5Config().save_pretrained(tmp_path / "t5")
     assert_error(run("inspect", tmp_path / "t5"), "T5Config")
     tiny_model("llama").save_pretrained(tmp_path / "mute")
