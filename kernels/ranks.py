@@ -8,7 +8,7 @@ most sums.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -110,10 +110,26 @@ def reduce_ranks(x: Tensor, group: str) -> Tensor:
 def _sum(x: Tensor, group: str) -> Tensor:
     """The sum by torch's collectives."""
     shared = _SHARED.get(group)
-    if shared is None or not sums_at_once(x):
-        return collectives.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
-    room = shared.room[: x.nbytes].view(x.dtype).view(x.shape)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x, "sum", group)
+    if shared is not None and sums_at_once(x):
+        room = shared.room[: x.nbytes].view(x.dtype).view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(room, x, "sum", group)
+    world = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
+    if world > 2 and x.itemsize == 2 and x.nbytes <= MOST_BYTES_AT_ONCE:
+        return _sum_in_order(x, world, group)
+    return collectives.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
+
+
+def _sum_in_order(x: Tensor, world: int, group: str) -> Tensor:
+    """The sum in the order of the ranks, rounded once.
+
+    Libraries add numbers of one tensor in different orders, by their place, so that a token's 16-bit sums would depend
+    on how many stand beside it.
+    """
+    terms = torch.ops._c10d_functional.all_gather_into_tensor(x.view(1, -1), world, group)
+    total = torch.zeros(x.numel(), dtype=torch.float32, device=x.device)
+    for term in collectives.wait_tensor(terms):
+        total += term
+    return total.to(x.dtype).view(x.shape)
 
 
 @reduce_ranks.register_kernel("cuda")

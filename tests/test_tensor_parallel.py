@@ -42,7 +42,7 @@ from quantspec.engine.plan import Plan
 from quantspec.hugging_face.generate import generate
 from quantspec.kernels import ranks as ranks_module
 from quantspec.kernels.rank_sums_triton import fits_inbox
-from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, sums_at_once
+from quantspec.kernels.ranks import MOST_BYTES_AT_ONCE, reduce_ranks, sums_at_once
 from quantspec.pair.split import StoredCapture, plan, split_capture
 from quantspec.passes import plain_weights, weight_formats
 from quantspec.passes.graph import find_calls
@@ -761,6 +761,23 @@ def test_logits_of_four_parts_are_the_wholes(ranks, architecture, options):
 @pytest.mark.parametrize("ranks", [4], indirect=True)
 def test_texts_of_four_ranks_are_those_of_one_process(ranks):
     check_texts(ranks, "llama")
+
+
+def sums_in_company(seat) -> tuple[Tensor, Tensor]:
+    """Of bfloat16 rows together and one by one."""
+    generator = torch.Generator().manual_seed(seat.place.rank)
+    x = torch.randn(13, 192, generator=generator).bfloat16()
+    rows = [reduce_ranks(row, seat.place.group) for row in x.split(1)]
+    return reduce_ranks(x, seat.place.group), torch.cat(rows)
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_tokens_sums_do_not_depend_on_those_beside_it(ranks):
+    """A deep model in bfloat16 was taken for one that mixes tokens."""
+    together, alone = ranks.run(sums_in_company)
+    assert torch.equal(together, alone)
+    terms = [torch.randn(13, 192, generator=torch.Generator().manual_seed(rank)).bfloat16() for rank in range(4)]
+    torch.testing.assert_close(together, sum(term.float() for term in terms).bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("ranks", [4], indirect=True)
