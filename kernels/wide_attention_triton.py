@@ -147,8 +147,8 @@ def attend_wide(
         best = tl.maximum(y_low, y_high)
         if SCORES:
             # Byte rows of a page have the higher bits of c in common.
-            best = tl.reshape(best, (TILE // 16, 2, PAGES, 8 // PAGES, ROWS))
-            best = tl.max(tl.max(tl.max(best, 1), 2), 0)
+            best = tl.reshape(best, (TILE // 8, PAGES, 8 // PAGES, ROWS))
+            best = tl.max(tl.max(best, 2), 0)
             page = tile * PAGES + tl.arange(0, PAGES)
             at = page.to(tl.int64)[:, None] * tops_stride + tl.arange(0, ROWS)[None, :]
             tl.store(tile_tops + at, best, real[None, :])
