@@ -9,8 +9,10 @@ of sums that follow each other.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
+import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +30,31 @@ WIDTHS, ROWS = (4096, 8192), (1, 5, 8)
 _SUMS = 64
 
 
+def sums(x: Tensor, weight: Tensor, group: str) -> dict[str, Callable[[], None]]:
+    """What is timed, by its name in the rows: sums of ``x (rows, N)`` over the ranks, one of the other."""
+
+    def with_norm() -> None:
+        total = normed = x
+        for _ in range(_SUMS):
+            total, normed = torch.ops.quantspec.reduce_ranks_to_norm(normed, total, weight, 1e-5, group)
+
+    def repeated(reduce: Callable[[Tensor, str], Tensor]) -> None:
+        total = x
+        for _ in range(_SUMS):
+            total = reduce(total, group)
+
+    alone, by_torch = (partial(repeated, reduce) for reduce in (torch.ops.quantspec.reduce_ranks, ranks._sum))
+    return {"sum_with_norm_us": with_norm, "sum_us": alone, "torch_sum_us": by_torch}
+
+
 def measure(seat: Seat) -> list[dict[str, Any]]:
     """A row per width and number of rows, on every rank."""
-    group = seat.place.group
     found = []
-    for width in WIDTHS:
-        weight = torch.ones(width, device=seat.device, dtype=torch.bfloat16)
-        for rows in ROWS:
-            x = torch.randn(rows, width, device=seat.device, dtype=torch.bfloat16)
-
-            def with_norm(x: Tensor = x, weight: Tensor = weight) -> None:
-                total = normed = x
-                for _ in range(_SUMS):
-                    total, normed = torch.ops.quantspec.reduce_ranks_to_norm(normed, total, weight, 1e-5, group)
-
-            def alone(x: Tensor = x) -> None:
-                for _ in range(_SUMS):
-                    x = torch.ops.quantspec.reduce_ranks(x, group)
-
-            def by_torch(x: Tensor = x) -> None:
-                for _ in range(_SUMS):
-                    x = ranks._sum(x, group)
-
-            calls = {"sum_with_norm_us": with_norm, "sum_us": alone, "torch_sum_us": by_torch}
-            times = {name: 1000 * milliseconds(call) / _SUMS for name, call in calls.items()}
-            found.append({"width": width, "rows": rows, "dtype": "bfloat16", "ranks": seat.place.world} | times)
+    for width, rows in itertools.product(WIDTHS, ROWS):
+        x = torch.randn(rows, width, device=seat.device, dtype=torch.bfloat16)
+        calls = sums(x, torch.ones_like(x[0]), seat.place.group)
+        times = {name: 1000 * milliseconds(call) / _SUMS for name, call in calls.items()}
+        found.append({"width": width, "rows": rows, "dtype": "bfloat16", "ranks": seat.place.world} | times)
     return found
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "rank-sums.json")
     arguments = parser.parse_args()
     print_progress()
-    with contextlib.closing(Ranks(arguments.ranks, "cuda")) as pool:
+    with Ranks(arguments.ranks, "cuda") as pool:
         write_results(arguments.out, "cuda", pool.run(measure))
 
 

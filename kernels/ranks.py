@@ -21,7 +21,7 @@ from .rank_sums_triton import MOST_ROWS, Inbox, fits_inbox, has_kernel_for, inbo
 
 # A longer sum is bound by bytes, of which NCCL moves fewer.
 MOST_BYTES_AT_ONCE = 512 * 2**10
-# torch's kernel adds no others; a sum of float16 goes through NCCL.
+# torch's kernel adds no others; a longer sum of float16 goes through NCCL.
 _SUMMED_AT_ONCE = (torch.float32, torch.bfloat16)
 
 

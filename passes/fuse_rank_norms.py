@@ -75,16 +75,15 @@ def _sums(graph: fx.Graph) -> list[_Sum]:
 
 
 def _of_sum(norm: Norm) -> _Sum | None:
-    alike = norm.node.meta["val"].dtype is norm.x.meta["val"].dtype
-    if not alike:
+    if norm.node.meta["val"].dtype is not norm.x.meta["val"].dtype:
         return None
     if norm.x.target is _REDUCE:
         return _Sum(norm, norm.x)
     if norm.x.target is not aten.add.Tensor or norm.x.kwargs:
         return None
     for reduce, residual in (norm.x.args, norm.x.args[::-1]):
-        others = isinstance(residual, fx.Node) and residual is not reduce
-        if others and _is_sum_alone(reduce) and _is_like(reduce, norm.x) and _is_like(residual, norm.x):
+        is_other = isinstance(residual, fx.Node) and residual is not reduce
+        if is_other and _is_sum_alone(reduce) and _is_like(reduce, norm.x) and _is_like(residual, norm.x):
             return _Sum(norm, cast(fx.Node, reduce))
     return None
 

@@ -1,4 +1,4 @@
-"""Multiply single rows of bfloat16 as vectors, on CPUs that have it."""
+"""Multiply single rows of bfloat16 as vectors on a CPU."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from quantspec.kernels.cpu_features import cpu_lacks_half_matmul
-
 from .graph import add_call, aten, find_calls, finish
 
 _ROW_LINEAR = torch.ops.quantspec.row_linear.default
 
 
 class RowLinears(PassBase):
-    """Matches ``aten.linear`` of bfloat16 tensors on a CPU with native bfloat16, writes ``quantspec::row_linear``.
+    """Matches ``aten.linear`` of bfloat16 tensors on a CPU, writes ``quantspec::row_linear``.
 
-    Requires value metadata. Ensures the same outputs up to rounding, and that no such linear is left.
+    It is for CPUs with native bfloat16. Requires value metadata. Ensures the same outputs up to rounding, and that no
+    such linear is left.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -37,12 +36,5 @@ class RowLinears(PassBase):
 
 
 def _linears(graph: fx.Graph) -> list[fx.Node]:
-    if cpu_lacks_half_matmul():
-        return []
-    calls = [node for node in find_calls(graph, aten.linear.default) if "val" in node.meta]
-    values = [node.meta["val"] for node in calls]
-    return [
-        node
-        for node, value in zip(calls, values, strict=True)
-        if value.dtype == torch.bfloat16 and value.device.type == "cpu"
-    ]
+    found = [(node, node.meta["val"]) for node in find_calls(graph, aten.linear.default)]
+    return [node for node, value in found if value.dtype == torch.bfloat16 and value.device.type == "cpu"]

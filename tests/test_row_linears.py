@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 
 import quantspec
 from quantspec.kernels import row_linear
-from quantspec.passes import row_linears
+from quantspec.pair import recipes
 from quantspec.passes.graph import aten, find_calls
 
 
@@ -28,7 +28,7 @@ def test_a_row_is_multiplied_as_in_a_matrix(dtype, shape, biased):
 )
 def test_where_a_cpu_multiplies_bfloat16_rows_are_vectors(monkeypatch, dtype, lacks, count):
     """Seven linears of a layer, and the head; the draft's are in INT4."""
-    monkeypatch.setattr(row_linears, "cpu_lacks_half_matmul", lambda: lacks)
+    monkeypatch.setattr(recipes, "cpu_lacks_half_matmul", lambda: lacks)
     model = tiny_model("llama", num_hidden_layers=1).to(getattr(torch, dtype))
     qs = quantspec.convert(model, weight_group_size=32, quantize_lm_head=True, self_check=False)
     for graph, found in ((qs.target, count), (qs.draft, 0)):

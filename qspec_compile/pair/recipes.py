@@ -95,6 +95,10 @@ def _widen_where_emulated() -> Sequence[PassBase]:
     return [WidenLinears()] if cpu_lacks_half_matmul() else []
 
 
+def _rows_where_native() -> Sequence[PassBase]:
+    return [] if cpu_lacks_half_matmul() else [RowLinears()]
+
+
 _RECIPES: dict[tuple[Role, str], Recipe] = {}
 
 
@@ -105,7 +109,7 @@ def register(recipe: Recipe) -> Recipe:
 
 
 register(Recipe("target", Role.TARGET, ACCESSES[Role.TARGET], more_passes=lambda: [FuseGates(), GroupLinears()]))
-register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS, more_passes=lambda: [RowLinears()]))
+register(Recipe("target on a CPU", Role.TARGET, DECODED_ACCESS, more_passes=_rows_where_native))
 # Long prompts take their time in large matmuls: not worth the wait for a compilation, see Pair.fill.
 register(Recipe("prefill", Role.PREFILL, ACCESSES[Role.PREFILL], compiles=False, more_passes=_widen_where_emulated))
 # A CPU takes longer to decode planes at 4 bits than to read the copy at 8 bits that its target reads.
@@ -116,7 +120,7 @@ register(
         ACCESSES[Role.DRAFT],
         INT4,
         access_on_cpu=DECODED_ACCESS,
-        more_passes=lambda: [RowLinears()],
+        more_passes=_rows_where_native,
     )
 )
 # What a GPU's draft reads, on a CPU too: to measure there what will be accepted on a GPU.
