@@ -195,13 +195,13 @@ def _sum_kernel(
     lane = tl.arange(0, UNITS)
     unit = tl.minimum(lane, width // SIDE - 1)
     n = unit[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    if PDL:
-        gdc_launch_dependents()
     if NORM:
         of_norm = tl.load(weight + n).to(tl.float32)
     if PDL:
         # Kernels before this one may still be writing what it reads, but for weights, or reading what it writes.
         gdc_wait()
+        # What follows fetches its weights while terms travel; before, it would take the linear's bandwidth in front.
+        gdc_launch_dependents()
     if WORLD == 1:
         y = tl.load(x + row * width + n).to(tl.float32)
         if HAS_RESIDUAL:

@@ -113,7 +113,7 @@ def value_factors(scale, zero, step: tl.constexpr, USE_ASM: tl.constexpr):
 @triton.jit
 def normalizer(norm, top):
     """The inverse of the sum of ``norm`` over its first axis, and the log2-sum-exp2."""
-    total = tl.sum(norm, 0)
+    total = tl.sum(norm, 0).to(tl.float32)
     divisor = tl.where(total > 0, total, 1.0)
     return (1.0 / divisor)[None, :], tl.where(total > 0, top - WEIGHT_SHIFT + tl.log2(divisor), float("-inf"))
 

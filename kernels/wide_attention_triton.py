@@ -146,9 +146,9 @@ def attend_wide(
         y_high = s_high + log_high
         best = tl.maximum(y_low, y_high)
         if SCORES:
-            # Byte rows of a page have the higher bits of c in common.
-            best = tl.reshape(best, (TILE // 8, PAGES, 8 // PAGES, ROWS))
-            best = tl.max(tl.max(best, 2), 0)
+            # Byte rows of a page have the higher bits of c in common; one reduction takes the fewest exchanges.
+            best = tl.permute(tl.reshape(best, (TILE // 8, PAGES, 8 // PAGES, ROWS)), (1, 0, 2, 3))
+            best = tl.max(tl.reshape(best, (PAGES, TILE // PAGES, ROWS)), 1)
             page = tile * PAGES + tl.arange(0, PAGES)
             at = page.to(tl.int64)[:, None] * tops_stride + tl.arange(0, ROWS)[None, :]
             tl.store(tile_tops + at, best, real[None, :])
@@ -167,5 +167,6 @@ def attend_wide(
         v_low, v_high = centred_bytes(tl.load(v_upper + v_at), tl.load(v_lower + v_at), tl.float16, USE_ASM)
         acc = tl.dot(_by_thread(v_low), w_low.to(tl.float16), acc * decay)
         acc = tl.dot(_by_thread(v_high), w_high.to(tl.float16), acc)
-    inverse, lse = normalizer(norm, top)
-    return (acc + tl.sum(offset, 0)[None, :]) * inverse, lse
+    # The compiler adds in another order where there are scores; in float64 the sum is the same.
+    inverse, lse = normalizer(norm.to(tl.float64), top)
+    return (acc + tl.sum(offset.to(tl.float64), 0).to(tl.float32)[None, :]) * inverse, lse
