@@ -141,7 +141,7 @@ class Settings:
 
 
 def published(model: str) -> Settings:
-    """The settings of a shape's published table; no table shows SmolLM2, nor yet a model over several GPUs."""
+    """The settings of a shape's published table; no table shows SmolLM2, nor yet four GPUs."""
     settings = {
         "llama-3.1-8b": Settings("llama-3.1-8b", (4096, 32768, 131072), gammas=(3, 4, 5), generate_at=(32768,)),
         "llama-2-7b": Settings("llama-2-7b", (4096, 32768, 65536), gammas=(3, 4, 5, 6), generate_at=(4096,)),

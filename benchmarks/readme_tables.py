@@ -398,6 +398,36 @@ def two_gpus(name: str, alone: str) -> str:
     return markdown_table(["context", "step", "one GPU, ms", "two GPUs, ms", "ratio"], rows) + _source(data, name)
 
 
+def split_decoding(*names: str) -> str:
+    """Steps, the highest speed-ups at acceptance of 0.93 and 0.97, and memory of shapes that are split over GPUs."""
+    rows = []
+    for data in map(_load, names):
+        for row in data["rows"]:
+            verified, verify_ms = max(row["verify_ms"].items(), key=lambda item: int(item[0]))
+            gains = [
+                max(
+                    (result["speedup"], result["num_speculative_tokens"])
+                    for result in row["synthetic"]
+                    if result["synthetic_acceptance_rate"] == rate
+                )
+                for rate in (0.93, 0.97)
+            ]
+            rows.append(
+                [
+                    row["model"].removeprefix("llama-3.1-").upper(),
+                    f"{row['context']:,}",
+                    f"{row['baseline_token_ms']:.2f}",
+                    f"{row['draft_step_ms']:.2f}",
+                    f"{verify_ms:.2f} ({verified})",
+                    *(f"{speedup:.2f}x ({count} drafts)" for speedup, count in gains),
+                    f"{max(row['decode_peak_bytes_of_ranks']) / 2**30:.1f}",
+                ]
+            )
+    header = ["shape", "context", "baseline, ms", "draft step, ms", "verification, ms (tokens)", "at 0.93", "at 0.97"]
+    table = markdown_table([*header, "GiB of a GPU"], rows)
+    return table + "".join(_source(_load(name), name) for name in names)
+
+
 def rank_sums(name: str) -> str:
     """A sum over ranks with what follows it, by itself, and by torch's kernel."""
     data = _load(name)
@@ -543,7 +573,10 @@ def needle(*names: str) -> str:
 
 
 def serving(name: str) -> str:
-    """Tokens per second of all users, how many times those one after another, and the median time to a first token."""
+    """Tokens per second of all users, how many times those one after another, and the median time to a first token.
+
+    Where one after another was not measured, how many times those without drafts.
+    """
     data = _load(name)
     kinds = {
         "one_after_another": "one after another",
@@ -559,7 +592,8 @@ def serving(name: str) -> str:
         if "one_after_another" in row
     }
     for row in sorted(data["rows"], key=lambda row: (row["context"], row["users"], row["new_tokens"])):
-        alone = known[row["users"], row["context"], row["new_tokens"]]
+        shape = row["users"], row["context"], row["new_tokens"]
+        alone = known.get(shape, row.get("batch_without_drafts"))
         for kind, text in kinds.items():
             if kind not in row:
                 continue
@@ -597,6 +631,7 @@ TABLES = {
     "new-text": lambda: new_text("drafts-new-text.json"),
     "new-text-gptq": lambda: new_text("drafts-new-text-gptq.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
+    "serving-8-users": lambda: serving("serving-llama-3.1-8b-8-users.json"),
     "serving-smollm2": lambda: serving("serving-smollm2.json"),
     "first-text": lambda: first_text("first-text.json"),
     "options-8b": lambda: options("options-8b.json"),
@@ -609,9 +644,9 @@ TABLES = {
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
     "batches": lambda: batches("decode-llama-3.1-8b-batches-h200.json"),
-    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-h200.json"),
+    "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-1-gpu.json"),
+    "split-decode": lambda: split_decoding("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-70b-2-gpus.json"),
     "rank-sums": lambda: rank_sums("rank-sums.json"),
-    "two-gpus-older": lambda: two_gpus("decode-llama-3.1-8b-2-gpus-older.json", "decode-llama-3.1-8b-1-gpu.json"),
     "speedup": lambda: speedups("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "memory": lambda: memory("decode-llama-3.1-8b.json"),
     "attention-kernels": lambda: attention_kernels("kernels.json"),

@@ -76,13 +76,11 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
     h200 = {(row[0], row[1]): row for row in table_cells(TABLES["sparse-decode"]())}
     of_h200 = result("decode-llama-3.1-8b-h200.json")["rows"]
     long = {row["draft_attention"]: row for row in of_h200 if row["context"] == 131072}
-    before = next(row for row in result("decode-llama-3.1-8b-1-gpu.json")["rows"] if row["context"] == 4096)
     batches = [row[-1] for row in table_cells(TABLES["batches"]())]
     return [
         *((rate, (README,)) for rate, _ in new_text),
         *((speedup, ()) for _, speedup in new_text),
         (f"{h200['4k', 'full'][3]} ms", (BENCHMARKS,)),
-        (f"{before['draft_step_ms']:.2f} ms", (BENCHMARKS,)),
         *((f"{long[reads]['verify_ms']['8']:.2f} ms", (BENCHMARKS, CHOOSING)) for reads in ("full", "sparse")),
         *((h200[key][5].split()[0], ()) for key in h200 if key != ("32k", "sparse")),
         *((speedup, ()) for speedup in batches),
