@@ -31,17 +31,16 @@ from quantspec.kernels.flush import flush
 from quantspec.kernels.hierarchical import decode_keys, decode_values, encode_keys, encode_values
 from quantspec.kernels.inline_asm import biased_quarters, centred_bytes, centred_nibbles, nibble_bias
 from quantspec.kernels.int4_linear import (
-    LinearConfig,
     dequantize_int4,
     int4_fused_linear,
     int4_fused_linear_triton,
     int4_linear_to_norm,
     int4_linear_to_norm_triton,
     int4_linear_triton,
-    linear_config,
     pack_int4,
     unpack_int4,
 )
+from quantspec.kernels.int4_rows import LinearConfig, linear_config
 from quantspec.kernels.linears import linears, linears_triton
 from quantspec.kernels.prefill_attention import prefill_attention, prefill_attention_triton
 
@@ -321,7 +320,7 @@ def test_int4_linear_matches_float64(rows, out_features, in_features, group, bia
     [(2, 1, 1, 9), (3, 1, 4, 1), (5, 4, 1, 1), (8, 2, 2, 9), (12, 4, 2, 0), (29, 2, 3, 0)],
 )
 def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activation, gate_first, monkeypatch) -> None:
-    module = import_module("quantspec.kernels.int4_linear")
+    module = import_module("quantspec.kernels.int4_rows")
     monkeypatch.setattr(
         module, "linear_config", lambda *_: LinearConfig(tiles, 2, 1 if activation else splits, 1, early)
     )
@@ -335,7 +334,7 @@ def test_int4_linears_do_what_follows_them(rows, tiles, splits, early, activatio
 
 @pytest.mark.parametrize(("rows", "tiles", "splits"), [(1, 1, 1), (2, 1, 1), (6, 2, 3), (7, 4, 1), (19, 2, 1)])
 def test_a_norm_between_int4_linears_needs_no_launch(rows, tiles, splits, monkeypatch) -> None:
-    module = import_module("quantspec.kernels.int4_linear")
+    module = import_module("quantspec.kernels.int4_rows")
     monkeypatch.setattr(
         module, "linear_config", lambda *shape: LinearConfig(tiles, 2, 1 if shape[-1] else splits, 1, 0)
     )
@@ -450,7 +449,7 @@ def test_int4_linear_takes_weights_of_any_layout() -> None:
 @pytest.mark.parametrize("k_width", [2, 4])
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_int4_linear_at_every_number_of_rows(rows: int, k_width: int, monkeypatch) -> None:
-    monkeypatch.setattr(import_module("quantspec.kernels.int4_linear"), "K_WIDTH", k_width)
+    monkeypatch.setattr(import_module("quantspec.kernels.int4_rows"), "K_WIDTH", k_width)
     arguments, expected = int4_arguments(rows, 32, 256, 64, False, torch.bfloat16)
     assert relative_error(int4_linear_triton(*arguments), expected) < torch.finfo(torch.bfloat16).eps
 
