@@ -19,91 +19,44 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gc
 import importlib
 import itertools
-import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, fx
-from torch.autograd import DeviceType
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 import quantspec
 from quantspec import QuantSpecModel
 from quantspec.cache import HierarchicalCache
-from quantspec.checkpoint.split_loading import hollow_checkpoint
-from quantspec.config import DraftAttention, QuantSpecConfig
+from quantspec.config import DraftAttention
 from quantspec.engine.cycle import CycleResult
 from quantspec.engine.cycle_graph import CycleReplay
 from quantspec.engine.odds import cycle_tokens
 from quantspec.engine.plan import Plan
 from quantspec.engine.session import Session
 from quantspec.evals import load_smollm2, python_reference
-from quantspec.kernels.cache_layout import part_names
-from quantspec.kernels.cached_attention import rotate
-from quantspec.pair import Pair
-from quantspec.pair.compile_by_layer import compile_graph
-from quantspec.pair.split import StoredCapture, plan, split_pair
 from quantspec.passes import Role
-from quantspec.passes.attention_lowering import ACCESSES, SCORED_ACCESS
-from quantspec.passes.graph import add_call, clone, find_calls
-from quantspec.passes.pieces import Piece
-from quantspec.ranks import Ranks, Seat, check_can_start
-from quantspec.tensor_parallel import Split
+from quantspec.ranks import Seat
 
 from .common import LOG, RESULTS, print_progress, write_results
 from .generate import PROMPT_START, timed
+from .gpu_times import free, kernel_table, kernel_times, milliseconds
+from .random_models import SHAPES, check_fits, random_model, shape_config, split_random_pair
+from .strong_baseline import Baseline
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama-2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-3.1-70b": {
-        "vocab_size": 128256,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
 RATES = (0.85, 0.90, 0.93, 0.95)
 # Tokens a cache has room for beyond the context, for the cycles that are timed.
 CYCLE_TOKENS = 1024
-# Slots of the dense cache beyond the context, so that a token has somewhere to go.
-_SLACK = 64
-# Of random weights, as transformers makes them.
-_STANDARD_DEVIATION = 0.02
-# Replays timed at once.
-_ROW = 5
-# By which ranks keep the only pair of theirs, and the baseline that is made of it.
-_PAIR, _BASELINE = 0, "baseline"
+# By which ranks keep the baseline that is made of their pair.
+_BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -154,187 +107,6 @@ def published(model: str) -> Settings:
     return settings[model]
 
 
-@torch.library.custom_op("quantspec_benchmark::dense_attention", mutates_args=("k_cache", "v_cache"))
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, scale: float
-) -> Tensor:
-    """Store a token of each sequence in ``(B, K, S, D)`` caches and attend to all S tokens; returns ``(B, 1, H, D)``.
-
-    The first of ``slot (B,)`` is where, in all sequences.
-    """
-    k_cache.index_copy_(2, slot[:1], key)
-    v_cache.index_copy_(2, slot[:1], value)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = F.scaled_dot_product_attention(query, k_cache, v_cache, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).contiguous()
-
-
-@dense_attention.register_fake
-def _(query, key, value, k_cache, v_cache, slot, scale):
-    batch, heads, tokens, dim = query.shape
-    return query.new_empty(batch, tokens, heads, dim)
-
-
-def shape_config(name: str, layers: int | None) -> LlamaConfig:
-    """The config of a Llama of the named shape, with ``layers`` layers if they are given."""
-    shape = dict(SHAPES[name])
-    if layers is not None:
-        shape["num_hidden_layers"] = layers
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    return LlamaConfig(**shape, max_position_embeddings=2**18, tie_word_embeddings=False, rope_parameters=rope)
-
-
-def check_fits(name: str, layers: int | None, num_gpus: int) -> None:
-    """Refuse a shape whose weights alone, target's and draft's, exceed the memory of so many GPUs.
-
-    Raises:
-        ValueError: naming how many would hold them.
-    """
-    config = shape_config(name, layers)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    count = sum(p.numel() for p in model.parameters())
-    drafted = count - config.vocab_size * config.hidden_size
-    # Two bytes each, and in the draft half a byte with a scale and a zero per group of 128.
-    size = 2 * count + drafted * (0.5 + 4 / 128)
-    room = torch.cuda.get_device_properties(0).total_memory
-    if size > num_gpus * room:
-        enough = next(number for number in itertools.count(1) if size <= 2**number * room)
-        raise ValueError(
-            f"'{name}' has {size / 2**30:.0f} GiB of weights with its draft, and a GPU has {room / 2**30:.0f} GiB; "
-            f"split it with python -m benchmarks.decode --model {name} --tensor-parallel {2**enough}"
-        )
-
-
-def random_model(name: str, layers: int | None) -> PreTrainedModel:
-    """A Llama of the named shape with random bfloat16 weights on the GPU.
-
-    Raises:
-        ValueError: the GPU is too small for it.
-    """
-    check_fits(name, layers, 1)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(shape_config(name, layers)).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
-def split_random_pair(model_config: LlamaConfig, num_ranks: int, device_type: str, **options: Any) -> QuantSpecModel:
-    """A pair with random bfloat16 weights over ranks, each of which makes those of its own part on its own device.
-
-    It is what the folder of a model with such weights would become, without the folder; ``options`` are ``convert``'s.
-
-    Raises:
-        ValueError: there are fewer GPUs than ranks.
-        UnsupportedModelError: the model cannot be split over so many.
-        RanksError: a rank failed or was ended.
-    """
-    check_can_start(num_ranks, device_type)
-    config = QuantSpecConfig.from_options(None, options)
-    with tempfile.TemporaryDirectory() as folder:
-        model_config.save_pretrained(folder)
-        stored = plan(_hollow_model(folder, device_type), config, num_ranks)
-        ranks = Ranks(num_ranks, device_type)
-        try:
-            pair = ranks.run(random_part, _PAIR, folder, config, stored)
-        except BaseException:
-            ranks.close()
-            raise
-    return QuantSpecModel(pair, Split(pair, ranks, _PAIR, owns_ranks=True))
-
-
-def random_part(seat: Seat, key: int, folder: str, config: QuantSpecConfig, stored: StoredCapture | None) -> Pair:
-    """This rank's part of the pair of the config in ``folder``; what several ranks hold is the same on all.
-
-    The rank keeps a session of it by ``key``.
-    """
-    model = _hollow_model(folder, seat.device)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-
-    def read(name: str, piece: Piece | None) -> Tensor:
-        whole = torch.empty(shapes[name], dtype=torch.bfloat16, device="meta")
-        held = whole if piece is None else piece.of(whole)
-        weight = torch.empty(held.shape, dtype=held.dtype, device=seat.device)
-        if weight.dim() == 1:
-            return weight.fill_(1)
-        generator = torch.Generator(seat.device).manual_seed(zlib.crc32(repr((name, piece)).encode()))
-        return weight.normal_(0, _STANDARD_DEVIATION, generator=generator)
-
-    pair = split_pair(seat, model, read, config, stored)
-    seat.kept[key] = Session(pair)
-    return pair
-
-
-def _hollow_model(folder: str, device: torch.device | str) -> PreTrainedModel:
-    return hollow_checkpoint(Path(folder), torch.device(device), torch.bfloat16, trust_remote_code=False)
-
-
-def milliseconds(call: Callable[[], Any], replays: int = 10) -> float:
-    """Median GPU time of ``call``, replayed as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        # Several in a row, so that the launch of one hides behind the one before.
-        for _ in range(_ROW):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / _ROW)
-    return sorted(times)[len(times) // 2]
-
-
-def kernel_times(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each kernel of one ``call``, longest first.
-
-    The call is not a CUDA graph: the profiler need not see into one.
-    """
-    with torch.no_grad():
-        call()
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
-            call()
-            torch.cuda.synchronize()
-    return by_kernel(profiler.events())
-
-
-def by_kernel(events: Iterable[Any]) -> dict[str, dict[str, float]]:
-    """Launches and microseconds by name of those of the profiler's events that ran on the GPU, longest first."""
-    kernels: dict[str, dict[str, float]] = {}
-    for event in events:
-        if event.device_type == DeviceType.CUDA:
-            kernel = kernels.setdefault(event.name, {"launches": 0, "us": 0.0})
-            kernel["launches"] += 1
-            kernel["us"] += event.device_time_total
-    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
-
-
-def kernel_table(kernels: dict[str, dict[str, dict[str, float]]], shown: int = 12) -> str:
-    """Of each step the kernels that take longest, by lines of name, launches and microseconds."""
-    lines = []
-    for step, found in kernels.items():
-        rows = [(name, kernel["launches"], kernel["us"]) for name, kernel in found.items()]
-        rest = rows[shown:]
-        rows = [
-            (f"{step}: all of {len(rows)} kernels", sum(row[1] for row in rows), sum(row[2] for row in rows)),
-            *rows[:shown],
-            *([("others", sum(row[1] for row in rest), sum(row[2] for row in rest))] if rest else []),
-        ]
-        lines += [f"{name[:70]:70} {launches:6.0f} {us:10.1f}" for name, launches, us in rows]
-    return "\n".join(lines)
-
-
 def filled_cache(qs: QuantSpecModel, context: int, slack: int, batch: int = 1) -> HierarchicalCache:
     """A cache of sequences with ``context`` tokens of random codes each; times do not depend on what they are."""
     cache = qs.pair.new_cache(batch, 15)
@@ -362,60 +134,6 @@ def step(qs: QuantSpecModel, cache: HierarchicalCache, role: Role, tokens: int) 
     """One forward pass of ``tokens`` tokens of each sequence."""
     ids = torch.ones(cache.batch_size, tokens, dtype=torch.long, device=qs.device)
     return lambda: qs.pair.read(role, ids, cache)
-
-
-def _rotated(graph: fx.Graph, call: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, *options: Any) -> fx.Node:
-    """The rotation that ``call`` does to ``x``, as ATen ops before it: inductor makes one kernel of them."""
-    inputs = (x, cos, sin)
-    traced = make_fx(lambda *tensors: rotate(*tensors, *options))(*(node.meta["val"] for node in inputs))
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = inputs[len(copies)]
-        elif node.op == "call_function":
-            args = fx.node.map_arg(node.args, copies.__getitem__)
-            copies[node] = add_call(graph, node.target, args, call, value=node.meta["val"])
-            copies[node].kwargs = node.kwargs
-    return copies[traced.graph.output_node().args[0]]  # type: ignore[index]
-
-
-class Baseline:
-    """The strong baseline: the target's graph over a dense cache."""
-
-    def __init__(self, qs: QuantSpecModel) -> None:
-        self.qs = qs
-        is_full = qs.pair.config.draft_attention is DraftAttention.FULL
-        self.access = ACCESSES[Role.TARGET] if is_full else SCORED_ACCESS
-        gm = clone(qs.target)
-        for node in list(find_calls(gm.graph, self.access.op)):
-            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
-            with gm.graph.inserting_before(node):
-                for name in ("query", "key") if "cos" in given else ():
-                    rotation = [given[one] for one in ("cos", "sin", "rotary_dim", "interleaved")]
-                    given[name] = _rotated(gm.graph, node, given[name], *rotation)
-                read = [given[name] for name in ("query", "key", "value", *part_names("recent"), "length", "scale")]
-                dense = gm.graph.call_function(torch.ops.quantspec_benchmark.dense_attention.default, tuple(read))
-            node.replace_all_uses_with(dense)
-            gm.graph.erase_node(node)
-        gm.recompile()
-        self.forward = compile_graph(gm)
-
-    def token(self, context: int, batch: int = 1) -> Callable[[], Any]:
-        """One token of each sequence at ``context``."""
-        caches, device = [], self.qs.device
-        for layer in self.qs.layers:
-            for dim in (layer.key_dim, layer.value_dim):
-                shape = (batch, layer.kv_heads, context + _SLACK, dim)
-                caches.append(torch.randn(shape, dtype=self.qs.model.dtype, device=device))
-                torch._dynamo.maybe_mark_dynamic(caches[-1], 2)
-        unused = torch.zeros(1, device=device)
-        inputs = []
-        for k_cache, v_cache in zip(caches[::2], caches[1::2], strict=True):
-            dense = dict(zip(part_names("recent"), (k_cache, v_cache), strict=True))
-            inputs += [dense.get(name, unused) for name in self.access.inputs]
-        ids = torch.ones(batch, 1, dtype=torch.long, device=device)
-        length = torch.full((batch,), context, device=device)
-        return lambda: self.forward(ids, length[:, None], ids - 1, length, length, *inputs)
 
 
 def synthetic_acceptance(rate: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -562,12 +280,6 @@ def measure_generate(
     LOG.debug(row)
     free()
     return row
-
-
-def free() -> None:
-    """Give unused memory back, so that peaks are those of what follows."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:

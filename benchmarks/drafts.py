@@ -29,7 +29,8 @@ from quantspec.evals import python_reference
 
 from .acceptance import model_and_tokenizer, prompts_of, texts_of
 from .common import LOG, RESULTS, print_progress, write_results
-from .decode import Baseline, milliseconds
+from .gpu_times import milliseconds
+from .strong_baseline import Baseline
 
 NEW_TEXT: tuple[tuple[str, int | str], ...] = (("self", 4), ("self", 6))
 COPIES: tuple[tuple[str, int | str], ...] = (

@@ -22,7 +22,7 @@ import torch
 
 from . import first_text_process
 from .common import LOG, RESULTS, print_progress, write_results
-from .decode import SHAPES
+from .random_models import SHAPES
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e5}
 _SMOLLM2 = {

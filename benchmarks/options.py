@@ -25,8 +25,8 @@ from quantspec import QuantSpecModel
 from quantspec.evals import load_smollm2, python_reference
 
 from .common import LOG, RESULTS, print_progress, write_results
-from .decode import SHAPES, random_model
 from .generate import PROMPT_START, timed
+from .random_models import SHAPES, random_model
 
 BATCHES = (1, 4, 8)
 PROMPT_TOKENS = 2000

@@ -23,7 +23,7 @@ from quantspec.kernels import ranks
 from quantspec.ranks import Ranks, Seat
 
 from .common import RESULTS, print_progress, write_results
-from .decode import milliseconds
+from .gpu_times import milliseconds
 
 # Of the published table.
 WIDTHS, ROWS = (4096, 8192), (1, 5, 8)

@@ -18,8 +18,8 @@ from quantspec.evals.parity_rendering import markdown_table
 from quantspec.memory import expected_memory, full_precision_bytes
 
 from .common import RESULTS
-from .decode import SHAPES
 from .plot_decode import NAMES, RATES, best_rows, computed_speedup, speedup
+from .random_models import SHAPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tensor-parallel.md")

@@ -29,8 +29,10 @@ from quantspec.evals import load_smollm2, python_reference
 from quantspec.serving import Request
 
 from .common import LOG, RESULTS, print_progress, write_results
-from .decode import SHAPES, free, random_model, synthetic_acceptance
+from .decode import synthetic_acceptance
 from .generate import PROMPT_START
+from .gpu_times import free
+from .random_models import SHAPES, random_model
 
 # What is timed, and what its engine is; the batch has a place for every user.
 MODES: dict[str, dict[str, Any]] = {

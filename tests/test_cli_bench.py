@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 
 from benchmarks.common import RESULTS
 from quantspec.benchmarks import decode, generate, kernels
+from quantspec.benchmarks.random_models import SHAPES
 from quantspec.cli._bench_tables import generate_table
 from quantspec.cli.bench import BenchModel
 from quantspec.versions import install_command
@@ -159,7 +160,7 @@ def test_bench_without_smollm2(run, no_gpu, monkeypatch):
 
 
 def test_models_are_those_of_the_benchmark():
-    assert [model.value for model in BenchModel] == ["smollm2", *decode.SHAPES]
+    assert [model.value for model in BenchModel] == ["smollm2", *SHAPES]
 
 
 def decode_row(settings: decode.Settings, context: int) -> dict:
@@ -244,7 +245,7 @@ def test_full_settings_are_the_published_ones(run, measured, tmp_path):
     assert measured == [published, replace(published, contexts=(65536,)), decode.published("smollm2")]
 
 
-@pytest.mark.parametrize("model", [name for name in decode.SHAPES if decode.published(name).tensor_parallel == 1])
+@pytest.mark.parametrize("model", [name for name in SHAPES if decode.published(name).tensor_parallel == 1])
 def test_published_settings_are_those_of_the_results(model):
     settings = decode.published(model)
     rows = json.loads((RESULTS / f"decode-{model}.json").read_text())["rows"]

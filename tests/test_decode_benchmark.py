@@ -14,8 +14,10 @@ from test_score_programs import without_graphs
 from tiny_models import tiny_model
 
 import quantspec
-from quantspec.benchmarks import decode
-from quantspec.benchmarks.decode import Settings, check_fits, measure_context, random_model
+from quantspec.benchmarks import decode, strong_baseline
+from quantspec.benchmarks.decode import Settings, measure_context
+from quantspec.benchmarks.random_models import check_fits, random_model
+from quantspec.benchmarks.strong_baseline import Baseline, dense_attention
 from quantspec.engine.odds import cycle_tokens
 from quantspec.pair import pair
 from quantspec.pair.recipes import recipes_for
@@ -50,7 +52,7 @@ def without_gpu(monkeypatch, without_graphs):
 
     monkeypatch.setattr(decode, "milliseconds", milliseconds)
     monkeypatch.setattr(decode, "kernel_times", lambda call: {})
-    monkeypatch.setattr(decode, "compile_graph", lambda graph: graph)
+    monkeypatch.setattr(strong_baseline, "compile_graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
@@ -84,12 +86,12 @@ def test_sequences_decode_together(qs, without_gpu, monkeypatch, batch):
 def test_the_baseline_is_the_same_beside_sparse_drafts(monkeypatch):
     """Whose target leaves scores of pages; with the recipes of a GPU."""
     monkeypatch.setattr(pair, "recipes_for", lambda config, device: recipes_for(config, "cuda"))
-    monkeypatch.setattr(decode, "compile_graph", lambda graph: graph)
-    monkeypatch.setattr(decode, "sdpa_kernel", lambda kernel: contextlib.nullcontext())
+    monkeypatch.setattr(strong_baseline, "compile_graph", lambda graph: graph)
+    monkeypatch.setattr(strong_baseline, "sdpa_kernel", lambda kernel: contextlib.nullcontext())
     tokens = []
     for reads in ("full", "sparse"):
         options = {"weight_group_size": 32, "self_check": False, "compile": False}
-        baseline = decode.Baseline(quantspec.convert(tiny_model("llama"), draft_attention=reads, **options))
+        baseline = Baseline(quantspec.convert(tiny_model("llama"), draft_attention=reads, **options))
         torch.manual_seed(0)
         tokens.append(baseline.token(20, 2)())
     assert torch.equal(*tokens)
@@ -101,11 +103,11 @@ def test_dense_attention_stores_a_token_of_each_sequence():
     query, key, value = (torch.randn(2, heads, 1, 16) for heads in (4, 2, 2))
     caches = [torch.randn(2, 2, 8, 16) for _ in range(2)]
     together = [cache.clone() for cache in caches]
-    out = decode.dense_attention(query, key, value, *together, torch.tensor([5, 5]), 0.25)
+    out = dense_attention(query, key, value, *together, torch.tensor([5, 5]), 0.25)
     for row in range(2):
         alone = [cache[row : row + 1].clone() for cache in caches]
         inputs = (tensor[row : row + 1] for tensor in (query, key, value))
-        torch.testing.assert_close(decode.dense_attention(*inputs, *alone, torch.tensor([5]), 0.25), out[row : row + 1])
+        torch.testing.assert_close(dense_attention(*inputs, *alone, torch.tensor([5]), 0.25), out[row : row + 1])
         assert torch.equal(alone[0][0, :, 5], key[row, :, 0])
         assert torch.equal(alone[0][0], together[0][row])
         assert torch.equal(alone[1][0], together[1][row])
@@ -132,6 +134,6 @@ runpy.run_module("quantspec.benchmarks.decode", run_name="__main__")
 
 
 def test_what_the_script_sends_to_ranks_has_the_name_of_the_module():
-    """They import it by that; a process of its own, since the op of the strong baseline is registered twice."""
+    """They import it by that; a process of its own, since the script is run as one."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "quantspec.benchmarks.decode"

@@ -1,4 +1,4 @@
-"""Which kernels a step launches, as ``benchmarks.decode`` reports them."""
+"""Which kernels a step launches, as ``benchmarks.gpu_times`` reports them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from quantspec.benchmarks.decode import by_kernel, kernel_table
+from quantspec.benchmarks.gpu_times import by_kernel, kernel_table
 
 
 def event(name: str, us: float, device: DeviceType = DeviceType.CUDA) -> SimpleNamespace:

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import quantspec
 from quantspec import Engine, Ranks, SavedModelError, UnsupportedModelError
-from quantspec.benchmarks.decode import random_part, shape_config
+from quantspec.benchmarks.random_models import random_part, shape_config
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.stored import from_json, to_json
 from quantspec.checkpoint.split_loading import (

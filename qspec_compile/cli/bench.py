@@ -39,7 +39,7 @@ class What(StrEnum):
 
 
 class BenchModel(StrEnum):
-    """SmolLM2 with its weights, and the names of :data:`quantspec.benchmarks.decode.SHAPES`, without importing it."""
+    """SmolLM2 with its weights, and the names of ``benchmarks.random_models.SHAPES``, without importing them."""
 
     SMOLLM2 = "smollm2"
     LLAMA_31_8B = "llama-3.1-8b"
