@@ -109,3 +109,22 @@ def test_numbers_are_read_as_on_the_command_line(run, tmp_path, monkeypatch, nam
     given.clear()
     run("generate", "MODEL", "Hi")
     assert given[option] == count
+
+
+def test_a_stop_string_is_taken_as_it_stands(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = []
+
+    def find(model, run_options, **others):
+        given.append(others["generation"].get("stop_strings"))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("quantspec.cli.generate.find_pair", find)
+    write('[generate]\nstop = "a b"\n')
+    run("generate", "MODEL", "Hi")
+    write('[generate]\nstop = ["a", "b c"]\n')
+    run("generate", "MODEL", "Hi")
+    for text in ("zz A", "\n"):
+        monkeypatch.setenv("QUANTSPEC_STOP", text)
+        run("generate", "MODEL", "Hi")
+    assert given == [["a b"], ["a", "b c"], ["zz A"], ["\n"]]

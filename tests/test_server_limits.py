@@ -121,7 +121,7 @@ def test_arguments_of_a_tool_call_that_are_too_deep(server):
     body = {"model": "tiny", "messages": [{"role": "assistant", "content": "", "tool_calls": calls}]}
     answer = post(server, json.dumps(body).encode(), path="chat/completions")
     assert answer.status_code == 400
-    assert "no JSON" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_bodies_that_are_too_large(server):

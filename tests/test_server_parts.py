@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,9 +109,12 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.closed = threading.Event()
 
-    def add(self, request: Request) -> int:
-        self.requests.append(request)
-        return len(self.requests) - 1
+    def subscribe(self, requests: Sequence[Request], listener: Callable[[Output], None]) -> list[int]:
+        ids = [*range(len(self.requests), len(self.requests) + len(requests))]
+        self.requests += requests
+        for id in ids:
+            threading.Thread(target=self._say, args=(id, listener), daemon=True).start()
+        return ids
 
     def cancel(self, id: int) -> None:
         self.cancelled.append(id)
@@ -123,16 +125,15 @@ class ScriptedEngine:
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, {})
 
-    async def stream(self, id: int) -> AsyncIterator[Output]:
+    def _say(self, id: int, listener: Callable[[Output], None]) -> None:
         for start in range(0, len(self.tokens), 3):
-            yield Output(id, tuple(self.tokens[start : start + 3]), prompt_tokens=4)
-        while not self.ends:
-            await asyncio.sleep(0.01)
-            if self.closed.is_set():
-                yield Output(id, finish_reason=FinishReason.CANCELLED)
-                return
+            listener(Output(id, tuple(self.tokens[start : start + 3]), prompt_tokens=4))
+        if not self.ends:
+            self.closed.wait()
+            listener(Output(id, finish_reason=FinishReason.CANCELLED))
+            return
         reason = FinishReason.STOP if self.error is None else FinishReason.ERROR
-        yield Output(id, (2,) if self.error is None else (), finish_reason=reason, error=self.error)
+        listener(Output(id, (2,) if self.error is None else (), finish_reason=reason, error=self.error))
 
 
 @contextlib.contextmanager
@@ -201,8 +202,37 @@ def test_a_tool_call_that_is_no_json_is_text():
     broken = "<tool_call>{nothing}</tool_call>"
     with scripted(ScriptedEngine(tokenizer(broken)["input_ids"]), tokenizer) as (client, _):
         choice = chat(client, tools=TOOLS).choices[0]
-    assert "{nothing}" in choice.message.content
+    # Without the token that ended it.
+    assert choice.message.content == broken
     assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+
+
+def test_thoughts_that_are_not_closed_end_without_the_end_token():
+    tokenizer = stand_in_tokenizer()
+    with scripted(ScriptedEngine(tokenizer("<think>Which ci")["input_ids"]), tokenizer) as (client, _):
+        message = chat(client).choices[0].message
+    assert message.reasoning_content == "Which ci"
+    assert not message.content
+
+
+def test_what_says_nothing_is_taken_and_what_cannot_be_kept_is_refused():
+    tokenizer = stand_in_tokenizer()
+    engine = ScriptedEngine(tokenizer("Hi")["input_ids"])
+    with scripted(engine, tokenizer) as (client, _):
+        answer = chat(client, top_p=0.0, extra_body={"user": None, "functions": None}).choices[0].message
+        back = [{"role": "user", "content": "Hi"}, answer.model_dump(), {"role": "user", "content": "And?"}]
+        assert client.chat.completions.create(model="tiny", messages=back).choices
+        with pytest.raises(openai.BadRequestError, match="no room for a tool call"):
+            chat(client, tools=TOOLS, response_format={"type": "json_object"})
+        assert chat(client, tools=TOOLS, tool_choice="none", response_format={"type": "json_object"})
+        count = len(engine.requests)
+        for ask in (
+            lambda text: client.completions.create(model="tiny", prompt=text),
+            lambda text: client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}]),
+        ):
+            with pytest.raises(openai.BadRequestError, match="characters are more than that"):
+                ask("a" * 1_000_000)
+        assert len(engine.requests) == count
 
 
 def test_tool_messages_reach_the_template():
@@ -214,14 +244,14 @@ def test_tool_messages_reach_the_template():
     messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "Rain"}]
     engine = ScriptedEngine([5])
     with scripted(engine, tokenizer) as (client, _):
-        client.chat.completions.create(model="tiny", messages=messages)
-        call["function"]["arguments"] = "{"
-        with pytest.raises(openai.BadRequestError, match="no JSON"):
+        for arguments in ('{"city": "Bern"}', "not json", ""):
+            call["function"]["arguments"] = arguments
             client.chat.completions.create(model="tiny", messages=messages)
-    prompt = tokenizer.decode(engine.requests[0].prompt)
-    # As an object, which templates print.
-    assert '"arguments": {"city": "Bern"}' in prompt
-    assert prompt.rstrip().endswith("Rain")
+    prompts = [tokenizer.decode(request.prompt) for request in engine.requests]
+    # As an object, which templates print; what a model wrote that is none, as it stands.
+    for prompt, printed in zip(prompts, ('{"city": "Bern"}', '"not json"', "{}"), strict=True):
+        assert f'"arguments": {printed}' in prompt
+        assert prompt.rstrip().endswith("Rain")
 
 
 def test_what_the_engine_cannot_end_is_an_error():
@@ -275,7 +305,13 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(run):
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         assert_error(run("serve", "no/such-model", "--port", taken.getsockname()[1]), "cannot listen", "--port")
-    assert_error(run("serve", "no/such-model", "--api-key", ""), "--api-key is empty")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a ", "a\nb", "ключ"])
+def test_a_key_that_no_client_could_send(run, monkeypatch, key):
+    assert_error(run("serve", "no/such-model", "--api-key", key), "an API key is empty, or has characters")
+    monkeypatch.setenv("QUANTSPEC_API_KEY", "")
+    assert_error(run("serve", "no/such-model"), "QUANTSPEC_API_KEY is empty", "unset it")
 
 
 def test_without_the_extra_an_error_names_it(run, saved_model, monkeypatch):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import queue
 import random
 import re
 import threading
@@ -250,11 +251,44 @@ def test_more_requests_than_places_wait_in_order(qs, engine):
     outputs = run(engine, [engine.add(request) for request in asked])
     assert [text(own) for own in outputs.values()] == [alone(qs, request) for request in asked]
     small = Engine(qs, max_sequences=1, max_waiting=2)
-    ids = [small.add(request) for request in asked[:2]]
+    # One has a place, and waits for a step alone.
+    ids = [small.add(request) for request in asked[:3]]
     with pytest.raises(QueueFullError, match="max_waiting=2"):
-        small.add(asked[2])
+        small.add(asked[3])
     run(small, ids)
     small.close()
+
+
+def test_requests_are_added_all_or_none(qs):
+    asked = [Request(random_prompt(4, seed), 5, ()) for seed in range(5)]
+    new: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    with contextlib.closing(Engine(qs, max_sequences=2, max_waiting=2)) as engine:
+        with pytest.raises(ValueError, match="5 requests at once are more than max_sequences=2 and max_waiting=2"):
+            engine.subscribe(asked, new.put)
+        with pytest.raises(ValueError, match="prompt must be in 0"):
+            engine.subscribe([asked[0], Request([10_000], 5)], new.put)
+        assert engine.statistics().waiting == 0
+        ids = engine.subscribe(asked[:4], new.put)
+        found: dict[int, list[Output]] = {id: [] for id in ids}
+        while not all(own and own[-1].finish_reason for own in found.values()):
+            output = new.get(timeout=60)
+            found[output.id].append(output)
+        assert [text(own) for own in found.values()] == [alone(qs, request) for request in asked[:4]]
+
+
+def test_steps_are_taken_by_the_engine_or_by_its_caller(qs):
+    with contextlib.closing(Engine(qs, max_sequences=2)) as engine:
+        engine.cancel(0)  # nobody has added it
+        kept = engine.add(Request(random_prompt(3, 1), 40, ()))
+        engine.step()
+        assert engine.generate([Request(random_prompt(3, 2), 5, ())])[0][-1].finish_reason is FinishReason.LENGTH
+        with pytest.raises(RuntimeError, match="takes its steps itself"):
+            engine.step()
+
+        async def read() -> list[Output]:
+            return [output async for output in engine.stream(kept)]
+
+        assert asyncio.run(read())[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_captured_cycles(qs, without_graphs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ FILE = "quantspec.toml"
 _VARIABLE = "QUANTSPEC_CONFIG"
 # A file may come with a folder that somebody else made.
 _NOT_OF_A_FILE = "trust-remote-code"
+# Of these the environment gives one value, white space and all; others that may be repeated are split at it.
+_TEXTS = frozenset({"stop"})
 
 
 def read_environment(command: Any) -> None:
@@ -24,6 +27,8 @@ def read_environment(command: Any) -> None:
             parameter.envvar = [f"QUANTSPEC_{name.replace('-', '_').upper()}" for name in names]
             # They follow from the names, and would fill the help.
             parameter.show_envvar = False
+            if not _TEXTS.isdisjoint(names):
+                parameter.value_from_envvar = functools.partial(_whole_value, parameter)
 
 
 def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -45,7 +50,7 @@ def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read '{path}': {error}", f"write it as TOML; {_VARIABLE} names another") from error
     known = {
-        command: {name: parameter.name for parameter in commands[command].params for name in _names(parameter)}
+        command: {name: parameter for parameter in commands[command].params for name in _names(parameter)}
         for command in commands
     }
     tables = {name: value for name, value in contents.items() if isinstance(value, dict)}
@@ -57,7 +62,8 @@ def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not having:
             raise CommandError(f"'{path}': no command has an option '{key}'", "`--help` after a command lists them")
         for command in having:
-            found[command][known[command][_option(key)]] = _as_written(path, key, value)
+            parameter = known[command][_option(key)]
+            found[command][parameter.name] = _as_written(path, key, value, parameter)
     for command, table in tables.items():
         if command not in commands:
             raise CommandError(f"'{path}': there is no command '{command}'", f"there are {', '.join(commands)}")
@@ -65,8 +71,15 @@ def read_file(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             if _option(key) not in known[command]:
                 hint = f"`quantspec {command} --help` lists them"
                 raise CommandError(f"'{path}': `{command}` has no option '{key}'", hint)
-            found[command][known[command][_option(key)]] = _as_written(path, key, value)
+            parameter = known[command][_option(key)]
+            found[command][parameter.name] = _as_written(path, key, value, parameter)
     return found
+
+
+def _whole_value(parameter: Any, context: Any) -> list[str] | None:
+    """What the environment gives an option that may be repeated: one value."""
+    value = parameter.resolve_envvar_value(context)
+    return None if value is None else [value]
 
 
 def origin(error: Exception) -> str:
@@ -91,10 +104,11 @@ def _option(key: str) -> str:
     return key.replace("_", "-")
 
 
-def _as_written(path: Path, key: str, value: Any) -> Any:
+def _as_written(path: Path, key: str, value: Any, parameter: Any) -> Any:
     """A value as the command line would have it, so that it is checked in the same way."""
     if _option(key) == _NOT_OF_A_FILE:
         raise CommandError(f"'{path}': '{key}' cannot be set in a file", f"give --{_NOT_OF_A_FILE} where it is meant")
     if isinstance(value, list):
         return [str(item) for item in value]
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    written = str(value).lower() if isinstance(value, bool) else str(value)
+    return [written] if parameter.multiple else written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -19,6 +20,9 @@ from .options import ModelOptions, SplitRunOptions, real, tokens, whole
 SETTINGS = {"epilog": "quantspec serve MODEL\nquantspec serve MODEL --port 9000 --api-key KEY --max-sequences 16"}
 
 
+_KEY_VARIABLE = "QUANTSPEC_API_KEY"
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """Where the server listens, to whom, and how much it takes on."""
@@ -32,7 +36,7 @@ class ServerOptions:
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="QUANTSPEC_API_KEY",
+            envvar=_KEY_VARIABLE,
             show_envvar=False,
             metavar="TEXT",
             help="Key that lets a request in; may be repeated. Also from QUANTSPEC_API_KEY, which `ps` does not show. "
@@ -75,8 +79,13 @@ def command(
         bool, typer.Option("--tune", help="Let the draft learn the model's distribution before serving.")
     ] = False,
 ) -> None:
-    if "" in (server.api_key or ()):
-        raise CommandError("--api-key is empty", "give the key, or leave it out")
+    if server.api_key is None and not os.environ.get(_KEY_VARIABLE, "unset").strip():
+        raise CommandError(f"{_KEY_VARIABLE} is empty", "set it to the key, or unset it to let anybody in")
+    if not all(map(_can_be_sent, server.api_key or ())):
+        raise CommandError(
+            "an API key is empty, or has characters that no header carries",
+            "choose letters, digits and signs of ASCII, without spaces around them",
+        )
     with working("importing"):
         try:
             from quantspec.serving.server.run import Server, bind
@@ -124,3 +133,8 @@ def command(
             soft_wrap=True,
         )
         Server(service, server.api_key or (), server.drain_seconds).run([listener])
+
+
+def _can_be_sent(key: str) -> bool:
+    """Whether a header has room for a key as it stands."""
+    return bool(key) and key.isascii() and key.isprintable() and key == key.strip()

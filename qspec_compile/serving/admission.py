@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from quantspec.cache import check_cache_len
+from quantspec.cache import CacheFullError
 from quantspec.engine import request as engine
 from quantspec.hugging_face.arguments import check_tokens_of, prepare_arguments, refuse_options
 from quantspec.hugging_face.rows import ROW_OPTIONS, check_seed, prepare_row, row_seeds
@@ -67,7 +67,11 @@ def check(pair: Pair, request: Request, tokenizer: Any, max_length: int) -> Chec
             f"options are {', '.join(sorted(_OPTIONS))}"
         )
     tokens = _token_ids("prompt", request.prompt, pair.vocab_size)
-    check_cache_len(len(tokens) + _positive(request.max_new_tokens), max_length)
+    if (count := len(tokens) + _positive(request.max_new_tokens)) > max_length:
+        raise CacheFullError(
+            f"{count} tokens are more than the engine's max_length={max_length}; shorten the prompt or max_new_tokens, "
+            "or make the engine with a larger max_length"
+        )
     logprobs = _check_logprobs(options.pop("logprobs", None))
     seed = options.pop("seed", None)
     if seed is not None and not isinstance(seed := check_seed(seed), int):

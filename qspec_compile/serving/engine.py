@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import queue
 import threading
@@ -99,7 +98,7 @@ class Engine:
         self.num_pages = sizes.pages
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
-        self._ids = itertools.count()
+        self._num_ids = 0
         self._cancelled: deque[int] = deque()
         if pair.split is None:
             self._scheduler = Scheduler(pair.session, sizes)
@@ -120,27 +119,47 @@ class Engine:
             QueueFullError: ``max_waiting`` requests wait.
             RuntimeError: the engine is closed, or lost.
         """
-        return self._add(request, None)
+        return self._add([request], None)[0]
 
-    def _add(self, request: Request, listener: Callable[[Output], None] | None) -> int:
-        self._check_room()
+    def subscribe(self, requests: Sequence[Request], listener: Callable[[Output], None]) -> list[int]:
+        """Add requests, all of them or none; returns their ids. From any thread.
+
+        A thread of the engine's takes the steps, and calls ``listener`` with each output as it comes, perhaps before
+        this returns.
+
+        Raises:
+            As :meth:`add`.
+        """
+        self._start()
+        return self._add(requests, listener)
+
+    def _add(self, requests: Sequence[Request], listener: Callable[[Output], None] | None) -> list[int]:
+        self._check_room(len(requests))
         # Only what needs the device has to wait for a step.
         inner = self.pair.pair
         inner.check_unmoved()
-        checked = check(inner, request, self._tokenizer, self.max_length)
         # States are not kept for other prompts.
         shares = not inner.captured.states
-        keys = page_keys(checked.tokens, self._chunks, inner.config.kv_group_size, request.salt) if shares else []
+        all_checked = [check(inner, request, self._tokenizer, self.max_length) for request in requests]
+        all_keys = [
+            page_keys(checked.tokens, self._chunks, inner.config.kv_group_size, request.salt) if shares else []
+            for checked, request in zip(all_checked, requests, strict=True)
+        ]
         with self._turn():
             self._check_open()
-            self._check_room()
-            row = Row(next(self._ids), prepare(inner, checked), checked.logprobs, keys)
+            self._check_room(len(requests))
+            rows = [
+                Row(id, prepare(inner, checked), checked.logprobs, keys)
+                for id, (checked, keys) in enumerate(zip(all_checked, all_keys, strict=True), self._num_ids)
+            ]
+            self._num_ids += len(rows)
             if not self._busy:
                 self._scheduler.last_step = time.monotonic()
-            self._scheduler.add(row, request)
-            self._delivery.expect(row.id, listener)
+            for row, request in zip(rows, requests, strict=True):
+                self._delivery.expect(row.id, listener)
+                self._scheduler.add(row, request)
         self._wake.set()
-        return row.id
+        return [row.id for row in rows]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -148,16 +167,32 @@ class Engine:
         if self._failure is not None:
             raise _lost(self._failure) from self._failure
 
-    def _check_room(self) -> None:
-        if (count := len(self._scheduler.waiting)) >= self._max_waiting:
-            raise QueueFullError(f"{count} requests wait already (max_waiting={self._max_waiting}); try again later")
+    def _check_room(self, count: int) -> None:
+        most = self.max_sequences + self._max_waiting
+        if count > most:
+            raise ValueError(
+                f"{count} requests at once are more than max_sequences={self.max_sequences} and "
+                f"max_waiting={self._max_waiting} together; add fewer"
+            )
+        # What waits for a place that is free waits for a step alone.
+        waiting = len(self._scheduler.waiting)
+        if len(self._scheduler.running) + waiting + count > most:
+            raise QueueFullError(f"{waiting} requests wait already (max_waiting={self._max_waiting}); try again later")
 
     def step(self) -> list[Output]:
         """Drop what was cancelled, admit, prefill chunks of prompts, run one cycle; returns what came of it.
 
         One output for each request that got tokens or ended.
+
+        Raises:
+            RuntimeError: the engine takes its steps itself.
         """
         with self._turn():
+            if self._thread is not None:
+                raise RuntimeError(
+                    "the engine takes its steps itself since generate(), stream() or subscribe() was called; "
+                    "read what comes of a request by stream(id)"
+                )
             outputs = self._step()
         for output in outputs:
             if output.finish_reason is not None:
@@ -191,7 +226,8 @@ class Engine:
             self._check_open()
             if self._busy:
                 raise RuntimeError("the engine has requests; warm it up before the first one")
-            row = Row(next(self._ids), prepare(pair, checked), None, ())
+            row = Row(self._num_ids, prepare(pair, checked), None, ())
+            self._num_ids += 1
             self._scheduler.add(row, request)
             while self._busy:
                 self._step()
@@ -202,10 +238,11 @@ class Engine:
     def cancel(self, id: int) -> None:
         """Have a request end with the next step, as ``FinishReason.CANCELLED``; from any thread.
 
-        Nothing happens to one that has ended.
+        Nothing happens to one that has ended, or that nobody has added.
         """
-        self._cancelled.append(id)
-        self._wake.set()
+        if id < self._num_ids:
+            self._cancelled.append(id)
+            self._wake.set()
 
     def generate(self, requests: Sequence[Request]) -> list[list[Output]]:
         """Run requests to their ends, beside those of others; returns the outputs of each.
@@ -222,7 +259,7 @@ class Engine:
             while left or running:
                 try:
                     while left:
-                        running[self._add(left[0][1], new.put)] = left[0][0]
+                        running[self._add([left[0][1]], new.put)[0]] = left[0][0]
                         left.popleft()
                 except QueueFullError:
                     if not running:
@@ -260,11 +297,11 @@ class Engine:
             id = request
             self._delivery.attach(id, listen)
         else:
-            adding = loop.run_in_executor(None, self._add, request, listen)
+            adding = loop.run_in_executor(None, self._add, [request], listen)
             try:
-                id = await asyncio.shield(adding)
+                (id,) = await asyncio.shield(adding)
             except asyncio.CancelledError:
-                adding.add_done_callback(lambda added: None if added.exception() else self.cancel(added.result()))
+                adding.add_done_callback(lambda added: None if added.exception() else self.cancel(added.result()[0]))
                 raise
         try:
             while True:

@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of one position, after the request's logits processors.
+    """The model's own log-probabilities of one position, before the request's logits processors.
 
     ``logprob`` of the token that was emitted; ``top`` of the likeliest tokens ``(id, logprob)``, the likeliest first.
     """

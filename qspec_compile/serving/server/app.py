@@ -75,6 +75,7 @@ def build_app(service: Service) -> FastAPI:
     }
     key = [Security(HTTPBearer(auto_error=False))]
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health(request: Request) -> dict[str, str]:
         """Whether requests are taken and answered."""
@@ -90,6 +91,7 @@ def build_app(service: Service) -> FastAPI:
 
     model = Model(id=service.name, created=service.created, object="model", owned_by="quantspec")
 
+    @app.head("/v1/models", dependencies=key, include_in_schema=False)
     @app.get("/v1/models", dependencies=key, responses={401: {"model": ErrorBody}, 503: {"model": ErrorBody}})
     async def models() -> Models:
         """The model that is served."""
@@ -204,6 +206,11 @@ async def _answer_error(request: Request, error: Any) -> Response:
 async def _answer_invalid(request: Request, error: Any) -> Response:
     """A body that is not as described, in OpenAI's form; what was sent is not repeated."""
     problem = max(error.errors(), key=_how_far)
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}", "invalid_value").response()
+    if problem["loc"] == ("body",) and not request.headers.get("content-type", "").startswith("application/json"):
+        message = "the body is not read as JSON: send the header Content-Type: application/json"
+        return ApiError(400, message, "invalid_value").response()
     place = ".".join(str(part) for part in problem["loc"][1:])
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {place}", "unknown_parameter", place).response()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,9 +46,13 @@ class AnswerParser:
         """What the next piece of the text says."""
         return self._read(text, lambda: self._parser.feed(text))
 
-    def finish(self) -> Said:
-        """What is left at the end."""
-        return self._read("", lambda: self._parser.finalize()[1])
+    def finish(self, end: str) -> Said:
+        """What is left where the text ``end`` of the model's end token closes what is open, which it may do."""
+        closed = self._read(end, lambda: self._parser.feed(end)) if end else Said()
+        last = self._read("", lambda: self._parser.finalize()[1])
+        content, reasoning = closed.content + last.content, closed.reasoning + last.reasoning
+        calls = closed.tool_calls + last.tool_calls
+        return Said(content.removesuffix(end), reasoning.removesuffix(end), calls)
 
     def _read(self, text: str, events: Callable[[], Sequence[dict[str, Any]]]) -> Said:
         self._unsaid += text
@@ -121,12 +126,11 @@ def _as_template_reads(message: Message) -> dict[str, Any]:
     content = message.content
     given["content"] = "".join(part.text for part in content) if isinstance(content, list) else content or ""
     for call in given.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        # Lists within lists, for one, may be too deep to read.
-        except (ValueError, RecursionError) as error:
-            message_text = f"the arguments of a tool call are no JSON: {error}"
-            raise ApiError(400, message_text, param="messages") from error
+        arguments = call["function"]["arguments"] or "{}"
+        # What a model wrote need be no JSON, and lists within lists may be too deep to read: then it is text.
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        call["function"]["arguments"] = arguments
     return given
 
 

@@ -64,6 +64,7 @@ class Choice:
         self._waiting: deque[ScoredToken] = deque()
         self._decoded = self._released = 0
         self._calls_tools = False
+        self._end = ""
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.drafted = self.accepted = 0
 
     def _stream(self, context: Sequence[int], skip_special_tokens: bool) -> tuple[DecodeStream, str]:
@@ -104,12 +105,15 @@ class Choice:
         is_end = output.finish_reason is FinishReason.STOP and index == len(output.token_ids) - 1
         if is_end and self._parser is None:
             return ""
+        if is_end:
+            self._end = self._decode.step(self._tokenizer, token) or ""
+            return ""
         text = self._decode.step(self._tokenizer, token) or ""
         if text and self._of_prompt:
             same = takewhile(lambda pair: pair[0] == pair[1], zip(text, self._of_prompt, strict=False))
             text, self._of_prompt = text[len(list(same)) :], ""
         start, self._decoded = self._decoded, self._decoded + len(text)
-        if output.logprobs is not None and not is_end:
+        if output.logprobs is not None:
             self._waiting.append(ScoredToken(token, output.logprobs[index], start, self._decoded))
         return self._stop.feed(text)
 
@@ -119,7 +123,7 @@ class Choice:
         said = self._parser.feed(text)
         if not ends:
             return said
-        last = self._parser.finish()
+        last = self._parser.finish(self._end)
         return Said(*(first + second for first, second in zip(said, last, strict=True)))  # type: ignore[operator]
 
     def _scored(self, ends: bool) -> tuple[ScoredToken, ...]:

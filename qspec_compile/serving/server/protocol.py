@@ -13,7 +13,7 @@ from openai.types.chat import (
     ChatCompletionStreamOptionsParam,
 )
 from openai.types.chat.completion_create_params import ResponseFormat
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # As many choices as a request may ask for, over all of its prompts.
 MOST_CHOICES = 128
@@ -27,6 +27,12 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 class _Body(BaseModel):
     # The TypedDicts of `openai` take these over.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A null says as much as nothing, also of what is not honoured: clients send whole objects back."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class TextPart(_Body):
@@ -46,6 +52,13 @@ class Message(_Body):
     tool_calls: list[ChatCompletionMessageFunctionToolCallParam] | None = None
     tool_call_id: str | None = None
 
+    @property
+    def characters(self) -> int:
+        """Of its text and of the arguments of its tool calls."""
+        texts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
+        texts += [call["function"]["arguments"] for call in self.tool_calls or ()]
+        return sum(map(len, texts))
+
 
 class SamplingBody(_Body):
     """What both kinds of completions have.
@@ -62,7 +75,7 @@ class SamplingBody(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None

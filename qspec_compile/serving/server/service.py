@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from quantspec.errors import QueueFullError
 from quantspec.serving.engine import Engine
-from quantspec.serving.requests import Request
+from quantspec.serving.requests import Output, Request
 
 from .chat_template import AnswerParser, ChatTemplate
 from .choice import Choice, Piece
@@ -61,6 +60,8 @@ class Service:
         self.name = name
         self.created = int(time.time())
         self.metrics = Metrics(engine.statistics, name)
+        # No text has fewer tokens than its characters fill.
+        self._most_characters = engine.max_length * max(map(len, tokenizer.get_vocab()))
         # One thread: the tokenizer is not made for several, and requests keep their order.
         self._preparing = ThreadPoolExecutor(1, "quantspec requests")
         self._closed = False
@@ -106,31 +107,45 @@ class Service:
     async def _begin(self, make_jobs: Callable[[], list[Job]]) -> Answering:
         self._check_engine()
         arrival = time.monotonic()
-        beginning = asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self._add(make_jobs()))
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Output]()
+
+        def listen(output: Output) -> None:
+            try:
+                loop.call_soon_threadsafe(news.put_nowait, output)
+            except RuntimeError:
+                # The loop is closed.
+                self._engine.cancel(output.id)
+
+        beginning = loop.run_in_executor(self._preparing, lambda: self._add(make_jobs(), listen))
         try:
-            ids, choices = await asyncio.shield(beginning)
+            choices = await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            beginning.add_done_callback(lambda begun: None if begun.exception() else self._cancel(begun.result()[0]))
+            beginning.add_done_callback(lambda begun: None if begun.exception() else self._cancel(begun.result()))
             raise
-        return Answering(self._engine, self.metrics, ids, choices, arrival)
+        return Answering(self._engine, self.metrics, choices, news, arrival)
 
-    def _add(self, jobs: list[Job]) -> tuple[list[int], list[Choice]]:
-        ids: list[int] = []
+    def _add(self, jobs: list[Job], listen: Callable[[Output], None]) -> dict[int, Choice]:
         try:
-            for job in jobs:
-                ids.append(self._engine.add(job.request))
+            ids = self._engine.subscribe([job.request for job in jobs], listen)
         except Exception as error:
-            self._cancel(ids)
             raise _as_api_error(error) from error
-        return ids, [job.choice for job in jobs]
+        return dict(zip(ids, (job.choice for job in jobs), strict=True))
 
-    def _cancel(self, ids: Sequence[int]) -> None:
+    def _cancel(self, ids: Iterable[int]) -> None:
         for id in ids:
             self._engine.cancel(id)
 
     def _chat_jobs(self, body: ChatBody, tenant: str) -> list[Job]:
         self._check_model(body.model)
         tools = None if body.tool_choice == "none" else body.tools
+        if tools and _schema(body) is not None:
+            raise ApiError(
+                400,
+                "response_format would leave no room for a tool call: pass tool_choice='none', or one of tools and "
+                "response_format",
+                param="response_format",
+            )
+        self._check_characters(sum(message.characters for message in body.messages), "messages")
         prompt = self._chat_template.prompt(body.messages, tools)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
@@ -166,7 +181,18 @@ class Service:
                 404, f"the model '{model}' does not exist: this server has '{self.name}'", "model_not_found", "model"
             )
 
+    def _check_characters(self, count: int, param: str) -> None:
+        """Refuse what no tokenizer need read to know that it is too long."""
+        if count > self._most_characters:
+            raise ApiError(
+                400,
+                f"the context length is {self._engine.max_length} tokens: {count} characters are more than that",
+                "context_length_exceeded",
+                param,
+            )
+
     def _encode(self, text: str) -> list[int]:
+        self._check_characters(len(text), "prompt")
         try:
             return self.tokenizer(text)["input_ids"]
         # Lone surrogates, for one, are no text.
@@ -233,12 +259,19 @@ class Answering:
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, ids: Sequence[int], choices: Sequence[Choice], arrival: float
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        choices: Mapping[int, Choice],
+        news: asyncio.Queue[Output],
+        arrival: float,
     ) -> None:
-        self.choices = choices
+        """``choices`` by the ids of their requests, whose outputs come through ``news``."""
+        self.choices = list(choices.values())
         self._engine = engine
         self._metrics = metrics
-        self._ids = ids
+        self._ids = list(choices)
+        self._news = news
         self._arrival = arrival
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -249,43 +282,34 @@ class Answering:
         Raises:
             ApiError: a choice has failed; the others are ended.
         """
-        news: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._follow(index, news)) for index in range(len(self._ids))]
-        running = len(tasks)
+        running = {id: (index, self._metrics.watch(self._arrival)) for index, id in enumerate(self._ids)}
         try:
             while running:
-                item = await news.get()
-                if isinstance(item, Exception):
-                    raise item
-                running -= item[1].finish_reason is not None
-                yield item
+                output = await self._news.get()
+                if output.id not in running:
+                    continue  # its end by a stop string is not yet the engine's
+                index, watch = running[output.id]
+                try:
+                    piece = self.choices[index].take(output)
+                except Exception:
+                    watch.ended("error")
+                    del running[output.id]
+                    raise
+                watch.tokens(len(output.token_ids))
+                if piece.finish_reason is not None:
+                    watch.ended(piece.finish_reason)
+                    del running[output.id]
+                    self._engine.cancel(output.id)
+                yield index, piece
         finally:
-            for task in tasks:
-                task.cancel()
+            for id, (_, watch) in running.items():
+                watch.ended("abort")
+                self._engine.cancel(id)
 
     def cancel(self) -> None:
         """Nobody wants more of it; nothing happens to choices that have ended."""
         for id in self._ids:
             self._engine.cancel(id)
-
-    async def _follow(self, index: int, news: asyncio.Queue[tuple[int, Piece] | Exception]) -> None:
-        choice, watch = self.choices[index], self._metrics.watch(self._arrival)
-        try:
-            async with aclosing(self._engine.stream(self._ids[index])) as outputs:
-                async for output in outputs:
-                    piece = choice.take(output)
-                    watch.tokens(len(output.token_ids))
-                    news.put_nowait((index, piece))
-                    if piece.finish_reason is not None:
-                        # A stop string ends the request here, and not yet in the engine.
-                        watch.ended(piece.finish_reason)
-                        return
-        except Exception as error:
-            watch.ended("error")
-            news.put_nowait(error)
-        except asyncio.CancelledError:
-            watch.ended("abort")
-            raise
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:
