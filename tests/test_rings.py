@@ -360,6 +360,20 @@ def test_keys_and_values_of_several_layers_are_cached_once(monkeypatch):
     assert expected_memory(qs.layers, 135, **sizes) == expected_memory(qs.layers[:2], 135, **sizes)
 
 
+@pytest.mark.parametrize("type_", ["gemma4_text", "gemma4_unified_text"])
+def test_layers_that_share_keys_where_the_model_slices_its_masks(type_):
+    """Gemma 4 takes of each mask what its sharing layers need: all of it."""
+    shared = {name: value for name, value in SHARING.items() if name not in ("laurel_rank", "altup_num_inputs")}
+    shared |= {"global_head_dim": 16, "num_global_key_value_heads": 2, "intermediate_size": 96}
+    del shared["activation_sparsity_pattern"]
+    model = tiny_model(type_, **shared)
+    qs = quantspec.convert(model, kv_group_size=GROUP, self_check=False)
+    assert [layer.reads for layer in qs.layers] == [None, None, 0, 1]
+    ids = prompts([20], 5)[0]
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    assert torch.equal(qs.generate(ids, **options), model.generate(ids, **options, pad_token_id=0))
+
+
 SHAPES = {
     "gpt_oss": {
         "num_hidden_layers": 24,

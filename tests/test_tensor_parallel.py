@@ -340,6 +340,31 @@ def test_custom_criteria_and_streamers_are_rank_0s(llama_of_two):
         part.model.generate(ids, custom_generate=part.decode, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2, 5, 11])
+def test_a_streamer_that_fails_leaves_the_ranks_at_work(llama_of_two, error, at):
+    """At the prompt, the first token, in a cycle, at the last token; and beside criteria."""
+    part, ids = llama_of_two, random_ids(1, 20)
+
+    class Streamer(BaseStreamer):
+        count = 0
+
+        def put(self, value: Tensor) -> None:
+            self.count += 1
+            if self.count == at:
+                raise error("gone")
+
+        def end(self) -> None:
+            pass
+
+    for criteria in (None, StoppingCriteriaList([OnlyHere(os.getpid(), 30)])):
+        options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "stopping_criteria": criteria}
+        with pytest.raises(error, match="gone"):
+            part.generate(ids, **options, streamer=Streamer())
+        assert part.generate(ids, **options).shape == (1, 30)
+
+
 class OnlyHere(StoppingCriteria):
     """Stops at a length, in one process."""
 

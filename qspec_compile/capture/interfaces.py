@@ -85,11 +85,18 @@ class MaskSpec:
         raise MaskReadError
 
     def __getitem__(self, index: object) -> object:
+        # All of a mask is itself (Gemma 4 takes what its last layers need of it); a part is numbers.
+        if all(map(_takes_all, index if isinstance(index, tuple) else (index,))):
+            return self
         raise MaskReadError
 
     @classmethod
     def __torch_function__(cls, *args: object) -> object:
         raise MaskReadError
+
+
+def _takes_all(index: object) -> bool:
+    return isinstance(index, slice) and not index.start and index.stop is None and index.step in (None, 1)
 
 
 @dataclass(frozen=True)

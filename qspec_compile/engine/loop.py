@@ -67,7 +67,7 @@ class SpeculativeLoop:
         matched = cycles.matched()
         plan = self.draft_count.choose(matched, self.progress.remaining, cycles.captured)
         # Of measured times each rank has its own.
-        done = cycles.run(Plan.of(*self.session.pair.agree(plan.numbers())))
+        done = cycles.run(Plan.of(*self.progress.agree(plan.numbers())))
         # Judging takes as long per token however many were drafted, so choosing their number does without it.
         self.draft_count.record(done.plan, matched, cycles.advancing(done.accepted), done.seconds, done.capturing)
         self._judge()

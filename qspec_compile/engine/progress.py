@@ -44,12 +44,17 @@ class Progress:
         collect_scores: bool = False,
         collect_logits: bool = False,
         agree: Callable[[Sequence[int]], list[int]] = list,
+        abandon: Callable[[], None] | None = None,
     ) -> None:
-        """``input_ids (B, S)`` are the prompts with their padding; ``agree`` makes criteria's verdicts rank 0's."""
+        """``input_ids (B, S)`` are the prompts with their padding.
+
+        ``agree`` makes numbers rank 0's; ``abandon`` tells ranks that await them that it gives up, None without any.
+        """
         batch, self.prompt_len = input_ids.shape
         self.pad_token_id = pad_token_id
         self.streamer = streamer
-        self._agree = agree
+        self._agree, self._abandon = agree, abandon
+        self._failure: BaseException | None = None
         self.user_seconds = 0.0
         self.judged = 0
         self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
@@ -114,15 +119,43 @@ class Progress:
             self.judged = step
             self._judge_outputs()
             if self.streamer is not None:
-                newest = torch.tensor([self._token(request, step) for request in self.requests], device="cpu")
-                with self._user_code():
-                    self.streamer.put(newest)
+                self.stream(torch.tensor([self._token(request, step) for request in self.requests], device="cpu"))
             for row, done in enumerate(self._done(step)):
                 if self._end[row] is None and done:
                     self._end[row] = step
                     self.requests[row].cut(step)
                     self._settled = min(self._settled, self.prompt_len + step)
                     self._is_stale = True
+
+    def stream(self, ids: Tensor) -> None:
+        """Give the streamer, if there is one, prompts or newest tokens on the host.
+
+        Where other ranks work on, it does not fail before they can be told: in :meth:`agree`, or :meth:`end`.
+        """
+        if self.streamer is None or self._failure is not None:
+            return
+        try:
+            with self._user_code():
+                self.streamer.put(ids)
+        except BaseException as error:
+            if self._abandon is None:
+                raise
+            self._failure = error
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """Rank 0's ``numbers``; raises what the streamer has."""
+        if self._failure is not None:
+            assert self._abandon is not None
+            self._abandon()
+            raise self._failure
+        return self._agree(numbers)
+
+    def end(self) -> None:
+        """Tell the streamer that nothing more comes; raises what it has."""
+        if self._failure is not None:
+            raise self._failure
+        if self.streamer is not None:
+            self.streamer.end()
 
     def _token(self, request: Request, step: int) -> int:
         """The request's token of a step; padding behind its end."""
@@ -143,7 +176,7 @@ class Progress:
                 by_user = self._user_criteria(*arguments).tolist()
             done = [a or b for a, b in zip(done, by_user, strict=True)]
         # They may follow the time, or whatever the caller's process has.
-        return list(map(bool, self._agree(done)))
+        return list(map(bool, self.agree(done)))
 
     @contextlib.contextmanager
     def _user_code(self) -> Iterator[None]:

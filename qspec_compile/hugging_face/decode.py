@@ -190,6 +190,7 @@ def decode_checked(
         collect_scores=returns_dict and bool(config.output_scores),
         collect_logits=returns_dict and bool(config.output_logits),
         agree=pair.agree,
+        abandon=pair.abandon,
     )
     call = Call(progress, processors, session.rule, verifier)
     with session.exclusive():
@@ -198,16 +199,14 @@ def decode_checked(
                 cache = session.acquire_cache(prompts, draft_count.most, continue_cache)
                 cache.reserve(num_tokens)
                 stats.continued_tokens = int(cache.length.sum())
-                if streamer is not None:
-                    streamer.put(input_ids.cpu())
+                progress.stream(input_ids.cpu())
                 SpeculativeLoop(session, cache, call, draft_count, stats).run()
             # What another verifier cached is not the target's.
             if verifier is Role.TARGET:
                 session.keep_texts(progress.texts())
         finally:
             session.last_stats = stats
-    if streamer is not None:
-        streamer.end()
+    progress.end()
     if not returns_dict:
         return progress.output()
     return GenerateOutput(

@@ -114,9 +114,12 @@ def options_of(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+# transformers' own, which prepare inputs for gradients (checkpointing), and record what a call asks for.
+_HARMLESS_HOOKS = (PreTrainedModel.__module__, "transformers.utils.output_capturing")
+
+
 def _changes_values(hook: Any) -> bool:
-    """Whether a hook is none of transformers' own, which prepare inputs for gradients (checkpointing)."""
-    return getattr(hook, "__module__", None) != PreTrainedModel.__module__
+    return getattr(hook, "__module__", None) not in _HARMLESS_HOOKS
 
 
 def _forward(module: nn.Module) -> Any:

@@ -234,6 +234,11 @@ class Pair:
         """What rank 0 has for ``numbers``; themselves where one process has the whole model."""
         return list(numbers) if self._seat is None else self._seat.agree(numbers)
 
+    @property
+    def abandon(self) -> Callable[[], None] | None:
+        """What tells the other ranks, which await rank 0's numbers, that it gives up; None without any."""
+        return None if self._seat is None else self._seat.abandon
+
     def wait_with_ranks(self) -> None:
         """Wait for the device where it waits for other ranks, which may end; else return at once.
 

@@ -18,6 +18,14 @@ from quantspec.passes.shard_linears import Place
 _LONGEST_WAIT = timedelta(minutes=10)
 
 
+# Numbers that rank 0 tells with one message.
+_TOLD_AT_ONCE = 63
+
+
+class Abandoned(Exception):
+    """Rank 0 has given up what the ranks do together, by an error of its own."""
+
+
 class RanksError(RuntimeError):
     """A rank failed or was ended, and with it all of them; the message names it and the cause."""
 
@@ -77,9 +85,25 @@ class Seat:
                 raise ended(self.cause)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
-        """Rank 0's ``numbers``, of which every rank brings as many."""
+        """Rank 0's ``numbers``, of which every rank brings as many.
+
+        Raises:
+            Abandoned: rank 0 has given up what they do together.
+        """
         self.check_at_work()
-        told = torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+        first, rest = list(numbers[:_TOLD_AT_ONCE]), list(numbers[_TOLD_AT_ONCE:])
+        told = self._tell([0, *first, *[0] * (_TOLD_AT_ONCE - len(first))])
+        if told[0]:
+            raise Abandoned
+        return told[1 : 1 + len(first)] + (self._tell(rest) if rest else [])
+
+    def abandon(self) -> None:
+        """Tell the other ranks, whose next word to this one is :meth:`agree`, that rank 0 gives up."""
+        self.check_at_work()
+        self._tell([1, *[0] * _TOLD_AT_ONCE])
+
+    def _tell(self, numbers: Sequence[int]) -> list[int]:
+        told = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         dist.broadcast(told, 0)
         return told.tolist()
 

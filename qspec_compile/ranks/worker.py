@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .messages import Report, receive, send
-from .seat import leave_seat, take_seat
+from .seat import Abandoned, leave_seat, take_seat
 
 
 def main(descriptor: int) -> None:
@@ -31,6 +31,8 @@ def main(descriptor: int) -> None:
             if isinstance(task, Exception):
                 raise task
             task.function(seat, *task.arguments)
+        except Abandoned:
+            pass  # rank 0 raises the error
         except Exception:
             error = traceback.format_exc()
         number = -1 if isinstance(task, Exception) else task.number
