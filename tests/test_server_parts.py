@@ -265,11 +265,17 @@ def test_what_the_engine_cannot_end_is_an_error():
             list(stream)
 
 
+@pytest.mark.parametrize(
+    ("drain_seconds", "signals"),
+    [(0, [signal.SIGTERM]), (600, [signal.SIGINT] * 2), (600, [signal.SIGTERM, signal.SIGINT])],
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_does_not_end_in_time_is_cut_off(stream):
+def test_what_does_not_end_in_time_is_cut_off(stream, drain_seconds, signals):
+    """Or where Ctrl-C says that nobody waits."""
     engine = ScriptedEngine([5, 6, 7], ends=False)
-    with scripted(engine, printable_tokenizer(), drain_seconds=0) as (client, server):
-        threading.Timer(0.5, server.handle_exit, (signal.SIGTERM, None)).start()
+    with scripted(engine, printable_tokenizer(), drain_seconds=drain_seconds) as (client, server):
+        for number, sent in enumerate(signals, 1):
+            threading.Timer(0.5 * number, server.handle_exit, (sent, None)).start()
         with pytest.raises(openai.APIError, match="shutting down"):
             list(chat(client, stream=stream))
     assert engine.closed.is_set()

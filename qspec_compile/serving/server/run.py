@@ -65,12 +65,14 @@ class Server(uvicorn.Server):
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second Ctrl-C ends at once."""
-        if self._deadline is not None and sig == signal.SIGINT:
-            self.should_exit = self.force_exit = True
-            return
-        self._gate.is_draining = True
-        self._deadline = time.monotonic() + self._drain_seconds
+        """Begin to drain; a second Ctrl-C gives requests no more time, a third does not tell them either."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._gate.is_draining = True
+            self._deadline = now + self._drain_seconds
+        elif sig == signal.SIGINT:
+            self.should_exit = self.force_exit = self._deadline <= now
+            self._deadline = min(self._deadline, now)
 
     async def main_loop(self) -> None:
         """Run until the last request is answered, or has to be given up."""
