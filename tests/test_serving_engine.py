@@ -276,6 +276,42 @@ def test_requests_are_added_all_or_none(qs):
         assert [text(own) for own in found.values()] == [alone(qs, request) for request in asked[:4]]
 
 
+def test_a_listener_ends_its_own_request_alone(qs):
+    """By an error, and by calling what would wait for it."""
+    told: list[BaseException] = []
+    with contextlib.closing(Engine(qs, max_sequences=4)) as engine:
+
+        def fails(output: Output) -> None:
+            raise ValueError("listener")
+
+        def calls(output: Output) -> None:
+            for call in (engine.close, engine.step, lambda: engine.add(Request([5], 3, ()))):
+                try:
+                    call()
+                except RuntimeError as error:
+                    told.append(error)
+
+        asked = Request(random_prompt(4, 1), 30, ())
+        for listener in (fails, calls):
+            engine.subscribe([Request(random_prompt(4, 2), 300, ())], listener)
+        assert text(engine.generate([asked])[0]) == alone(qs, asked)
+        assert len(told) >= 3
+        assert all("a listener cannot" in str(error) for error in told)
+        assert engine.loss is None
+
+
+def test_places_that_are_not_free_after_a_step_count_for_nobody(qs):
+    """Pages are short: what a step has left waiting waits."""
+    prompts = [random_prompt(100, seed) for seed in range(6)]
+    with contextlib.closing(Engine(qs, max_sequences=4, max_length=8 * GROUP, num_pages=8, max_waiting=2)) as engine:
+        ids = [engine.add(Request(prompt, 20, ())) for prompt in prompts[:4]]
+        engine.step()
+        assert engine.statistics().waiting >= 2
+        with pytest.raises(QueueFullError, match="requests wait already"):
+            engine.add(Request(prompts[4], 20, ()))
+        run(engine, ids)
+
+
 def test_steps_are_taken_by_the_engine_or_by_its_caller(qs):
     with contextlib.closing(Engine(qs, max_sequences=2)) as engine:
         engine.cancel(0)  # nobody has added it

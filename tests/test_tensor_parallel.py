@@ -341,7 +341,7 @@ def test_custom_criteria_and_streamers_are_rank_0s(llama_of_two):
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("at", [1, 2, 5, 11])
 def test_a_streamer_that_fails_leaves_the_ranks_at_work(llama_of_two, error, at):
     """At the prompt, the first token, in a cycle, at the last token; and beside criteria."""
@@ -362,6 +362,7 @@ def test_a_streamer_that_fails_leaves_the_ranks_at_work(llama_of_two, error, at)
         options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "stopping_criteria": criteria}
         with pytest.raises(error, match="gone"):
             part.generate(ids, **options, streamer=Streamer())
+        assert part.session.cache is not None  # as on the others
         assert part.generate(ids, **options).shape == (1, 30)
 
 
@@ -747,7 +748,7 @@ def test_a_request_that_cannot_be_sent_is_refused(llama_of_two):
     engine = Engine(llama_of_two, max_sequences=1, max_length=64)
     processors = [lambda ids, scores: scores]
     with pytest.raises(TypeError, match="a request cannot be sent to the other ranks"):
-        engine.add(Request([5], 8, options={"logits_processor": processors}))
+        engine.subscribe([Request([5], 8), Request([5], 8, options={"logits_processor": processors})], print)
     assert engine.statistics().waiting == 0
     engine.close()
 

@@ -63,7 +63,10 @@ class ServerOptions:
         float, typer.Option(parser=real(0, 1), metavar="X", help="Share of a GPU's memory for weights and cache.")
     ] = 0.9
     max_waiting: Annotated[
-        int, typer.Option(parser=whole(1), metavar="N", help="Requests that may wait; more are told to come back.")
+        int,
+        typer.Option(
+            parser=whole(1), metavar="N", help="Requests that may wait for a place; more are told to come back."
+        ),
     ] = 1024
     drain_seconds: Annotated[
         float,

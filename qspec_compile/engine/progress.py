@@ -54,7 +54,7 @@ class Progress:
         self.pad_token_id = pad_token_id
         self.streamer = streamer
         self._agree, self._abandon = agree, abandon
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self.user_seconds = 0.0
         self.judged = 0
         self.scores: tuple[Tensor, ...] | None = () if collect_scores else None
@@ -132,28 +132,28 @@ class Progress:
 
         Where other ranks work on, it does not fail before they can be told: in :meth:`agree`, or :meth:`end`.
         """
-        if self.streamer is None or self._failure is not None:
+        if self.streamer is None or self.failure is not None:
             return
         try:
             with self._user_code():
                 self.streamer.put(ids)
         except BaseException as error:
+            self.failure = error
             if self._abandon is None:
                 raise
-            self._failure = error
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """Rank 0's ``numbers``; raises what the streamer has."""
-        if self._failure is not None:
+        if self.failure is not None:
             assert self._abandon is not None
             self._abandon()
-            raise self._failure
+            raise self.failure
         return self._agree(numbers)
 
     def end(self) -> None:
         """Tell the streamer that nothing more comes; raises what it has."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         if self.streamer is not None:
             self.streamer.end()
 

@@ -195,11 +195,12 @@ def decode_checked(
     call = Call(progress, processors, session.rule, verifier)
     with session.exclusive():
         try:
-            with _out_of_memory_releases(session, len(prompts), num_tokens):
+            with _out_of_memory_releases(session, progress, num_tokens):
                 cache = session.acquire_cache(prompts, draft_count.most, continue_cache)
                 cache.reserve(num_tokens)
                 stats.continued_tokens = int(cache.length.sum())
-                progress.stream(input_ids.cpu())
+                if streamer is not None:
+                    progress.stream(input_ids.cpu())
                 SpeculativeLoop(session, cache, call, draft_count, stats).run()
             # What another verifier cached is not the target's.
             if verifier is Role.TARGET:
@@ -230,13 +231,15 @@ def ends_on_failure(streamer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _out_of_memory_releases(session: Session, num_sequences: int, num_tokens: int) -> Iterator[None]:
+def _out_of_memory_releases(session: Session, progress: Progress, num_tokens: int) -> Iterator[None]:
     """Turn running out of memory into an error that says what was asked for, with the cache given back."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        if error is progress.failure:
+            raise
         session.release()
         raise torch.OutOfMemoryError(
-            f"out of memory with {num_sequences} sequence(s) of up to {num_tokens} tokens; use a smaller batch, a "
-            f"shorter prompt or fewer max_new_tokens (the cache has been released): {error}"
+            f"out of memory with {len(progress.requests)} sequence(s) of up to {num_tokens} tokens; use a smaller "
+            f"batch, a shorter prompt or fewer max_new_tokens (the cache has been released): {error}"
         ) from error

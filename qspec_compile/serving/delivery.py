@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from .requests import FinishReason, Output
 
+_logger = logging.getLogger(__name__)
 Listener = Callable[[Output], None]
 
 
 class Delivery:
     """Hands outputs on to listeners, and keeps those of requests that have none yet."""
 
-    def __init__(self, most_unread: int) -> None:
-        """``most_unread``: requests that have ended and that nobody listens to; the oldest are forgotten."""
+    def __init__(self, most_unread: int, cancel: Callable[[int], None]) -> None:
+        """An empty one.
+
+        Args:
+            most_unread: requests that have ended and that nobody listens to; the oldest are forgotten.
+            cancel: ends a request whose listener has failed.
+        """
         self._most_unread = most_unread
+        self._cancel = cancel
+        self._teller: int | None = None
         self._lock = threading.Lock()
         self._listeners: dict[int, Listener | None] = {}
         self._kept: dict[int, list[Output]] = {}
@@ -40,7 +49,7 @@ class Delivery:
                 )
             self._listeners[id] = listener
             for output in self._kept.pop(id):
-                listener(output)
+                self._tell(listener, output)
             if id in self._unread:
                 self._forget(id)
 
@@ -52,7 +61,7 @@ class Delivery:
                 return
             listener = self._listeners[id]
             if listener is not None:
-                listener(output)
+                self._tell(listener, output)
                 if ended:
                     self._forget(id)
                 return
@@ -61,6 +70,22 @@ class Delivery:
                 self._unread[id] = None
                 if len(self._unread) > self._most_unread:
                     self._forget(next(iter(self._unread)))
+
+    @property
+    def calls_here(self) -> bool:
+        """Whether this thread is in a listener, which holds up all others."""
+        return self._teller == threading.get_ident()
+
+    def _tell(self, listener: Listener, output: Output) -> None:
+        self._teller = threading.get_ident()
+        try:
+            listener(output)
+        except Exception:
+            _logger.exception("a listener has failed, which ends its request")
+            self._forget(output.id)
+            self._cancel(output.id)
+        finally:
+            self._teller = None
 
     def fail(self, error: Exception) -> None:
         """End all requests that have not ended."""

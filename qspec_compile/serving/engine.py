@@ -64,7 +64,7 @@ class Engine:
             max_sequences: requests that run at once.
             max_length: most tokens of a request, prompt and output. If None, the pair's ``max_cache_len``, on a CPU
                 at most 8,192; less where all pages hold less.
-            max_waiting: requests that may wait; more are refused.
+            max_waiting: requests that may wait, beside those that the next step may give a place; more are refused.
             max_num_batched_tokens: tokens of prompts that are prefilled between two cycles. If None, 4,096 on a GPU
                 and 1,024 on a CPU. A prompt's chunks end at 1,024 tokens, 2,048, 4,096 and so on, none longer than
                 this, in whole KV groups; the last one has up to a group more. A prompt shares with earlier ones as many
@@ -99,13 +99,15 @@ class Engine:
         self._tokenizer = tokenizer
         self._max_waiting = max_waiting
         self._num_ids = 0
+        # Requests that have waited for no step yet.
+        self._num_unseen = 0
         self._cancelled: deque[int] = deque()
         if pair.split is None:
             self._scheduler = Scheduler(pair.session, sizes)
         else:
             self._scheduler = SplitScheduler(pair.split, pair.session, sizes, tokenizer)
         self._turn = _Turn()
-        self._delivery = Delivery(max_waiting)
+        self._delivery = Delivery(max_waiting, self.cancel)
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._closed = False
@@ -125,15 +127,19 @@ class Engine:
         """Add requests, all of them or none; returns their ids. From any thread.
 
         A thread of the engine's takes the steps, and calls ``listener`` with each output as it comes, perhaps before
-        this returns.
+        this returns. All requests wait for a listener, which may :meth:`cancel`, but neither add requests nor close the
+        engine; where it raises, the request ends.
 
         Raises:
             As :meth:`add`.
         """
-        self._start()
-        return self._add(requests, listener)
+        ids = self._add(requests, listener)
+        if ids:
+            self._start()
+        return ids
 
     def _add(self, requests: Sequence[Request], listener: Callable[[Output], None] | None) -> list[int]:
+        self._check_caller()
         self._check_room(len(requests))
         # Only what needs the device has to wait for a step.
         inner = self.pair.pair
@@ -153,8 +159,11 @@ class Engine:
                 for id, (checked, keys) in enumerate(zip(all_checked, all_keys, strict=True), self._num_ids)
             ]
             self._num_ids += len(rows)
+            self._num_unseen += len(rows)
             if not self._busy:
                 self._scheduler.last_step = time.monotonic()
+            for request in requests:
+                self._scheduler.check(request)
             for row, request in zip(rows, requests, strict=True):
                 self._delivery.expect(row.id, listener)
                 self._scheduler.add(row, request)
@@ -174,10 +183,18 @@ class Engine:
                 f"{count} requests at once are more than max_sequences={self.max_sequences} and "
                 f"max_waiting={self._max_waiting} together; add fewer"
             )
-        # What waits for a place that is free waits for a step alone.
         waiting = len(self._scheduler.waiting)
-        if len(self._scheduler.running) + waiting + count > most:
-            raise QueueFullError(f"{waiting} requests wait already (max_waiting={self._max_waiting}); try again later")
+        # A step may give as many a place.
+        free = self.max_sequences - len(self._scheduler.running)
+        if waiting + count - min(self._num_unseen + count, free) > self._max_waiting:
+            more = "" if count == 1 else f", and {count} more are too many"
+            raise QueueFullError(
+                f"{waiting} requests wait already{more} (max_waiting={self._max_waiting}); try again later"
+            )
+
+    def _check_caller(self) -> None:
+        if self._delivery.calls_here:
+            raise RuntimeError("a listener cannot add requests, step or close the engine; let another thread do so")
 
     def step(self) -> list[Output]:
         """Drop what was cancelled, admit, prefill chunks of prompts, run one cycle; returns what came of it.
@@ -187,8 +204,10 @@ class Engine:
         Raises:
             RuntimeError: the engine takes its steps itself.
         """
+        self._check_caller()
         with self._turn():
             if self._thread is not None:
+                self._check_open()
                 raise RuntimeError(
                     "the engine takes its steps itself since generate(), stream() or subscribe() was called; "
                     "read what comes of a request by stream(id)"
@@ -203,6 +222,7 @@ class Engine:
         cancelled = set()
         while self._cancelled:
             cancelled.add(self._cancelled.popleft())
+        self._num_unseen = 0
         return self._scheduler.step(cancelled)
 
     def warm_up(self) -> None:
@@ -374,6 +394,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests, end the thread and give the cache back; nothing can be added from here on."""
+        self._check_caller()
         if self._closed:
             return
         self._closed = True

@@ -67,12 +67,15 @@ class Scheduler:
         """Rows that hold a place."""
         return [row for row in self._rows if row is not None]
 
-    def add(self, row: Row, request: Request) -> None:
-        """Let a row wait for its turn; ``request`` is what it was made of.
+    def check(self, request: Request) -> None:
+        """Refuse what :meth:`add` could not take.
 
         Raises:
             TypeError: of a pair that is split over ranks: it cannot be sent to them.
         """
+
+    def add(self, row: Row, request: Request) -> None:
+        """Let a row wait for its turn; ``request``, which :meth:`check` has seen, is what it was made of."""
         self.waiting.append(row)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class SplitScheduler(Scheduler):
         self.done: list[Output] = []
         split.run(_open, self, session, sizes, others=(self._number, split.key, sizes, tokenizer))
 
-    def add(self, row: Row, request: Request) -> None:
+    def check(self, request: Request) -> None:
         try:
             pickled(request)
         except Exception as error:
@@ -63,6 +63,8 @@ class SplitScheduler(Scheduler):
                 f"a request cannot be sent to the other ranks ({error}); define the classes of its logits processors "
                 "in a module"
             ) from error
+
+    def add(self, row: Row, request: Request) -> None:
         request = replace(request, options={**request.options, "seed": row.request.seed})
         super().add(row, request)
         self._new.append(_New(row.id, request, row.keys))

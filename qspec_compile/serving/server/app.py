@@ -208,7 +208,7 @@ async def _answer_invalid(request: Request, error: Any) -> Response:
     problem = max(error.errors(), key=_how_far)
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}", "invalid_value").response()
-    if problem["loc"] == ("body",) and not request.headers.get("content-type", "").startswith("application/json"):
+    if problem["loc"] == ("body",) and "json" not in request.headers.get("content-type", "").lower():
         message = "the body is not read as JSON: send the header Content-Type: application/json"
         return ApiError(400, message, "invalid_value").response()
     place = ".".join(str(part) for part in problem["loc"][1:])

@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # As many choices as a request may ask for, over all of its prompts.
 MOST_CHOICES = 128
+# JSON schemas, whose nulls are values, and what is long.
+_LEFT_ALONE = frozenset({"schema", "parameters", "prompt"})
+# Levels of a body down to a tool call's function, and one more.
+_DEEPEST = 7
 
 # Beyond these tensors of float32 and int64 would overflow, which is an error of the server's.
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,12 +31,6 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 class _Body(BaseModel):
     # The TypedDicts of `openai` take these over.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """A null says as much as nothing, also of what is not honoured: clients send whole objects back."""
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class TextPart(_Body):
@@ -60,6 +58,19 @@ class Message(_Body):
         return sum(map(len, texts))
 
 
+def _without_nulls(given: Any, depth: int = 0) -> Any:
+    """``given`` without what is null."""
+    if depth < _DEEPEST and isinstance(given, dict):
+        return {
+            name: value if name in _LEFT_ALONE else _without_nulls(value, depth + 1)
+            for name, value in given.items()
+            if value is not None
+        }
+    if depth < _DEEPEST and isinstance(given, list):
+        return [_without_nulls(value, depth + 1) for value in given]
+    return given
+
+
 class SamplingBody(_Body):
     """What both kinds of completions have.
 
@@ -85,6 +96,12 @@ class SamplingBody(_Body):
         None
     )
     cache_salt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, given: Any) -> Any:
+        """A null says as much as nothing, also of what is not honoured: clients send whole objects back."""
+        return _without_nulls(given)
 
 
 class ChatBody(SamplingBody):

@@ -60,7 +60,7 @@ class Service:
         self.name = name
         self.created = int(time.time())
         self.metrics = Metrics(engine.statistics, name)
-        # No text has fewer tokens than its characters fill.
+        # Of a text that fits nearly all have fewer; a tokenizer would take many seconds to tell that of millions.
         self._most_characters = engine.max_length * max(map(len, tokenizer.get_vocab()))
         # One thread: the tokenizer is not made for several, and requests keep their order.
         self._preparing = ThreadPoolExecutor(1, "quantspec requests")
@@ -182,11 +182,12 @@ class Service:
             )
 
     def _check_characters(self, count: int, param: str) -> None:
-        """Refuse what no tokenizer need read to know that it is too long."""
+        """Refuse what would hold up others' requests while it is read."""
         if count > self._most_characters:
             raise ApiError(
                 400,
-                f"the context length is {self._engine.max_length} tokens: {count} characters are more than that",
+                f"the context length is {self._engine.max_length} tokens, and texts of more than "
+                f"{self._most_characters} characters are not read: this has {count}",
                 "context_length_exceeded",
                 param,
             )
