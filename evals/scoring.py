@@ -55,10 +55,12 @@ class PrefilledContexts:
 
     def restored(self) -> HierarchicalCache:
         """The cache with the contexts and nothing after them."""
-        if torch.equal(self.cache.quantized_len, self._quantized_len):
+        # A flush has quantized tokens that a prefill leaves in full precision.
+        was_flushed = not torch.equal(self.cache.quantized_len, self._quantized_len)
+        if not was_flushed:
             self.cache.rewind(self._lengths)
-        else:
-            # A flush has quantized tokens that a prefill leaves in full precision.
+        # States go back by a few tokens alone, else a sequence begins anew.
+        if was_flushed or not torch.equal(self.cache.length, self._lengths):
             self._prefill()
         return self.cache
 

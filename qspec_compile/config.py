@@ -219,6 +219,8 @@ class TuneConfig:
                 raise TypeError(f"{name} must be an int, not {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         if not isinstance(self.learning_rate, int | float) or isinstance(self.learning_rate, bool):
             raise TypeError(f"learning_rate must be a number, not {self.learning_rate!r}")
         if not 0 < self.learning_rate < 1:

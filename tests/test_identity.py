@@ -323,6 +323,13 @@ def test_another_class_is_not_loaded_in_place_of_the_saved(folder):
         quantspec.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_class_that_has_no_name_is_damage(folder, name):
+    _edit_description(folder, model_class=name)
+    with pytest.raises(SavedModelError, match="is no name of a class"):
+        quantspec.from_pretrained(folder)
+
+
 def test_a_folder_without_logits_loads(folder, plain):
     """As it was saved before they were compared."""
     path = folder / "quantspec.safetensors"

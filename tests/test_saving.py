@@ -280,6 +280,18 @@ def test_options_that_may_change(saved, qs):
     assert loaded.last_stats.num_speculative_tokens == 2
 
 
+@pytest.mark.parametrize("dtype", ["auto", "torch.float32", torch.float32])
+def test_dtypes_may_be_named_as_in_transformers(saved, qs, dtype):
+    loaded = quantspec.from_pretrained(saved, dtype=dtype, self_check=False)
+    assert loaded.model.dtype == qs.model.dtype == torch.float32
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_first(qs, tmp_path):
+    with pytest.raises(TypeError, match=r"tokenizer must have save_pretrained\(\).*not str"):
+        qs.save_pretrained(tmp_path / "pair", tokenizer="abc")
+    assert not (tmp_path / "pair").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

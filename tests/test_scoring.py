@@ -67,6 +67,16 @@ def test_ragged_batches_and_shared_contexts_score_as_single_ones(qs, role):
     assert together[0][0].log_probability == pytest.approx(together[0][2].log_probability, abs=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["lfm2", "falcon_h1", "qwen3_next"])
+def test_what_is_scored_after_another_continuation_keeps_the_contexts_state(architecture):
+    """A longer one than states can go back by."""
+    qs = quantspec.convert(tiny_model(architecture), self_check=False)
+    context, long, short = TEXT[:40], TEXT[40 : 40 + MAX_BLOCK + 14], TEXT[90:95]
+    expected = dense_log_probability(qs, context, short)
+    ((_, scored),) = score_continuations(qs, [context], [[long, short]], Role.TARGET)
+    assert scored.log_probability == pytest.approx(expected, abs=1e-3)
+
+
 def test_blocks_follow_one_another_without_gaps(qs):
     ids = torch.tensor(TEXT)
     blocks = list(forced_text(qs, ids, 50, Role.TARGET))

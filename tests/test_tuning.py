@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from torch import Tensor
 import quantspec
 from quantspec import QuantSpecModel, TuneConfig
 from quantspec.capture import converting
+from quantspec.interrupts import interrupts_later
 from quantspec.pair import Recipe, recipes, register
 from quantspec.passes import ACCESSES, INT4, Role, plain_weights, store_plain_weights
 from quantspec.tuning import gptq
@@ -241,6 +245,33 @@ def test_a_failure_leaves_the_draft_as_it_was(untuned):
     assert untuned.tuned is None
 
 
+def test_what_would_wait_for_the_tuning_it_is_called_from_is_refused(untuned, tmp_path):
+    with pytest.raises(RuntimeError, match="this thread converts or tunes a model"):
+        untuned.tune(SHORT, callback=lambda progress: untuned.save_pretrained(tmp_path / "pair"))
+    assert not (tmp_path / "pair").exists()
+    untuned.save_pretrained(tmp_path / "pair")
+
+
+def test_ctrl_c_waits_for_what_would_be_half_done():
+    done = []
+
+    def press() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        done.append("all of it")
+
+    def press_in_a_block() -> None:
+        with interrupts_later():
+            press()
+
+    with pytest.raises(KeyboardInterrupt):
+        press_in_a_block()
+    assert done
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert len(done) == 1
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(context):
     with context():
@@ -342,6 +373,18 @@ def test_texts_are_written_on_from_places_of_the_users(qs):
     assert torch.equal(written, sampled(prompts[:3], qs.pair, 40, seed=0))
 
 
+def test_one_long_text_does_not_silence_short_ones(qs):
+    texts = [torch.full((GROUP - 1,), 5)] * 9 + [torch.arange(3, 3 + GROUP)]
+    prompts = beginnings(500, texts, qs.pair, SHORT)
+    assert prompts.shape == (500, GROUP - 1)
+    # Of the eleven places two are the long text's.
+    assert {tuple(prompt) for prompt in prompts.tolist()} == {
+        (5,) * (GROUP - 1),
+        tuple(range(3, 2 + GROUP)),
+        tuple(range(4, 3 + GROUP)),
+    }
+
+
 def test_without_texts_the_model_writes_from_its_first_token(qs):
     prompts = beginnings(20, [], qs.pair, SHORT)
     assert set(prompts[:, 0].tolist()) == {qs.model.config.bos_token_id}
@@ -362,6 +405,8 @@ def test_strings_go_through_the_tokenizer(qs, tokenizer):
         ([[3, 96]], ValueError, r"token ids that are not in 0\.\.95"),
         ([[0.5]], ValueError, r"token ids that are not in 0\.\.95"),
         ([[]], ValueError, "texts are empty"),
+        ([[3], None], TypeError, r"texts\[1\] is neither a string nor token ids, but NoneType"),
+        ([b"abc"], TypeError, "neither a string nor token ids, but bytes"),
     ],
 )
 def test_bad_texts_are_refused_before_any_work(qs, texts, error, message):
@@ -379,6 +424,9 @@ def test_bad_texts_are_refused_before_any_work(qs, texts, error, message):
         ({"steps": 0, "gptq": False}, ValueError, "steps must be at least 1, not 0"),
         ({"steps": True}, TypeError, "steps must be an int, not True"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 2**63}, ValueError, r"seed must be below 2\*\*63"),
+        ({"callback": 3}, TypeError, "callback must be callable, not int"),
+        ({"texts": ["a"], "tokenizer": "abc"}, TypeError, "tokenizer must be a tokenizer of transformers, not str"),
         ({"learning_rate": 1.0}, ValueError, "learning_rate must be between 0 and 1"),
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number"),
         ({"gptq": 1}, TypeError, "gptq must be True or False, not 1"),

@@ -2,7 +2,7 @@
 
 from .basic_causes import naming_basic_cause
 from .checks import DTYPES, check_head_dims, check_model
-from .export import Capture, capture, converting
+from .export import Capture, capture, check_can_convert, converting
 from .interfaces import IMPLEMENTATION, CapturedLayer, MaskSpec, Recorder, attending
 from .latents import linears_of_latents, with_latents
 from .rope import follows_length, rope_at, rope_context_of
@@ -18,6 +18,7 @@ __all__ = [
     "WithState",
     "attending",
     "capture",
+    "check_can_convert",
     "check_head_dims",
     "check_model",
     "converting",

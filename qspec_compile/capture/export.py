@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -50,6 +51,7 @@ _LOGGER = logging.getLogger(__name__)
 _TEXT_OF_CHOICE = 130
 
 _CONVERSION = LockOfProcess()
+_HERE = threading.local()
 
 # An exported program, and its graph with the model's own tensors.
 _Export = tuple[torch.export.ExportedProgram, fx.GraphModule]
@@ -93,11 +95,30 @@ class _Logits(nn.Module):
             return self.model(**inputs, use_cache=False).logits
 
 
+def check_can_convert() -> None:
+    """Refuse what would wait for this thread itself, which is :func:`converting`.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if getattr(_HERE, "converts", False):
+        raise RuntimeError("this thread converts or tunes a model: convert, load or save another one after that")
+
+
 @contextlib.contextmanager
 def converting() -> Iterator[None]:
-    """Let one thread at a time convert, since registries and tracing are the process's, and none under autocast."""
+    """Let one thread at a time convert or tune, since registries are the process's, and none under autocast.
+
+    Raises:
+        RuntimeError: this thread does so already.
+    """
+    check_can_convert()
     with _CONVERSION(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+        _HERE.converts = True
+        try:
+            yield
+        finally:
+            _HERE.converts = False
 
 
 def capture(model: PreTrainedModel, structure_only: bool = False, rope_context: int | None = None) -> Capture:

@@ -143,6 +143,8 @@ class Description:
         known = {f.name for f in fields(cls)}
         if set(values) | {"tuned"} != known:
             raise ValueError(f"its entries must be {', '.join(sorted(known))}")
+        if not isinstance(values["model_class"], str):
+            raise ValueError(f"{values['model_class']!r} is no name of a class")
         if values["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in DTYPES]:
             raise ValueError(f"{values['dtype']!r} is no dtype of a model")
         values["versions"] = {str(package): str(version) for package, version in values["versions"].items()}

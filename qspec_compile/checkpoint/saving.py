@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from quantspec.capture import check_can_convert
 from quantspec.engine.stats import GenerationStats
 from quantspec.errors import SavedModelError
 from quantspec.logging import without_bars_of_libraries
@@ -50,6 +51,9 @@ def save_pretrained(
     parity: Any = None,
 ) -> None:
     """See :meth:`QuantSpecModel.save_pretrained`."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer must have save_pretrained(), as transformers' have, not {type(tokenizer).__name__}")
+    check_can_convert()
     folder = Path(directory)
     check_folder(folder)
     check_generation_config(pair.model.generation_config)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quantspec.capture import converting
 from quantspec.config import TuneConfig
+from quantspec.interrupts import interrupts_later
 from quantspec.logging import counting
 from quantspec.pair import Pair
 from quantspec.pair.tuned import DraftQuality, TuneReport
@@ -74,6 +75,8 @@ def tune(
     callback: Callable[[TuneProgress], Any] | None = None,
 ) -> TuneReport:
     """Tune the draft of ``pair`` in place; see :meth:`quantspec.QuantSpecModel.tune`."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, not {type(callback).__name__}")
     _check_tunable(pair, config)
     pair.check_unmoved()
     started = time.perf_counter()
@@ -92,7 +95,6 @@ def tune(
         interrupted = anew and not run.choose_codes(training[:_GPTQ_TEXTS], dense_weights(pair))
         if config.steps and not interrupted:
             run.steps(training, callback)
-        _write(pair, student)
     report = TuneReport(
         steps=run.done,
         stopped=interrupted or run.done < config.steps,
@@ -103,7 +105,9 @@ def tune(
         peak_memory=torch.cuda.max_memory_allocated(pair.device) if on_gpu else None,
         seed=config.seed,
     )
-    pair.tuned = report
+    with interrupts_later():
+        _write(pair, student)
+        pair.tuned = report
     return report
 
 
@@ -217,9 +221,8 @@ class _Tuning:
     def _keep_best(self) -> None:
         quality = self._quality()
         if quality.kl < self.best.kl:
-            self.best = quality
-            for kept, parameter in zip(self._kept, self._student.parameters, strict=True):
-                kept.copy_(parameter.detach())
+            # Both at once, whenever Ctrl-C comes.
+            self._kept, self.best = [parameter.detach().clone() for parameter in self._student.parameters], quality
 
 
 class CapturedGradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from quantspec.hugging_face.decode import decode_checked
 from quantspec.hugging_face.rows import Prepared
 from quantspec.memory import expected_memory
 from quantspec.pair import Pair
+
+_LOGGER = logging.getLogger(__name__)
 
 # Most sequences that are sampled together: the weights are read once for all of them, so drafts would not pay.
 _BATCH = 256
@@ -32,7 +35,10 @@ def token_ids(texts: Sequence[Any] | None, tokenizer: Any, pair: Pair) -> list[T
         raise TypeError(f"texts must be a list of strings or of token ids, not {type(texts).__name__}")
     if tokenizer is None and any(isinstance(text, str) for text in texts):
         raise ValueError("texts are strings: pass tokenizer= too, or token ids")
-    ids = [torch.as_tensor(tokenizer(t).input_ids if isinstance(t, str) else t, device="cpu").flatten() for t in texts]
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"tokenizer must be a tokenizer of transformers, not {type(tokenizer).__name__}")
+    given = (tokenizer(text).input_ids if isinstance(text, str) else text for text in texts)
+    ids = [_ids(number, text) for number, text in enumerate(given)]
     ids = [text for text in ids if len(text)]
     if not ids:
         raise ValueError("texts are empty: give some to begin from, or leave texts out")
@@ -42,6 +48,13 @@ def token_ids(texts: Sequence[Any] | None, tokenizer: Any, pair: Pair) -> list[T
     return [text.long() for text in ids]
 
 
+def _ids(number: int, text: Any) -> Tensor:
+    try:
+        return torch.as_tensor(text, device="cpu").flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"texts[{number}] is neither a string nor token ids, but {type(text).__name__}") from error
+
+
 def beginnings(count: int, texts: Sequence[Tensor], pair: Pair, config: TuneConfig) -> Tensor:
     """Prompts ``(count, P)``: random places of the texts, or one random token behind the model's first."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -49,9 +62,18 @@ def beginnings(count: int, texts: Sequence[Tensor], pair: Pair, config: TuneConf
         first = pair.model.config.get_text_config().bos_token_id
         prompts = torch.randint(pair.vocab_size, (count, 1), generator=generator)
         return prompts if first is None else torch.cat((torch.full_like(prompts, first), prompts), 1)
-    length = min(config.prompt_tokens, text_length(pair, config) // 2, max(map(len, texts)))
-    places = torch.cat([text.unfold(0, length, 1) for text in texts if len(text) >= length])
-    return places[torch.randint(len(places), (count,), generator=generator)]
+    # So long that half of the texts or more have it: one long text does not silence many short ones.
+    usual = sorted(map(len, texts))[len(texts) // 2]
+    length = min(config.prompt_tokens, text_length(pair, config) // 2, usual)
+    used = [text for text in texts if len(text) >= length]
+    if unused := len(texts) - len(used):
+        _LOGGER.info("%d of %d texts have fewer than %d tokens and are left out", unused, len(texts), length)
+    places = torch.tensor([len(text) - length + 1 for text in used])
+    ends = places.cumsum(0)
+    drawn = torch.randint(int(ends[-1]), (count,), generator=generator)
+    chosen = torch.searchsorted(ends, drawn, right=True)
+    firsts = drawn - (ends - places)[chosen]
+    return torch.stack([used[text][first : first + length] for text, first in zip(chosen, firsts, strict=True)])
 
 
 def text_length(pair: Pair, config: TuneConfig) -> int:
@@ -76,7 +98,7 @@ def sampled(prompts: Tensor, pair: Pair, length: int, seed: int) -> Tensor:
     options._pad_token_tensor = None
     prepared = Prepared(LogitsProcessorList(), StoppingCriteriaList(), options)
     # A text follows from its own seed, whatever is sampled beside it.
-    seeds = torch.arange(len(prompts)) + seed * len(prompts)
+    seeds = torch.tensor([(number + seed * len(prompts)) % 2**63 for number in range(len(prompts))])
     batch = _batch(pair, length)
     written = [
         decode_checked(
