@@ -14,7 +14,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "config", "versions", "locks", "logging", "html", "names", "freed_memory"),
+    ("errors", "config", "versions", "locks", "interrupts", "logging", "html", "names", "freed_memory"),
     ("kernels",),
     ("passes",),
     ("capture", "cache", "ranks"),
