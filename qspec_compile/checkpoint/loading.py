@@ -121,10 +121,10 @@ def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpe
 def resolve_dtype(description: Description, dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype to load in, the saved one if None; refused where the draft of a model in it has other tensors."""
     saved = getattr(torch, description.dtype)
+    resolved: Any = dtype or saved
     if isinstance(dtype, str):
         # "auto" is transformers' word for the saved one.
-        dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), dtype)
-    resolved: Any = dtype or saved
+        resolved = saved if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."), None)
     weight_format = recipes_for(description.options)[Role.DRAFT].weight_format
     parts = () if weight_format is None else weight_format.parts
     allowed = [dtype for dtype in DTYPES if all(part.dtype(dtype) == part.dtype(saved) for part in parts)]
