@@ -12,7 +12,17 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 # Of the benchmarks, what ``quantspec bench`` runs; the others make the published results and pages, in a checkout.
-BENCHMARKS = {"__init__", "common", "decode", "generate", "kernels", "plot_kernels"}
+BENCHMARKS = {
+    "__init__",
+    "common",
+    "decode",
+    "generate",
+    "kernels",
+    "plot_kernels",
+    "gpu_times",
+    "random_models",
+    "strong_baseline",
+}
 
 
 def absolute_links(text: str, project: dict) -> str:

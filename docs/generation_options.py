@@ -36,7 +36,8 @@ ROWS = """
 
 `qs.generate(..., row_options=[{{...}}, ...])` takes a dict for each row, over the options of the call: Hugging Face
 prepares each row as if it were alone (its padding is part of its prompt, as in a batch of Hugging Face's:
-lengths count it, and processors see it), and the batch decodes them together, in one captured cycle. `seed` takes a list.
+lengths count it, and processors see it), and the batch decodes them together, in one captured cycle. `seed` takes a
+list.
 Rows may differ in {options}. Everything else is the whole batch's, and refused by name in a row;
 so is `eos_token_id` beside `json_schema`, `regex` or `grammar`.
 """
