@@ -252,7 +252,15 @@ def test_what_would_wait_for_the_tuning_it_is_called_from_is_refused(untuned, tm
     untuned.save_pretrained(tmp_path / "pair")
 
 
-def test_ctrl_c_waits_for_what_would_be_half_done():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, whatever runs the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_what_would_be_half_done(ctrl_c):
     done = []
 
     def press() -> None:
