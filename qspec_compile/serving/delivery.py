@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
@@ -102,3 +103,16 @@ class Delivery:
     def _forget(self, id: int) -> None:
         for known in (self._listeners, self._kept, self._unread):
             known.pop(id, None)
+
+
+def into(new: asyncio.Queue[Output], cancel: Callable[[int], None]) -> Listener:
+    """A listener that passes outputs on to a queue of the running loop; where the loop is closed, it cancels."""
+    loop = asyncio.get_running_loop()
+
+    def listen(output: Output) -> None:
+        try:
+            loop.call_soon_threadsafe(new.put_nowait, output)
+        except RuntimeError:
+            cancel(output.id)
+
+    return listen

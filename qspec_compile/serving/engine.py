@@ -16,7 +16,7 @@ from quantspec.errors import QueueFullError
 from quantspec.model import QuantSpecModel
 
 from .admission import check, prepare
-from .delivery import Delivery
+from .delivery import Delivery, into
 from .pool import page_keys
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
@@ -303,21 +303,14 @@ class Engine:
             ValueError: no request of this id is there.
             As :meth:`add`: before the first output.
         """
-        loop, new = asyncio.get_running_loop(), asyncio.Queue[Output]()
-
-        def listen(output: Output) -> None:
-            try:
-                loop.call_soon_threadsafe(new.put_nowait, output)
-            except RuntimeError:
-                # The loop is closed.
-                self.cancel(output.id)
-
+        new = asyncio.Queue[Output]()
+        listen = into(new, self.cancel)
         self._start()
         if isinstance(request, int):
             id = request
             self._delivery.attach(id, listen)
         else:
-            adding = loop.run_in_executor(None, self._add, [request], listen)
+            adding = asyncio.get_running_loop().run_in_executor(None, self._add, [request], listen)
             try:
                 (id,) = await asyncio.shield(adding)
             except asyncio.CancelledError:

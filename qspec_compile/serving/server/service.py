@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from quantspec.errors import QueueFullError
+from quantspec.serving.delivery import into
 from quantspec.serving.engine import Engine
 from quantspec.serving.requests import Output, Request
 
@@ -60,7 +61,7 @@ class Service:
         self.name = name
         self.created = int(time.time())
         self.metrics = Metrics(engine.statistics, name)
-        # Of a text that fits nearly all have fewer; a tokenizer would take many seconds to tell that of millions.
+        # Texts that fit have fewer, but for what a tokenizer leaves out; to read millions takes it many seconds.
         self._most_characters = engine.max_length * max(map(len, tokenizer.get_vocab()))
         # One thread: the tokenizer is not made for several, and requests keep their order.
         self._preparing = ThreadPoolExecutor(1, "quantspec requests")
@@ -107,16 +108,9 @@ class Service:
     async def _begin(self, make_jobs: Callable[[], list[Job]]) -> Answering:
         self._check_engine()
         arrival = time.monotonic()
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Output]()
-
-        def listen(output: Output) -> None:
-            try:
-                loop.call_soon_threadsafe(news.put_nowait, output)
-            except RuntimeError:
-                # The loop is closed.
-                self._engine.cancel(output.id)
-
-        beginning = loop.run_in_executor(self._preparing, lambda: self._add(make_jobs(), listen))
+        news = asyncio.Queue[Output]()
+        listen = into(news, self._engine.cancel)
+        beginning = asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self._add(make_jobs(), listen))
         try:
             choices = await asyncio.shield(beginning)
         except asyncio.CancelledError:
