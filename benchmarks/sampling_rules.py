@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--head", default="INT4", choices=list(HEADS))
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
     parser.add_argument("--learning-rate", type=float, default=0.004)
+    parser.add_argument("--tune-on", nargs="+", metavar="KIND", help="kinds of text that tuning sees; all if left out")
     parser.add_argument("--prompt-tokens", type=int, default=quantspec.TuneConfig.prompt_tokens)
     parser.add_argument("--pair", type=Path, help="folder to keep the tuned pair in")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-rules.json")
@@ -85,7 +86,7 @@ def main() -> None:
     options = {"weight_group_size": given.weight_group_size, "quantize_lm_head": HEADS[given.head], "self_check": False}
     qs = quantspec.convert(model, **options, draft_recipe="int4-cache")
     tuning = {"learning_rate": given.learning_rate, "prompt_tokens": given.prompt_tokens}
-    seen = [ids[: int(FOR_TUNING * len(ids))] for ids in texts.values()]
+    seen = [texts[kind][: int(FOR_TUNING * len(texts[kind]))] for kind in given.tune_on or texts]
     report = str(qs.tune(steps=given.steps, texts=seen, **tuning))
     with tempfile.TemporaryDirectory() as folder:
         pair = given.pair or folder
@@ -96,6 +97,7 @@ def main() -> None:
         "lm_head": given.head,
         "weight_group_size": given.weight_group_size,
         "tuned": report,
+        "tuned_on": given.tune_on,
         **tuning,
     }
     rows: list[dict[str, Any]] = []

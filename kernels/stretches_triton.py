@@ -198,13 +198,15 @@ def _score_pages(
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     JOINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows, ``COLUMNS`` at a time, found in tiles and
+    splits.
 
     With ``JOINS`` those that are there stay where they are higher.
     """
     ROWS: tl.constexpr = REPEAT * TOKENS
-    COLUMNS: tl.constexpr = 16
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
     first_page = 0
     if HAS_WINDOW:
@@ -213,17 +215,23 @@ def _score_pages(
     if block * 32 * PAGE < quantized // 2:
         page = block * 32 + tl.arange(0, 32)
         seen = (page >= first_page) & (page * PAGE < quantized // 2)
-        s = tl.arange(0, 64)
+        stored = page_scores + pair.to(tl.int64) * num_pages + page
+        before = tl.full((32,), float("-inf"), tl.float32)
+        if JOINS:
+            before = tl.load(stored, page < num_pages, other=float("-inf"))
+        s = tl.arange(0, BLOCK_SPLITS)
         score = tl.full((32,), float("-inf"), tl.float32)
         for first in range(0, ROWS, COLUMNS):
             row = first + tl.arange(0, COLUMNS)
+            tops_at = (pair.to(tl.int64) * num_tiles + page)[:, None] * ROWS + row[None, :]
+            highest = tl.load(tile_tops + tops_at, seen[:, None] & (row < ROWS)[None, :], other=HIDDEN)
             top = tl.full((COLUMNS,), HIDDEN, tl.float32)
             total = tl.zeros((COLUMNS,), tl.float32)
             if HAS_SINKS:
                 head = (pair % KV_HEADS) * REPEAT + row // TOKENS
                 top = tl.load(sinks + head, row < ROWS, other=0).to(tl.float32) * 1.4426950408889634
                 total += 1.0
-            for split in range(0, num_splits, 64):
+            for split in range(0, num_splits, BLOCK_SPLITS):
                 at = (pair.to(tl.int64) * num_splits + split + s)[:, None] * ROWS + row[None, :]
                 inside = (split + s < num_splits)[:, None] & (row < ROWS)[None, :]
                 lse = tl.load(partial_lse + at, inside, other=float("-inf"))
@@ -231,16 +239,10 @@ def _score_pages(
                 total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(lse - new_top[None, :]), 0)
                 top = new_top
             total = tl.where(row < ROWS, total, 1.0)
-            at = (pair.to(tl.int64) * num_tiles + page)[:, None] * ROWS + row[None, :]
-            highest = tl.load(tile_tops + at, seen[:, None] & (row < ROWS)[None, :], other=HIDDEN)
             weight = tl.where(highest > 0.5 * HIDDEN, highest - (top + tl.log2(total))[None, :], float("-inf"))
             score = tl.maximum(score, tl.max(weight, 1))
         # Value scales came in sixteenths, as codes of both planes count.
-        score = (score + 4) * 0.6931471805599453
-        stored = page_scores + pair.to(tl.int64) * num_pages + page
-        if JOINS:
-            score = tl.maximum(score, tl.load(stored, page < num_pages, other=float("-inf")))
-        tl.store(stored, score, page < num_pages)
+        tl.store(stored, tl.maximum((score + 4) * 0.6931471805599453, before), page < num_pages)
 
 
 @triton.jit
@@ -270,10 +272,12 @@ def _merge_kernel(
     SCORES: tl.constexpr,
     JOINS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    SCORED_ROWS: tl.constexpr,
+    SCORED_SPLITS: tl.constexpr,
 ):
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
 
-    With ``SCORES`` the programs after those of the rows make the scores of pages.
+    With ``SCORES`` the programs after those of the rows make the scores of pages, of so many rows and splits at a time.
     """
     if OVERLAP:
         # What follows may load its weights while the planes are still read.
@@ -282,29 +286,30 @@ def _merge_kernel(
     row = tl.program_id(0)
     pair = tl.program_id(1)
     if SCORES and row >= REPEAT * TOKENS:
-        if tl.program_id(2) == 0:
-            _score_pages(
-                partial_lse,
-                sinks,
-                tile_tops,
-                page_scores,
-                quantized_len,
-                length,
-                window,
-                num_tiles,
-                num_pages,
-                num_splits,
-                pair,
-                row - REPEAT * TOKENS,
-                KV_HEADS,
-                REPEAT,
-                TOKENS,
-                HALF,
-                PAGE,
-                HAS_SINKS,
-                HAS_WINDOW,
-                JOINS,
-            )
+        _score_pages(
+            partial_lse,
+            sinks,
+            tile_tops,
+            page_scores,
+            quantized_len,
+            length,
+            window,
+            num_tiles,
+            num_pages,
+            num_splits,
+            pair,
+            (row - REPEAT * TOKENS) * tl.num_programs(2) + tl.program_id(2),
+            KV_HEADS,
+            REPEAT,
+            TOKENS,
+            HALF,
+            PAGE,
+            HAS_SINKS,
+            HAS_WINDOW,
+            JOINS,
+            SCORED_ROWS,
+            SCORED_SPLITS,
+        )
         return
     head = (pair % KV_HEADS) * REPEAT + row // TOKENS
     s = tl.arange(0, BLOCK_SPLITS)
@@ -386,7 +391,8 @@ def merged(
     num_tiles, num_pages = (
         (0, 0) if tile_tops is None or page_scores is None else (tile_tops.shape[1], page_scores.shape[2])
     )
-    _merge_kernel[(rows + triton.cdiv(num_pages, 32), pairs, triton.cdiv(value_dim, 32))](
+    slices = triton.cdiv(value_dim, 32)
+    _merge_kernel[(rows + triton.cdiv(num_pages, 32 * slices), pairs, slices)](
         partial,
         partial_lse,
         out if sinks is None else sinks,
@@ -412,6 +418,8 @@ def merged(
         SCORES=num_pages > 0,
         JOINS=joins,
         OVERLAP=overlap,
+        SCORED_ROWS=min(64, triton.next_power_of_2(rows)),
+        SCORED_SPLITS=min(64, triton.next_power_of_2(splits)),
         num_warps=4,
         **FUSED,
         **launch_options(overlap),

@@ -116,9 +116,10 @@ def attend_wide(
         stored = next_stored
         # Loads this small are not pipelined by the compiler; without this each tile waits for them.
         next_stored = stored_tile(table, tile + 1, num_bytes, places, HALF, TILE, HAS_WINDOW, PAGED)
-        next_scales = load_value_scales(
-            v_scale, v_zero, next_stored, ((tile + 1) * TILE + row_of)[:, None], num_bytes, SCALES, HALF
-        )
+        if not SCORES:
+            next_scales = load_value_scales(
+                v_scale, v_zero, next_stored, ((tile + 1) * TILE + row_of)[:, None], num_bytes, SCALES, HALF
+            )
         first_row = tile % (HALF // TILE) * TILE
         s_low = tl.zeros((TILE, ROWS), tl.float32)
         s_high = s_low
@@ -161,6 +162,11 @@ def attend_wide(
         if HAS_WINDOW:
             w_low = tl.where(s_low > HIDDEN, w_low, 0)
             w_high = tl.where(s_high > HIDDEN, w_high, 0)
+        if SCORES:
+            # Beside scores, keys' loads from shared memory would wait for these if they were on their way before.
+            next_scales = load_value_scales(
+                v_scale, v_zero, next_stored, ((tile + 1) * TILE + row_of)[:, None], num_bytes, SCALES, HALF
+            )
         norm = norm * decay + w_low * r_low + w_high * r_high
         offset = offset * decay + w_low * z_low + w_high * z_high
         v_at = stored * stride_v_group + (first_row + tl.arange(0, TILE))[None, :] + c[:, None] * stride_v_channel
