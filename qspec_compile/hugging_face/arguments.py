@@ -280,21 +280,43 @@ def refuse_unsupported(
         bare_call: makes the model arguments of the same call without any of the caller's own.
     """
     refuse_options(config)
-    given = {name: value for name, value in model_kwargs.items() if value is not None and value is not False}
+    given = {
+        name: value
+        for name, value in model_kwargs.items()
+        if value is not None and value is not False and not (isinstance(value, Mapping) and not value)
+    }
     for name, value in given.items():
         if isinstance(value, Cache) and value.get_seq_length() > 0:
             raise ValueError(f"generate() does not take {name}: {_UNSUPPORTED_ARGUMENTS['past_key_values']}")
     unknown = {name for name, value in given.items() if not isinstance(value, Cache)} - _IGNORED_MODEL_KWARGS
-    if unknown and (unknown := unknown - bare_call().keys()):
+    if unknown:
+        bare = bare_call()
+        unknown = {name for name in unknown if name not in bare or not _alike(given[name], bare[name])}
+    if unknown:
+        # An image comes as what its encoder made of it, in a dict by the kind of input.
+        names = [
+            f"{name} ({', '.join(map(str, given[name]))})" if isinstance(given[name], Mapping) else name
+            for name in sorted(unknown)
+        ]
         raise ValueError(
-            f"model argument {', '.join(sorted(unknown))} is not supported by quantspec; only input_ids and "
-            "attention_mask"
+            f"model argument {', '.join(names)} is not supported by quantspec; only input_ids and attention_mask"
         )
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     if positions is not None and not _count_from_0(positions, mask):
         own = bare_call().get("position_ids")
         if own is None or own.shape != positions.shape or not torch.equal(own, positions):
             raise ValueError(f"generate() does not take position_ids: {_UNSUPPORTED_ARGUMENTS['position_ids']}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two calls have the same argument; objects that cannot be compared are, where they are of one type."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
+    return type(one) is type(other) and (type(one).__eq__ is object.__eq__ or bool(one == other))
 
 
 def _count_from_0(positions: Tensor, mask: Tensor | None) -> bool:
