@@ -116,7 +116,8 @@ def sampling_rules(name: str) -> str:
     for row in data["rows"]:
         steps = row["tuned"].split()[1]
         rate = f" at {row['learning_rate']}" if row["learning_rate"] else ""
-        tuning = f"{row['prompt_tokens']}, {steps}{rate}"
+        on = f" on {' and '.join(row['tuned_on'])}" if row.get("tuned_on") else ""
+        tuning = f"{row['prompt_tokens']}, {steps}{rate}{on}"
         key = (row["model"], row["lm_head"], tuning, row["kind"], f"{row['context']:,}")
         cells.setdefault(key, {}).setdefault(row["rejection_sampling"], []).append(row)
     rows = []
@@ -631,6 +632,7 @@ TABLES = {
     "new-text": lambda: new_text("drafts-new-text.json"),
     "new-text-gptq": lambda: new_text("drafts-new-text-gptq.json"),
     "serving": lambda: serving("serving-llama-3.1-8b.json"),
+    "serving-users": lambda: serving("serving-llama-3.1-8b-users.json"),
     "serving-8-users": lambda: serving("serving-llama-3.1-8b-8-users.json"),
     "serving-smollm2": lambda: serving("serving-smollm2.json"),
     "first-text": lambda: first_text("first-text.json"),
@@ -643,6 +645,7 @@ TABLES = {
     "speed-cpu-bfloat16": lambda: speed("generate-cpu-bfloat16.json"),
     "decode": lambda: decoding("decode-llama-3.1-8b.json", "decode-llama-2-7b.json"),
     "sparse-decode": lambda: sparse_decoding("decode-llama-3.1-8b-h200.json"),
+    "sparse-decode-again": lambda: sparse_decoding("decode-llama-3.1-8b-sparse.json"),
     "batches": lambda: batches("decode-llama-3.1-8b-batches-h200.json"),
     "two-gpus": lambda: two_gpus("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-8b-1-gpu.json"),
     "split-decode": lambda: split_decoding("decode-llama-3.1-8b-2-gpus.json", "decode-llama-3.1-70b-2-gpus.json"),

@@ -302,6 +302,7 @@ class QuantSpecModel:
 
         Raises:
             SavedModelError: as of :meth:`save_pretrained`.
+            ConnectionError: the Hub cannot be reached; nothing was saved.
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
         """
 

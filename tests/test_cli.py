@@ -209,6 +209,13 @@ def test_bad_options_are_refused_before_loading(run, folder, monkeypatch, argume
     assert_error(run("generate", folder, *arguments), *parts)
 
 
+def test_a_prompt_of_white_space_is_one_and_an_empty_line_on_stdin_is_none(run, folder):
+    status, out, _ = run("generate", folder, " ", "--max-new-tokens", 2, "--no-self-check", "--json")
+    assert status == 0
+    assert json.loads(out)["generated_tokens"] == 2
+    assert_error(run("generate", folder, stdin="\n"), "the prompt is empty")
+
+
 def test_closed_stdin(run, folder, monkeypatch):
     closed = io.StringIO()
     closed.close()

@@ -116,6 +116,16 @@ def test_pushed_and_loaded_by_its_id(pair, tokenizer, local_hub):
     quantspec.from_pretrained("owner/pair", self_check=False)
 
 
+def test_a_hub_that_cannot_be_reached_is_told_before_anything_is_saved(pair, monkeypatch):
+    def fail(self, repo_id, **_):
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", fail)
+    monkeypatch.setattr(type(pair), "save_pretrained", lambda *_, **__: pytest.fail("saved first"))
+    with pytest.raises(ConnectionError, match=r"'owner/pair' cannot be made on the Hub, .* not known. Check"):
+        pair.push_to_hub("owner/pair")
+
+
 @pytest.fixture
 def cached(pair, tokenizer, tmp_path, monkeypatch):
     """A pair in the Hub's own download cache, and no network."""

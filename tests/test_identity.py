@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from step_by_step import random_prompt
 from tiny_models import tiny_model
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -397,3 +399,41 @@ def test_a_failed_convert_command_leaves_no_folder(run, saved_model, tmp_path, m
     status, _, _ = run("convert", saved_model, tmp_path / "a" / "b")
     assert status != 0
     assert list(tmp_path.iterdir()) == []
+
+
+def _without_weights_of_their_own(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def _by_torchao(model):
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith("q_proj"))
+    return model
+
+
+@pytest.mark.parametrize("quantized", [_by_torchao, _without_weights_of_their_own])
+def test_quantized_weights_are_refused_by_name(quantized):
+    model = quantized(tiny_model("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"'model.layers.0.self_attn.q_proj.*not quantized: the draft's"):
+        convert(model)
+
+
+def test_a_model_of_two_dtypes_that_cannot_run_is_refused_by_its_module():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.half()
+    with pytest.raises(UnsupportedModelError, match=r"'model.layers.1.mlp.gate_proj'.*float16 and torch.float32: load"):
+        convert(model)
+
+
+def test_a_pair_is_not_converted_again():
+    qs = convert(tiny_model("llama"))
+    with pytest.raises(TypeError, match="this one is converted already; its attribute 'model'"):
+        convert(qs)
+
+
+def test_a_draft_without_int4_weights_is_warned_of():
+    width = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **width))
+    with pytest.warns(UserWarning, match=r"no linear of the draft has INT4 weights, so .*: model.layers.0.self_attn"):
+        convert(model.eval())

@@ -76,6 +76,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
     h200 = {(row[0], row[1]): row for row in table_cells(TABLES["sparse-decode"]())}
     of_h200 = result("decode-llama-3.1-8b-h200.json")["rows"]
     long = {row["draft_attention"]: row for row in of_h200 if row["context"] == 131072}
+    again = {row[0]: row for row in table_cells(TABLES["sparse-decode-again"]())}
     # A row is shape, context, baseline, draft step, verification, speed-ups at 0.93 and at 0.97, memory.
     split = [row[5].split()[0] for row in table_cells(TABLES["split-decode"]()) if row[0] == "70B"]
     batches = [row[-1] for row in table_cells(TABLES["batches"]())]
@@ -85,6 +86,7 @@ def figures() -> list[tuple[str, tuple[Path, ...]]]:
         (f"{h200['4k', 'full'][3]} ms", (BENCHMARKS,)),
         *((f"{long[reads]['verify_ms']['8']:.2f} ms", (BENCHMARKS, CHOOSING)) for reads in ("full", "sparse")),
         *((h200[key][5].split()[0], ()) for key in h200 if key != ("32k", "sparse")),
+        (again["128k"][5].split()[0], ()),
         *((speedup, ()) for speedup in batches),
         *((speedup, ()) for speedup in split),
         *((f"{speed} tokens/s", ()) for speed in SAMPLED_SPEEDS),

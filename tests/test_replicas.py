@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import httpx2
 import ray
 from conftest import GROUP, characters
 from openai import AuthenticationError, BadRequestError, OpenAI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 from serving_process import PATIENCE, free_port
@@ -32,6 +34,38 @@ from quantspec.model import convert
 from quantspec.serving.ray import Ingress, PrefixRouter, ReplicaOptions, build, prefix_of, ranking
 
 KEY = "secret"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": {"bogus": 2}}, "an engine has no option bogus; it has gpu_memory_utilization, max_length, "),
+        ({"engine": {"max_sequences": "8"}}, "max_sequences must be an int, not '8'"),
+        ({"engine": {"max_waiting": 0}}, "max_waiting must be at least 1, not 0"),
+        ({"engine": {"num_speculative_tokens": -1}}, "num_speculative_tokens"),
+        ({"conversion": {"bogus": 2}}, "bogus"),
+        ({"conversion": {"kv_group_size": 17}}, "kv_group_size"),
+        ({"conversion": {"draft": "lookup"}}, "convert with draft='self', not 'lookup'"),
+        ({"autoscaling": {"upscale_delay": 2}}, "AutoscalingConfig beside this has no option upscale_delay; it has "),
+        ({"autoscaling": {"min_replicas": 2}}, "has no option min_replicas"),
+        ({"min_replicas": 2, "max_replicas": 1}, "max_replicas=1 is less than min_replicas=2"),
+    ],
+    ids=str,
+)
+def test_options_are_refused_before_a_replica_starts(options, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        build({"model": "tiny", **options})
+
+
+def test_options_that_are_a_replicas_to_judge_pass():
+    options = ReplicaOptions(
+        model="tiny",
+        conversion={"tune": True, "trust_remote_code": True, "kv_group_size": 64},
+        engine={"max_length": None, "num_speculative_tokens": "auto"},
+        autoscaling={"upscale_delay_s": 2},
+        min_replicas=3,
+    )
+    assert options.max_replicas is None
 
 
 @pytest.fixture(scope="module")

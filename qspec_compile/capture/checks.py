@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
@@ -40,6 +41,11 @@ def check_model(model: object, structure_only: bool = False) -> None:
                 f"module '{path}' of {name} holds an adapter, which can be switched at any time; merge it into the "
                 "weights first, with merge_and_unload() of its PeftModel (PeftModel.from_pretrained(model, adapter))"
             )
+        if _is_quantized(module):
+            raise UnsupportedModelError(
+                f"module '{path}' of {name} is a {type(module).__module__}.{type(module).__name__}; load the model in "
+                "float32, float16 or bfloat16, not quantized: the draft's INT4 weights are made from them"
+            )
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; quantspec converts decoder-only models")
@@ -60,6 +66,16 @@ def check_model(model: object, structure_only: bool = False) -> None:
     if len(devices) > 1 and not structure_only:
         raise UnsupportedModelError(f"{name} is spread over {', '.join(devices)}; move it to one device")
     for tensor_name, tensor in tensors:
+        if isinstance(tensor, DTensor):
+            raise UnsupportedModelError(
+                f"weight '{tensor_name}' of {name} is split over processes (a DTensor); convert the model that one "
+                "process has, with tensor_parallel=... to split it"
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise UnsupportedModelError(
+                f"weight '{tensor_name}' of {name} is a {type(tensor).__name__}; load the model in float32, float16 or "
+                "bfloat16, not quantized: the draft's INT4 weights are made from them"
+            )
         # A buffer may count or index; packed weights are integers too, but of 8 or 32 bits.
         packed = tensor.dtype in (torch.int8, torch.uint8, torch.int32) and tensor.dim() > 1
         if packed or (isinstance(tensor, nn.Parameter) and tensor.dtype not in DTYPES):
@@ -82,8 +98,15 @@ def _check_rope(name: str, config: object) -> None:
             )
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether it is one of torch's own, whose weights are no parameters."""
+    return ".quantized." in type(module).__module__ and type(module).__module__.startswith("torch.")
+
+
 def _way_in(model: object) -> str:
     """How to get at the model that was meant."""
+    if hasattr(model, "pair"):
+        return "this one is converted already; its attribute 'model' is what it was made from"
     if _is_of_peft(model):
         return "merge the adapter into its weights first, with merge_and_unload()"
     children = model.named_children() if isinstance(model, nn.Module) else ()
@@ -206,7 +229,8 @@ def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor
         with contextlib.ExitStack() as hooks:
             for module in recorder.module_names:
                 hooks.enter_context(module.register_forward_hook(keep))
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **position_ids)
+            with _naming_mixed_dtypes(model, recorder):
+                output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **position_ids)
         return [*made, (model, (), output.logits)]
 
     given, own = calls(position_ids=positions), calls()
@@ -225,6 +249,24 @@ def first_position(model: PreTrainedModel, recorder: Recorder, positions: Tensor
                 "cache's to give",
             )
     return 0
+
+
+@contextlib.contextmanager
+def _naming_mixed_dtypes(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    """Name the module where a model of several dtypes fails by itself; an export does not notice that."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        module, dtypes = recorder.module_of(error), sorted({str(weight.dtype) for weight in model.parameters()})
+        if module is None or len(dtypes) == 1:
+            raise
+        raise recorder.unsupported(
+            module,
+            f"the model's own forward fails there ({error}); its weights are {' and '.join(dtypes)}: load it in one "
+            "dtype",
+        ) from error
 
 
 def _first_looked_up(given: list[Any], own: list[Any]) -> int:

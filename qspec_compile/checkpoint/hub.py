@@ -62,12 +62,24 @@ def push(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Upload the folder that ``save`` writes to a repository, which is made if it is not there; returns its address."""
+    """Upload the folder that ``save`` writes to a repository, which is made if it is not there; returns its address.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached; nothing was written.
+    """
     api = HfApi(token=token)
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    except (HfHubHTTPError, ValueError):
+        raise
+    except Exception as error:
+        raise ConnectionError(
+            f"'{repo_id}' cannot be made on the Hub, which cannot be reached: {error}. Check the network, or save the "
+            "pair with save_pretrained() and upload the folder later"
+        ) from error
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, repo_id.rpartition("/")[2])
         save(folder)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,

@@ -106,7 +106,10 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise CommandError("no prompt", "give it as an argument, with --file, or on stdin")
     else:
         text = read_stdin()
-    if not text.strip():
+        if not text.strip():
+            # A shell's empty variable comes as a line.
+            text = ""
+    if not text:
         raise CommandError("the prompt is empty", "give it as an argument, with --file, or on stdin")
     return text if document is None else f"{document.rstrip()}\n\n{text}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from quantspec.config import QuantSpecConfig
 from quantspec.names import named_once
 from quantspec.passes import Role, WeightFormat, WeightSource
 from quantspec.passes.called_modules import called_modules
+from quantspec.passes.quantize_weights import LinearReport
 from quantspec.passes.state_steps import FillStates
 from quantspec.ranks import Seat
 
@@ -105,6 +107,8 @@ class Pair:
         graphs, self.linears = build_graphs(self.common, config, recipes, source, shared)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
+        if recipes[Role.DRAFT].weight_format is not None:
+            _warn_of_no_int4(self.linears)
         compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self.compiles: bool = compiles and not captured.states and not called
         # Launches one by one are captured, too, but not modules that wait for the device.
@@ -370,6 +374,16 @@ class Pair:
         graph = self.graphs[Role.PREFILL]
         assert isinstance(graph, fx.GraphModule)
         return compile_graph(graph)
+
+
+def _warn_of_no_int4(report: Sequence[LinearReport]) -> None:
+    if all(entry.group_size is None for entry in report):
+        reasons = ", ".join(f"{entry.name} ({entry.note})" for entry in report)
+        warnings.warn(
+            "no linear of the draft has INT4 weights, so a draft takes as long as the model: "
+            f"{reasons or 'it has none'}",
+            stacklevel=4,
+        )
 
 
 def _max_len(model: PreTrainedModel, config: QuantSpecConfig, captured: Capture) -> int:

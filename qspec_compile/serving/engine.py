@@ -21,7 +21,7 @@ from .pool import page_keys
 from .requests import EngineStatistics, FinishReason, Output, Request
 from .row import Row
 from .scheduler import Scheduler
-from .sizes import Sizes, check_positive
+from .sizes import Sizes, check_options
 from .split_scheduler import SplitScheduler
 
 _logger = logging.getLogger(__name__)
@@ -83,16 +83,16 @@ class Engine:
         """
         if not isinstance(pair, QuantSpecModel):
             raise TypeError(f"pair must be a model that quantspec.convert() returned, not {type(pair).__name__}")
-        check_positive("max_waiting", max_waiting)
-        sizes = Sizes.of(
-            pair,
-            max_sequences,
-            max_length,
-            max_num_batched_tokens,
-            gpu_memory_utilization,
-            num_speculative_tokens,
-            num_pages,
-        )
+        options: dict[str, Any] = {
+            "max_sequences": max_sequences,
+            "max_length": max_length,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "num_speculative_tokens": num_speculative_tokens,
+            "num_pages": num_pages,
+        }
+        check_options({**options, "max_waiting": max_waiting})
+        sizes = Sizes.of(pair, **options)
         self.pair = pair
         self.max_sequences, self.max_length, self._chunks = sizes.sequences, sizes.length, sizes.chunks
         self.num_pages = sizes.pages

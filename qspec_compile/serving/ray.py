@@ -8,16 +8,18 @@ passed on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import inspect
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence, Set
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import ray
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
@@ -31,6 +33,7 @@ from starlette.types import Message, Receive, Scope, Send
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantspec.checkpoint.folder import DESCRIPTION_FILE
+from quantspec.config import QuantSpecConfig
 from quantspec.model import QuantSpecModel, convert, from_pretrained
 
 from .engine import Engine
@@ -38,6 +41,7 @@ from .server.app import build_app
 from .server.errors import ApiError
 from .server.gate import Gate
 from .server.service import Service
+from .sizes import check_draft_of_engine, check_options
 
 # Characters of a prompt that say where it goes; fewer than the tokens that are cached together.
 _PREFIX_CHARACTERS = 1024
@@ -59,7 +63,8 @@ class ReplicaOptions(BaseModel):
         name: that clients ask for; ``model`` if None.
         gpus: of each replica, 0 for the CPU; a share of one puts several replicas on it.
         cpus: of each replica.
-        min_replicas, max_replicas: between which their number follows the load.
+        min_replicas, max_replicas: between which their number follows the load; ``max_replicas`` is ``min_replicas`` if
+            not given.
         requests_per_replica: that autoscaling aims at.
         api_keys: any of them lets a request in; anybody is let in if there is none.
         drain_seconds: that a replica which is no longer needed has for the requests it answers; what is left then is
@@ -76,13 +81,60 @@ class ReplicaOptions(BaseModel):
     gpus: float = Field(1, ge=0)
     cpus: float = Field(1, ge=0)
     min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
     requests_per_replica: float = Field(8, gt=0)
     api_keys: list[str] = []
     drain_seconds: float = Field(600, ge=0)
     conversion: dict[str, Any] = {}
     engine: dict[str, Any] = {}
     autoscaling: dict[str, Any] = {}
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, given: dict[str, Any]) -> dict[str, Any]:
+        _check_names("an engine", given, set(inspect.signature(Engine).parameters) - {"pair", "tokenizer"})
+        with _type_errors_as_value_errors():
+            check_options(given)
+        return given
+
+    @field_validator("conversion")
+    @classmethod
+    def _check_conversion(cls, given: dict[str, Any]) -> dict[str, Any]:
+        # What the call alone knows is told by a replica.
+        of_calls = {*inspect.signature(convert).parameters, *inspect.signature(from_pretrained).parameters}
+        of_calls -= {"model", "directory", "config", "device", "options"}
+        with _type_errors_as_value_errors():
+            config = QuantSpecConfig.from_options(None, {k: v for k, v in given.items() if k not in of_calls})
+        check_draft_of_engine(config)
+        return given
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _check_autoscaling(cls, given: dict[str, Any]) -> dict[str, Any]:
+        own = {"min_replicas", "max_replicas", "target_ongoing_requests"}
+        _check_names("Ray's AutoscalingConfig beside this", given, set(AutoscalingConfig.model_fields) - own)
+        return given
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}")
+        return self
+
+
+def _check_names(owner: str, given: Mapping[str, Any], known: Set[str]) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{owner} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+
+
+@contextlib.contextmanager
+def _type_errors_as_value_errors() -> Iterator[None]:
+    """Of which alone pydantic makes its own."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
@@ -97,7 +149,7 @@ def build(options: ReplicaOptions | Mapping[str, Any]) -> Application:
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas,
-            max_replicas=max(options.min_replicas, options.max_replicas),
+            max_replicas=options.max_replicas or options.min_replicas,
             target_ongoing_requests=options.requests_per_replica,
             **options.autoscaling,
         ),

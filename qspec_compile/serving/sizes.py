@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from quantspec.cache.geometry import planned_groups
-from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, Draft, check_num_speculative_tokens
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, Draft, QuantSpecConfig, check_num_speculative_tokens
 from quantspec.memory import cache_bytes_per_token, expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
@@ -55,18 +56,11 @@ class Sizes(NamedTuple):
         num_speculative_tokens: int | str | None,
         num_pages: int | None,
     ) -> Sizes:
-        """From the options of :class:`quantspec.Engine`.
+        """From the options of :class:`quantspec.Engine`, which :func:`check_options` has let pass.
 
         Raises:
             TypeError, ValueError: an option that cannot be honoured.
         """
-        check_positive("max_sequences", max_sequences)
-        if max_num_batched_tokens is not None:
-            check_positive("max_num_batched_tokens", max_num_batched_tokens)
-        if isinstance(gpu_memory_utilization, bool) or not isinstance(gpu_memory_utilization, int | float):
-            raise TypeError(f"gpu_memory_utilization must be a number, not {gpu_memory_utilization!r}")
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization}")
         draft_counts = _draft_counts(pair, num_speculative_tokens)
         if not pair.pair.reads_pools:
             raise ValueError(
@@ -83,12 +77,8 @@ class Sizes(NamedTuple):
             )
         shortest = max(group, min(_CHUNK, max_num_batched_tokens) // group * group)
         chunks = Chunks(shortest, max_num_batched_tokens // group * group)
-        if max_length is not None:
-            check_positive("max_length", max_length)
-            if max_length > inner.max_len:
-                raise ValueError(f"max_length={max_length} is more than the pair's max_cache_len={inner.max_len}")
-        if num_pages is not None:
-            check_positive("num_pages", num_pages)
+        if max_length is not None and max_length > inner.max_len:
+            raise ValueError(f"max_length={max_length} is more than the pair's max_cache_len={inner.max_len}")
         longest = max_length or (inner.max_len if inner.device.type == "cuda" else min(inner.max_len, _LENGTH_ON_CPU))
         batched = min(chunks.longest, longest)
         pages = num_pages or _num_pages(
@@ -104,6 +94,35 @@ class Sizes(NamedTuple):
         return cls(max_sequences, length, chunks, draft_counts, pages)
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse values of options of :class:`quantspec.Engine`, by name, that it could honour with no pair.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+    """
+    for name in ("max_sequences", "max_waiting"):
+        if name in options:
+            check_positive(name, options[name])
+    for name in ("max_length", "max_num_batched_tokens", "num_pages"):
+        if options.get(name) is not None:
+            check_positive(name, options[name])
+    share = options.get("gpu_memory_utilization", 1)
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"gpu_memory_utilization must be a number, not {share!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {share}")
+    if options.get("num_speculative_tokens") is not None:
+        check_num_speculative_tokens(options["num_speculative_tokens"])
+
+
+def check_draft_of_engine(config: QuantSpecConfig) -> None:
+    """Refuse a pair whose drafts come from elsewhere; raises ``ValueError``."""
+    if config.draft is not Draft.SELF:
+        raise ValueError(
+            f"an engine drafts with the pair itself: convert with draft='self', not {config.draft.value!r}"
+        )
+
+
 def check_positive(name: str, value: Any) -> None:
     """Refuse what is no number of things, at least one."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -117,10 +136,7 @@ def _draft_counts(pair: QuantSpecModel, asked: int | str | None) -> tuple[int, .
 
     Each is captured for every bucket, so there are few.
     """
-    if pair.config.draft is not Draft.SELF:
-        raise ValueError(
-            f"an engine drafts with the pair itself: convert with draft='self', not {pair.config.draft.value!r}"
-        )
+    check_draft_of_engine(pair.config)
     own = pair.config.num_speculative_tokens
     count = own if asked is None else asked
     check_num_speculative_tokens(count)
