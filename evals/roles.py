@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from quantspec import QuantSpecModel
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS
 from quantspec.passes import Role
 
 
@@ -52,9 +53,12 @@ def decoding_method(
 ) -> Callable[..., Any] | None:
     """How ``role`` decodes, for ``qs.model.generate(custom_generate=...)``; None is Hugging Face's own way.
 
-    ``num_speculative_tokens`` overrides the config's number for the role ``speculative``.
+    ``num_speculative_tokens`` overrides the config's number for the role ``speculative``, which drafts where neither is
+    given, on a CPU too.
     """
     if role is EvalRole.REFERENCE:
         return None
     drafted = num_speculative_tokens if role is EvalRole.SPECULATIVE else 0
+    if drafted is None and qs.config.num_speculative_tokens is None:
+        drafted = DEFAULT_SPECULATIVE_TOKENS
     return functools.partial(qs.decode, num_speculative_tokens=drafted, verifier=role.graph)

@@ -13,6 +13,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 """Numbers of input channels that may share an INT4 scale."""
 MAX_SPECULATIVE_TOKENS = 15
 DEFAULT_SPECULATIVE_TOKENS = 4
+"""Tokens drafted per cycle on a GPU, where none are asked for."""
 # Hugging Face's names for options of ours, accepted wherever ours are.
 ALIASES = {"num_assistant_tokens": "num_speculative_tokens"}
 
@@ -73,7 +74,8 @@ class QuantSpecConfig:
 
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
-            fastest, plain decoding included. Can be overridden per ``generate`` call.
+            fastest, plain decoding included. None is 4 on a GPU, and ``"auto"`` on a CPU and in an
+            :class:`~quantspec.Engine`. Can be overridden per ``generate`` call.
         draft: ``"self"``: the INT4 draft proposes; ``"lookup"``: the text itself does, with what followed its newest
             tokens before; ``"both"``: whichever yields more. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.
@@ -104,7 +106,7 @@ class QuantSpecConfig:
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
-    num_speculative_tokens: int | str = DEFAULT_SPECULATIVE_TOKENS
+    num_speculative_tokens: int | str | None = None
     draft: Draft = Draft.SELF
     kv_group_size: int = 128
     weight_group_size: int = 128
@@ -122,7 +124,8 @@ class QuantSpecConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_group_sizes", dict(self.adapted_group_sizes))
-        check_num_speculative_tokens(self.num_speculative_tokens)
+        if self.num_speculative_tokens is not None:
+            check_num_speculative_tokens(self.num_speculative_tokens)
         object.__setattr__(self, "draft", check_draft(self.draft))
         for name in ("kv_group_size", "weight_group_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):

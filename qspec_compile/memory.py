@@ -23,7 +23,7 @@ from .cache.geometry import (
     recent_slots,
     state_slots,
 )
-from .config import QuantSpecConfig
+from .config import DEFAULT_SPECULATIVE_TOKENS, QuantSpecConfig
 
 
 def cache_bytes_per_token(
@@ -68,7 +68,7 @@ def expected_memory(
     batch_size: int = 1,
     *,
     kv_group_size: int = QuantSpecConfig.kv_group_size,
-    num_speculative_tokens: int = QuantSpecConfig.num_speculative_tokens,  # type: ignore[assignment]
+    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
     max_cache_len: int | None = None,
     device: torch.device | str = "cuda",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .config import QuantSpecConfig
+from .config import DEFAULT_SPECULATIVE_TOKENS, QuantSpecConfig
 from .cycle_times import CycleTimes, device_name, time_cycle
 from .engine.stats import GenerationStats
 from .memory import AttentionShape, expected_memory, full_precision_bytes
@@ -192,7 +192,7 @@ def plot_memory(
     max_context: int = _MOST_CONTEXT,
     batch_size: int = 1,
     kv_group_size: int = QuantSpecConfig.kv_group_size,
-    num_speculative_tokens: int = QuantSpecConfig.num_speculative_tokens,  # type: ignore[assignment]
+    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
     context: int | None = None,
 ) -> Axes:

@@ -38,6 +38,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import quantspec
 from quantspec.cli import main
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.patch_once()
@@ -85,6 +86,15 @@ def own_cache_folder(tmp_path_factory):
     """Durations that tests measure are not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def drafts_as_on_a_gpu():
+    """Where no number is given: on a CPU measured times might leave nothing drafted, and so nothing tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantspec.pair.pair.AUTO", DEFAULT_SPECULATIVE_TOKENS)
+        patch.setattr("quantspec.serving.sizes.AUTO", DEFAULT_SPECULATIVE_TOKENS)
         yield
 
 

@@ -64,8 +64,13 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(model: object, *options: str, port: int | None = None, **environment: str) -> Iterator[Server]:
-    """``quantspec serve``, ready; at the end it drains, and must leave without an error."""
+    """``quantspec serve``, ready; at the end it drains, and must leave without an error.
+
+    It drafts 4 tokens a cycle unless ``options`` say otherwise: what pays might be none.
+    """
     port = port or free_port()
+    if "--num-speculative-tokens" not in options:
+        options = ("--num-speculative-tokens", "4", *options)
     command = [sys.executable, "-m", "quantspec", "serve", str(model), "--port", str(port), *options]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     with tempfile.TemporaryFile("w+") as told:

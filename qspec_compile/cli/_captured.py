@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from quantspec.config import QuantSpecConfig
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, QuantSpecConfig
 from quantspec.engine.draft_count import AutoDraftCount
 from quantspec.memory import expected_memory, full_precision_bytes
 from quantspec.pair.preview import Structure
@@ -15,7 +15,7 @@ from ._sizes import Layer, Linear, Sizes
 def captured_sizes(structure: Structure, options: QuantSpecConfig) -> Sizes:
     """What ``structure`` tells."""
     gamma = options.num_speculative_tokens
-    most = gamma if isinstance(gamma, int) else AutoDraftCount().most
+    most = DEFAULT_SPECULATIVE_TOKENS if gamma is None else AutoDraftCount().most if isinstance(gamma, str) else gamma
     shapes, dtype, states = structure.layers, structure.dtype, structure.states
 
     def cache_parts(context: int, batch_size: int, pooled: bool = False) -> dict[str, int]:

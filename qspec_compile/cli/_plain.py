@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantspec.config import GROUP_SIZES, QuantSpecConfig
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, GROUP_SIZES, QuantSpecConfig
 
 from ._sizes import Layer, Linear, Sizes
 from .loading import PAIR_CONFIG, Kind, Source
@@ -99,7 +99,7 @@ _MOST_CHANNELS = 128
 def plain_sizes(source: Source, options: QuantSpecConfig, dtype: str | None) -> Sizes | None:
     """The sizes of a plain decoder in ``dtype``, the checkpoint's own if None; None of anything else."""
     config = _read_config(source)
-    if config is None or not isinstance(options.num_speculative_tokens, int):
+    if config is None or isinstance(options.num_speculative_tokens, str):
         return None
     decoder = _DECODERS.get(str(config.get("model_type")))
     if decoder is None or not _is_plain(config, decoder):
@@ -272,6 +272,7 @@ class _Shape:
     ) -> dict[str, int]:
         """As :func:`quantspec.memory.expected_memory`, of layers that are all alike and see the whole text."""
         size, gamma = options.kv_group_size, options.num_speculative_tokens
+        gamma = DEFAULT_SPECULATIVE_TOKENS if gamma is None else gamma
         assert isinstance(gamma, int)
         groups = _planned_groups(context, size, options.max_cache_len or config["max_position_embeddings"])
         recent = 2 * size + gamma + 1

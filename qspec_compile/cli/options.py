@@ -14,7 +14,15 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from quantspec.config import AUTO, MAX_SPECULATIVE_TOKENS, Draft, DraftAttention, QuantSpecConfig, WeightQuantizer
+from quantspec.config import (
+    AUTO,
+    DEFAULT_SPECULATIVE_TOKENS,
+    MAX_SPECULATIVE_TOKENS,
+    Draft,
+    DraftAttention,
+    QuantSpecConfig,
+    WeightQuantizer,
+)
 
 from .errors import CommandError
 
@@ -128,7 +136,8 @@ class ModelOptions:
             "--num-speculative-tokens",
             parser=_int_or_auto,
             metavar=f"N|{AUTO}",
-            help=_help(f"Tokens drafted per cycle, 0 to {MAX_SPECULATIVE_TOKENS}.", "num_speculative_tokens"),
+            help=f"Tokens drafted per cycle, 0 to {MAX_SPECULATIVE_TOKENS}. "
+            f"[default: {DEFAULT_SPECULATIVE_TOKENS} on a GPU, {AUTO} on a CPU and in a server]",
         ),
     ] = None
     draft: Annotated[

@@ -83,7 +83,7 @@ def decode(
         logits_processor, stopping_criteria, generation_config: as Hugging Face prepared them.
         streamer, generator, seed: as in :meth:`quantspec.QuantSpecModel.generate`. transformers hands a streamer to its
             own loops only: bind it, ``custom_generate=functools.partial(qs.decode, streamer=streamer)``.
-        num_speculative_tokens: tokens drafted per cycle; the config's number if None.
+        num_speculative_tokens: tokens drafted per cycle; the pair's number if None.
         draft: where they come from; the config's choice if None.
         continue_cache: prefill only what the previous call's text does not begin with.
         verifier: the role whose distribution is emitted.
@@ -150,7 +150,7 @@ def decode_checked(
             raise ValueError("pass either generator or seed, not both")
         seed = check_seed(seed)
     if num_speculative_tokens is None:
-        num_speculative_tokens = pair.config.num_speculative_tokens
+        num_speculative_tokens = pair.num_speculative_tokens
     else:
         check_num_speculative_tokens(num_speculative_tokens)
     source = pair.config.draft if draft is None else check_draft(draft)

@@ -18,7 +18,7 @@ from quantspec.cache.lengths import copied_to
 from quantspec.capture import Capture, capture, check_model, naming_basic_cause, rope_at, rope_context_of, with_latents
 from quantspec.capture.kept import kept_or_captured
 from quantspec.capture.learned_positions import learned_positions
-from quantspec.config import QuantSpecConfig
+from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS, QuantSpecConfig
 from quantspec.names import named_once
 from quantspec.passes import Role, WeightFormat, WeightSource
 from quantspec.passes.called_modules import called_modules
@@ -128,6 +128,13 @@ class Pair:
         self._seat = seat
         self._converted_as = (model.device, model.dtype)
         self.tuned: TuneReport | None = None
+
+    @property
+    def num_speculative_tokens(self) -> int | str:
+        """What a cycle drafts unless a call says: as converted, or what seldom loses on the device."""
+        if self.config.num_speculative_tokens is not None:
+            return self.config.num_speculative_tokens
+        return AUTO if self.device.type == "cpu" else DEFAULT_SPECULATIVE_TOKENS
 
     @property
     def draft_weights(self) -> WeightFormat | None:

@@ -70,9 +70,10 @@ class Engine:
                 this, in whole KV groups; the last one has up to a group more. A prompt shares with earlier ones as many
                 whole chunks as they begin alike.
             gpu_memory_utilization: share of a GPU's memory that weights and cache may take.
-            num_speculative_tokens: tokens drafted per cycle; the pair's own number if None. With ``"auto"`` none, the
-                pair's own number (4 if that is ``"auto"`` or 0) or half of it: for each size of the batch what its
-                measured cycles and the acceptance of its requests make fastest.
+            num_speculative_tokens: tokens drafted per cycle. With ``"auto"`` none, the pair's own number (4 if that is
+                None, ``"auto"`` or 0) or half of it: for each size of the batch what its measured cycles and the
+                acceptance of its requests make fastest. None is the number that the pair was converted with, else
+                ``"auto"``, or 4 for a pair with ``rejection_sampling``.
             num_pages: pages of ``kv_group_size`` tokens that all requests share. If None, as many as ``max_sequences``
                 of ``max_length`` can use or, on a GPU, as there is room for.
 

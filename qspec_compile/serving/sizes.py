@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantspec.cache.geometry import planned_groups
-from quantspec.config import DEFAULT_SPECULATIVE_TOKENS, Draft, QuantSpecConfig, check_num_speculative_tokens
+from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS, Draft, QuantSpecConfig, check_num_speculative_tokens
 from quantspec.memory import cache_bytes_per_token, expected_memory
 from quantspec.model import QuantSpecModel
 from quantspec.pair import Pair
@@ -139,7 +139,9 @@ def _draft_counts(pair: QuantSpecModel, asked: int | str | None) -> tuple[int, .
     check_draft_of_engine(pair.config)
     own = pair.config.num_speculative_tokens
     count = own if asked is None else asked
-    check_num_speculative_tokens(count)
+    if count is None:
+        # Where sampled drafts stand by their odds, a seed's text would depend on what was chosen.
+        count = DEFAULT_SPECULATIVE_TOKENS if pair.config.rejection_sampling else AUTO
     if isinstance(count, int):
         return (count,)
     most = own if isinstance(own, int) and own else DEFAULT_SPECULATIVE_TOKENS
