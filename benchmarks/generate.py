@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import quantspec
+from quantspec.config import DEFAULT_SPECULATIVE_TOKENS
 from quantspec.evals import load_smollm2, python_reference
 
 from .common import LOG, RESULTS, print_progress, write_results
@@ -34,7 +35,7 @@ _PLAIN = "Hugging Face"
 # What is timed beside plain generation, and how it is called.
 MODES: dict[str, dict[str, Any]] = {
     "auto": {"num_speculative_tokens": "auto"},
-    "speculative": {},
+    "speculative": {"num_speculative_tokens": DEFAULT_SPECULATIVE_TOKENS},
     "target only": {"num_speculative_tokens": 0},
 }
 

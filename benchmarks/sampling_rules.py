@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--head", default="INT4", choices=list(HEADS))
     parser.add_argument("--steps", type=int, default=quantspec.TuneConfig.steps)
     parser.add_argument("--learning-rate", type=float, default=0.004)
-    parser.add_argument("--tune-on", nargs="+", metavar="KIND", help="kinds of text that tuning sees; all if left out")
+    kinds = ["documentation", "source code", "conversation"]
+    parser.add_argument("--tune-on", nargs="+", choices=kinds, help="kinds of text that tuning sees; all if left out")
     parser.add_argument("--prompt-tokens", type=int, default=quantspec.TuneConfig.prompt_tokens)
     parser.add_argument("--pair", type=Path, help="folder to keep the tuned pair in")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance-rules.json")

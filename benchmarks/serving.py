@@ -25,6 +25,7 @@ import transformers
 
 import quantspec
 from quantspec import Engine, QuantSpecModel
+from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS
 from quantspec.evals import load_smollm2, python_reference
 from quantspec.serving import Request
 
@@ -35,12 +36,13 @@ from .gpu_times import free
 from .random_models import SHAPES, random_model
 
 # What is timed, and what its engine is; the batch has a place for every user.
+_DRAFTS = {"num_speculative_tokens": DEFAULT_SPECULATIVE_TOKENS}
 MODES: dict[str, dict[str, Any]] = {
-    "one_after_another": {"max_sequences": 1},
+    "one_after_another": {"max_sequences": 1, **_DRAFTS},
     "batch_without_drafts": {"num_speculative_tokens": 0},
-    "batch": {},
-    "batch_auto": {"num_speculative_tokens": "auto"},
-    "shared": {},
+    "batch": _DRAFTS,
+    "batch_auto": {"num_speculative_tokens": AUTO},
+    "shared": _DRAFTS,
 }
 # Tokens at the end of a prompt that is shared otherwise.
 _OWN = 128

@@ -201,10 +201,10 @@ def _score_pages(
     COLUMNS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Scores of the ``block``-th 32 pages of a KV head, from what its rows, ``COLUMNS`` at a time, found in tiles and
-    splits.
+    """Scores of the ``block``-th 32 pages of a KV head, from what its rows found in tiles and splits.
 
-    With ``JOINS`` those that are there stay where they are higher.
+    It takes ``COLUMNS`` rows of ``BLOCK_SPLITS`` splits at a time. With ``JOINS`` those that are there stay where they
+    are higher.
     """
     ROWS: tl.constexpr = REPEAT * TOKENS
     quantized = tl.load(quantized_len + pair // KV_HEADS).to(tl.int32)
@@ -277,7 +277,8 @@ def _merge_kernel(
 ):
     """``BLOCK_C`` channels of one output row from the partial results of its splits; a sink joins the normalizer.
 
-    With ``SCORES`` the programs after those of the rows make the scores of pages, of so many rows and splits at a time.
+    With ``SCORES`` the programs after those of the rows make the scores of pages, from ``SCORED_ROWS`` rows of
+    ``SCORED_SPLITS`` splits at a time.
     """
     if OVERLAP:
         # What follows may load its weights while the planes are still read.

@@ -114,7 +114,7 @@ def attend_wide(
     for tile in range(first_tile, last_tile):
         vs_low, vs_high, vz_low, vz_high = next_scales
         stored = next_stored
-        # Loads this small are not pipelined by the compiler; without this each tile waits for them.
+        # Scales are too small for the compiler to pipeline them; without this each tile waits for its own.
         next_stored = stored_tile(table, tile + 1, num_bytes, places, HALF, TILE, HAS_WINDOW, PAGED)
         if not SCORES:
             next_scales = load_value_scales(

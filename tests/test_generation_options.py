@@ -181,7 +181,7 @@ def test_num_assistant_tokens(qs):
     qs.generate(ids, max_new_tokens=4, num_assistant_tokens=3)
     assert qs.last_stats.num_speculative_tokens == 3
     qs.generate(ids, generation_config=GenerationConfig(max_new_tokens=4, num_assistant_tokens=20))
-    assert qs.last_stats.num_speculative_tokens == qs.config.num_speculative_tokens
+    assert qs.last_stats.num_speculative_tokens == qs.pair.num_speculative_tokens
 
 
 @pytest.mark.parametrize("given", ["keyword", "config"])

@@ -7,8 +7,10 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
@@ -77,6 +79,9 @@ class LocalHub:
     def __init__(self, token: object = None) -> None:
         self.token = token
 
+    def whoami(self) -> dict[str, str]:
+        return {"name": "owner"}
+
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> SimpleNamespace:
         (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return SimpleNamespace(repo_id=repo_id)
@@ -117,12 +122,19 @@ def test_pushed_and_loaded_by_its_id(pair, tokenizer, local_hub):
 
 
 def test_a_hub_that_cannot_be_reached_is_told_before_anything_is_saved(pair, monkeypatch):
-    def fail(self, repo_id, **_):
-        raise RuntimeError("Name or service not known")
+    class TransportError(Exception):
+        """As of the library that the Hub's client asks with."""
 
-    monkeypatch.setattr(hub.HfApi, "create_repo", fail)
+    class ConnectError(TransportError):
+        pass
+
     monkeypatch.setattr(type(pair), "save_pretrained", lambda *_, **__: pytest.fail("saved first"))
-    with pytest.raises(ConnectionError, match=r"'owner/pair' cannot be made on the Hub, .* not known. Check"):
+    whoami = mock.Mock(side_effect=ConnectError("Name or service not known"))
+    monkeypatch.setattr(hub.HfApi, "whoami", whoami)
+    with pytest.raises(ConnectionError, match=r"'owner/pair' cannot be uploaded, .* not known. Check the network"):
+        pair.push_to_hub("owner/pair")
+    whoami.side_effect = LocalTokenNotFoundError("log in")
+    with pytest.raises(LocalTokenNotFoundError, match="log in"):
         pair.push_to_hub("owner/pair")
 
 

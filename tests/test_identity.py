@@ -20,7 +20,10 @@ from conftest import GROUP
 from safetensors.torch import load_file, save_file
 from step_by_step import random_prompt
 from tiny_models import tiny_model
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -419,6 +422,17 @@ def test_quantized_weights_are_refused_by_name(quantized):
         convert(model)
 
 
+def test_weights_that_several_processes_hold_are_refused():
+    model = tiny_model("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UnsupportedModelError, match=r"'model.embed_tokens.weight' .* is split over processes"):
+            convert(model)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_model_of_two_dtypes_that_cannot_run_is_refused_by_its_module():
     model = tiny_model("llama")
     model.model.layers[1].mlp.half()
@@ -432,8 +446,11 @@ def test_a_pair_is_not_converted_again():
         convert(qs)
 
 
-def test_a_draft_without_int4_weights_is_warned_of():
+def test_a_draft_without_int4_weights_is_warned_of(caplog):
     width = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **width))
-    with pytest.warns(UserWarning, match=r"no linear of the draft has INT4 weights, so .*: model.layers.0.self_attn"):
+    with caplog.at_level("WARNING"):
         convert(model.eval())
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("quantspec")]
+    assert re.match(r"no linear of the draft has INT4 weights, .*\('model.layers.0.self_attn.q_proj' first\)", said)
+    assert len(said) < 300

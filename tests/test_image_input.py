@@ -58,11 +58,13 @@ def test_arguments_that_hugging_face_adds_are_taken_as_it_made_them_alone(qs, mo
 
     def adds(model, *args, **kwargs):
         inputs, name, model_kwargs = original(model, *args, **kwargs)
-        return inputs, name, {"kinds": torch.zeros(3), **model_kwargs}
+        return inputs, name, {"kinds": torch.zeros(len(inputs), 3), **model_kwargs}
 
     monkeypatch.setattr(type(qs.model), "_prepare_model_inputs", adds)
     monkeypatch.setattr(type(qs.model), "_validate_model_kwargs", lambda *_: None)
     expected = qs.generate(ids, **OPTIONS)
-    assert torch.equal(qs.generate(ids, kinds=torch.zeros(3), **OPTIONS), expected)
+    assert torch.equal(qs.generate(ids, kinds=torch.zeros(1, 3), **OPTIONS), expected)
+    several = qs.generate(ids, num_return_sequences=2, **{**OPTIONS, "do_sample": True}, seed=1)
+    assert several.shape == (2, expected.shape[1])
     with pytest.raises(ValueError, match="model argument kinds is not supported"):
-        qs.generate(ids, kinds=torch.ones(3), **OPTIONS)
+        qs.generate(ids, kinds=torch.ones(1, 3), **OPTIONS)

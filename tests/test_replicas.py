@@ -30,6 +30,7 @@ from serving_process import PATIENCE, free_port
 from step_by_step import random_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quantspec.config import QuantSpecConfig
 from quantspec.model import convert
 from quantspec.serving.ray import Ingress, PrefixRouter, ReplicaOptions, build, prefix_of, ranking
 
@@ -66,6 +67,7 @@ def test_options_that_are_a_replicas_to_judge_pass():
         min_replicas=3,
     )
     assert options.max_replicas is None
+    ReplicaOptions(model="tiny", conversion={"config": QuantSpecConfig(kv_group_size=64)})
 
 
 @pytest.fixture(scope="module")

@@ -99,13 +99,14 @@ def _check_rope(name: str, config: object) -> None:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether it is one of torch's own, whose weights are no parameters."""
-    return ".quantized." in type(module).__module__ and type(module).__module__.startswith("torch.")
+    """Whether it is one of torch's own, which give their weights by a method."""
+    is_torchs = type(module).__module__.startswith("torch.") and ".quantized." in type(module).__module__
+    return is_torchs and callable(getattr(module, "weight", None))
 
 
 def _way_in(model: object) -> str:
     """How to get at the model that was meant."""
-    if hasattr(model, "pair"):
+    if hasattr(model, "pair") and isinstance(getattr(model, "model", None), PreTrainedModel):
         return "this one is converted already; its attribute 'model' is what it was made from"
     if _is_of_peft(model):
         return "merge the adapter into its weights first, with merge_and_unload()"
@@ -260,7 +261,7 @@ def _naming_mixed_dtypes(model: PreTrainedModel, recorder: Recorder) -> Iterator
         raise
     except RuntimeError as error:
         module, dtypes = recorder.module_of(error), sorted({str(weight.dtype) for weight in model.parameters()})
-        if module is None or len(dtypes) == 1:
+        if module is None or len(dtypes) == 1 or "dtype" not in str(error):
             raise
         raise recorder.unsupported(
             module,

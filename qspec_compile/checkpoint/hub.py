@@ -53,6 +53,12 @@ def local_folder(
         ) from error
 
 
+def _is_of_network(error: Exception) -> bool:
+    """Whether no answer came; the library that the Hub's client asks with is its own choice."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or "TransportError" in names
+
+
 def push(
     save: Callable[[Path], None],
     repo_id: str,
@@ -69,17 +75,19 @@ def push(
     """
     api = HfApi(token=token)
     try:
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    except (HfHubHTTPError, ValueError):
-        raise
+        # Tells of a network or a token that is missing, and makes nothing.
+        api.whoami()
     except Exception as error:
+        if not _is_of_network(error):
+            raise
         raise ConnectionError(
-            f"'{repo_id}' cannot be made on the Hub, which cannot be reached: {error}. Check the network, or save the "
+            f"'{repo_id}' cannot be uploaded, since the Hub cannot be reached: {error}. Check the network, or save the "
             "pair with save_pretrained() and upload the folder later"
         ) from error
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, repo_id.rpartition("/")[2])
         save(folder)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,

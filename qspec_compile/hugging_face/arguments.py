@@ -309,14 +309,20 @@ def refuse_unsupported(
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls have the same argument; objects that cannot be compared are, where they are of one type."""
+    """Whether two calls have the same argument; objects of one type that cannot be compared count as the same."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
         return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
-    return type(one) is type(other) and (type(one).__eq__ is object.__eq__ or bool(one == other))
+    if type(one) is not type(other) or type(one).__eq__ is object.__eq__:
+        return type(one) is type(other)
+    try:
+        return bool(one == other)
+    except ValueError:
+        # That of an array has as many answers as elements.
+        return True
 
 
 def _count_from_0(positions: Tensor, mask: Tensor | None) -> bool:
@@ -360,6 +366,8 @@ def bare_call_arguments(
     config = copy.copy(config)
     # The tokenizer that stop strings need has been dropped, and the length is in max_length by now.
     config.stop_strings = config.max_new_tokens = None
+    # The prompts are there as often as texts are wanted.
+    config.num_return_sequences = 1
     type(model).generate(
         model, input_ids, attention_mask=attention_mask, generation_config=config, custom_generate=note
     )

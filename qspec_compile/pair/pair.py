@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +31,8 @@ from .eager_prefill import EagerPrefill
 from .frozen import FrozenModel
 from .recipes import build_graphs, common_graph, recipes_for, run_passes
 from .tuned import TuneReport
+
+_LOGGER = logging.getLogger(__name__)
 
 _PREFILL_STEP = 1024
 # Of a state's norm; the roundings of bfloat16 make less.
@@ -107,7 +109,7 @@ class Pair:
         graphs, self.linears = build_graphs(self.common, config, recipes, source, shared)
         adapted = {r.name: r.group_size for r in self.linears if r.group_size != config.weight_group_size}
         self.config: QuantSpecConfig = replace(config, adapted_group_sizes=adapted)
-        if recipes[Role.DRAFT].weight_format is not None:
+        if recipes[Role.DRAFT].weight_format is not None and seat is None:
             _warn_of_no_int4(self.linears)
         compiles = self.device.type == "cuda" if config.compile is None else config.compile
         self.compiles: bool = compiles and not captured.states and not called
@@ -385,11 +387,10 @@ class Pair:
 
 def _warn_of_no_int4(report: Sequence[LinearReport]) -> None:
     if all(entry.group_size is None for entry in report):
-        reasons = ", ".join(f"{entry.name} ({entry.note})" for entry in report)
-        warnings.warn(
-            "no linear of the draft has INT4 weights, so a draft takes as long as the model: "
-            f"{reasons or 'it has none'}",
-            stacklevel=4,
+        names = {entry.note: entry.name for entry in reversed(report)}
+        _LOGGER.warning(
+            "no linear of the draft has INT4 weights, so a draft step reads as many weights as one of the model: %s",
+            "; ".join(f"{note} ('{name}' first)" for note, name in names.items()) or "it has none",
         )
 
 

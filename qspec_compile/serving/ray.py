@@ -102,9 +102,10 @@ class ReplicaOptions(BaseModel):
     def _check_conversion(cls, given: dict[str, Any]) -> dict[str, Any]:
         # What the call alone knows is told by a replica.
         of_calls = {*inspect.signature(convert).parameters, *inspect.signature(from_pretrained).parameters}
-        of_calls -= {"model", "directory", "config", "device", "options"}
+        of_calls -= {"model", "directory", "device", "options"}
         with _type_errors_as_value_errors():
-            config = QuantSpecConfig.from_options(None, {k: v for k, v in given.items() if k not in of_calls})
+            fields = {name: value for name, value in given.items() if name not in of_calls}
+            config = QuantSpecConfig.from_options(given.get("config"), fields)
         check_draft_of_engine(config)
         return given
 
@@ -130,7 +131,7 @@ def _check_names(owner: str, given: Mapping[str, Any], known: Set[str]) -> None:
 
 @contextlib.contextmanager
 def _type_errors_as_value_errors() -> Iterator[None]:
-    """Of which alone pydantic makes its own."""
+    """Raise a ``TypeError`` as a ``ValueError``, which pydantic turns into its own."""
     try:
         yield
     except TypeError as error:

@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse values of options of :class:`quantspec.Engine`, by name, that it could honour with no pair.
+    """Refuse values of options of :class:`quantspec.Engine`, by name, that it could honour for no pair at all.
 
     Raises:
         TypeError, ValueError: naming the option.
