@@ -23,6 +23,7 @@ from transformers import T5Config, TextStreamer
 import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
+from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS
 from quantspec.cli import main
 from quantspec.cli.loading import Kind, find_source
 from quantspec.config import WeightQuantizer
@@ -99,8 +100,9 @@ def test_version(run):
 def test_defaults_in_the_help_are_those_of_the_config(run):
     text = " ".join(run("convert", "--help")[1].replace("│", " ").split())
     defaults = QuantSpecConfig()
-    for name in ("num_speculative_tokens", "kv_group_size", "weight_group_size", "weight_quantizer"):
+    for name in ("kv_group_size", "weight_group_size", "weight_quantizer"):
         assert f"[default: {getattr(defaults, name)}]" in text
+    assert f"[default: {DEFAULT_SPECULATIVE_TOKENS} on a GPU, {AUTO} on a CPU and in a server]" in text
     for quantizer in WeightQuantizer:
         assert quantizer in text
 
