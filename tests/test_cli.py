@@ -23,10 +23,9 @@ from transformers import T5Config, TextStreamer
 import quantspec
 from quantspec import QuantSpecConfig
 from quantspec.checkpoint.folder import DESCRIPTION_FILE, Description
-from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS
 from quantspec.cli import main
 from quantspec.cli.loading import Kind, find_source
-from quantspec.config import WeightQuantizer
+from quantspec.config import AUTO, DEFAULT_SPECULATIVE_TOKENS, WeightQuantizer
 from quantspec.engine.loop import SpeculativeLoop
 from quantspec.memory import expected_memory
 from quantspec.versions import install_command
