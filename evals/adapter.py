@@ -32,14 +32,15 @@ from quantspec import GenerationStats, QuantSpecConfig, QuantSpecModel
 from quantspec.checkpoint.config_check import check_config
 from quantspec.checkpoint.folder import DESCRIPTION_FILE
 from quantspec.checkpoint.gguf import dense_weights
+from quantspec.checkpoint.loading import FIXED_OPTIONS
 from quantspec.config import check_num_speculative_tokens
 
 from .roles import EvalRole, decoding_method
 from .scoring import Score, score_continuations, sequences_that_fit, warn_of_short_texts
 
 _CONVERT_OPTIONS = frozenset(f.name for f in dataclasses.fields(QuantSpecConfig)) - {"adapted_group_sizes"}
-# How a pair is run and checked, not what it is: a saved one takes these.
-_RUN_OPTIONS = frozenset({"compile", "draft", "draft_recipe", "self_check"})
+# What the weights of a saved pair were not made with, so that it may be loaded otherwise.
+_RUN_OPTIONS = _CONVERT_OPTIONS - frozenset(FIXED_OPTIONS)
 # Of HFLM's options for loading, those that leave a saved pair as it is.
 _ANY_MODELS_OPTIONS = frozenset({"trust_remote_code", "revision", "gpus", "offload_folder"})
 # Of a context, in an error.

@@ -29,6 +29,9 @@ class Role(StrEnum):
     """Reads a prompt in chunks and fills the cache; earlier chunks at 8 bits."""
 
 
+_PARTS = tuple(part.name for part in (*CACHE_PARTS, *DECODED_PARTS, *PAGE_PARTS, TABLE_PART))
+
+
 @dataclass(frozen=True)
 class CacheAccess:
     """How a graph's attention reads the cache.
@@ -45,6 +48,9 @@ class CacheAccess:
         fills: whether the op moves tokens into the planes; it takes ``stores`` and ``host_lengths`` by keyword then,
             and the graph has ``host_lengths`` as an input.
         scores: whether the op leaves scores of pages; it takes ``joins`` by keyword then.
+
+    Raises:
+        ValueError: a part that no cache has.
     """
 
     op: torch._ops.OpOverload
@@ -54,6 +60,11 @@ class CacheAccess:
     by_name: tuple[str, ...] = ()
     fills: bool = False
     scores: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in (*self.parts, *self.arguments, *self.by_name) if name not in _PARTS]
+        if unknown:
+            raise ValueError(f"no cache has a part {', '.join(map(repr, unknown))}; it has {', '.join(_PARTS)}")
 
     @property
     def inputs(self) -> tuple[str, ...]:

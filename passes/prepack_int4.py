@@ -79,6 +79,8 @@ class PrepackInt4ForCpu(WeightLayout):
                 flat = add_call(graph, aten.reshape.default, (flat, [-1, in_features]), node)
             if value.dtype != params.dtype:
                 flat = add_call(graph, aten.to.dtype, (flat, params.dtype), node)
+            if not value.is_contiguous():
+                flat = add_call(graph, aten.contiguous.default, (flat,), node)
             weights = (
                 add_buffer(gm, f"{node.name}_packed", packed),
                 in_features // params.shape[0],

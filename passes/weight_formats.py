@@ -110,6 +110,9 @@ class WeightFormat:
 
         Rows are packed block by block: quantizers work on several float32 copies of what they are given, which of a
         whole language-model head are more than many a layer's weights.
+
+        Raises:
+            ValueError: ``pack`` makes other tensors than ``parts`` say.
         """
         made = tuple(
             torch.empty(shape, dtype=part.dtype(weight.dtype), device=weight.device)
@@ -123,9 +126,20 @@ class WeightFormat:
             for start in range(0, rows, length):
                 block = matrix[start : start + length]
                 ours = self.rows(tuple(parts), start, len(block))
-                for place, packed in zip(ours, self.pack(block, group_size, quantizer), strict=True):
-                    place.copy_(packed)
+                packed = self.pack(block, group_size, quantizer)
+                self._check_packed(packed, ours)
+                for place, tensor in zip(ours, packed, strict=True):
+                    place.copy_(tensor)
         return made
+
+    def _check_packed(self, packed: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """Refuse what ``pack`` made where it is not what ``parts`` say, by name."""
+        wanted = {part.name: tuple(place.shape) for part, place in zip(self.parts, expected, strict=True)}
+        made = [tuple(tensor.shape) for tensor in packed]
+        if made != list(wanted.values()):
+            raise ValueError(
+                f"pack of weight format '{self.name}' made tensors of shapes {made}; its parts are {wanted}"
+            )
 
     def shapes(self, shape: Sequence[int], group_size: int) -> list[tuple[int, ...]]:
         """Shape of each part of a weight of this shape, ``(N, K)`` or ``(E, N, K)``."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 
 from quantspec.kernels.compiled_by import compiled_by_these_kernels
@@ -30,12 +31,17 @@ from .pair.recipes import run_passes, weight_passes
 _ROLES = (Role.TARGET, Role.DRAFT)
 _DRAFT_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head")
 _FROZEN = "frozen_"
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
 # Models of one class whose INT4 weights a compiled graph keeps.
 _MOST_MODELS = 8
 
 
 def quantspec_backend(
-    graph_module: fx.GraphModule, example_inputs: list[Tensor], *, options: dict[str, Any] | None = None
+    graph_module: fx.GraphModule,
+    example_inputs: list[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile one dynamo graph; registered under the entry-point group ``torch_dynamo_backends``.
 
@@ -45,15 +51,19 @@ def quantspec_backend(
         options: ``role`` (``"draft"`` or ``"target"``, default ``"draft"``); for the draft also ``weight_group_size``,
             ``weight_quantizer`` and ``quantize_lm_head`` of :class:`quantspec.QuantSpecConfig`.
 
+        mode: of Inductor; not supported.
+
     Returns:
         The compiled function, which takes the graph's inputs and returns its outputs. The draft's quantizes parameters
         that it has not met, or that have changed in place since.
 
     Raises:
-        ValueError, TypeError: an unknown role, an option that the role has no use for, or a draft that is to be
-            trained. ``torch.compile`` wraps it in ``torch._dynamo.exc.BackendCompilerFailed``, which the first call of
-            the compiled model raises.
+        ValueError, TypeError: an unknown role, an option that the role has no use for, a mode, or a draft that is to
+            be trained. ``torch.compile`` wraps it in ``torch._dynamo.exc.BackendCompilerFailed``, which the first call
+            of the compiled model raises.
     """
+    if mode is not None:
+        raise ValueError(f"the backend has no use for mode={mode!r}: leave it out")
     settings = dict(options or {})
     role = settings.pop("role", Role.DRAFT.value)
     if role not in [choice.value for choice in _ROLES]:
@@ -96,8 +106,11 @@ class _Draft:
         # AOTAutograd would look for a source in user code of every tensor; the INT4 weights have none.
         lowered = fx.GraphModule(lowered, lowered.graph)
         lowered.meta.pop("dynamo_compile_id", None)
+        fake_mode = detect_fake_mode(example_inputs)
+        # Nor has a guard on one of their sizes, so none is a symbol.
+        shown = weights if fake_mode is None else [fake_mode.from_tensor(x, static_shapes=True) for x in weights]
         with compiled_by_these_kernels():
-            compiled = compile_fx(lowered, [*example_inputs, *weights])
+            compiled = compile_fx(lowered, [*example_inputs, *shown])
         self._compiled: Callable[..., Any] = compiled  # type: ignore[assignment]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -194,9 +207,10 @@ def _refuse_training(graph_module: fx.GraphModule, example_inputs: Sequence[Any]
         try:
             arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
         except (TypeError, ValueError):
-            # A builtin without a signature, which knows of no training.
-            continue
-        if arguments.get("training") is True:
+            # A builtin without a signature; of those attention alone drops something, by its fifth argument.
+            arguments = {**dict(zip(_ATTENTION_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+            arguments = arguments if node.target is nn.functional.scaled_dot_product_attention else {}
+        if arguments.get("training") is True or arguments.get("dropout_p", 0) != 0:
             raise ValueError(
                 f"the draft is for inference, and {node.target.__name__} ('{node.name}') runs as in training: call "
                 "model.eval() before the compiled model"

@@ -237,12 +237,18 @@ def test_a_saved_pairs_dtype_is_chosen_as_from_pretrained_does(saved_pair):
     assert lm.model.dtype == lm.qs.model.dtype == torch.bfloat16
 
 
+def test_a_saved_pair_takes_what_its_weights_were_not_made_with(saved_pair):
+    lm = QuantSpecLM(str(saved_pair), role="target", device="cpu", kv_group_size=2 * GROUP, max_cache_len=64)
+    assert lm.qs.config.kv_group_size == 2 * GROUP
+    assert lm.max_length == 64
+
+
 @pytest.mark.parametrize("role", ["speculative", "reference"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_group_size": 32}, "converted already; kv_group_size cannot"),
-        ({"compile": False, "weight_quantizer": "hqq", "max_cache_len": 64}, "max_cache_len, weight_quantizer cannot"),
+        ({"quantize_lm_head": True}, "converted already; quantize_lm_head cannot"),
+        ({"compile": False, "weight_quantizer": "hqq", "max_cache_len": 64}, "already; weight_quantizer cannot"),
         ({"dtype": "float16"}, "loads in float32 or bfloat16, not in float16"),
         ({"peft": "adapter"}, "saved; leave out peft"),
         ({"attn_implementation": "sdpa"}, "saved; leave out attn_implementation"),

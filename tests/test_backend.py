@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import tiny_model
+from torch import Tensor, nn
 
 from quantspec import backend
 from quantspec.kernels.int4_linear import dequantize_int4
@@ -201,3 +203,66 @@ def test_training_is_refused(mlps) -> None:
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match=r"dropout .* runs as in training: call model\.eval\(\)"):
         _compiled(mlps[0].train())(ROWS)
+
+
+class Attends(nn.Module):
+    """Attention that drops weights in training, as Hugging Face's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(64, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.qkv(x)
+        return self.head(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0))
+
+
+def test_dropout_of_attention_is_training_too() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 64)
+    with torch.no_grad(), pytest.raises(Exception, match=r"scaled_dot_product_attention .* runs as in training"):
+        _compiled(Attends().train())(x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert _compiled(Attends().eval())(x).shape == (2, 4, 16)
+
+
+def test_a_mode_is_refused(mlps) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(mlps[0], backend="quantspec", mode="max-autotune")
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match="no use for mode='max-autotune': leave it out"),
+    ):
+        compiled(ROWS)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 40])
+def test_widths_that_the_cpu_pads(rows: int) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, rows, bias=False), nn.ReLU(), nn.Linear(rows, 10)).eval()
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        compiled = _compiled(model, quantize_lm_head=True)
+        assert (compiled(x) - model(x)).norm() < 0.2 * model(x).norm()
+        assert compiled(torch.cat([x, x, x])).shape == (6, 10)
+
+
+class Transposes(nn.Module):
+    """A linear over the columns of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixes, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mixes(x.transpose(-1, -2))))
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (2, 64, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_that_are_not_contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model, x = Transposes().eval().to(dtype), torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        assert (_compiled(model)(x) - model(x)).norm() < 0.2 * model(x).norm()

@@ -43,7 +43,7 @@ from .identity import distance, target_logits
 _LOGGER = logging.getLogger(__name__)
 
 # The saved weights and logits were made with these.
-_FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head", "rope_context")
+FIXED_OPTIONS = ("weight_group_size", "weight_quantizer", "quantize_lm_head", "rope_context")
 _CONVERT_AGAIN = (
     "convert the model again: quantspec.convert(AutoModelForCausalLM.from_pretrained(directory), ...), or in a shell "
     "`quantspec convert` of the original"
@@ -108,7 +108,7 @@ def load_pair(
 def changed_options(saved: QuantSpecConfig, options: dict[str, Any]) -> QuantSpecConfig:
     """The saved options with ``options`` on top; those that the saved weights were made with cannot change."""
     config = QuantSpecConfig.from_options(saved, options)
-    for name in _FIXED_OPTIONS:
+    for name in FIXED_OPTIONS:
         value = getattr(saved, name)
         if getattr(config, name) != value:
             raise ValueError(

@@ -131,7 +131,8 @@ class GenerationStats:
             ("decode", f"{self.decode_seconds:.2f} s, {self.tokens_per_second:.1f} tokens/s"),
         ]
         if self.drafted:
-            positions = ", ".join(f"{rate:.2f}" for rate in self.acceptance_rate_per_position)
+            # With "auto" most of the positions that may be drafted never are.
+            positions = ", ".join(f"{rate:.2f}" for rate in self.acceptance_rate_per_position if not math.isnan(rate))
             rows += [
                 ("accepted", f"{self.accepted} of {self.drafted} drafted tokens in {self.cycles} cycles"),
                 *((f"from {source}", self._from(source)) for source in Source),

@@ -103,7 +103,20 @@ _RECIPES: dict[tuple[Role, str], Recipe] = {}
 
 
 def register(recipe: Recipe) -> Recipe:
-    """Make a recipe known under its role and name; one registered before under both is replaced."""
+    """Make a recipe known under its role and name; one registered before under both is replaced.
+
+    Raises:
+        TypeError: its access, format or passes are of another type.
+        ValueError: there is no such role.
+    """
+    if recipe.role not in list(Role):
+        raise ValueError(f"role of recipe '{recipe.name}' must be one of {', '.join(Role)}, not {recipe.role!r}")
+    if not isinstance(recipe.access, CacheAccess):
+        raise TypeError(f"access of recipe '{recipe.name}' must be a CacheAccess, not {recipe.access!r}")
+    if not isinstance(recipe.weight_format, WeightFormat | None):
+        raise TypeError(f"weight_format of recipe '{recipe.name}' must be a WeightFormat, not {recipe.weight_format!r}")
+    if not callable(recipe.more_passes):
+        raise TypeError(f"more_passes of recipe '{recipe.name}' must make the passes: a function, not a list of them")
     _RECIPES[recipe.role, recipe.name] = recipe
     return recipe
 
