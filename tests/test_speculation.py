@@ -105,6 +105,17 @@ def test_a_known_machine_is_begun_with_at_its_best():
     assert set(plans) >= {plan for _, plan, *_ in first.cycles}
 
 
+def test_a_cpu_whose_drafts_are_cheap_is_found_out():
+    """It is expected to lose by drafts, which two trials refute; a draft that fails costs one trial."""
+    machine = Machine(25.0, 2.0, 8.0)
+    decoding = Decoding(machine, [row("new", 200, 0.95, 0)])
+    run = decoding.run(AutoDraftCount(ON_CPU))
+    assert PLAIN not in {plan for _, plan, *_ in run.cycles[16:-2]}
+    assert run.speed() > 1.3 * decoding.run(FixedDraftCount(0)).speed()
+    broken = Decoding(machine, [row("new", 200, 0.0, 0)])
+    assert sum(plan != PLAIN for _, plan, *_ in broken.run(AutoDraftCount(ON_CPU)).cycles) == 1
+
+
 def test_rows_that_differ_are_not_taken_for_their_average():
     """One row that accepts everything and one that accepts nothing yield less of long drafts than two of the middle."""
     odds = Odds()

@@ -26,8 +26,8 @@ _TRY_AGAIN = 32
 _WORTH_TRYING = 1.02
 # Of all time, what may be lost by trying other plans than the one that looks fastest.
 _SHARE_OF_TRIALS = 0.008
-# Of a cycle's duration, what may be saved for trials.
-_MOST_SPARE = 2.0
+# Of a cycle's duration, what may be saved for trials; one of two drafts is expected to lose 2.3 on a CPU.
+_MOST_SPARE = 2.5
 # Cycles after which the duration of plain decoding may have changed.
 _PLAIN_AGE = 100
 # Cycles whose tokens per second a cycle's time is valued by.
@@ -183,8 +183,10 @@ class AutoDraftCount:
         self._warm: set[Plan] = set()
         self._cycle = 0
         self._last: dict[Plan, int] = {}
-        # Seconds that trials may lose, and the one under way with the speed that it is measured against.
+        # Seconds that trials may lose, first trials whose loss is allowed for, the first of which is not timed, and the
+        # one under way with the speed that it is measured against.
         self._spare = 0.0
+        self._credits = 2
         self._trial: tuple[Plan, float] | None = None
         self._gained: Plan | None = None
         self._plans_run: deque[Plan] = deque(maxlen=_NEWEST)
@@ -236,8 +238,14 @@ class AutoDraftCount:
         time = self._elapsed + min(remaining, self._steps) * rows / speed
         affordable = [plan for plan in gains if plan in ready or self._capturing(plan) < _SHARE_OF_CAPTURES * time]
         trial = self._next_trial(best, affordable)
-        pays = trial is not None and seconds[trial] - rows / speed <= self._spare
-        if trial is None or not (pays or (trial == PLAIN and not self.durations.knows(PLAIN))):
+        if trial is None:
+            return best
+        is_guess = best == PLAIN and self.durations.knows(PLAIN) and not self.durations.knows(trial)
+        if is_guess and captured is None and self._credits:
+            # That no draft pays is not known before one was timed; where nothing is captured a trial costs two steps.
+            self._credits, self._spare = self._credits - 1, max(self._spare, seconds[trial] - rows / speed)
+        pays = seconds[trial] - rows / speed <= self._spare
+        if not (pays or (trial == PLAIN and not self.durations.knows(PLAIN))):
             return best
         self._trial = (trial, speed)
         return trial
@@ -272,6 +280,8 @@ class AutoDraftCount:
             lost = taken - tokens / speed
             self._spare -= lost
             self._gained = tried if lost < 0 else None
+            if not sum(accepted):
+                self._credits = 0
         self._spare = min(self._spare + _SHARE_OF_TRIALS * taken, _MOST_SPARE * taken)
         self._plans_run.append(plan)
         self._tokens_run.append(tokens / len(accepted))
