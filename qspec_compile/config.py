@@ -75,7 +75,8 @@ class QuantSpecConfig:
     Attributes:
         num_speculative_tokens: tokens drafted per cycle, 0..15, or ``"auto"``: what measured times and acceptance make
             fastest, plain decoding included. None is 4 on a GPU, and ``"auto"`` on a CPU and in an
-            :class:`~quantspec.Engine`. Can be overridden per ``generate`` call.
+            :class:`~quantspec.Engine`; 4 on all of them with ``rejection_sampling``. Can be overridden per ``generate``
+            call.
         draft: ``"self"``: the INT4 draft proposes; ``"lookup"``: the text itself does, with what followed its newest
             tokens before; ``"both"``: whichever yields more. Can be overridden per ``generate`` call.
         kv_group_size: tokens quantized together in the KV cache (G), a power of two from 16 to 512.

@@ -25,11 +25,19 @@ def without_the_tests_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "device", "expected"),
-    [(None, "cpu", AUTO), (None, "cuda", 4), (0, "cpu", 0), (3, "cuda", 3), (AUTO, "cuda", AUTO)],
+    ("given", "rejection_sampling", "device", "expected"),
+    [
+        (None, False, "cpu", AUTO),
+        (None, False, "cuda", 4),
+        (None, True, "cpu", 4),
+        (0, False, "cpu", 0),
+        (3, False, "cuda", 3),
+        (AUTO, True, "cpu", AUTO),
+    ],
 )
-def test_of_a_pair(given, device, expected):
-    pair = SimpleNamespace(config=QuantSpecConfig(num_speculative_tokens=given), device=torch.device(device))
+def test_of_a_pair(given, rejection_sampling, device, expected):
+    config = QuantSpecConfig(num_speculative_tokens=given, rejection_sampling=rejection_sampling)
+    pair = SimpleNamespace(config=config, device=torch.device(device))
     assert Pair.num_speculative_tokens.fget(pair) == expected
 
 

@@ -136,7 +136,9 @@ class Pair:
         """What a cycle drafts unless a call says: as converted, or what seldom loses on the device."""
         if self.config.num_speculative_tokens is not None:
             return self.config.num_speculative_tokens
-        return AUTO if self.device.type == "cpu" else DEFAULT_SPECULATIVE_TOKENS
+        # Where sampled drafts stand by their odds, a seed's text would depend on measured times.
+        by_times = self.device.type == "cpu" and not self.config.rejection_sampling
+        return AUTO if by_times else DEFAULT_SPECULATIVE_TOKENS
 
     @property
     def draft_weights(self) -> WeightFormat | None:
